@@ -1,0 +1,104 @@
+"""Files that a crash cannot tear: written whole under another name, or appended and synced.
+
+No locks and no shared appends, so that it works on NFS and Lustre; a rename happens only inside one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(Exception):
+    """The run folder cannot be used as asked: a sentence for the person at the terminal."""
+
+
+class AskedDifferently(CheckpointError):
+    """The run folder holds another run; the message names the fields that differ."""
+
+
+def to_json(value: object) -> bytes:
+    """`value` for a person to read, with a final newline."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a run folder: it has no {path.name}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Restore it, or start a new run with another -o") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no object. Restore it, or start a new run with another -o")
+    return value
+
+
+def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Puts `data` at `path`; a reader sees the old file or the new one, never a part.
+
+    `durable` syncs file and folder, so that it outlives a power cut.
+    """
+    scratch = _scratch(path)
+    try:
+        with open(scratch, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def make_exclusive(path: Path, data: bytes) -> bool:
+    """Puts `data` at `path` if nothing is there yet; True if it did. Of several processes exactly one succeeds.
+
+    A hard link of a finished file, since O_EXCL alone would show others a file still empty.
+    """
+    scratch = _scratch(path)
+    try:
+        with open(scratch, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(scratch, path)
+        except FileExistsError:
+            return False
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def append(descriptor: int, data: bytes) -> None:
+    """Appends all of `data` and waits until it is on the disk."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{os.urandom(4).hex()}")

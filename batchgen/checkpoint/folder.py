@@ -1,0 +1,279 @@
+"""The run folder: what was asked, which rows are done, and the commit of a finished batch.
+
+    run.json                             what was asked (compared at every start), and what it ran on (recorded)
+    attempts/00001.json …                one start each (`attempt`)
+    generations-00001-00000.jsonl …      one an attempt and stream, made exclusively, never opened for writing again
+    batches-00001-00000.jsonl …          one line a finished batch: its timing, and the proof that it is finished
+    generations.jsonl, errors.jsonl, timing.jsonl      written at the end (`merge`)
+
+A batch is committed in this order: its generations, sync, its record, sync. Readers trust a generations file only up to
+the last record's `end`; whatever stands behind it was in flight when something died, and is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchgen.checkpoint.files import (
+    AskedDifferently,
+    CheckpointError,
+    append,
+    make_exclusive,
+    read_json,
+    sync_folder,
+    to_json,
+)
+from batchgen.types import Batch, BatchRecord, Generation
+
+logger = logging.getLogger(__name__)
+
+OPEN, FAILED, GOOD = 0, 1, 2  # what is known of a row; one byte each, so that ten million rows take 10 MB
+
+
+@dataclass(slots=True)
+class Done:
+    """What all attempts together have finished, by row number."""
+
+    states: bytearray  # OPEN, FAILED or GOOD for every row
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    batches: int = 0
+    attempt_tokens: dict[int, int] = field(default_factory=dict)  # committed generated tokens of each attempt
+
+    def is_good(self, row: int) -> bool:
+        """The row has its generation: no start touches it again."""
+        return self.states[row] == GOOD
+
+    def is_failed(self, row: int) -> bool:
+        """The row has an error and no generation: the next start tries it again."""
+        return self.states[row] == FAILED
+
+    @property
+    def good(self) -> int:
+        """Rows with a generation."""
+        return self.states.count(GOOD)
+
+    @property
+    def failed(self) -> int:
+        """Rows whose every attempt failed."""
+        return self.states.count(FAILED)
+
+    @property
+    def open(self) -> int:
+        """Rows that no attempt has finished."""
+        return self.states.count(OPEN)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run on disk, over all its attempts."""
+
+    path: Path
+
+    @property
+    def input_cache(self) -> Path:
+        """Where formats keep the index of the input and unpacked text."""
+        return self.path / "input"
+
+    @property
+    def attempts(self) -> Path:
+        """The folder of claims and heartbeats."""
+        return self.path / "attempts"
+
+    def make(self) -> None:
+        """Makes the folders.
+
+        Raises:
+            CheckpointError: something else is in the way, or there is no permission.
+        """
+        try:
+            self.attempts.mkdir(parents=True, exist_ok=True)
+            self.input_cache.mkdir(exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CheckpointError(
+                f"cannot write the run folder {self.path}: {reason}. Choose another with -o"
+            ) from error
+
+    def ask(self, asked: Mapping[str, object], facts: Mapping[str, object]) -> None:
+        """Records what this run is, or checks that it is the same run as the folder's.
+
+        `asked` decides what the text will be and must be equal at every start; `facts` are only recorded.
+
+        Raises:
+            AskedDifferently: the folder holds another run.
+        """
+        wanted: dict[str, Any] = json.loads(json.dumps(asked))
+        path = self.path / "run.json"
+        if not path.exists():
+            # Links of other processes may be faster than ours: then theirs is what counts.
+            make_exclusive(path, to_json({"asked": wanted, "created": int(time.time()), "first_start": facts}))
+        known = read_json(path).get("asked", {})
+        differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+        if differing:
+            changes = "; ".join(f"{name} was {_shown(known, name)}, now {_shown(wanted, name)}" for name in differing)
+            raise AskedDifferently(
+                f"{self.path} holds a run that was asked differently: {changes}. Start a new run with another -o"
+            )
+
+    def asked(self) -> dict[str, Any]:
+        """What was asked, as `ask` recorded it."""
+        asked = read_json(self.path / "run.json").get("asked")
+        if not isinstance(asked, dict):
+            raise CheckpointError(f"{self.path / 'run.json'} is damaged: it does not say what was asked")
+        return asked
+
+    @property
+    def created(self) -> int:
+        """Unix time of the first start."""
+        return int(read_json(self.path / "run.json")["created"])
+
+    def records(self, *, verify: bool) -> Iterator[tuple[Path, BatchRecord]]:
+        """All trusted batch records with their generations file, oldest attempt first.
+
+        `verify` also reads the generations and leaves out a batch whose bytes do not match the record's checksum.
+        """
+        for path in sorted(self.path.glob("batches-*.jsonl")):
+            generations = path.with_name(path.name.replace("batches", "generations", 1))
+            yield from ((generations, record) for record in _trusted(path, generations, verify))
+
+    def done(self, rows: int, *, verify: bool = True) -> Done:
+        """What is finished. Of two records of a row the first one wins, but success wins over failure."""
+        done = Done(bytearray(rows))
+        states = done.states
+        for path, record in self.records(verify=verify):
+            failed = set(record.failed)
+            if record.rows and max(record.rows) >= rows:
+                raise CheckpointError(f"{path.name} holds row {max(record.rows)}, but the input has {rows} rows")
+            for row in record.rows:
+                if row not in failed:
+                    states[row] = GOOD
+                elif states[row] == OPEN:
+                    states[row] = FAILED
+            done.prompt_tokens += record.prompt_tokens
+            done.generated_tokens += record.generated_tokens
+            done.batches += 1
+            tokens = done.attempt_tokens.get(record.attempt, 0)
+            done.attempt_tokens[record.attempt] = tokens + record.generated_tokens
+        return done
+
+
+def _shown(asked: Mapping[str, Any], name: str) -> str:
+    text = json.dumps(asked[name], ensure_ascii=False) if name in asked else "not set"
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _trusted(path: Path, generations: Path, verify: bool) -> Iterator[BatchRecord]:
+    """The records of one file whose generations are all there."""
+    try:
+        text = open(generations, "rb")
+    except FileNotFoundError:
+        logger.warning("%s is gone; the rows it held are open again", generations)
+        return
+    with text, open(path, "rb") as lines:
+        size = os.fstat(text.fileno()).st_size
+        for number, line in enumerate(lines, 1):
+            record = _parsed(line)
+            if record is None or record.end > size:
+                # A torn last line is what a kill leaves behind; anything else is damage, and worth a word.
+                if line.endswith(b"\n"):
+                    logger.warning("%s line %d is damaged or its text is cut; its rows are open again", path, number)
+                continue
+            if verify:
+                text.seek(record.begin)
+                if zlib.crc32(text.read(record.end - record.begin)) != record.checksum:
+                    logger.warning("%s is damaged at byte %d; those rows are open again", generations, record.begin)
+                    continue
+            yield record
+
+
+def _parsed(line: bytes) -> BatchRecord | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return BatchRecord(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
+def _line_of(record: BatchRecord) -> bytes:
+    # Not dataclasses.asdict: it copies row numbers one by one.
+    values = {name: getattr(record, name) for name in BatchRecord.__slots__}
+    return json.dumps(values, separators=(",", ":")).encode() + b"\n"
+
+
+class Writer:
+    """Commits the finished batches of one stream in one attempt. Files are made at the first commit, exclusively."""
+
+    def __init__(self, folder: RunFolder, attempt: int, stream: int, rank: int, render: Callable[[Generation], bytes]):
+        self._folder = folder
+        self._attempt = attempt
+        self._name = f"{attempt:05d}-{stream:05d}.jsonl"
+        self._rank = rank
+        self._render = render  # one generation as one line, its newline included
+        self._generations = self._batches = -1  # file descriptors
+        self._end = 0  # bytes of the generations file that are proven
+        self.broken = False  # a write failed half-way, so the file's end is not known any more
+
+    def commit(self, batch: Batch, seconds: float) -> BatchRecord:
+        """Writes `batch`; when this returns, it is finished for good.
+
+        Raises:
+            OSError: the disk is full, say. The batch is not recorded, all before it is; nothing more may be committed.
+        """
+        assert not self.broken
+        self.broken = True
+        if self._generations < 0:
+            self._open()
+        data = b"".join(map(self._render, batch.generations))
+        record = self._record(batch, data, seconds)
+        append(self._generations, data)
+        append(self._batches, _line_of(record))
+        self._end = record.end
+        self.broken = False
+        return record
+
+    def close(self) -> None:
+        """Closes the files."""
+        for descriptor in (self._generations, self._batches):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._generations = self._batches = -1
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+        self._generations = os.open(self._folder.path / f"generations-{self._name}", flags, 0o644)
+        self._batches = os.open(self._folder.path / f"batches-{self._name}", flags, 0o644)
+        sync_folder(self._folder.path)
+
+    def _record(self, batch: Batch, data: bytes, seconds: float) -> BatchRecord:
+        generations = batch.generations
+        generated = sum(generation.generated_tokens for generation in generations)
+        return BatchRecord(
+            seconds=round(seconds, 6),
+            prompts=len(generations),
+            prompt_tokens=sum(generation.prompt_tokens for generation in generations),
+            generated_tokens=generated,
+            padded_tokens=batch.padded_tokens,
+            tokens_per_second=round(generated / seconds, 3) if seconds > 0 else 0.0,
+            peak_memory_bytes=batch.peak_memory_bytes,
+            attempt=self._attempt,
+            rank=self._rank,
+            first=self._end == 0,
+            finished=time.time(),
+            begin=self._end,
+            end=self._end + len(data),
+            rows=[generation.index for generation in generations],
+            failed=[generation.index for generation in generations if generation.error is not None],
+            checksum=zlib.crc32(data),
+        )

@@ -1,0 +1,168 @@
+"""The output files: every row once, in input order, by atomic rename.
+
+generations.jsonl (or .parquet, .arrow)      every row, failed ones in their place
+errors.jsonl                                 the failed rows again
+timing.jsonl                                 the batches, oldest first
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchgen.checkpoint.files import CheckpointError, sync_folder
+from batchgen.checkpoint.folder import FAILED, GOOD, OPEN, RunFolder
+from batchgen.types import BatchRecord
+
+# Rows gathered at once: few reads, and some MB of text.
+_BLOCK = 4096
+# Text read in one piece for a block; where its rows lie further apart, each is read alone.
+_SPAN = 64 << 20
+
+# Of a batch record, what the reader of timing.jsonl wants; the rest is the commit's own.
+_TIMING = [name for name in BatchRecord.__slots__ if name not in ("begin", "end", "rows", "failed", "checksum")]
+
+
+Lines = Callable[[], Iterator[tuple[int, bytes]]]
+"""Row number and line (newline included) of every row, in input order; each call begins anew."""
+
+
+@dataclass(slots=True)
+class Places:
+    """Where the winning line of every row lies: 17 bytes a row."""
+
+    files: list[Path]
+    states: bytearray  # OPEN, FAILED or GOOD
+    file: array[int]
+    begin: array[int]
+    length: array[int]
+
+    @classmethod
+    def find(cls, folder: RunFolder, rows: int) -> Places:
+        """The first good line of every row; the last failed one where there is none."""
+        zeros = bytes(8 * rows)
+        places = cls(
+            [], bytearray(rows), array("I", zeros[: 4 * rows]), array("Q", zeros), array("I", zeros[: 4 * rows])
+        )
+        open_file: tuple[Path, int] | None = None
+        try:
+            for path, record in folder.records(verify=True):
+                if open_file is None or open_file[0] != path:
+                    if open_file is not None:
+                        os.close(open_file[1])
+                    open_file = (path, os.open(path, os.O_RDONLY))
+                    places.files.append(path)
+                places._add(record, os.pread(open_file[1], record.end - record.begin, record.begin))
+        finally:
+            if open_file is not None:
+                os.close(open_file[1])
+        return places
+
+    def _add(self, record: BatchRecord, text: bytes) -> None:
+        failed = frozenset(record.failed)
+        number = len(self.files) - 1
+        begin = record.begin
+        states, files, begins, lengths = self.states, self.file, self.begin, self.length
+        for row, line in zip(
+            record.rows, text.split(b"\n"), strict=False
+        ):  # one empty piece stands behind the last line
+            length = len(line) + 1
+            if states[row] != GOOD:
+                states[row] = FAILED if row in failed else GOOD
+                files[row], begins[row], lengths[row] = number, begin, length
+            begin += length
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Row number and line (newline included) of every row that has one, in input order."""
+        files = [os.open(path, os.O_RDONLY) for path in self.files]
+        try:
+            for start in range(0, len(self.states), _BLOCK):
+                rows = [row for row in range(start, min(start + _BLOCK, len(self.states))) if self.states[row] != OPEN]
+                spans = self._spans(rows, files)
+                for row in rows:
+                    first, text = spans[self.file[row]]
+                    begin, length = self.begin[row], self.length[row]
+                    if text is None:
+                        yield row, os.pread(files[self.file[row]], length, begin)
+                    else:
+                        yield row, text[begin - first : begin - first + length]
+        finally:
+            for descriptor in files:
+                os.close(descriptor)
+
+    def failed(self) -> Iterator[tuple[int, bytes]]:
+        """As `lines`, of the failed rows alone."""
+        if FAILED in self.states:
+            yield from ((row, line) for row, line in self.lines() if self.states[row] == FAILED)
+
+    def _spans(self, rows: list[int], files: list[int]) -> dict[int, tuple[int, bytes | None]]:
+        """For each file that holds one of `rows`: where the text of its rows begins, and that text."""
+        ends: dict[int, tuple[int, int]] = {}
+        for row in rows:
+            number, begin = self.file[row], self.begin[row]
+            first, last = ends.get(number, (begin, begin))
+            ends[number] = min(first, begin), max(last, begin + self.length[row])
+        return {
+            number: (first, os.pread(files[number], last - first, first) if last - first <= _SPAN else None)
+            for number, (first, last) in ends.items()
+        }
+
+
+def merge_with(write: Callable[[Path, Lines], None], folder: RunFolder, rows: int, name: str) -> Path:
+    """Writes the output files; gives the path of the generations.
+
+    Rows without a record are left out, which a finished run has none of.
+
+    Args:
+        write: puts the rows into a new file at the given path.
+        rows: of the input.
+        name: of the generations file.
+
+    Raises:
+        CheckpointError: the disk is full, say.
+    """
+    places = Places.find(folder, rows)
+    output = folder.path / name
+    try:
+        _replace(output, lambda path: write(path, places.lines))
+        _replace(folder.path / "errors.jsonl", lambda path: write_lines(path, places.failed))
+        _replace(folder.path / "timing.jsonl", lambda path: _write_timing(path, folder))
+        sync_folder(folder.path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(
+            f"cannot write {error.filename or output}: {reason}. Every generation is safe in {folder.path}; "
+            f"make room and run: batchgen merge {folder.path}"
+        ) from error
+    return output
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    # Two ranks that end at the same moment both merge; the same bytes under two scratch names do no harm.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    try:
+        write(scratch)
+        descriptor = os.open(scratch, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, lines: Lines) -> None:
+    """The lines as they stand: JSON lines."""
+    with open(path, "wb", buffering=1 << 20) as file:
+        file.writelines(line for _, line in lines())
+
+
+def _write_timing(path: Path, folder: RunFolder) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for _, record in folder.records(verify=False):
+            file.write(json.dumps({name: getattr(record, name) for name in _TIMING}) + "\n")

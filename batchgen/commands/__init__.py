@@ -1,0 +1,141 @@
+"""The command line. One file a command, imported only when it is called; file name = command name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from batchgen.checkpoint import Status
+
+DIED = 75  # EX_TEMPFAIL of sysexits.h: start again to go on
+
+
+class CommandError(click.ClickException):
+    """Could not run: a sentence for the person at the terminal."""
+
+    exit_code = 4  # Click's own 1 and 2 say nothing about the run, so no outcome of a run uses them
+
+
+class _Commands(click.Group):
+    """Finds commands by file name, so that `--help` and tab completion import none of them but the one asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(context):
+            return None
+        module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _SUMMARIES.get(name, "")) for name in self.list_commands(context)])
+
+
+# What `--help` says of each command without importing it; a test compares these with the commands' own help.
+_SUMMARIES = {
+    "merge": "Write the output files of a run folder again, or of an unfinished run.",
+    "pull": "Prepare a model on a machine with internet; print its local path.",
+    "run": "Generate for every prompt of the input files, exactly once.",
+    "run-batch": "Answer an OpenAI batch file, with the flags of `vllm run-batch`.",
+    "status": "Say from its files alone how far a run is.",
+}
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="batchgen", message="%(prog)s %(version)s")
+def main() -> None:
+    """Offline batch generation: every prompt of a file through a model, exactly once, whatever dies on the way."""
+
+
+def fail(error: Exception) -> CommandError:
+    """`error`, whose text is already a sentence, as what Click shows."""
+    return CommandError(str(error))
+
+
+@contextmanager
+def results_only_on_stdout() -> Iterator[None]:
+    """Whatever a library prints meanwhile, from C too, goes to stderr; DeepSpeed and others print to stdout."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def log_to_stderr(rank: int, size: int) -> None:
+    """Shows batchgen's messages, and others' warnings, with the rank where there are several."""
+    import logging  # with its own imports half of what `--help` may cost
+
+    who = f"batchgen[{rank}]" if size > 1 else "batchgen"
+    logging.basicConfig(format=f"{who}: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("batchgen").setLevel(logging.INFO)
+
+
+def carry_out(inputs: Sequence[str], out: str | None, ranks: int, **options: Any) -> tuple[Status, bool]:
+    """`batchgen.run` for the command line: errors as sentences, progress on stderr, ranks by this same command.
+
+    Gives the status, and whether this process speaks for the run (one rank of several does not).
+
+    Raises:
+        CommandError: it could not start.
+    """
+    from batchgen import flow, launch
+    from batchgen.checkpoint import CheckpointError
+    from batchgen.engine import EngineError
+    from batchgen.formats import InputError
+    from batchgen.models import ModelError
+    from batchgen.prepare import RunError
+    from batchgen.progress import watch
+    from batchgen.world import WorldError, from_environment
+
+    sentences = (RunError, CheckpointError, EngineError, InputError, ModelError, WorldError)
+    try:
+        world = from_environment(os.environ)
+        if "BATCHGEN_STARTER" in os.environ:
+            launch.die_with(int(os.environ["BATCHGEN_STARTER"]))
+        log_to_stderr(world.rank, world.size)
+        host = flow.Host(os.environ, ranks, sys.argv[1:], watch=watch)
+        with results_only_on_stdout():
+            return flow.run(inputs, out, host=host, **options), world.size == 1
+    except sentences as error:
+        raise fail(error) from error
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, KeyboardInterrupt):
+            traceback.print_exc()
+        click.echo("batchgen: died. What is recorded is safe; the same command goes on from there", err=True)
+        sys.exit(DIED)
+
+
+def conclude(status: Status, speaks: bool) -> None:
+    """Says how the run stands, and exits with its code."""
+    if not speaks:
+        sys.exit(0)  # in order: another code would make srun kill the other ranks
+    last = status.attempts[-1].ended if status.attempts else None
+    counts = f"{status.good} of {status.rows} rows good, {status.failed} failed, {status.open} open"
+    if status.open:
+        click.echo(f"batchgen: {last or 'ended'}; {counts}. The same command goes on from there", err=True)
+    else:
+        click.echo(f"batchgen: finished; {counts}", err=True)
+        if status.failed:
+            click.echo(
+                f"batchgen: what failed is in {status.folder / 'errors.jsonl'}; the same command tries it again",
+                err=True,
+            )
+    sys.exit(status.exit_code)

@@ -1,0 +1,32 @@
+"""`batchgen merge`: the output files of a run folder, again or of an unfinished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from batchgen.commands import fail
+
+
+@click.command("merge")
+@click.argument("run", metavar="RUN")
+@click.option("--output-format", type=click.Choice(["jsonl", "parquet", "arrow"]), default="jsonl", show_default=True)
+def command(run: str, output_format: str) -> None:
+    """Write the output files of a run folder again, or of an unfinished run.
+
+    `run` does this by itself at the end. Rows that are still open are left out; stderr says how many. The column types
+    of the input are kept by `run` alone, since this command does not read the input.
+    """
+    from batchgen import flow
+    from batchgen.checkpoint import CheckpointError, RunFolder, status
+
+    folder = RunFolder(Path(run))
+    try:
+        found = status(folder, verify=True)
+        path = flow.merge(folder, None, output_format)  # type: ignore[arg-type]  # the choices are those of OutputFormat
+    except CheckpointError as error:
+        raise fail(error) from error
+    if found.open:
+        click.echo(f"batchgen: {found.open} of {found.rows} rows are open and left out", err=True)
+    click.echo(path)

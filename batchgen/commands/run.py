@@ -1,0 +1,226 @@
+"""`batchgen run`: the main command."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from batchgen import engine as engines
+from batchgen.commands import carry_out, conclude, fail, log_to_stderr, results_only_on_stdout
+from batchgen.types import SamplingParams
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
+
+
+def _json_object(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, object]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise click.BadParameter(f"is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise click.BadParameter("must be a JSON object, like '{\"enable_thinking\": false}'")
+    return value
+
+
+def _template(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    if text is None or not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise click.BadParameter(f"cannot read {text[1:]}: {error}") from error
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of `SamplingParams`, each with the default that stands there."""
+    defaults = SamplingParams
+    for option in reversed(
+        (
+            click.option(
+                "--max-new-tokens",
+                type=int,
+                default=defaults.max_new_tokens,
+                show_default=True,
+                help="Most tokens to generate for a row.",
+            ),
+            click.option(
+                "--temperature", type=float, default=defaults.temperature, show_default=True, help="0 is greedy."
+            ),
+            click.option("--top-p", type=float, default=defaults.top_p, show_default=True, help="Nucleus; 1 is off."),
+            click.option("--top-k", type=int, default=defaults.top_k, show_default=True, help="0 is off."),
+            click.option(
+                "--seed",
+                type=int,
+                default=defaults.seed,
+                show_default=True,
+                help="Of sampling, together with each row's id.",
+            ),
+            click.option(
+                "--stop", multiple=True, metavar="TEXT", help="End a text before this; may be given several times."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What does the work: shared by `run` and `run-batch`."""
+    for option in reversed(
+        (
+            click.option(
+                "--engine",
+                type=click.Choice(engines.names()),
+                default="accelerate",
+                show_default=True,
+                help="What generates.",
+            ),
+            click.option(
+                "--set",
+                "settings",
+                multiple=True,
+                metavar="NAME=VALUE",
+                help="A setting of the engine; a wrong name lists them.",
+            ),
+            click.option(
+                "--batch-size",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Most prompts in a batch; as many as fit unless given.",
+            ),
+            click.option(
+                "--ranks",
+                "--gpus",
+                type=click.IntRange(min=1),
+                default=1,
+                show_default=True,
+                metavar="N",
+                help="Processes to start on this host, one a GPU. Ignored where torchrun or srun has started them.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("run")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
+@click.option("-o", "--out", metavar="RUN", help="The run folder; named after the input unless given.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="A folder, or ORG/NAME[@REVISION] that `batchgen pull` has fetched. The default model is small.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="Of the weights; int8 and nf4 lose precision.",
+)
+@engine_options
+@sampling_options
+@click.option(
+    "--prompt-column", metavar="NAME", help='The column with the prompt; "prompt" or "messages" unless given.'
+)
+@click.option(
+    "--template", metavar="TEXT|@FILE", callback=_template, help="Render the prompt from the columns: a Jinja template."
+)
+@click.option(
+    "--chat-template-kwargs", metavar="JSON", callback=_json_object, help="Passed to the model's chat template."
+)
+@click.option(
+    "--truncate",
+    type=click.Choice(["left", "right"]),
+    help="Cut prompts that are too long on this side; they are error rows unless given.",
+)
+@click.option("--strict", is_flag=True, help="Check all rows before the model loads, and stop if one is bad.")
+@click.option(
+    "--max-error-rate",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="Stop once more than this share of the rows has failed.",
+)
+@click.option(
+    "--output-format",
+    type=click.Choice(["jsonl", "parquet", "arrow"]),
+    default="jsonl",
+    show_default=True,
+    help="Of the merged generations.",
+)
+@click.option(
+    "--error-format",
+    type=click.Choice(["openai", "vllm"]),
+    default="openai",
+    show_default=True,
+    help="Of the answers to OpenAI lines that fail.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and the first prompt; load no model, write nothing.")
+def command(inputs: tuple[str, ...], out: str | None, ranks: int, dry_run: bool, **options: Any) -> None:
+    """Generate for every prompt of the input files, exactly once.
+
+    INPUT is a JSONL (also .gz, .zst), Parquet or Arrow file, a folder saved by `datasets`, or a pattern in quotes. Each
+    row has a `prompt`, `messages`, or is a line of an OpenAI batch file; it may set its own sampling parameters.
+
+    The same command goes on where it stopped, whatever stopped it, also with another engine, batch size or number of
+    ranks. The path of the generations is printed on stdout.
+
+    Exit codes: 0 all rows good; 3 finished, some rows failed (errors.jsonl); 75 stopped or died, start again to go on;
+    4 could not run.
+    """
+    options["recipe"] = recipe_of(options)
+    if dry_run:
+        _describe(inputs, ranks, options)
+        return
+    status, speaks = carry_out(inputs, out, ranks, **options)
+    if speaks and not status.open:
+        click.echo(status.folder / f"generations.{options['output_format']}")
+    conclude(status, speaks)
+
+
+def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
+    """Takes what belongs to `Recipe` and `SamplingParams` out of `options`, and makes the recipe.
+
+    Raises:
+        CommandError: a value is out of range.
+    """
+    from batchgen.prompts import Recipe
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    try:
+        sampling = SamplingParams(**{name: options.pop(name) for name in names})
+        columns = {name: options.pop(name, None) for name in ("prompt_column", "template", "truncate")}
+        kwargs = options.pop("chat_template_kwargs", {})
+        return Recipe(sampling=sampling, chat_template_kwargs=kwargs, model=model, **columns)
+    except ValueError as error:
+        raise fail(error) from error
+
+
+def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> None:
+    from batchgen.checkpoint import CheckpointError
+    from batchgen.engine import EngineError
+    from batchgen.formats import InputError
+    from batchgen.models import ModelError
+    from batchgen.prepare import RunError, check_all, describe, prepare
+
+    log_to_stderr(0, 1)
+    try:
+        with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch, results_only_on_stdout():
+            names = ("recipe", "model", "settings", "dtype", "batch_size")
+            chosen = {name: options[name] for name in names}
+            ready = prepare(
+                inputs, Path(scratch), engine_name=options["engine"], environment=os.environ, scan=True, **chosen
+            )
+            if options["strict"]:
+                check_all(ready)
+            plan = describe(ready, ranks)
+    except (RunError, CheckpointError, EngineError, InputError, ModelError) as error:
+        raise fail(error) from error
+    click.echo(plan)

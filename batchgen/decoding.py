@@ -1,0 +1,237 @@
+"""Choosing the next token and stopping, row by row, inside one `model.generate(do_sample=False)` call.
+
+`generate` has one set of sampling parameters, one length and one random stream for the whole batch. A batch here mixes
+rows, so `Sampler` chooses the token of each sampled row itself and leaves `generate` nothing but the argmax, and
+`Stopper` ends each row on its own. Nothing here depends on a row's position or on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, StoppingCriteria
+
+from batchgen.types import Prompt
+
+_STEPS_DRAWN = 64  # random numbers a row that travel to the device together
+_ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 64 MiB for each float64 tensor
+
+# A tail of tokens can begin in the middle of a character and may hold tokens without text (special ones).
+_TAIL_MARGIN = 8
+
+
+def choose(
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    temperature: torch.Tensor,
+    *,
+    top_k: torch.Tensor,
+    most_k: int,
+    top_p: torch.Tensor | None,
+) -> torch.Tensor:
+    """One token a row: temperature, then top-k, then top-p (the order of Transformers' warpers), then the inverse of
+    the cumulative distribution at `uniform`, in the order of token ids.
+
+    The order of ids, not of probabilities: two nearly equal logits that swap places between devices then move a
+    boundary by a rounding error, instead of exchanging two tokens. float64, because a float32 sum over 250,000 tokens
+    is too coarse.
+
+    Args:
+        logits: [rows, vocabulary].
+        uniform: [rows], in [0, 1), float64.
+        temperature: [rows], above 0, float64.
+        top_k: [rows], 0 is off.
+        most_k: the largest of `top_k`, known without waiting for the device.
+        top_p: [rows], 1 is off, float64; None: off for all rows.
+
+    Returns:
+        Token ids, [rows].
+    """
+    # The maximum goes first, so that a tiny temperature gives -inf and never inf - inf.
+    scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature[:, None]
+    if most_k:
+        scaled = _keep_top_k(scaled, top_k, min(most_k, scaled.shape[-1]))
+    probabilities = scaled.softmax(-1)
+    if top_p is not None:
+        probabilities = _keep_nucleus(probabilities, top_p)
+    cumulative = probabilities.cumsum(-1)
+    # right=True finds the first token beyond the target, so a token of probability 0 is never found.
+    tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+    return tokens.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _keep_top_k(scaled: torch.Tensor, top_k: torch.Tensor, most_k: int) -> torch.Tensor:
+    values = scaled.topk(most_k, dim=-1).values
+    smallest = values.gather(-1, (top_k.clamp(1, most_k) - 1)[:, None])
+    return scaled.masked_fill((scaled < smallest) & (top_k > 0)[:, None], -torch.inf)
+
+
+def _keep_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    above = ordered.cumsum(-1) - ordered
+    dropped = (above >= top_p[:, None]) & (top_p < 1)[:, None]
+    return probabilities.masked_fill(torch.empty_like(dropped).scatter(-1, order, dropped), 0)
+
+
+class Sampler(LogitsProcessor):
+    """Makes the token that each sampled row draws the only possible one; greedy rows are left as they are.
+
+    Each row draws one number a step from its own generator, seeded with `Prompt.row_seed`, so its text depends neither
+    on the device's random numbers nor on the batch it is in.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], device: torch.device) -> None:
+        sampled = [row for row, prompt in enumerate(prompts) if prompt.params.temperature > 0]
+        params = [prompts[row].params for row in sampled]
+        self._rows = torch.tensor(sampled, dtype=torch.long, device=device)
+        self._temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
+        self._top_k = torch.tensor([p.top_k for p in params], dtype=torch.long, device=device)
+        self._most_k = max((p.top_k for p in params), default=0)
+        self._top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+        self._nucleus = any(p.top_p < 1 for p in params)
+        self._random = [random.Random(prompts[row].row_seed) for row in sampled]
+        self._drawn = torch.empty(0)
+        self._step = 0
+
+    @property
+    def needed(self) -> bool:
+        """Whether any row is sampled."""
+        return bool(self._random)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        uniform = self._draw()
+        size = max(1, _ELEMENTS_AT_ONCE // scores.shape[-1])
+        for begin in range(0, len(self._random), size):
+            part = slice(begin, begin + size)
+            tokens = choose(
+                scores[self._rows[part]],
+                uniform[part],
+                self._temperature[part],
+                top_k=self._top_k[part],
+                most_k=self._most_k,
+                top_p=self._top_p[part] if self._nucleus else None,
+            )
+            scores[self._rows[part], tokens] = torch.inf
+        return scores
+
+    def _draw(self) -> torch.Tensor:
+        """Uniform numbers in [0, 1) for this step, [sampled rows]."""
+        column = self._step % _STEPS_DRAWN
+        if column == 0:
+            drawn = [[generator.random() for _ in range(_STEPS_DRAWN)] for generator in self._random]
+            self._drawn = torch.tensor(drawn, dtype=torch.float64, device=self._rows.device)
+        self._step += 1
+        return self._drawn[:, column]
+
+
+class StopTexts:
+    """Finds stop texts in the rows that have some, token by token, by decoding the end of the row."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        end_tokens: Sequence[int],
+        decode: Callable[[Sequence[int]], str],
+        special_tokens: Mapping[str, int],
+    ) -> None:
+        self._prompts = prompts
+        self._decode = decode
+        self._end = frozenset(end_tokens)
+        self._special = special_tokens
+        self.rows = [row for row, prompt in enumerate(prompts) if prompt.params.stop]
+        """Rows that still have to be watched."""
+        self._tokens: dict[int, list[int]] = {row: [] for row in self.rows}
+
+    def append(self, tokens: Sequence[int]) -> list[int]:
+        """Takes the next token of each of `rows`; returns the rows whose text now holds a stop text.
+
+        Those, and the rows that ended by themselves, leave `rows`.
+        """
+        found: list[int] = []
+        watched: list[int] = []
+        for row, token in zip(self.rows, tokens, strict=True):
+            generated = self._tokens[row]
+            generated.append(token)
+            if self._stops(row, generated):
+                found.append(row)
+            elif token not in self._end and len(generated) < self._prompts[row].params.max_new_tokens:
+                watched.append(row)
+        self.rows = watched
+        return found
+
+    def _stops(self, row: int, generated: list[int]) -> bool:
+        stops = self._prompts[row].params.stop
+        # Special tokens have no text in the output, yet people name them: stop=["<|im_end|>"].
+        if any(self._special.get(stop) == generated[-1] for stop in stops):
+            return True
+        # A token with text has at least one byte, so a stop text of n bytes lies within n tokens.
+        longest = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops)
+        tail = self._decode(generated[-(longest + _TAIL_MARGIN) :])
+        return any(stop in tail for stop in stops)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of `stops`."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
+
+
+class Stopper(StoppingCriteria):
+    """Ends each row at its own length, at an end-of-sequence token or at a stop text; the batch when `stop()` is true.
+
+    What a row is worth is read off here after `generate`, never off the padded output: `lengths` counts tokens up to
+    and including the last one, `stopped` says which rows ended before their length.
+
+    The device is not waited for, except by rows with stop texts: `generate` itself waits once a step, and the number
+    of live rows is copied before that and read after it.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        end_tokens: Sequence[int],
+        texts: StopTexts,
+        *,
+        device: torch.device,
+        stop: Callable[[], bool],
+        count: Callable[[int], None],
+    ) -> None:
+        rows = len(prompts)
+        limits = [prompt.params.max_new_tokens for prompt in prompts]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.steps = 0
+        self.abandoned = False
+        self._alive = torch.ones(rows, dtype=torch.bool, device=device)
+        self._limits = torch.tensor(limits, dtype=torch.long, device=device)
+        self._longest = max(limits)
+        self._end = torch.tensor(list(end_tokens), dtype=torch.long, device=device)
+        self._texts = texts
+        self._stop = stop
+        self._count = count
+        self._live = torch.tensor(rows, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.steps += 1
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._count(int(self._live))
+        self.lengths += self._alive
+        ended = torch.isin(input_ids[:, -1], self._end)
+        if self._texts.rows:
+            found = self._texts.append(input_ids[self._texts.rows, -1].tolist())
+            if found:
+                ended[found] = True
+        self.stopped |= self._alive & ended
+        self._alive &= ~ended & (self._limits > self.steps)
+        self._live.copy_(self._alive.sum(), non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        if self.steps < self._longest and self._stop():
+            self.abandoned = True
+            return torch.ones_like(self._alive)
+        return ~self._alive

@@ -1,0 +1,196 @@
+"""The contract of an engine, and how one is found.
+
+An engine is a file in `batchgen/engines/` with one class that derives from `Engine`; the file's name, with dashes for
+underscores, is its name on the command line. Nothing else has to be edited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+from batchgen.types import Batch, Prompt, Tokens
+from batchgen.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Which part of the input a rank works on. Ranks of the same index see the same prompts; one of them writes."""
+
+    index: int
+    count: int
+    writes: bool
+
+
+class Encoder(Protocol):
+    """The part of a model that turns rows into tokens. Needs no weights and no device."""
+
+    context: int | None  # most tokens of prompt and generation together; None: unlimited
+    vocabulary: int | None  # token ids are below this; None: not known
+
+    def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
+        """The conversation as one text, through the model's chat template, ready for the assistant's turn.
+
+        Raises:
+            ValueError: the model has no chat template, or the template refused the conversation.
+        """
+
+    def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
+        """Token ids of each text. `special` adds what the tokenizer puts around a plain text (beginning of sequence);
+        a text from a chat template has it already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What every engine is told, besides its own `Options`."""
+
+    model: str  # a folder; "" for an engine that needs none
+    dtype: str  # auto, float32, bfloat16, float16, int8, nf4
+    batch_size: int | None  # most prompts in a batch; None: the engine's choice
+    world: World
+
+
+class Engine(ABC):
+    """Turns prompts into generations, for one stream.
+
+    Life of an engine: `stream` and `encoder` are asked before any weights are loaded; the constructor loads them;
+    `generate` is called once; the context manager frees what was taken.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of this engine alone, set with `--set name=value`. An engine with settings defines its own."""
+
+    needs_model: ClassVar[bool] = True
+    calls_together: ClassVar[bool] = False
+    """Ranks take part in each other's steps, so that each is needed even when its own queue is empty."""
+
+    generated_tokens: int = 0
+    """Tokens generated so far by this rank, those of unfinished batches included. Raised at every decode step; read by
+    the heartbeat from another thread, so that the work lost by a kill can be stated."""
+
+    @classmethod
+    def stream(cls, world: World, options: Any) -> Stream:
+        """This rank's part: by default every rank is a stream of its own."""
+        return Stream(world.rank, world.size, writes=True)
+
+    @classmethod
+    @abstractmethod
+    def encoder(cls, model: str) -> Encoder:
+        """The encoder of the model in folder `model`; no weights are read."""
+
+    @abstractmethod
+    def __init__(self, setup: Setup, options: Any) -> None:
+        """Loads the model.
+
+        Raises:
+            EngineError: it cannot run here; the message says why and what to do.
+        """
+
+    @abstractmethod
+    def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        """Pulls prompts as room frees up, yields what has finished.
+
+        Every pulled prompt is in exactly one yielded batch, unless `stop()` became true: then the engine returns soon,
+        at the latest after the current decode step where it can, and what was in flight is done again by the next
+        start. Engines whose ranks call together act on `any_rank(stop())`, never on the local answer alone.
+        Out of memory never leaves this function: the batch is split, and a prompt that does not fit even alone is a
+        failed generation.
+        """
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on all ranks that must call together if it is true on one of them. By default the rank is alone."""
+        return flag
+
+    def close(self) -> None:
+        """Frees devices and process groups."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class EngineError(Exception):
+    """The engine cannot run with these settings on this machine: a sentence for the person at the terminal."""
+
+
+def names() -> list[str]:
+    """Every engine there is, as `--engine` takes it. Reads file names only."""
+    folder = importlib.import_module("batchgen.engines")
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(folder.__path__))
+
+
+def find(name: str) -> type[Engine]:
+    """The engine class called `name`.
+
+    Raises:
+        EngineError: there is none; the message lists those there are.
+    """
+    if name not in names():
+        raise EngineError(f"there is no engine {name!r}. Engines: {', '.join(names())}")
+    module = importlib.import_module(f"batchgen.engines.{name.replace('-', '_')}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Engine) and value.__module__ == module.__name__
+    ]
+    assert len(found) == 1, f"{module.__name__} must define exactly one engine"
+    return found[0]
+
+
+def parse_options(engine: type[Engine], settings: Sequence[str]) -> Any:
+    """The engine's `Options` from `name=value` settings, each typed by its annotation.
+
+    Raises:
+        EngineError: an unknown name (the message lists the known ones), or a value of the wrong type.
+    """
+    kinds = typing.get_type_hints(engine.Options)
+    values: dict[str, object] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise EngineError(f"--set takes name=value, not {setting!r}")
+        if name not in kinds:
+            known = ", ".join(kinds) or "none"
+            raise EngineError(f"this engine has no setting {name!r}. Its settings: {known}")
+        values[name] = _typed(name, text, kinds[name])
+    return engine.Options(**values)
+
+
+def _typed(name: str, text: str, kind: Any) -> object:
+    kinds = typing.get_args(kind) or (kind,)
+    if type(None) in kinds and text.lower() in ("", "none"):
+        return None
+    if typing.get_origin(kind) is typing.Literal:
+        if text not in kinds:
+            raise EngineError(f"--set {name}={text}: must be one of {', '.join(map(str, kinds))}")
+        return text
+    if bool in kinds:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+            raise EngineError(f"--set {name}={text}: must be true or false")
+        return text.lower() in ("true", "1", "yes", "on")
+    for number in (int, float):
+        if number in kinds:
+            try:
+                return number(text)
+            except ValueError:
+                continue
+    if str in kinds:
+        return text
+    raise EngineError(f"--set {name}={text}: must be {' or '.join(k.__name__ for k in kinds if k is not type(None))}")
+
+
+def settings_of(options: Any) -> dict[str, object]:
+    """The values of an `Options`, to be recorded."""
+    return dataclasses.asdict(options)

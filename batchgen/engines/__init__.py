@@ -1,0 +1,1 @@
+"""Everything here is an engine; the file name is its name."""

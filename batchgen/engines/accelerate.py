@@ -1,0 +1,236 @@
+"""Engine `accelerate`: a Transformers model through `model.generate`, in static batches.
+
+Alone, the model is spread over all GPUs, then over the host's memory and a disk if it does not fit (Accelerate's
+`device_map`). Under several ranks each rank holds a whole model on its own GPU and is a stream of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from batchgen import memory
+from batchgen.engine import Encoder, Engine, EngineError, Setup
+from batchgen.hf import HfEncoder, StaticBatches
+from batchgen.types import Batch, Prompt
+from batchgen.world import World
+
+_MEMORY = re.compile(r"(cpu|\d+)=(\d+(?:\.\d+)?[KMG]i?B)")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # the maps that Accelerate works out itself
+
+
+class Accelerate(Engine):
+    """A whole model a rank, or one model over everything there is."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of engine `accelerate`."""
+
+        device_map: str = "auto"  # auto, balanced, balanced_low_0, sequential; or one device: cpu, cuda, cuda:1
+        max_memory: str | None = None  # most weights a device, "0=20GiB,cpu=64GiB"; what is not named gets none
+        offload_folder: str | None = None  # for weights that fit nowhere else; None: a temporary folder
+        attn_implementation: str | None = None  # None: Transformers' choice
+
+    def __init__(self, setup: Setup, options: Options) -> None:
+        self._encoder = HfEncoder(setup.model)
+        _check_weights(setup.model)
+        _quieten()
+        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        placement = _placement(options, setup.world)
+        if placement["device_map"] in _SPREADING:
+            if options.offload_folder is None:
+                self._spill = tempfile.TemporaryDirectory(prefix="batchgen-offload-", ignore_cleanup_errors=True)
+            placement["offload_folder"] = options.offload_folder or self._spill.name  # type: ignore[union-attr]
+        model = _load(setup, options, placement)
+        devices = _devices(model)
+        self._batches: StaticBatches | None = StaticBatches(
+            model,
+            self._encoder,
+            device=devices[0],
+            devices=devices,
+            batch_size=setup.batch_size,
+            local_size=setup.world.local_size,
+            count=self._count,
+        )
+
+    @classmethod
+    def encoder(cls, model: str) -> Encoder:
+        return HfEncoder(model)
+
+    def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        if self._batches is None:
+            raise EngineError("this engine is closed")
+        yield from self._batches.run(prompts, stop)
+
+    def close(self) -> None:
+        self._batches = None
+        gc.collect()  # modules refer to each other, and their tensors would outlive the engine
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self._spill is not None:
+            self._spill.cleanup()
+
+    def _count(self, tokens: int) -> None:
+        self.generated_tokens += tokens
+
+
+def _quieten() -> None:
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _check_weights(model: str) -> None:
+    if not any(file for pattern in _WEIGHTS for file in Path(model).glob(pattern)):
+        raise EngineError(
+            f"{model} holds a config but no weights ({' or '.join(_WEIGHTS)}); copy or download the model again"
+        )
+
+
+def _placement(options: Accelerate.Options, world: World) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say where the weights go."""
+    if options.device_map not in _SPREADING:
+        return {"device_map": {"": _named_device(options)}}
+    if world.size > 1:
+        return {"device_map": {"": _own_device(options, world)}}
+    limits = _parse_max_memory(options.max_memory)
+    if limits is None and not torch.cuda.is_available():
+        return {"device_map": {"": "cpu"}}
+    return {"device_map": options.device_map, "max_memory": limits}
+
+
+def _named_device(options: Accelerate.Options) -> str:
+    name = options.device_map
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise EngineError(f"device_map={name}: must be {', '.join(_SPREADING)}, cpu, cuda or cuda:N")
+    if options.max_memory is not None:
+        raise EngineError(
+            f"max_memory spreads a model over devices, but device_map={name} names one; leave one of them out"
+        )
+    if name.startswith("cuda"):
+        _check_gpu(int(name.partition(":")[2] or 0), f"device_map={name}")
+    return name
+
+
+def _own_device(options: Accelerate.Options, world: World) -> str:
+    """The device of this rank, one of several on this host."""
+    if options.max_memory is not None or options.offload_folder is not None:
+        raise EngineError(
+            "max_memory and offload_folder spread one model over several devices; under several ranks each rank holds "
+            "a whole model on its own device. Leave them out, or start one rank"
+        )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == 0:
+        if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, memory.cores() // world.local_size))
+        return "cpu"
+    # Where the launcher shows each rank a GPU of its own, that one is number 0 for all of them.
+    index = 0 if gpus == 1 else world.local_rank
+    _check_gpu(index, f"local rank {world.local_rank}")
+    return f"cuda:{index}"
+
+
+def _check_gpu(index: int, who: str) -> None:
+    if not torch.cuda.is_available():
+        raise EngineError(
+            f"{who} asks for a GPU, but torch {torch.__version__} sees none here; check the driver, or leave it out"
+        )
+    if index >= torch.cuda.device_count():
+        raise EngineError(f"{who} asks for GPU {index}, but there are only {torch.cuda.device_count()}, counted from 0")
+
+
+def _parse_max_memory(text: str | None) -> dict[int | str, str] | None:
+    if text is None:
+        return None
+    limits: dict[int | str, str] = {}
+    for part in text.split(","):
+        found = _MEMORY.fullmatch(part.strip())
+        if not found:
+            raise EngineError(
+                f"max_memory={text}: must look like 0=20GiB,cpu=64GiB (a GPU's number or cpu, and a size)"
+            )
+        device, size = found.groups()
+        if device != "cpu":
+            _check_gpu(int(device), f"max_memory={text}")
+        limits["cpu" if device == "cpu" else int(device)] = size
+    return limits
+
+
+def _precision(dtype: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for `--dtype`."""
+    if dtype == "auto":
+        return {"dtype": "auto"}
+    if dtype in ("float32", "bfloat16", "float16"):
+        return {"dtype": getattr(torch, dtype)}
+    if dtype not in ("int8", "nf4"):
+        raise EngineError(f"dtype {dtype!r} is not known; choose auto, float32, bfloat16, float16, int8 or nf4")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EngineError(f"dtype {dtype} needs the package bitsandbytes: pip install bitsandbytes")
+    computed_in = torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    quantization: dict[str, Any] = {"load_in_8bit": True}
+    if dtype == "nf4":
+        quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": computed_in}
+    config = BitsAndBytesConfig(**quantization)  # type: ignore[no-untyped-call]
+    return {"dtype": "auto", "quantization_config": config}
+
+
+def _load(setup: Setup, options: Accelerate.Options, placement: dict[str, Any]) -> Any:
+    arguments = placement | _precision(setup.dtype)
+    load: Any = AutoModelForCausalLM.from_pretrained  # its annotation leaves out output_loading_info
+    if options.attn_implementation is not None:
+        arguments["attn_implementation"] = options.attn_implementation
+    try:
+        # A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs.
+        model, report = load(
+            setup.model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **arguments
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        MemoryError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
+        if memory.is_out_of_memory(error):
+            raise EngineError(
+                f"the model in {setup.model} does not fit into memory; use a smaller --dtype or more GPUs"
+            ) from error
+        raise EngineError(f"the model in {setup.model} cannot be loaded: {error}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise EngineError(
+            f"the weights in {setup.model} are not complete: {len(missing)} tensors are missing, {missing[0]} for one"
+        )
+    return model.eval()
+
+
+def _devices(model: Any) -> list[torch.device]:
+    """Where the model computes: its GPUs, the one with the first layers first; or the CPU."""
+    placed = [
+        torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in _places(model)
+    ]
+    gpus = list(dict.fromkeys(device for device in placed if device.type == "cuda"))
+    return gpus or [torch.device("cpu")]
+
+
+def _places(model: Any) -> list[int | str]:
+    # Layers that lie on the CPU or a disk are computed on a GPU if there is one.
+    return [place for place in getattr(model, "hf_device_map", {"": str(model.device)}).values() if place != "disk"]

@@ -1,0 +1,84 @@
+"""The engine that repeats its prompt: for dry runs, job-file checks and tests. Needs no model and no device."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from batchgen.engine import Encoder, Engine, EngineError, Setup
+from batchgen.types import Batch, Generation, Prompt, Tokens
+
+
+class _Bytes:
+    """A text's tokens are its UTF-8 bytes."""
+
+    context: int | None = None
+    vocabulary: int | None = 256
+
+    def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+
+    def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
+        return [text.encode("utf-8", "replace") for text in texts]
+
+
+class Echo(Engine):
+    """Answers with the first `max_new_tokens` bytes of the prompt."""
+
+    needs_model = False
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of `echo`."""
+
+        seconds: float = 0.0  # what a generation takes, so that there is something to interrupt
+
+        def __post_init__(self) -> None:
+            if self.seconds < 0:
+                raise EngineError("--set seconds must be 0 or more")
+
+    @classmethod
+    def encoder(cls, model: str) -> Encoder:
+        return _Bytes()
+
+    def __init__(self, setup: Setup, options: Any) -> None:
+        self._seconds: float = options.seconds
+        self._batch_size = setup.batch_size
+
+    def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        while not stop():
+            batch = self._next(prompts, stop)
+            if not batch:
+                return
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+            yield Batch(batch, peak_memory_bytes=memory)
+
+    def _next(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> list[Generation]:
+        """At most a second's work, so that commits cost little, and of at most the asked size."""
+        batch: list[Generation] = []
+        ends = time.monotonic() + 1.0
+        size = self._batch_size or 1 << 62
+        while len(batch) < size and time.monotonic() < ends:
+            step = list(islice(prompts, 1 if self._seconds else min(256, size - len(batch))))
+            if not step:
+                break
+            batch += map(_echo, step)
+            self.generated_tokens += sum(generation.generated_tokens for generation in batch[-len(step) :])
+            if self._seconds:
+                time.sleep(self._seconds)
+            if stop():
+                break
+        return batch
+
+
+def _echo(prompt: Prompt) -> Generation:
+    room = prompt.params.max_new_tokens
+    if len(prompt.tokens) <= room:
+        return Generation.of(
+            prompt, prompt.text or bytes(prompt.tokens).decode("utf-8", "replace"), "stop", len(prompt.tokens)
+        )
+    return Generation.of(prompt, bytes(prompt.tokens[:room]).decode("utf-8", "replace"), "length", room)

@@ -1,0 +1,196 @@
+"""The whole flow: rows → prompts → this stream's queue → engine → committed batches → merged output.
+
+prompts.jsonl ─formats→ rows ─prompts→ Prompt ─schedule→ queue ─Engine.generate→ batches ─checkpoint→ run folder
+                                                  ▲ minus done                                          │
+                                                  └──────────────────── RunFolder.done ◄────────────────┘
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from batchgen import checkpoint, launch
+from batchgen.checkpoint import (
+    FINAL,
+    HEARTBEAT_SECONDS,
+    Attempt,
+    Done,
+    RunFolder,
+    Status,
+    merge_with,
+    write_lines,
+)
+from batchgen.formats import Input
+from batchgen.output import ErrorFormat, renderer
+from batchgen.prepare import Ready, RunError, asked, check_all, facts, prepare
+from batchgen.prompts import Recipe
+from batchgen.stop import Stop
+from batchgen.work import Share
+from batchgen.world import World, from_environment
+
+logger = logging.getLogger(__name__)
+
+OutputFormat = Literal["jsonl", "parquet", "arrow"]
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where and how a run is carried out: what the command line knows and an ordinary caller need not say."""
+
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)  # the launcher's variables
+    ranks: int = 1  # processes to start on this host with `rank_command`; 1: the calling process does the work
+    rank_command: Sequence[str] = ()  # arguments of `python -m batchgen` that start one rank
+    heartbeat_seconds: float = HEARTBEAT_SECONDS  # after 18 missed ones, another host may take the run over
+    watch: Callable[[Attempt, Done], AbstractContextManager[object]] | None = None  # shows progress meanwhile
+
+
+def run(
+    inputs: str | Sequence[str],
+    out: str | Path | None = None,
+    *,
+    recipe: Recipe | None = None,
+    model: str | None = None,
+    engine: str = "accelerate",
+    settings: Sequence[str] = (),
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    strict: bool = False,
+    max_error_rate: float = 1.0,
+    output_format: OutputFormat = "jsonl",
+    error_format: ErrorFormat = "openai",
+    host: Host | None = None,
+) -> Status:
+    """Generates for every prompt of `inputs`, exactly once, and writes the run folder `out`.
+
+    Called again it goes on where it stopped, whatever stopped it; engine, batch size and ranks may differ then, all
+    else must be as it was. Under torchrun or srun every rank calls it. SIGINT, SIGTERM and SIGUSR2 stop it in order.
+
+    Args:
+        inputs: files, folders saved by `datasets`, or patterns.
+        out: the run folder; None: in the working folder, named after the first input.
+        recipe: how rows become prompts, and the sampling for what they do not set themselves.
+        model: a folder, `ORG/NAME[@REVISION]` of the hub on this machine, or None for the default model.
+        engine, settings: a name of `batchgen.engine.names()`, and `name=value` for its `Options`.
+        dtype: auto, float32, bfloat16, float16, int8 or nf4.
+        batch_size: most prompts in a batch; None: as many as fit.
+        strict: look at every row before the model loads, and raise if one is bad.
+        max_error_rate: the run stops once more than this share (0 to 1) of a stream's rows have failed.
+        output_format, error_format: of the merged generations; of the answers to OpenAI lines that fail.
+
+    Returns:
+        The state of the run over all attempts: `open` rows are left for the next start, `failed` ones have an error.
+
+    Raises:
+        RunError, InputError, ModelError, EngineError, CheckpointError, WorldError, ValueError: it could not start or
+            could not merge; the text is a sentence for the person at the terminal.
+    """
+    host = host or Host()
+    files = [inputs] if isinstance(inputs, str) else list(inputs)
+    folder = RunFolder(Path(out) if out is not None else default_folder(files))
+    world = from_environment(host.environment)
+    opened = partial(
+        prepare,
+        files,
+        folder.input_cache,
+        recipe or Recipe(),
+        host.environment,
+        model,
+        engine,
+        settings,
+        dtype,
+        batch_size,
+    )
+    stop = Stop()
+    with stop.on_signals():
+        if world.rank == 0 and world.attempt is None:
+            ready, attempt = _claimed(folder, opened, world, host, strict, error_format)
+        else:
+            attempt = checkpoint.join(folder, world)
+            ready = opened(scan=False)
+        # Before the engine exists: in a tensor-parallel group, a rank that read it later could see a batch that the
+        # first one has just recorded, and the two would generate different batches.
+        done = folder.done(len(ready.source))
+        model_name = ready.recipe.model or ready.model.name
+        render = renderer(model_name, folder.created, error_format, ready.answers_requests)
+        share = Share(ready, world, attempt, done, stop, max_error_rate, render)
+        _carry_out(share, attempt, done, world, host, stop)
+        return _finish(ready, attempt, world, stop, output_format)
+
+
+def default_folder(inputs: Sequence[str]) -> Path:
+    """The run folder where none is named: in the working folder, the first file's name up to its first dot."""
+    name = Path(inputs[0]).name if inputs else ""
+    stem = "".join("-" if letter in "*?[]" else letter for letter in name.lstrip(".").partition(".")[0])
+    if Path(stem).resolve() == Path(inputs[0] if inputs else "").resolve():
+        stem += "-out"  # the input is a folder: never write into it
+    return Path(stem or "out")
+
+
+def _claimed(
+    folder: RunFolder, opened: Callable[..., Ready], world: World, host: Host, strict: bool, error_format: ErrorFormat
+) -> tuple[Ready, Attempt]:
+    """Opens the input and takes the run folder, on behalf of all ranks."""
+    folder.make()
+    checkpoint.check_free(folder, world)
+    ready = opened(scan=True)
+    if strict:
+        check_all(ready)
+    known = facts(ready, max(world.size, host.ranks))
+    folder.ask(asked(ready, error_format), known)
+    return ready, checkpoint.claim(folder, world, known, host.heartbeat_seconds)
+
+
+def _carry_out(share: Share, attempt: Attempt, done: Done, world: World, host: Host, stop: Stop) -> None:
+    """This process's share, or its ranks' shares."""
+    leads = world.rank == 0 and world.attempt is None
+    showing = host.watch(attempt, done) if leads and host.watch is not None else nullcontext()
+    try:
+        with showing:
+            if host.ranks == 1 or world.size > 1 or done.good == len(done.states):
+                share.work()
+            elif 4 in launch.start_ranks(attempt, host.rank_command, host.ranks, stop, host.environment):
+                raise RunError("a rank could not start; it says above why")
+    except BaseException as error:
+        if leads and world.size == 1:
+            attempt.end(f"failed: {type(error).__name__}: {error}")
+        raise
+
+
+def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_format: OutputFormat) -> Status:
+    """Ends the attempt, and merges if nothing is open; among several ranks, the last one to end does that."""
+    if world.attempt is not None:
+        return checkpoint.status(attempt.folder)  # the starter does it
+    beats = attempt.heartbeats()
+    last = world.size == 1 or (len(beats) == world.size and all(beat["state"] in FINAL for beat in beats.values()))
+    status = checkpoint.status(attempt.folder, verify=last)
+    if last:
+        if not status.open:
+            merge(attempt.folder, ready.source, output_format, typed=not ready.answers_requests)
+        try:
+            attempt.end(stop.reason or ("finished" if not status.open else "ended with open rows: a rank died"))
+        except OSError as error:
+            logger.warning("cannot write that the attempt has ended: %s", error)
+        status = checkpoint.status(attempt.folder)
+    return status
+
+
+def merge(folder: RunFolder, source: Input | None, output_format: OutputFormat, *, typed: bool = True) -> Path:
+    """Writes the output files of `folder` from what is recorded; gives the path of the generations.
+
+    Args:
+        source: the input, whose columns keep their types in Parquet and Arrow; None: infer them from the rows.
+    """
+    rows = int(folder.asked()["rows"])
+    if output_format == "jsonl":
+        return merge_with(write_lines, folder, rows, "generations.jsonl")
+    from batchgen.tables import write_table  # pyarrow takes a quarter of a second
+
+    write = partial(write_table, format=output_format, source=source if typed else None)
+    return merge_with(write, folder, rows, f"generations.{output_format}")

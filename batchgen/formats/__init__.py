@@ -1,0 +1,298 @@
+"""Input files as numbered rows.
+
+Each other module here is one input format: one concrete class that derives from `Source`, found by its file name.
+`Input` is several files, one after the other, as one run of rows numbered from 0. One process scans it and leaves what
+it found in a cache folder; the others take that. Rows are read when asked for: the input may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+from abc import ABC, abstractmethod
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate, chain, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+
+from batchgen.types import Row, RowError
+
+if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
+    import pyarrow as pa
+
+Value = Mapping[str, object] | RowError  # the columns of one row, or why they could not be read
+
+_PIECE_ROWS, _PIECE_BYTES = 1024, 1 << 22  # of a typed file, that become Python objects at once, at most about
+
+
+class InputError(Exception):
+    """The input cannot be read: a sentence for the person at the terminal."""
+
+
+class Scan(NamedTuple):
+    """What reading a whole file once has shown."""
+
+    digest: str  # SHA-256 of the bytes, hex
+    size: int  # bytes of what rows are read from: the file, its unpacked text, or the files of a folder
+    rows: int
+
+
+class Block(NamedTuple):
+    """Rows of a typed file that are stored together: a row group, a record batch."""
+
+    rows: int
+    read: Callable[[], Iterable[pa.RecordBatch]]  # may raise what pyarrow raises
+
+
+class Source(ABC):
+    """One input file, or one folder that counts as a file.
+
+    A format gives `suffixes`, `scan`, and either `schema` and `blocks` (typed columns) or a `rows` of its own.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]] = ()  # file name endings, in lower case, with the dot
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        """Whether `path`, which exists, is of this format by its name."""
+        return path.is_file() and path.name.lower().endswith(cls.suffixes)
+
+    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool) -> None:
+        """Opens the `number`-th file of the input, counted from 0; rows call it `name`.
+
+        `scan` reads the whole file and leaves what it found in the folder `cache`; without it, that is taken.
+
+        Raises:
+            InputError: it cannot be read, is not what its name says, was not scanned, or has changed since.
+        """
+        self.path, self.name = path, name
+        self.cache = cache / f"{number:05d}"  # an ending of its own for each file of a format
+        record = self.cache.with_suffix(".json")
+        try:
+            if scan:
+                cache.mkdir(parents=True, exist_ok=True)
+                self.scanned = self.scan()
+                scratch = record.with_suffix(f".{os.getpid()}")
+                scratch.write_text(json.dumps([name, *self.scanned]))
+                os.replace(scratch, record)
+                return
+            found, *values = json.loads(record.read_bytes())
+            self.scanned = Scan(*values)
+        except OSError as error:
+            raise InputError(f"cannot read or write {error.filename or path}: {error.strerror or error}") from error
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{record} is damaged. Delete it and start again") from error
+        if found != name:
+            raise InputError(f"file {number + 1} of the input is {name} now, but was {found} when the run started")
+        self.check_unchanged()
+
+    def __len__(self) -> int:
+        return self.scanned.rows
+
+    def files(self) -> list[Path]:
+        """What rows are read from, in order."""
+        return [self.path]
+
+    def check_unchanged(self) -> None:
+        """Raises InputError if the size is not that of the scan: rows read then would be garbage."""
+        try:
+            size = sum(file.stat().st_size for file in self.files())
+        except OSError as error:
+            raise InputError(f"cannot open {error.filename}: {error.strerror}") from error
+        if size != self.scanned.size:
+            was = f"it had {self.scanned.size} bytes when the run started and has {size} now"
+            raise InputError(f"{self.path} has changed: {was}. Put it back as it was, or start a new run")
+
+    @abstractmethod
+    def scan(self) -> Scan:
+        """Reads the whole file once. May raise OSError besides InputError."""
+
+    def schema(self) -> pa.Schema | None:
+        """The types of the columns; None for a format that has none."""
+        return None
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks of a typed file in order. A block is read, if at all, before the next one is asked for."""
+        raise NotImplementedError(f"{type(self).__name__} has no typed columns")
+
+    def rows(self, numbers: Iterable[int]) -> Iterator[tuple[int, int, Value]]:
+        """Number (in this file, from 0), line (from 1) and value of each row of `numbers`, which must ascend.
+
+        Reads forward, and a little ahead: one call for many rows, not many calls. A bad row is a value, no exception.
+
+        Raises:
+            InputError: the file cannot be read any further.
+        """
+        self.check_unchanged()
+        wanted = iter(numbers)
+        number, end = next(wanted, None), 0
+        for block in self.blocks():
+            begin, end = end, end + block.rows
+            if number is None:
+                return
+            for batch in self.read(block, begin) if number < end else ():
+                picked = []
+                while number is not None and number < begin + batch.num_rows:
+                    picked.append(number - begin)
+                    number = next(wanted, None)
+                for row, value in _values(batch, picked, begin):
+                    yield begin + row, begin + row + 1, value
+                begin += batch.num_rows
+                if number is None:
+                    return
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows of a typed file in order, few at a time. May raise InputError; so may `read`."""
+        self.check_unchanged()
+        begin = 0
+        for block in self.blocks():
+            yield from self.read(block, begin)
+            begin += block.rows
+
+    def read(self, block: Block, begin: int) -> Iterator[pa.RecordBatch]:
+        """The rows of `block`, whose first has number `begin`, in pieces that may become Python objects at once."""
+        import pyarrow as pa
+
+        try:
+            for batch in block.read():
+                rows = min(_PIECE_ROWS, 1 + _PIECE_BYTES * batch.num_rows // (1 + batch.get_total_buffer_size()))
+                yield from (batch.slice(row, rows) for row in range(0, batch.num_rows, rows))
+        except (pa.ArrowException, OSError) as error:
+            where = f"rows {begin + 1} to {begin + block.rows}"
+            raise InputError(f"{self.path} is damaged: {where} cannot be read ({error})") from error
+
+
+def _values(batch: pa.RecordBatch, picked: Sequence[int], begin: int) -> Iterator[tuple[int, Value]]:
+    # Neighbours, which keep the same distance to their position, are converted together.
+    for _, run in groupby(enumerate(picked), lambda pair: pair[1] - pair[0]):
+        rows = [row for _, row in run]
+        try:
+            yield from zip(rows, batch.slice(rows[0], len(rows)).to_pylist(), strict=True)
+        except (ValueError, OverflowError, NotImplementedError) as error:  # no UTF-8; a date after 9999
+            if len(rows) > 1:
+                yield from chain.from_iterable(_values(batch, [row], begin) for row in rows)
+            else:
+                line = begin + rows[0] + 1
+                yield rows[0], RowError("malformed_value", f"row {line} has a value that cannot be read: {error}", line)
+
+
+def find(path: Path) -> type[Source]:
+    """The format of `path`, by its name.
+
+    Raises:
+        InputError: there is no such file, or no such format; the message lists those there are.
+    """
+    if not path.exists():
+        raise InputError(f"there is no file {path}")
+    known: list[str] = []
+    modules = [module.name for module in pkgutil.iter_modules(__path__)]
+    # The format that the file is named after comes first, so that the others are not imported.
+    for module in sorted(modules, key=lambda name: f".{name}" not in path.name):
+        for value in vars(importlib.import_module(f"{__name__}.{module}")).values():
+            if isinstance(value, type) and issubclass(value, Source) and value is not Source:
+                if value.accepts(path):
+                    return value
+                known += value.suffixes
+    raise InputError(f"{path} is of no known format: its name must end in one of {', '.join(sorted(known))}")
+
+
+class Input:
+    """The files of a run, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        self._begins = list(accumulate(map(len, sources), initial=0))
+
+    @classmethod
+    def open(cls, paths: Sequence[str], cache: Path, *, scan: bool) -> Self:
+        """The input that `paths` name: files, folders, or patterns, whose files are taken in the order of their names.
+
+        One process opens it with `scan`, which reads every file once; then others may, without, from the same `cache`.
+
+        Raises:
+            InputError: as `Source`; or there is nothing to read, a pattern matches nothing, a file is named twice.
+        """
+        files = [path for text in paths for path in _expand(text)]
+        if not files:
+            raise InputError("there is no input: name at least one file")
+        names = _names(files)
+        each = enumerate(zip(files, names, strict=True))
+        return cls([find(path)(path, name, cache, number, scan) for number, (path, name) in each])
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what the files hold, hex: the same wherever they lie and whatever they are called."""
+        return hashlib.sha256(json.dumps([(s.scanned.digest, len(s)) for s in self.sources]).encode()).hexdigest()
+
+    def rows(self, numbers: Iterable[int]) -> Iterator[Row]:
+        """The rows of these numbers, which must ascend. One call for many rows, not many calls; as `Source.rows`."""
+        for place, part in groupby(numbers, partial(bisect_right, self._begins)):
+            begin, source = self._begins[place - 1], self.sources[place - 1]
+            for number, line, value in source.rows(number - begin for number in part) if begin else source.rows(part):
+                yield Row(begin + number, source.name, line, value)
+
+    def schema(self) -> pa.Schema | None:
+        """The types of the columns, if all files have the same."""
+        first, *others = [source.schema() for source in self.sources]
+        same = first is not None and all(other is not None and first.equals(other) for other in others)
+        return first if same else None
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows in order, few at a time. Only where there is a `schema`."""
+        return chain.from_iterable(source.batches() for source in self.sources)
+
+    def duplicates(self, id_of: Callable[[Row], str | None]) -> dict[int, int]:
+        """Row number of each repeated id -> row number that had it first. Rows without an id are left out.
+
+        Reads all rows once, and those again that may be repeated. 8 bytes a row, 24 while sorting.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        hashes = array("q")
+        for row in self.rows(range(len(self))):
+            id = id_of(row)
+            # Rows without an id get hashes of their own, so that they do not all look alike.
+            hashes.append(~row.index if id is None else hash(id))
+        values = pa.Array.from_buffers(pa.int64(), len(hashes), [None, pa.py_buffer(hashes)])
+        order = pc.sort_indices(values)
+        ordered = values.take(order)
+        same = pc.equal(ordered[1:], ordered[:-1])
+        suspects = pa.concat_arrays([order[1:].filter(same), order[:-1].filter(same)]).unique().sort()
+        first: dict[str, int] = {}
+        repeated = {}
+        for row in self.rows(number.as_py() for number in suspects):
+            id = id_of(row)
+            if id is not None and first.setdefault(id, row.index) != row.index:
+                repeated[row.index] = first[id]
+        return repeated
+
+
+def _expand(text: str) -> list[Path]:
+    """The files that `text` names. What exists is no pattern, whatever characters are in its name."""
+    found = [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
+    if not found:
+        raise InputError(f"no file matches {text}")
+    return [Path(path) for path in found]
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The name of each file; where several have the same, the path from the folder that holds those."""
+    full = [Path(os.path.abspath(file)) for file in files]
+    alike: dict[str, list[Path]] = {}
+    for file in full:
+        alike.setdefault(file.name, []).append(file)
+        if alike[file.name].count(file) > 1:
+            raise InputError(f"{file} is named twice in the input")
+    folders = {name: os.path.commonpath([file.parent for file in same]) for name, same in alike.items()}
+    return [file.relative_to(folders[file.name]).as_posix() for file in full]

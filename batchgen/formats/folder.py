@@ -1,0 +1,103 @@
+"""A folder saved by `datasets.Dataset.save_to_disk`: Arrow streams, and `state.json` that says in which order.
+
+Read with pyarrow alone: all columns as they are stored, whatever format the dataset was set to, pictures undecoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchgen.formats import Block, InputError, Scan, Source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Folder(Source):
+    """One dataset; `line` is its row, counted from 1."""
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        """Any folder: what is wrong with one that `datasets` did not save is said when it is opened."""
+        return path.is_dir()
+
+    def files(self) -> list[Path]:
+        """The Arrow files, in the order of the rows."""
+        return self._files
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        splits = self.path / "dataset_dict.json"
+        if splits.exists():
+            names = _read_json(splits).get("splits", [])
+            paths = ", ".join(str(self.path / str(name)) for name in names)
+            raise InputError(f"{self.path} holds several splits. Name one of them instead: {paths}")
+        if not (self.path / "state.json").exists():
+            raise InputError(
+                f"{self.path} is a folder, but not one that datasets saved: it has no state.json. "
+                f"Name the files in it instead, such as '{self.path}/*.jsonl'"
+            )
+        state = _read_json(self.path / "state.json")
+        if state.get("_indices_data_files"):
+            raise InputError(
+                f"{self.path} was saved by an old version of datasets, with its rows in another order than its files "
+                "have. Load it with that version, call flatten_indices() and save it again"
+            )
+        try:
+            return [self.path / file["filename"] for file in state["_data_files"]]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{self.path / 'state.json'} does not name the files of the dataset") from error
+
+    def scan(self) -> Scan:
+        """Reads all bytes for the digest, then every record batch."""
+        digest = hashlib.sha256()
+        size = 0
+        for path in self._files:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+                size += file.tell()
+            digest.update(json.dumps([path.name, content]).encode())
+        return Scan(digest.hexdigest(), size, sum(block.rows for block in self.blocks()))
+
+    def schema(self) -> pa.Schema:
+        """The types of the columns."""
+        if not self._files:
+            raise InputError(f"{self.path} is a dataset without files")
+        with _opened(self._files[0]) as reader:
+            return reader.schema
+
+    def blocks(self) -> Iterator[Block]:
+        """The record batches of all files."""
+        schema = self.schema()
+        for path in self._files:
+            with _opened(path) as reader:
+                if not reader.schema.equals(schema):
+                    raise InputError(f"{path} has other columns than {self._files[0].name}. Save the dataset again")
+                yield from (Block(batch.num_rows, partial(iter, [batch])) for batch in reader)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+            yield reader
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as an Arrow stream: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: it holds no object")
+    return value

@@ -1,0 +1,265 @@
+"""JSON Lines, plain or compressed: one object a line, UTF-8.
+
+The scan notes where each line begins (8 bytes a row, in memory and in the cache folder). A compressed file is unpacked
+once, into the cache folder. A line that is no JSON object is an error row. Blank lines are no rows, but count as lines.
+Where an object has a key twice, the last one counts, as Python's json has it.
+"""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from math import isinf
+from pathlib import Path
+from typing import IO, Any, Never
+
+from batchgen.formats import InputError, Scan, Source, Value
+from batchgen.types import RowError
+
+WINDOW = 1 << 18  # bytes read at once: more costs no less time, and only this much lies around
+DEEPEST = 200  # levels of lists and objects; Python's json reads about 1000, but cannot write as many everywhere
+_BOM = b"\xef\xbb\xbf"
+
+
+class Jsonl(Source):
+    """One file of JSON lines."""
+
+    suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
+
+    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool) -> None:
+        self._begins: array[int] = array("Q")  # the byte where each row begins; then one past the newline of the last
+        self._blanks: array[int] = array("Q")  # for each blank line, how many rows stand above it
+        super().__init__(path, name, cache, number, scan)
+        if not scan and self._load() != self.scanned:
+            raise InputError(f"{self._index} is not the index of {path}, or damaged. Delete it and start again")
+
+    @property
+    def _packed(self) -> bool:
+        return self.path.suffix.lower() in (".gz", ".zst")
+
+    @property
+    def _text(self) -> Path:
+        return self.cache.with_suffix(".jsonl") if self._packed else self.path
+
+    @property
+    def _index(self) -> Path:
+        return self.cache.with_suffix(".offsets")
+
+    def files(self) -> list[Path]:
+        """The file, or its unpacked text."""
+        return [self._text]
+
+    def scan(self) -> Scan:
+        """Notes where the rows begin; unpacks the file, unless an earlier start has."""
+        if self._packed:
+            return self._unpack()
+        sha = hashlib.sha256()
+        with self.path.open("rb", buffering=WINDOW) as lines:
+            size = self._note(_passed(lines, sha.update))
+        return self._save(sha.hexdigest(), size)
+
+    def _unpack(self) -> Scan:
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        before = self._load()
+        if before and before.digest == digest and self._text.exists() and self._text.stat().st_size == before.size:
+            return before
+        try:
+            with _unpacked(self.path) as lines, _replacing(self._text) as text:
+                size = self._note(_passed(lines, text.write))
+        except (EOFError, zlib.error, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                where = f"cannot unpack {self.path} into {self._text.parent}"
+                raise InputError(f"{where}: {error.strerror}. It needs room for the whole text") from error
+            raise InputError(f"{self.path} cannot be unpacked: {error}. It is damaged, or was cut off") from error
+        return self._save(digest, size)
+
+    def _note(self, lines: Iterable[bytes]) -> int:
+        """Fills the index; gives the number of bytes of `lines`."""
+        self._begins, self._blanks = begins, blanks = array("Q"), array("Q")
+        position = 0
+        line = b"\n"
+        for line in lines:
+            text = line.removeprefix(_BOM) if position == 0 else line
+            if text.strip():
+                begins.append(position + len(line) - len(text))
+            else:
+                blanks.append(len(begins))
+            position += len(line)
+        begins.append(position if line.endswith(b"\n") else position + 1)
+        return position
+
+    def _save(self, digest: str, size: int) -> Scan:
+        with _replacing(self._index) as file:
+            file.write(json.dumps([digest, size, len(self._begins), len(self._blanks)]).encode() + b"\n")
+            self._begins.tofile(file)
+            self._blanks.tofile(file)
+        return Scan(digest, size, len(self._begins) - 1)
+
+    def _load(self) -> Scan | None:
+        """Fills the index from what `_save` wrote; None if that is not there or not whole."""
+        self._begins, self._blanks = array("Q"), array("Q")
+        try:
+            with self._index.open("rb") as file:
+                digest, size, begins, blanks = json.loads(file.readline())
+                self._begins.fromfile(file, begins)
+                self._blanks.fromfile(file, blanks)
+        except (FileNotFoundError, ValueError, TypeError, EOFError):
+            return None
+        return Scan(digest, size, begins - 1)
+
+    def rows(self, numbers: Iterable[int]) -> Iterator[tuple[int, int, Value]]:
+        """As `Source.rows`, in any order; quick where it ascends. Error rows are `malformed_json` or `wrong_type`."""
+        self.check_unchanged()
+        begins, blanks, decode = self._begins, self._blanks, _DECODER.raw_decode
+        with self._text.open("rb") as file:
+            for window in self._windows(numbers):
+                start = begins[window[0]]
+                data = self._read(file, start, begins[window[-1] + 1])
+                escapes = b"\\ud" in data or b"\\uD" in data
+                for number in window:
+                    line = number + 1 + (bisect_right(blanks, number) if blanks else 0)
+                    raw = data[begins[number] - start : begins[number + 1] - start - 1]
+                    value: Value
+                    try:
+                        text = raw.decode()
+                        value, end = decode(text)
+                    except (ValueError, RecursionError):
+                        value = _read_carefully(raw, line)
+                    else:
+                        if type(value) is not dict or (end != len(text) and text[end:].strip()):
+                            value = _read_carefully(raw, line)
+                        elif escapes or (end > 2 * DEEPEST and text.count("[") + text.count("{") > DEEPEST):
+                            value = _writable(value, line)
+                    yield number, line, value
+
+    def _windows(self, numbers: Iterable[int]) -> Iterator[list[int]]:
+        """`numbers` in groups whose text lies within `WINDOW` bytes, or alone."""
+        begins = self._begins
+        window: list[int] = []
+        limit = 0
+        for number in numbers:
+            if begins[number + 1] > limit and window:
+                yield window
+                window = []
+            if not window:
+                limit = begins[number] + WINDOW
+            window.append(number)
+        if window:
+            yield window
+
+    def _read(self, file: IO[bytes], start: int, end: int) -> bytes:
+        file.seek(start)
+        data = file.read(end - start)
+        size = self.scanned.size  # a last line without a newline ends one byte behind it
+        if len(data) != min(end, size) - start or (end <= size and not data.endswith(b"\n")):
+            raise InputError(f"{self._text} has changed while it was read. Put it back as it was, or start a new run")
+        return data
+
+
+def _passed(lines: Iterable[bytes], to: Callable[[bytes], object]) -> Iterator[bytes]:
+    for line in lines:
+        to(line)
+        yield line
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+    with ExitStack() as files:
+        raw: Any
+        if path.suffix.lower() == ".gz":
+            raw = files.enter_context(gzip.open(path, "rb"))
+        else:
+            import pyarrow as pa  # has Zstandard, which the standard library of Python 3.11 has not
+
+            raw = files.enter_context(pa.input_stream(str(path), compression="zstd"))
+        yield files.enter_context(io.BufferedReader(raw, WINDOW))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` once it is written to the end and on the disk; else nothing changes."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb", buffering=WINDOW) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            error.filename = str(path)  # a failed write does not say where
+        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _refuse_constant(name: str) -> Never:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+
+
+def _read_carefully(raw: bytes, line: int) -> Value:
+    """The object in `raw`, or the error row that says what is wrong with it."""
+    try:
+        value = _DECODER.decode(raw.decode())
+    except UnicodeDecodeError as error:
+        return _malformed(line, f"is not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}")
+    except json.JSONDecodeError as error:
+        return _malformed(line, f"is not valid JSON: {error.msg} at column {error.pos + 1}")
+    except RecursionError:
+        return _malformed(line, f"has lists or objects more than {DEEPEST} levels deep")
+    except ValueError as error:
+        return _malformed(line, f"is not valid JSON: {error}")
+    if not isinstance(value, dict):
+        return RowError("wrong_type", f"line {line} holds {_KINDS[type(value)]}, not an object", line)
+    return _writable(value, line)
+
+
+def _writable(value: dict[str, object], line: int) -> Value:
+    """`value`, if it can be written as JSON again."""
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        parts = chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for part in parts if isinstance(part, (dict, list))]
+    if level:
+        return _malformed(line, f"has lists or objects more than {DEEPEST} levels deep")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        return _malformed(line, f"has {half} in a text: half of a surrogate pair, which is no character in UTF-8")
+    return value
+
+
+def _malformed(line: int, why: str) -> RowError:
+    return RowError("malformed_json", f"line {line} {why}", line)
+
+
+_KINDS = {
+    list: "a list",
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}

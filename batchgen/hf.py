@@ -1,0 +1,209 @@
+"""Tokenize → `model.generate` → decode, for engines that hold a Transformers model. Knows no engine.
+
+`HfEncoder` needs the model's folder only; `StaticBatches` needs the loaded model too.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from batchgen import memory
+from batchgen.decoding import Sampler, Stopper, StopTexts, cut
+from batchgen.encoder import HfEncoder
+from batchgen.types import Batch, FinishReason, Generation, Prompt
+
+__all__ = ["HfEncoder", "StaticBatches"]
+
+
+class _Abandoned(Exception):
+    """`stop()` became true in the middle of a batch."""
+
+
+class StaticBatches:
+    """Batches of prompts through `model.generate`: one in, one out.
+
+    Args:
+        model: a causal language model of Transformers, in eval mode. Its generation config is replaced by an empty one,
+            so that a temperature or a penalty which came with the weights has no effect.
+        encoder: the same model's.
+        device: where token ids go. Not read off the model: that may have its first layers on a disk.
+        devices: all devices the model is on; what a batch may take is measured there.
+        batch_size: most rows of a batch; None: as many as an estimate says will fit.
+        local_size: ranks that share this host's memory.
+        count: is told how many tokens each decode step has generated.
+        generate_kwargs: passed on to `model.generate`, `synced_gpus` for one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: HfEncoder,
+        *,
+        device: torch.device,
+        devices: Sequence[torch.device] = (),
+        batch_size: int | None,
+        local_size: int = 1,
+        count: Callable[[int], None],
+        generate_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model = model
+        self._encoder = encoder
+        self._device = device
+        self._devices = devices or [device]
+        self._batch_size = batch_size
+        self._local_size = local_size
+        self._count = count
+        self._generate_kwargs = dict(generate_kwargs or {})
+        self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+        self._limits = memory.SizeLimits()
+        self._held: Prompt | None = None
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+
+    def run(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        """Every prompt of `prompts`, in finished batches; ends early, without what is in flight, once `stop()` is true.
+
+        `prompts` come longest first, so that the rows of a batch end at about the same time.
+        """
+        while not stop() and (batch := self.pull(prompts)):
+            try:
+                yield from self.finish(batch, stop)
+            except _Abandoned:
+                return
+
+    def pull(self, prompts: Iterator[Prompt]) -> list[Prompt]:
+        """The next batch; empty when there is nothing left."""
+        free = memory.free_bytes(self._devices, self._local_size) if self._batch_size is None else 0
+        batch: list[Prompt] = []
+        prompt_tokens = new_tokens = most = 0
+        while not batch or len(batch) < most:
+            prompt, self._held = self._held or next(prompts, None), None
+            if prompt is None:
+                break
+            prompt_tokens = max(prompt_tokens, len(prompt.tokens))
+            new_tokens = max(new_tokens, prompt.params.max_new_tokens)
+            most = self._most_rows(prompt_tokens, new_tokens, free)
+            if batch and len(batch) >= most:
+                self._held = prompt
+                break
+            batch.append(prompt)
+        return batch
+
+    def _most_rows(self, prompt_tokens: int, new_tokens: int, free: int) -> int:
+        learnt = self._limits.most(prompt_tokens + new_tokens)
+        ceiling = self._batch_size
+        if ceiling is None:
+            row = memory.bytes_per_row(
+                self._encoder.config,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                item_bytes=self._model.dtype.itemsize,
+                eager=not getattr(self._model, "_supports_sdpa", False),
+            )
+            ceiling = memory.rows_that_fit(free, row, self._device)
+        return ceiling if learnt is None else min(ceiling, learnt)
+
+    def finish(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        """`batch`, in as many pieces as memory asks for; a prompt that does not fit alone is a failed generation."""
+        parts = deque([list(batch)])
+        while parts:
+            part = parts.popleft()
+            length = _length(part)
+            most = self._limits.most(length)
+            if most is not None and len(part) > most:
+                parts.extendleft(reversed([part[i : i + most] for i in range(0, len(part), most)]))
+                continue
+            finished = self._attempt(part, stop)
+            if finished is not None:
+                yield finished
+            elif len(part) == 1:
+                yield Batch([_refuse(part[0])], 0, memory.take_peak_bytes(self._devices))
+            else:
+                self._limits.remember(length, (len(part) + 1) // 2)
+                parts.appendleft(part)
+
+    def _attempt(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Batch | None:
+        """The finished batch, or None: out of memory."""
+        try:
+            return self.generate(batch, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        # Only here: while the exception is handled, its traceback holds every tensor of the failed call.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def generate(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Batch:
+        """`batch` in one call of `model.generate`; out of memory is the caller's business."""
+        inputs = self._pad(batch)
+        width = inputs["input_ids"].shape[1]
+        texts = StopTexts(batch, self._encoder.end_tokens, self._encoder.decode, self._encoder.special_tokens)
+        stopper = Stopper(batch, self._encoder.end_tokens, texts, device=self._device, stop=stop, count=self._count)
+        sampler = Sampler(batch, self._device)
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max(prompt.params.max_new_tokens for prompt in batch),
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self._encoder.pad_token,
+            eos_token_id=self._encoder.end_tokens or None,
+        )
+        with torch.inference_mode():
+            output = self._model.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([sampler] if sampler.needed else []),
+                stopping_criteria=StoppingCriteriaList([stopper]),
+                **self._generate_kwargs,
+            )
+        if stopper.abandoned:
+            raise _Abandoned
+        return self._collect(batch, output[:, width:].tolist(), stopper, width)
+
+    def _pad(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """Left-padded ids, mask and positions, each [rows, longest prompt]."""
+        width = max(len(prompt.tokens) for prompt in batch)
+        gaps = [width - len(prompt.tokens) for prompt in batch]
+        pad = self._encoder.pad_token
+        ids = torch.tensor([[pad] * gap + list(prompt.tokens) for gap, prompt in zip(gaps, batch, strict=True)])
+        mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_positions:
+            # `generate` appends the following positions itself at each step.
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        return {name: tensor.to(self._device) for name, tensor in inputs.items()}
+
+    def _collect(self, batch: Sequence[Prompt], rows: list[list[int]], stopper: Stopper, width: int) -> Batch:
+        generations = []
+        padded = 0
+        for prompt, row, length, stopped in zip(
+            batch, rows, stopper.lengths.tolist(), stopper.stopped.tolist(), strict=True
+        ):
+            text = self._encoder.decode(row[:length])
+            text_before_stop = cut(text, prompt.params.stop)
+            reason: FinishReason = "stop" if stopped or text_before_stop != text else "length"
+            generations.append(Generation.of(prompt, text_before_stop, reason, length))
+            padded += width - len(prompt.tokens) + stopper.steps - length
+        return Batch(generations, padded, memory.take_peak_bytes(self._devices))
+
+
+def _length(batch: Sequence[Prompt]) -> int:
+    """Tokens of the longest row that `batch` can come to."""
+    return max(len(p.tokens) for p in batch) + max(p.params.max_new_tokens for p in batch)
+
+
+def _refuse(prompt: Prompt) -> Generation:
+    return Generation.failed(
+        prompt,
+        "out_of_memory",
+        f"line {prompt.line}: {len(prompt.tokens)} prompt tokens and up to {prompt.params.max_new_tokens} new ones "
+        "do not fit into memory, even alone in a batch. Lower max_new_tokens, shorten the prompt, "
+        "or use a machine with more memory or a smaller --dtype",
+    )

@@ -1,0 +1,110 @@
+"""Starts the ranks of `batchgen run --ranks N` on this host, and sees to it that none outlives the starter.
+
+The starter claims the run folder, starts its own command N times, passes signals on, waits, and merges; it imports
+neither torch nor a model. The variables it sets are torchrun's, so that an engine cannot tell the difference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from batchgen.checkpoint import Attempt
+from batchgen.stop import Stop
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 30.0  # for the other ranks to commit and end after one has died
+_PR_SET_PDEATHSIG = 1  # see prctl(2)
+
+
+def start_ranks(
+    attempt: Attempt, command: Sequence[str], count: int, stop: Stop, environment: Mapping[str, str]
+) -> list[int]:
+    """Runs `python -m batchgen COMMAND…` as `count` ranks to their end; gives their exit codes, negative for a signal.
+
+    If one rank dies, the others get SIGTERM, and `GRACE_SECONDS` later SIGKILL.
+    """
+    port = _free_port()
+    ranks = [_start(command, _variables(attempt, rank, count, port, environment)) for rank in range(count)]
+    try:
+        return _wait(ranks, stop)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def _variables(attempt: Attempt, rank: int, count: int, port: int, environment: Mapping[str, str]) -> dict[str, str]:
+    variables = dict(environment)
+    # As torchrun does, but all cores: N ranks with a thread a core each would get in each other's way.
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    variables.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        BATCHGEN_ATTEMPT=str(attempt.number),
+        BATCHGEN_STARTER=str(os.getpid()),
+    )
+    return variables
+
+
+def _free_port() -> int:
+    # Two runs on one node must not meet on a fixed port.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start(command: Sequence[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    # A session of its own: an interrupt at the terminal reaches the starter alone, which passes it on once.
+    return subprocess.Popen(
+        [sys.executable, "-m", "batchgen", *command],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # stdout carries results only, whatever a library prints
+        start_new_session=True,
+    )
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
+    passed_on: int | None = None
+    deadline: float | None = None
+    while any(rank.poll() is None for rank in ranks):
+        if stop.signal is not None and passed_on is None:
+            passed_on = stop.signal
+            _send(ranks, passed_on)
+        if deadline is None and any(rank.returncode for rank in ranks):
+            dead = next(number for number, rank in enumerate(ranks) if rank.returncode)
+            logger.error("rank %d died (exit code %d); ending the others", dead, ranks[dead].returncode)
+            _send(ranks, signal.SIGTERM)
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            _send(ranks, signal.SIGKILL)
+        time.sleep(0.05)
+    return [rank.returncode for rank in ranks]
+
+
+def _send(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(number)
+
+
+def die_with(starter: int) -> None:
+    """Lets the kernel kill this process when its parent, the starter, is gone, however that one died."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != starter:  # it died before we asked
+        os._exit(75)

@@ -1,0 +1,128 @@
+"""How many rows fit: an estimate before a batch, and what an out-of-memory error has taught."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_MOST_ROWS = 512
+_MOST_ROWS_ON_CPU = 32  # beyond this a CPU gains nothing, and one batch would take minutes to commit
+_SHARE = 0.8  # of free memory; the rest is for fragmentation and what the estimate leaves out
+_BUCKET = 1.25  # lengths within this factor share a limit
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA
+    "can't allocate memory",  # torch's CPU allocator
+    "cannot allocate memory",  # errno 12 in other words
+    "bad_alloc",  # C++, through a torch error
+    "alloc_failed",  # cuBLAS's workspace
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that an allocation failed, on a GPU or on the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+
+
+class SizeLimits:
+    """The most rows a batch may have, by its length in tokens (prompt and new ones), learnt from running out."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}  # lower edge of a bucket of lengths → rows
+
+    def remember(self, length: int, rows: int) -> None:
+        """From `length` tokens up, a batch has no more than `rows` rows."""
+        edge = math.floor(_BUCKET ** math.floor(math.log(max(length, 1), _BUCKET)))
+        self._rows[edge] = min(rows, self._rows.get(edge, rows))
+
+    def most(self, length: int) -> int | None:
+        """Most rows of a batch of `length` tokens; None: nothing learnt.
+
+        A shorter batch may have more rows in proportion: the cache and the activations grow with rows x length.
+        """
+        return min((max(rows, rows * edge // max(length, 1)) for edge, rows in self._rows.items()), default=None)
+
+
+def bytes_per_row(config: Any, *, prompt_tokens: int, new_tokens: int, item_bytes: int, eager: bool) -> int:
+    """Memory that one row of a batch takes, an estimate from the model's config alone.
+
+    The cache holds a key and a value a layer and token. Logits are float32, twice: as computed and as processed. During
+    prefill one layer's activations live at a time: about four of the hidden size and three of the MLP's. `eager`
+    attention writes its scores out, in the model's type and in float32.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    cached_heads = getattr(text, "num_key_value_heads", None) or heads
+    cache = text.num_hidden_layers * 2 * cached_heads * head_size * item_bytes * (prompt_tokens + new_tokens)
+    logits = text.vocab_size * 4 * 2
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    activations = prompt_tokens * (4 * text.hidden_size + 3 * inner) * item_bytes
+    scores = heads * prompt_tokens**2 * (item_bytes + 4) if eager else 0
+    return int(cache + logits + activations + scores)
+
+
+def rows_that_fit(free: int, row: int, device: torch.device) -> int:
+    """Rows of `row` bytes that fit into `free` with room to spare: 1 to 512 (32 on a CPU), in eights from 8 up."""
+    most = _MOST_ROWS_ON_CPU if device.type == "cpu" else _MOST_ROWS
+    rows = max(1, min(most, int(free * _SHARE) // max(row, 1)))
+    return rows - rows % 8 if rows >= 8 else rows
+
+
+def free_bytes(devices: Sequence[torch.device], local_size: int) -> int:
+    """Memory that a batch can take: of all GPUs in `devices` what the fullest has, times their number, because each
+    holds its share of the layers; without a GPU, this rank's share of the host's."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    if not gpus:
+        return host_free_bytes() // max(local_size, 1)
+    return len(gpus) * min(_gpu_free_bytes(device) for device in gpus)
+
+
+def _gpu_free_bytes(device: torch.device) -> int:
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def host_free_bytes(
+    meminfo: Path = Path("/proc/meminfo"),
+    membership: Path = Path("/proc/self/cgroup"),
+    cgroups: Path = Path("/sys/fs/cgroup"),
+) -> int:
+    """Memory of this host that is available, or what the job's cgroup (version 2) leaves, whichever is less.
+
+    Beyond a cgroup's limit there is no error to learn from: the kernel kills the process.
+    """
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    left = int(lines["MemAvailable"].split()[0]) * 1024
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        number, _, path = line.split(":", 2)
+        own = cgroups / path.lstrip("/")
+        for folder in (own, *own.parents) if number == "0" else ():
+            limit, used = folder / "memory.max", folder / "memory.current"
+            if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+                left = min(left, int(most) - int(used.read_text()))
+    return max(left, 0)
+
+
+def take_peak_bytes(devices: Sequence[torch.device]) -> int:
+    """Most memory in use since the last call: of the fullest GPU; without one, of the process over its life."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    if not gpus:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+    peak = max(torch.cuda.max_memory_allocated(device) for device in gpus)
+    for device in gpus:
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def cores() -> int:
+    """Processor cores that this process may use; Slurm and containers give fewer than the machine has."""
+    return len(os.sched_getaffinity(0))

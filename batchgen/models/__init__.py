@@ -1,0 +1,68 @@
+"""Model names to model folders: the default model, models of the Hugging Face hub, folders.
+
+`pull` is for a machine with internet, a login node say; `resolve` then finds the same files without internet. A hub
+model lies in the hub's own cache (HF_HOME, HF_HUB_CACHE), so that models which are there already need no second copy;
+the default model lies in batchgen's (`cache_folder`), since it comes as a Python package and is converted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchgen.models import hub
+from batchgen.models.folder import ModelError, Report, fingerprint, weight_files
+from batchgen.models.packaged import DEFAULT, prepare_default
+
+__all__ = ["DEFAULT", "ModelError", "Report", "ResolvedModel", "cache_folder", "prepare_default", "pull", "resolve"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model on this machine."""
+
+    folder: Path  # absolute; what Transformers is given
+    name: str  # DEFAULT, ORG/NAME, or the folder's own name
+    revision: str  # the commit of a hub model; of any other "sha256:…" over its files
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Where batchgen keeps what it prepared: $BATCHGEN_CACHE, else $XDG_CACHE_HOME/batchgen, else ~/.cache/batchgen."""
+    if environment.get("BATCHGEN_CACHE"):
+        return Path(environment["BATCHGEN_CACHE"]).expanduser().absolute()
+    # The XDG base directory specification says to ignore a relative path.
+    base = Path(environment.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "batchgen"
+
+
+def pull(name: str, cache: Path, report: Report) -> Path:
+    """Brings `DEFAULT` or the hub's `ORG/NAME[@REVISION]` onto this machine; its folder.
+
+    Raises:
+        ModelError: it cannot be had; the message says why and what to do.
+    """
+    return prepare_default(cache, report) if name == DEFAULT else hub.pull(name, report)
+
+
+def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
+    """The model called `name`, which must be on this machine; the default model is prepared if it is not.
+
+    `name` is a folder, else `ORG/NAME[@REVISION]` of the hub, else `DEFAULT`; None is the default model.
+
+    Raises:
+        ModelError: it is not here, or not whole; the message says how to get it.
+    """
+    if name is not None and Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser().resolve()
+    elif name is None or name == DEFAULT:
+        folder = prepare_default(cache, report)
+    else:
+        folder = hub.find(name)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it holds no config.json")
+    snapshot = hub.snapshot_of(folder)
+    if snapshot is None:
+        return ResolvedModel(folder, folder.name, fingerprint(folder))
+    weight_files(folder)
+    return ResolvedModel(folder, *snapshot)

@@ -1,0 +1,93 @@
+"""What a model folder holds: its weight files, and what tells it from another model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+Report = Callable[[str], None]
+"""Takes one sentence about what is going on, for the person who waits."""
+
+# Where Transformers looks for weights, in its order; an index names the files they are spread over.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# All else of a model that changes what it generates.
+DEFINITION = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+)
+_MIB = 1 << 20
+
+
+class ModelError(Exception):
+    """The model cannot be had: a sentence for the person at the terminal."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of the model in `folder`, in the order of their names.
+
+    Raises:
+        ModelError: there are none that Transformers reads, or some are missing.
+    """
+    first = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if first is None:
+        raise ModelError(f"{folder} holds no weights that Transformers reads ({WEIGHTS[0]} or the like)")
+    if not first.endswith(".index.json"):
+        return [folder / first]
+    files = [folder / name for name in indexed(folder / first)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder} is not whole: {len(missing)} of its {len(files)} weight files are missing ({missing[0]})"
+        )
+    return files
+
+
+def indexed(index: Path) -> list[str]:
+    """The names of the weight files that an index lists, sorted.
+
+    Raises:
+        ModelError: it is no such index.
+    """
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} cannot be read as an index of weight files: {error!r}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """What the model in `folder` is, as "sha256:…": its definition whole; of each weight file name, size and both ends.
+
+    The first MiB of a weight file holds the safetensors header and the beginning of the weights: enough to tell models
+    apart, and read within a second however large they are.
+
+    Raises:
+        ModelError: as `weight_files`.
+    """
+    digest = hashlib.sha256()
+    for name in DEFINITION:
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_MIB))
+            stream.seek(max(0, size - _MIB))
+            digest.update(stream.read(_MIB))
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,284 @@
+"""The OpenAI batch format: a request line in, an answer line out. Pure; knows nothing of models.
+
+Requests are for `/v1/chat/completions` or `/v1/completions`. A key of the body that would change the output in a way
+that batchgen cannot follow is refused; a key that changes nothing is accepted; one that nobody here knows is reported
+in `Request.ignored`. Sampling differs from OpenAI's in one point: what the body leaves out is the run's default, so a
+request without `temperature` is greedy, and one without `max_tokens` ends at the run's `max_new_tokens`.
+
+Answers come in two shapes, which differ where a request failed: OpenAI's own, and that of `vllm run-batch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from batchgen.refusal import Refused, shown
+from batchgen.template import conversation, template_kwargs
+from batchgen.types import Generation, RowError
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+Shape = Literal["openai", "vllm"]
+
+_STREAMED = "Request must not be sent in stream mode"
+
+# The body's spellings of `SamplingParams`.
+_SAMPLING = {
+    "max_completion_tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "seed": "seed",
+    "stop": "stop",
+}
+
+# Keys that change the output, and the values (besides null) with which they do not. OpenAI's and vLLM's own.
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    **dict.fromkeys(("n", "best_of", "repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs", "min_p", "min_tokens"), (0,)),
+    **dict.fromkeys(("logprobs", "echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
+    **dict.fromkeys(("include_stop_str_in_output", "return_token_ids", "return_tokens_as_token_ids"), (False,)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("tools", "functions", "documents", "stop_token_ids", "bad_words", "allowed_token_ids"), ([],)),
+    # "auto" chooses among the tools, and there are none.
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "logits_processors": ([],),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    **dict.fromkeys(("suffix", "audio", "reasoning_effort", "verbosity", "web_search_options", "chat_template"), ()),
+    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "structured_outputs", "guided_json"), ()),
+    **dict.fromkeys(("guided_regex", "guided_choice", "guided_grammar"), ()),
+}
+_NEUTRAL_AT: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    CHAT: {"add_special_tokens": (False,)},
+    COMPLETIONS: {"add_special_tokens": (True,)},
+}
+
+# Keys about the service rather than the text.
+_HARMLESS = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier", "parallel_tool_calls"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prediction", "include_reasoning"),
+        *("cache_salt", "priority", "request_id"),
+    }
+)
+_READ_AT = {CHAT: frozenset({"messages", "chat_template_kwargs"}), COMPLETIONS: frozenset({"prompt"})}
+_READ = frozenset({"model", "stream"})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a request line asks for: exactly one of `messages`, `text` and `tokens` is set."""
+
+    messages: Sequence[Mapping[str, object]] | None
+    text: str | None
+    tokens: Sequence[int] | None
+    sampling: Mapping[str, object]  # values as they stand, by their names in `SamplingParams`
+    spelled: Mapping[str, str]  # how the line spells those names, for sentences: max_new_tokens is body.max_tokens
+    chat_template_kwargs: Mapping[str, object]
+    ignored: Sequence[str]  # keys of the body that are not known here
+
+
+def is_request(columns: Mapping[str, object]) -> bool:
+    """Whether a row is a request line, be it a faulty one, and not a plain row that happens to have a `body`."""
+    if "body" not in columns:
+        return False
+    body, url = columns["body"], columns.get("url")
+    if isinstance(body, Mapping) and isinstance(url, str) and url.startswith("/v1/"):
+        return True
+    # In Parquet every row has every column, so a plain row beside request lines has these as nulls.
+    named = columns.get("custom_id") is not None or (body is not None and "custom_id" in columns)
+    return named and ("url" in columns or "method" in columns)
+
+
+def parse(line: Mapping[str, object], model: str | None = None) -> Request:
+    """What a request line asks for. With `model`, the body must name that model or none.
+
+    Raises:
+        Refused: the line is not such a request, or asks for what batchgen cannot do. Types: wrong_type,
+            missing_prompt, unknown_parameter, unsupported_url, stream, model_not_found.
+    """
+    custom_id, method, url, body = (line.get(name) for name in ("custom_id", "method", "url", "body"))
+    if not isinstance(custom_id, str) or not custom_id:
+        raise Refused("wrong_type", f"custom_id must be a text that is not empty, not {shown(custom_id)}")
+    if method != "POST":
+        raise Refused("wrong_type", f'method must be "POST", not {shown(method)}')
+    if not isinstance(url, str):
+        raise Refused("wrong_type", f"url must be a text, not {shown(url)}")
+    if url not in (CHAT, COMPLETIONS):
+        raise Refused("unsupported_url", _unsupported(url))
+    if not isinstance(body, Mapping):
+        raise Refused("wrong_type", f"body must be an object, not {shown(body)}")
+    if body.get("stream") not in (None, False):
+        raise Refused("stream", _STREAMED)
+    _check_model(body.get("model"), model)
+    ignored = _check_keys(body, url)
+    sampling, spelled = _sampling(body)
+    if url == CHAT:
+        messages = conversation(body.get("messages"), "body.messages", whole=False)
+        kwargs = template_kwargs(body.get("chat_template_kwargs"), "body.chat_template_kwargs")
+        return Request(messages, None, None, sampling, spelled, kwargs, ignored)
+    text, tokens = _completion_prompt(body.get("prompt"))
+    return Request(None, text, tokens, sampling, spelled, {}, ignored)
+
+
+def _unsupported(url: str) -> str:
+    # vLLM's sentence, so that a script which looks for it finds it.
+    return f"URL {url} was used. Supported endpoints: {CHAT}, {COMPLETIONS}."
+
+
+def _check_model(named: object, model: str | None) -> None:
+    if named is not None and not isinstance(named, str):
+        raise Refused("wrong_type", f"body.model must be a text, not {shown(named)}")
+    if model is not None and named is not None and named != model:
+        raise Refused("model_not_found", f"body.model is {shown(named)}, but this run's model is {shown(model)}")
+
+
+def _check_keys(body: Mapping[str, object], url: str) -> list[str]:
+    """The keys that are not known here.
+
+    Raises:
+        Refused: a key changes the output.
+    """
+    ignored = []
+    for key, value in body.items():
+        if value is None or key in _SAMPLING or key in _READ or key in _READ_AT[url] or key in _HARMLESS:
+            continue
+        neutral = _NEUTRAL.get(key, _NEUTRAL_AT[url].get(key))
+        if neutral is None:
+            ignored.append(key)
+        elif value not in neutral:
+            allowed = " or ".join([*map(shown, neutral), "left out"])
+            raise Refused("unknown_parameter", f"body.{key} is not supported: it must be {allowed}, not {shown(value)}")
+    return ignored
+
+
+def _sampling(body: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
+    sampling: dict[str, object] = {}
+    spelled: dict[str, str] = {}
+    for key, name in _SAMPLING.items():
+        value = body.get(key)
+        if value is None:
+            continue
+        if name in sampling and sampling[name] != value:
+            raise Refused(
+                "wrong_type",
+                f"body.{key} is {shown(value)} but {spelled[name]} is {shown(sampling[name])}; give one of them",
+            )
+        # -1 is vLLM's "off".
+        sampling[name] = 0 if name == "top_k" and value == -1 else value
+        spelled[name] = f"body.{key}"
+    return sampling, spelled
+
+
+def _completion_prompt(prompt: object) -> tuple[str | None, Sequence[int] | None]:
+    if prompt is None:
+        raise Refused("missing_prompt", "body.prompt is missing")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+        if len(prompt) > 1:
+            raise Refused(
+                "wrong_type", f"body.prompt holds {len(prompt)} prompts; give each a line and a custom_id of its own"
+            )
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt, None
+    if isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt):
+        return None, prompt
+    raise Refused("wrong_type", f"body.prompt must be a text or a list of token ids, not {shown(prompt)}")
+
+
+# HTTP's answer to each type of `RowError` that is not the request's fault, or not only a bad request.
+_STATUS = {"model_not_found": 404, "out_of_memory": 500, "engine": 500}
+_VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
+_OPENAI_CODES = {"too_long": "context_length_exceeded"}
+
+
+def answer(generation: Generation, model: str, created: int, shape: Shape) -> dict[str, object]:
+    """The batch output line of a generation.
+
+    Ids follow from the model, the custom id and the row number, so that a resumed run writes the same lines. A row
+    that is no request line (malformed JSON) is called `line-<n>`, n counted from 1.
+
+    Args:
+        model: the name in the answer's body.
+        created: Unix time in whole seconds.
+        shape: how a failed request is answered. `openai`: an HTTP error with its body. `vllm`: no body, and the error
+            beside the response, a plain text where the URL or stream mode was refused.
+    """
+    custom_id = _custom_id(generation)
+    digest = hashlib.sha256(f"{model}\0{custom_id}\0{generation.index}".encode("utf-8", "surrogatepass")).hexdigest()
+    status = 200
+    body: object = None
+    error: object = None
+    if generation.error is None:
+        body = _body(generation, digest[:32], model, created, shape)
+    else:
+        status = _STATUS.get(generation.error.type, 400)
+        failure = _failure(generation, generation.error, status, shape)
+        body, error = (failure, None) if shape == "openai" else (None, failure)
+    name, request_name = ("vllm-", "vllm-batch-") if shape == "vllm" else ("batch_req_", "req_")
+    return {
+        "id": f"{name}{digest[:32]}",
+        "custom_id": custom_id,
+        "response": {"status_code": status, "request_id": f"{request_name}{digest[32:]}", "body": body},
+        "error": error,
+    }
+
+
+def _custom_id(generation: Generation) -> str:
+    own = (generation.request or {}).get("custom_id")
+    if isinstance(own, str) and own:
+        return own
+    return generation.id if generation.error is None else f"line-{generation.error.line}"
+
+
+def _body(generation: Generation, digest: str, model: str, created: int, shape: Shape) -> dict[str, object]:
+    choice: dict[str, object] = {"index": 0}
+    if (generation.request or {}).get("url") == COMPLETIONS:
+        name, kind = "cmpl-", "text_completion"
+        choice["text"] = generation.text
+    else:
+        name, kind = "chatcmpl-", "chat.completion"
+        choice["message"] = {"role": "assistant", "content": generation.text, "refusal": None}
+    choice |= {"logprobs": None, "finish_reason": generation.finish_reason}
+    if shape == "vllm":
+        choice["stop_reason"] = None
+    usage = {
+        "prompt_tokens": generation.prompt_tokens,
+        "completion_tokens": generation.generated_tokens,
+        "total_tokens": generation.prompt_tokens + generation.generated_tokens,
+    }
+    return {
+        "id": name + digest,
+        "object": kind,
+        "created": created,
+        "model": model,
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+def _failure(generation: Generation, error: RowError, status: int, shape: Shape) -> object:
+    param = _parameter(error)
+    if shape == "openai":
+        kind = "server_error" if status == 500 else "invalid_request_error"
+        code = _OPENAI_CODES.get(error.type, error.type)
+        return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
+    if error.type == "unsupported_url":
+        return _unsupported(str((generation.request or {}).get("url")))
+    if error.type == "stream":
+        return _STREAMED
+    return {"error": {"message": error.message, "type": _VLLM_TYPES[status], "param": param, "code": status}}
+
+
+def _parameter(error: RowError) -> str | None:
+    """The key of the body that a sentence of `parse` names, right after the place."""
+    found = re.search(r": body\.(\w+)", error.message)
+    return found[1] if found else None

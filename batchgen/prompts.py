@@ -1,0 +1,289 @@
+"""Rows to prompts: the chat template or `--template`, per-row parameters, tokens; or what is wrong with a row.
+
+Pure but for one warning a key: everything it knows comes in as arguments. A row is, in this order, an OpenAI request
+line, a text rendered by `--template`, the text in `--prompt-column`, a conversation in `messages`, or the text in
+`prompt`. JSON null is "not given" everywhere, since in Parquet every row has every column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from batchgen import openai
+from batchgen.engine import Encoder
+from batchgen.refusal import Refused, check_encodable, sampling_params, shown
+from batchgen.template import compiled, conversation, template_kwargs
+from batchgen.types import Generation, Prompt, Row, RowError, SamplingParams, Tokens
+
+_log = logging.getLogger(__name__)
+
+_PARAMS = frozenset(param.name for param in dataclasses.fields(SamplingParams))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How rows become prompts: what the user asked for, recorded with the run and compared at its next start.
+
+    Raises:
+        ValueError: the settings exclude each other; a sentence.
+    """
+
+    prompt_column: str | None = None  # None: prompt, or messages where a row has them
+    template: str | None = None  # Jinja text over the row's columns
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # for what a row does not set itself
+    truncate: Literal["left", "right"] | None = None  # the side cut off a prompt that is too long; None: an error row
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)  # a row's own win
+    model: str | None = None  # every row must be a request line, for this model or none; None: any row, any model
+
+    def __post_init__(self) -> None:
+        if self.template is not None and self.prompt_column is not None:
+            raise ValueError("--template and --prompt-column exclude each other: the template can use any column")
+        try:
+            template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
+        except Refused as refused:
+            raise ValueError(refused.message) from None
+
+
+def row_id(row: Row) -> str:
+    """The row's `id` or `custom_id` if it has a valid one, else one from its file and line."""
+    if not isinstance(row.value, RowError):
+        try:
+            own = _own_id(row.value)
+        except Refused:
+            own = None
+        if own is not None:
+            return own
+    return f"{row.source}:{row.line}"
+
+
+def _own_id(columns: Mapping[str, object]) -> str | None:
+    if openai.is_request(columns):
+        own = columns.get("custom_id")
+        # `parse` says what is wrong with another one.
+        return own if isinstance(own, str) and own else None
+    name, own = "id", columns.get("id")
+    if own is None:
+        name, own = "custom_id", columns.get("custom_id")
+    if own is None or (isinstance(own, str) and own):
+        return own
+    # Beyond some thousand digits Python refuses to write a number.
+    if isinstance(own, int) and not isinstance(own, bool) and own.bit_length() <= 4096:
+        return str(own)
+    raise Refused("wrong_type", f"{name} must be a text that is not empty or a whole number, not {shown(own)}")
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A prompt before its tokens."""
+
+    row: Row
+    id: str
+    text: str
+    special: bool  # whether the tokenizer adds its special tokens
+    params: SamplingParams
+    columns: Mapping[str, object]
+    request: Mapping[str, object] | None = None
+    tokens: Tokens | None = None
+
+
+class PromptReader:
+    """Turns rows into prompts, and rows with which something is wrong into failed generations.
+
+    Args:
+        duplicates: row numbers whose id an earlier row has, and that row's number.
+
+    Raises:
+        ValueError: the template is no Jinja template; a sentence.
+    """
+
+    def __init__(self, recipe: Recipe, encoder: Encoder, duplicates: Mapping[int, int]) -> None:
+        self._recipe = recipe
+        self._encoder = encoder
+        self._duplicates = duplicates
+        self._render = None if recipe.template is None else compiled(recipe.template)
+        self._reported: set[str] = set()
+
+    def read(self, rows: Sequence[Row]) -> list[Prompt | Generation]:
+        """A window of rows, in their order. Calls the tokenizer at most twice, however many rows there are."""
+        drafts = [self._draft(row) for row in rows]
+        for special in (True, False):
+            chosen = [d for d in drafts if type(d) is _Draft and d.tokens is None and d.special is special]
+            if chosen:
+                tokens = self._encoder.tokenize([draft.text for draft in chosen], special=special)
+                for draft, ids in zip(chosen, tokens, strict=True):
+                    draft.tokens = ids
+        return [self._prompt(draft) if isinstance(draft, _Draft) else draft for draft in drafts]
+
+    def _draft(self, row: Row) -> _Draft | Generation:
+        value = row.value
+        if isinstance(value, RowError):
+            return Generation(row.index, row_id(row), None, None, 0, 0, value, {})
+        try:
+            if row.index in self._duplicates:
+                first = self._duplicates[row.index]
+                raise Refused("duplicate_id", f"the id {shown(row_id(row))} is taken by row {first} (counted from 0)")
+            if self._recipe.model is not None or openai.is_request(value):
+                return self._request(row, value)
+            return self._plain(row, value)
+        except Refused as refused:
+            return self._failed(row, refused)
+
+    def _plain(self, row: Row, value: Mapping[str, object]) -> _Draft:
+        own = _own_id(value)
+        special = True
+        if self._render is not None:
+            text = self._render(value)
+        elif self._recipe.prompt_column is None and value.get("messages") is not None:
+            special = False
+            text = self._chat(
+                conversation(value["messages"], "messages", whole=True),
+                template_kwargs(value.get("chat_template_kwargs"), "chat_template_kwargs"),
+            )
+        else:
+            text = _text(value, self._recipe.prompt_column)
+        params = self._recipe.sampling
+        if not _PARAMS.isdisjoint(value):
+            params = sampling_params(params, {name: value[name] for name in _PARAMS if value.get(name) is not None}, {})
+        if not text.isascii():
+            check_encodable(text)
+        id = f"{row.source}:{row.line}" if own is None else own
+        return _Draft(row, id, text, special, params, _columns(value))
+
+    def _request(self, row: Row, value: Mapping[str, object]) -> _Draft:
+        request = openai.parse(value, self._recipe.model)
+        self._report(row, request.ignored)
+        params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
+        text, special = request.text or "", True
+        if request.messages is not None:
+            text, special = self._chat(request.messages, request.chat_template_kwargs), False
+        check_encodable(text)
+        if request.tokens is not None:
+            self._check_vocabulary(request.tokens)
+        return _Draft(row, row_id(row), text, special, params, {}, value, request.tokens)
+
+    def _chat(self, messages: Sequence[Mapping[str, object]], kwargs: Mapping[str, object]) -> str:
+        try:
+            return self._encoder.chat(messages, **{**self._recipe.chat_template_kwargs, **kwargs})
+        except (ValueError, RecursionError) as error:
+            raise Refused("template", str(error)) from error
+
+    def _report(self, row: Row, ignored: Sequence[str]) -> None:
+        for key in ignored:
+            if key not in self._reported:
+                self._reported.add(key)
+                _log.warning(
+                    "%s: the body's key %s is not known to batchgen and is ignored, here and in all other lines",
+                    _place(row),
+                    shown(key),
+                )
+
+    def _check_vocabulary(self, tokens: Tokens) -> None:
+        size = self._encoder.vocabulary
+        largest = max(tokens, default=0)
+        if size is not None and largest >= size:
+            raise Refused("wrong_type", f"body.prompt has token {shown(largest)}, but the model has {size} tokens")
+
+    def _prompt(self, draft: _Draft) -> Prompt | Generation:
+        row, tokens, params = draft.row, draft.tokens, draft.params
+        context = self._encoder.context
+        # Every draft has its tokens by now; the comparison is for the type checker.
+        if tokens is None or not tokens:
+            return self._failed(row, Refused("empty_prompt", "the prompt is empty: it has no tokens"))
+        if context is not None and len(tokens) + params.max_new_tokens > context:
+            try:
+                tokens = self._shortened(tokens, params.max_new_tokens, context)
+            except Refused as refused:
+                return self._failed(row, refused)
+        return Prompt(row.index, draft.id, row.line, draft.text, tokens, params, draft.columns, draft.request)
+
+    def _shortened(self, tokens: Tokens, budget: int, context: int) -> Tokens:
+        """`tokens` cut to leave `budget` of the context, but never what the tokenizer puts around a text.
+
+        A chat template's text begins with the same token, so its beginning of sequence stays too.
+        """
+        if budget >= context:
+            raise Refused(
+                "too_long",
+                f"max_new_tokens is {shown(budget)}, but prompt and generation together have a context of {context} "
+                "tokens. Lower max_new_tokens",
+            )
+        side = self._recipe.truncate
+        frame = self._frame
+        head = _common(tokens, frame)
+        tail = _common(tokens[head:][::-1], frame[head:][::-1])
+        room = context - budget - head - tail
+        if side is None or room < 1:
+            remedy = (
+                "Shorten it, lower max_new_tokens, or use --truncate left|right"
+                if side is None
+                else "Lower max_new_tokens"
+            )
+            raise Refused(
+                "too_long",
+                f"the prompt has {len(tokens)} tokens and may generate {budget}, together {len(tokens) + budget}; the "
+                f"model's context is {context}. {remedy}",
+            )
+        end = len(tokens) - tail
+        kept = tokens[end - room : end] if side == "left" else tokens[head : head + room]
+        return [*tokens[:head], *kept, *tokens[end:]]
+
+    @cached_property
+    def _frame(self) -> Tokens:
+        """What the tokenizer puts around a text: the tokens of an empty one."""
+        return self._encoder.tokenize([""], special=True)[0]
+
+    def _failed(self, row: Row, refused: Refused) -> Generation:
+        error = RowError(refused.type, f"{_place(row)}: {refused.message}", row.line)
+        columns, request = _columns_and_request(row, self._recipe.model is not None)
+        return Generation(row.index, row_id(row), None, None, 0, 0, error, columns, request)
+
+
+def _place(row: Row) -> str:
+    return f"line {row.line} of {row.source}"
+
+
+def _columns(value: Mapping[str, object]) -> Mapping[str, object]:
+    """The columns that travel along: all but the id, which the output has under that name anyway."""
+    if "id" not in value:
+        return value
+    columns = dict(value)
+    del columns["id"]
+    return columns
+
+
+def _columns_and_request(row: Row, requests_only: bool) -> tuple[Mapping[str, object], Mapping[str, object] | None]:
+    if isinstance(row.value, RowError):
+        return {}, None
+    if requests_only or openai.is_request(row.value):
+        return {}, row.value
+    return _columns(row.value), None
+
+
+def _text(columns: Mapping[str, object], column: str | None) -> str:
+    name = column or "prompt"
+    text = columns.get(name)
+    if isinstance(text, str):
+        return text
+    if text is not None:
+        raise Refused("wrong_type", f'the "{name}" column must hold a text, not {shown(text)}')
+    if name in columns:
+        raise Refused("missing_prompt", f'the "{name}" column is null; give this row a text')
+    listed = ", ".join(list(columns)[:20]) or "none"
+    raise Refused(
+        "missing_prompt", f'there is no "{name}" column; its columns are {listed}. Use --prompt-column or --template'
+    )
+
+
+def _common(tokens: Tokens, frame: Tokens) -> int:
+    """Length of the common beginning."""
+    count = 0
+    for token, other in zip(tokens, frame, strict=False):
+        if token != other:
+            break
+        count += 1
+    return count

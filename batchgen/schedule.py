@@ -1,0 +1,45 @@
+"""Which prompts, in which order. Pure functions; each stream computes its own part and asks nobody.
+
+Shard first, then subtract what is done: the shard depends on the number of streams alone, so that a resume with another
+number of streams loses and repeats nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+from batchgen.engine import Stream
+from batchgen.types import Prompt
+
+# Rows read, tokenised and put in order at once: a hundred batches of ordinary size, and some tens of MB of token ids.
+WINDOW = 2048
+
+
+def shard(rows: int, stream: Stream) -> range:
+    """The row numbers of `stream`: every `count`-th, so that long and short parts of a file are shared out evenly."""
+    return range(stream.index, rows, stream.count)
+
+
+def open_rows(rows: range, is_good: Callable[[int], bool]) -> Iterator[int]:
+    """Those of `rows` that have no generation yet, ascending. Rows that have failed are open again."""
+    return (row for row in rows if not is_good(row))
+
+
+def windows(rows: Iterator[int], size: int = WINDOW) -> Iterator[Sequence[int]]:
+    """`rows` in runs of `size`, the last one shorter."""
+    while window := list(islice(rows, size)):
+        yield window
+
+
+def order(prompts: list[Prompt], window: int) -> list[Prompt]:
+    """One window's prompts so that neighbours take equally long: by tokens to generate, then by length.
+
+    The first window goes from long to short, so that what does not fit into memory shows at once; the next from short
+    to long and so on, so that a batch across two windows has prompts of like length too.
+    """
+    return sorted(prompts, key=_work, reverse=window % 2 == 0)
+
+
+def _work(prompt: Prompt) -> tuple[int, int]:
+    return prompt.params.max_new_tokens, len(prompt.tokens)

@@ -1,0 +1,140 @@
+"""What one rank does: its stream's queue through the engine, each finished batch into the run folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from itertools import chain
+
+from batchgen.checkpoint import Attempt, Done, Heartbeat, Writer
+from batchgen.engine import Engine, Setup, Stream
+from batchgen.prepare import Ready
+from batchgen.schedule import open_rows, order, shard, windows
+from batchgen.stop import Stop
+from batchgen.types import Batch, Generation, Prompt
+from batchgen.world import World
+
+logger = logging.getLogger(__name__)
+
+
+class Share:
+    """One rank's work in one attempt, and the count of it that the heartbeat writes down."""
+
+    def __init__(
+        self,
+        ready: Ready,
+        world: World,
+        attempt: Attempt,
+        done: Done,
+        stop: Stop,
+        max_error_rate: float,
+        render: Callable[[Generation], bytes],
+    ) -> None:
+        self._ready, self._attempt, self._done, self._stop = ready, attempt, done, stop
+        self._setup = Setup(str(ready.model.folder), ready.dtype, ready.batch_size, world)
+        self.stream: Stream = ready.kind.stream(world, ready.options)
+        self._rows = shard(len(ready.source), self.stream)
+        self._most_failures = max_error_rate * len(self._rows)
+        self._writer = Writer(attempt.folder, attempt.number, self.stream.index, world.rank, render)
+        self._engine: Engine | None = None
+        self._refused: list[Generation] = []  # rows that became no prompt, waiting for the next commit
+        self._state = "loading"
+        self._ready_at: float | None = None
+        self._rows_done = self._failed = self._prompt_tokens = self._committed_tokens = 0
+
+    def work(self) -> None:
+        """Everything from the first row to the last commit. Returns early, in order, if the stop request is set."""
+        with Heartbeat(self._attempt, self._setup.world.rank, self._count) as heartbeat, closing(self._writer):
+            try:
+                self._generate(heartbeat)
+                self._state = "stopped" if self._stop() else "finished"
+            except BaseException:
+                self._state = "failed"
+                raise
+
+    def _generate(self, heartbeat: Heartbeat) -> None:
+        prompts = self._queue()
+        # Before the engine, so that a start with nothing left to generate costs no loading. Engines whose ranks call
+        # together are made on every rank: the others wait for this one.
+        first = next(prompts, None)
+        if self._stop():
+            return
+        if first is None and not (self._ready.kind.calls_together and self._anything_open()):
+            self._begin(heartbeat)
+            self._commit(Batch([]), heartbeat)
+            return
+        with self._ready.kind(self._setup, self._ready.options) as engine:
+            self._engine = engine
+            self._begin(heartbeat)
+            queue = prompts if first is None else chain([first], prompts)
+            for batch in engine.generate(queue, self._stop):
+                self._commit(batch, heartbeat)
+            self._commit(Batch([]), heartbeat)
+
+    def _anything_open(self) -> bool:
+        return self._done.good < len(self._ready.source)
+
+    def _begin(self, heartbeat: Heartbeat) -> None:
+        self._mark = time.perf_counter()
+        self._state, self._ready_at = "running", time.time()
+        heartbeat.beat()
+
+    def _queue(self) -> Iterator[Prompt]:
+        """This stream's prompts, put in order window by window; rows that become none wait for the next commit."""
+        source, reader = self._ready.source, self._ready.reader
+        for number, window in enumerate(windows(open_rows(self._rows, self._done.is_good))):
+            prompts: list[Prompt] = []
+            for outcome in reader.read(list(source.rows(window))):
+                if isinstance(outcome, Prompt):
+                    prompts.append(outcome)
+                elif not self._done.is_failed(outcome.index):
+                    # The input is the same and so is the verdict: it need not be written down again at every start.
+                    self._refused.append(outcome)
+            yield from order(prompts, number)
+
+    def _commit(self, batch: Batch, heartbeat: Heartbeat) -> None:
+        refused, self._refused = self._refused, []
+        generations = [*batch.generations, *refused]
+        if not generations or not self.stream.writes or self._writer.broken:
+            return
+        now = time.perf_counter()
+        try:
+            whole = Batch(generations, batch.padded_tokens, batch.peak_memory_bytes)
+            record = self._writer.commit(whole, now - self._mark)
+        except OSError as error:
+            # What is recorded is safe; the engine is asked to end, and the rest is done again by the next start.
+            reason = f"cannot write to {self._attempt.folder.path}: {error.strerror or error}"
+            logger.error("%s. Nothing recorded is lost; make room and start again", reason)
+            self._stop.request(reason)
+            return
+        self._mark = now
+        self._rows_done += record.prompts
+        self._failed += len(record.failed)
+        self._prompt_tokens += record.prompt_tokens
+        self._committed_tokens += record.generated_tokens
+        heartbeat.beat()
+        if self._failed > self._most_failures:
+            reason = (
+                f"{self._failed} of this stream's {len(self._rows)} rows have failed, more than --max-error-rate allows"
+            )
+            logger.error("%s; the last one: %s", reason, _last_error(generations))
+            self._stop.request(reason)
+
+    def _count(self) -> Mapping[str, object]:
+        generated = self._engine.generated_tokens if self._engine is not None else 0
+        return {
+            "state": self._state,
+            "stream": self.stream.index,
+            "ready": self._ready_at,
+            "rows": self._rows_done if self.stream.writes else 0,
+            "failed": self._failed if self.stream.writes else 0,
+            "prompt_tokens": self._prompt_tokens,
+            "committed_tokens": self._committed_tokens,
+            "generated_tokens": generated if self.stream.writes else 0,
+        }
+
+
+def _last_error(generations: list[Generation]) -> str:
+    return next((g.error.message for g in reversed(generations) if g.error is not None), "")

@@ -1,0 +1,100 @@
+"""Which of several processes this one is: read from the launcher's environment variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+
+class WorldError(Exception):
+    """The launcher's variables contradict each other: a sentence for the person at the terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Rank, local rank and sizes, as torch has them."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    launch: str = ""
+    """The same on all ranks of one start, another at every start where the launcher gives us the means. Ranks find
+    their common attempt by it."""
+    job: str = ""  # Slurm's job id
+    restarts: int = 0  # how often Slurm has restarted that job
+    attempt: int | None = None  # the attempt that `batchgen run --ranks` made for its ranks
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.size and 0 <= self.local_rank < max(self.local_size, 1) <= self.size):
+            raise WorldError(
+                f"rank {self.rank} of {self.size}, local rank {self.local_rank} of {self.local_size}: "
+                "the launcher's variables do not fit together"
+            )
+
+
+# What names one start, for each launcher. A launcher that is restarted on the same port by the same job counts up.
+_LAUNCH = (
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+)
+
+
+def from_environment(environment: Mapping[str, str]) -> World:
+    """The world that torchrun, `deepspeed`, `batchgen run --ranks` or `srun` put this process into; alone otherwise.
+
+    A batch script outside `srun` already has SLURM_PROCID=0 and the allocation's SLURM_NTASKS, so a program that
+    trusts them there would be rank 0 of 8 and silently do an eighth. SLURM_STEP_NUM_TASKS is set by `srun` alone.
+
+    Raises:
+        WorldError: a variable is missing or not a number.
+    """
+    job = environment.get("SLURM_JOB_ID", "")
+    # Unset at the first start, not 0.
+    restarts = _number(environment, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environment else 0
+    attempt = _number(environment, "BATCHGEN_ATTEMPT") if "BATCHGEN_ATTEMPT" in environment else None
+    world = World(
+        launch="/".join(environment.get(name, "") for name in _LAUNCH), job=job, restarts=restarts, attempt=attempt
+    )
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        size = _number(environment, "WORLD_SIZE")
+        local_rank = _number(environment, "LOCAL_RANK")
+        known = "LOCAL_WORLD_SIZE" in environment
+        local_size = _number(environment, "LOCAL_WORLD_SIZE") if known else min(size, local_rank + 1)
+        rank = _number(environment, "RANK")
+        return replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size)
+    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        size = _number(environment, "SLURM_STEP_NUM_TASKS")
+        local_rank = _number(environment, "SLURM_LOCALID")
+        tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
+        local_size = _tasks_here(tasks, environment, size)
+        rank = _number(environment, "SLURM_PROCID")
+        return replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size)
+    return replace(world, attempt=None)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name)
+    if text is None:
+        raise WorldError(
+            f"{name} is not set although this process was started as one of several; start it with torchrun or srun"
+        )
+    try:
+        return int(text)
+    except ValueError:
+        raise WorldError(f"{name} is {text!r}, not a number") from None
+
+
+def _tasks_here(tasks_per_node: str, environment: Mapping[str, str], size: int) -> int:
+    """Tasks on this node, from Slurm's compressed list: "4(x2),3" means 4, 4, 3."""
+    counts: list[int] = []
+    for part in tasks_per_node.split(","):
+        count, _, repeat = part.partition("(x")
+        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    node = int(environment.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else size

@@ -1,0 +1,298 @@
+"""Static batches on tiny random models: the same tokens as one prompt at a time, whatever the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from batchgen.hf import HfEncoder, StaticBatches
+from batchgen.types import Batch, Generation, Prompt, SamplingParams
+from tests import models
+
+CPU = torch.device("cpu")
+
+
+class Model:
+    """A loaded model, and the batches made of it."""
+
+    def __init__(self, folder: Path, batch_size: int | None = 8, **settings: Any) -> None:
+        self.encoder = HfEncoder(str(folder))
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.counted = 0
+        self.batches = StaticBatches(
+            self.model, self.encoder, device=CPU, batch_size=batch_size, count=self._count, **settings
+        )
+
+    def _count(self, tokens: int) -> None:
+        self.counted += tokens
+
+    def run(self, prompts: Sequence[Prompt]) -> list[Batch]:
+        return list(self.batches.run(iter(prompts), lambda: False))
+
+    def texts(self, prompts: Sequence[Prompt]) -> dict[str, Generation]:
+        return {generation.id: generation for batch in self.run(prompts) for generation in batch.generations}
+
+    def alone(self, prompt: Prompt) -> list[int]:
+        """What Transformers itself generates for one prompt, without padding and without anything of ours."""
+        ids = torch.tensor([list(prompt.tokens)])
+        config = GenerationConfig(
+            max_new_tokens=prompt.params.max_new_tokens, do_sample=False, eos_token_id=self.encoder.end_tokens
+        )
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, pad_token_id=0)
+        return output[0, len(prompt.tokens) :].tolist()
+
+
+def random_prompts(count: int, longest: int = 60, **params: Any) -> list[Prompt]:
+    """Prompts of 1 to `longest` tokens, each with a length of its own to generate."""
+    source = random.Random(7)
+    return [
+        Prompt(
+            number,
+            f"row-{number}",
+            number + 1,
+            "",
+            [models.BEGIN, *(source.randrange(4, 260) for _ in range(source.randrange(longest)))],
+            SamplingParams(**{"max_new_tokens": source.randrange(1, 40)} | params),
+            {"column": number},
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama: Path) -> Model:
+    return Model(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def bloom(tiny_bloom: Path) -> Model:
+    return Model(tiny_bloom)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_batch_of_mixed_lengths_gives_the_tokens_of_one_prompt_at_a_time(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model: Model = request.getfixturevalue(name)
+    prompts = random_prompts(20)
+    counted = model.counted
+    generations = model.texts(prompts)
+    expected = {prompt.id: model.alone(prompt) for prompt in prompts}
+    assert len({token for tokens in expected.values() for token in tokens}) > 50, "the model repeats itself"
+    for prompt in prompts:
+        generation, tokens = generations[prompt.id], expected[prompt.id]
+        assert (generation.text, generation.generated_tokens) == (model.encoder.decode(tokens), len(tokens))
+        assert generation.finish_reason == ("stop" if tokens[-1] == models.END else "length")
+        assert (generation.prompt_tokens, generation.columns) == (len(prompt.tokens), prompt.columns)
+    assert model.counted - counted == sum(map(len, expected.values()))
+
+
+def test_the_default_model_answers_in_a_batch_as_alone(smollm2: Path) -> None:
+    model = Model(smollm2)
+    model.model.float()
+    questions = ["What is the capital of France?", "Hi", "Name three colours of the rainbow, with commas, please."]
+    texts = [model.encoder.chat([{"role": "user", "content": question}]) for question in questions]
+    prompts = [
+        Prompt(number, str(number), number + 1, text, tokens, SamplingParams(max_new_tokens=12), {})
+        for number, (text, tokens) in enumerate(zip(texts, model.encoder.tokenize(texts, special=False), strict=True))
+    ]
+    generations = model.texts(prompts)
+    assert [generations[p.id].text for p in prompts] == [model.encoder.decode(model.alone(p)) for p in prompts]
+    assert "Paris" in str(generations["0"].text)
+
+
+def test_padding_is_counted_in_prompts_and_in_rows_that_have_ended(llama: Model) -> None:
+    prompts = random_prompts(6)
+    (batch,) = llama.run(prompts)
+    longest_prompt = max(len(prompt.tokens) for prompt in prompts)
+    longest = max(generation.generated_tokens for generation in batch.generations)
+    computed = len(prompts) * (longest_prompt + longest)
+    needed = sum(len(p.tokens) + g.generated_tokens for p, g in zip(prompts, batch.generations, strict=True))
+    assert batch.padded_tokens == computed - needed > 0
+    assert batch.peak_memory_bytes is not None
+    assert llama.run(prompts[:1])[0].padded_tokens == 0
+
+
+def test_the_models_own_generation_config_changes_nothing(tiny_llama: Path, tmp_path: Path, llama: Model) -> None:
+    torch.manual_seed(0)
+    folder = models.save(tmp_path / "opinionated", models.llama)
+    settings = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "max_length": 7, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    prompts = random_prompts(5)
+    assert Model(folder).texts(prompts) == llama.texts(prompts)
+
+
+def test_several_end_tokens_each_end_a_row(tiny_llama: Path, tmp_path: Path, llama: Model) -> None:
+    prompts = random_prompts(12, max_new_tokens=30)
+    before = {prompt.id: llama.alone(prompt) for prompt in prompts}
+    ends = {tokens[5] for tokens in before.values() if len(tokens) > 6}
+    folder = models.save(tmp_path / "ends", models.llama)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(ends)}))
+    generations = Model(folder).texts(prompts)
+    for name, tokens in before.items():
+        end = next((place for place, token in enumerate(tokens, 1) if token in ends | {models.END}), len(tokens))
+        assert generations[name].generated_tokens == end
+        assert generations[name].text == llama.encoder.decode(tokens[:end])
+
+
+def test_each_row_stops_at_its_own_stop_text_and_is_cut_before_it(llama: Model) -> None:
+    prompts = random_prompts(8, max_new_tokens=40)
+    plain = llama.texts(prompts)
+    stops = [str(plain[p.id].text)[4:6] if p.index % 2 else "" for p in prompts]
+    asked = [
+        dataclasses.replace(p, params=dataclasses.replace(p.params, stop=(stop,))) if stop else p
+        for p, stop in zip(prompts, stops, strict=True)
+    ]
+    assert sum(map(bool, stops)) >= 3
+    for generation, stop in zip(llama.texts(asked).values(), stops, strict=True):
+        free = plain[generation.id]
+        if stop:
+            assert generation.text == str(free.text).partition(stop)[0]
+            assert generation.finish_reason == "stop"
+            assert generation.generated_tokens < free.generated_tokens
+        else:
+            assert generation == free
+
+
+def test_a_sampled_row_has_the_same_text_in_any_batch_and_order(llama: Model) -> None:
+    prompts = [
+        dataclasses.replace(p, params=dataclasses.replace(p.params, temperature=0.0 if p.index % 3 == 0 else 1.2))
+        for p in random_prompts(12, max_new_tokens=20, top_p=0.95)
+    ]
+    together = llama.texts(prompts)
+    assert llama.texts(prompts[::-1]) == together
+    assert {name: g for p in prompts for name, g in llama.texts([p]).items()} == together
+    greedy = [dataclasses.replace(p, params=dataclasses.replace(p.params, temperature=0.0)) for p in prompts]
+    same = {name for name, generation in llama.texts(greedy).items() if generation == together[name]}
+    assert same == {p.id for p in prompts if p.index % 3 == 0}
+    other_seed = [dataclasses.replace(p, params=dataclasses.replace(p.params, seed=1)) for p in prompts]
+    assert llama.texts(other_seed) != together
+
+
+def test_top_k_of_one_is_greedy(llama: Model) -> None:
+    prompts = random_prompts(6)
+    sampled = [dataclasses.replace(p, params=dataclasses.replace(p.params, temperature=5.0, top_k=1)) for p in prompts]
+    assert llama.texts(sampled) == llama.texts(prompts)
+
+
+def test_a_batch_is_pulled_only_as_large_as_asked_and_nothing_is_lost(tiny_llama: Path) -> None:
+    model = Model(tiny_llama, batch_size=5)
+    pulled: list[int] = []
+
+    def prompts() -> Iterator[Prompt]:
+        for prompt in random_prompts(12, max_new_tokens=2):
+            pulled.append(prompt.index)
+            yield prompt
+
+    sizes = []
+    for batch in model.batches.run(prompts(), lambda: False):
+        sizes.append(len(batch.generations))
+        assert len(pulled) == sum(sizes)
+    assert sizes == [5, 5, 2]
+
+
+def test_without_a_batch_size_memory_decides(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(tiny_llama, batch_size=None)
+    prompts = random_prompts(40, max_new_tokens=2)
+    assert [len(batch.generations) for batch in model.run(prompts)] == [32, 8]
+    monkeypatch.setattr("batchgen.memory.host_free_bytes", lambda: 400_000)
+    sizes = [len(batch.generations) for batch in model.run(prompts)]
+    assert sum(sizes) == 40
+    assert max(sizes) < 32
+
+
+def test_a_stop_request_leaves_within_a_decode_step_and_yields_nothing_unfinished(tiny_llama: Path) -> None:
+    model = Model(tiny_llama, batch_size=4)
+    prompts = random_prompts(12, max_new_tokens=400)
+    prompts = [dataclasses.replace(p, params=SamplingParams(400, temperature=1.0)) for p in prompts]
+    finished = []
+    for batch in model.batches.run(iter(prompts), lambda: model.counted > 1700):
+        finished.append(batch)
+        assert model.counted == sum(g.generated_tokens for b in finished for g in b.generations)
+    assert len(finished) < 3
+    assert model.counted <= 1700 + 4
+
+
+def test_a_stop_request_before_the_first_batch_pulls_nothing(llama: Model) -> None:
+    prompts = iter(random_prompts(3))
+    assert list(llama.batches.run(prompts, lambda: True)) == []
+    assert len(list(prompts)) == 3
+
+
+def test_any_other_error_leaves(tiny_llama: Path) -> None:
+    model = Model(tiny_llama)
+    outside = dataclasses.replace(random_prompts(1)[0], tokens=[1, 10**6])
+    with pytest.raises(IndexError):
+        model.run([outside])
+
+
+def test_generating_says_nothing(
+    llama: Model, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        llama.run(random_prompts(3, temperature=1.0, top_k=5, stop=("x",)))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
+    assert capfd.readouterr() == ("", "")
+
+
+_OUT_OF_MEMORY = """
+import json, resource, sys
+import torch
+from batchgen.types import Prompt, SamplingParams
+from tests.test_hf import Model
+from pathlib import Path
+
+model = Model(Path(sys.argv[1]), batch_size=64)
+
+def prompt(number, length):
+    return Prompt(number, str(number), number + 1, "", [1] + [9] * (length - 1), SamplingParams(max_new_tokens=3), {})
+
+model.run([prompt(0, 8)])
+used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20,) * 2)
+sizes = []
+failed = []
+for batch in model.batches.run(iter([prompt(n, n == 30 and 3000 or 8) for n in range(200)]), lambda: False):
+    good = [generation for generation in batch.generations if generation.error is None]
+    failed += [generation for generation in batch.generations if generation.error]
+    sizes.append(len(good))
+    assert all(generation.text is not None and generation.prompt_tokens == 8 for generation in good)
+print(json.dumps(sizes))
+print(json.dumps([(each.index, each.error.type, each.error.message) for each in failed]))
+"""
+
+
+def test_out_of_memory_halves_the_batch_remembers_and_refuses_only_what_never_fits(tmp_path: Path) -> None:
+    # 64 rows of logits, 100,000 wide, are 26 MB at each copy; 3,000 tokens through an MLP of 20,000 are 240 MB.
+    folder = tmp_path / "wide"
+    models.save(folder, lambda _, **more: models.llama(100_000, intermediate_size=20_000, hidden_size=8, **more))
+    done = subprocess.run(
+        [sys.executable, "-c", _OUT_OF_MEMORY, str(folder)],
+        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "MALLOC_ARENA_MAX": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    sizes, failed = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    assert sum(sizes) == 199
+    assert max(sizes) < 64, "nothing ran out"
+    ((index, kind, message),) = failed
+    assert (index, kind) == (30, "out_of_memory")
+    assert message.startswith("line 31: 3000 prompt tokens and up to 3 new ones do not fit into memory")

@@ -1,0 +1,216 @@
+"""The package as a whole: its metadata, pins, scripts, and the rules of size and layout that no linter knows."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "batchgen"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(path for path in [*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"] if path.is_file())
+HEAVY = {"accelerate", "bitsandbytes", "datasets", "deepspeed", "pyarrow", "torch", "transformers"}
+SKIPPED = {".git", ".venv", ".hypothesis", "build", "dist", "out", "prompts"}  # not the project's own text
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def requirements(section: str, option: str) -> dict[str, Requirement]:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg", encoding="utf-8")
+    found = [Requirement(line) for line in settings[section][option].splitlines() if line]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def pins(*locks: str) -> dict[str, str]:
+    lines = [line for lock in locks for line in (ROOT / lock).read_text(encoding="utf-8").splitlines()]
+    found = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in found}
+
+
+RUNTIME = requirements("options", "install_requires")
+TEST = requirements("options.extras_require", "test")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+def test_script_is_executable_and_parses(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    first = script.read_text(encoding="utf-8").splitlines()[0]
+    if "python" in first:
+        compile(script.read_text(encoding="utf-8"), named(script), "exec")
+    else:
+        assert first == "#!/usr/bin/env bash"
+        assert "set -euo pipefail" in script.read_text(encoding="utf-8")
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_install_names_its_usage_when_asked_for_something_else() -> None:
+    result = subprocess.run([ROOT / "scripts" / "install", "tset"], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 4
+    assert "usage: scripts/install [test]" in result.stderr
+
+
+def test_install_refuses_an_interpreter_that_is_no_python(tmp_path: Path) -> None:
+    tree = copy_of_the_tree(tmp_path)
+    result = subprocess.run(
+        [tree / "scripts" / "install"], capture_output=True, text=True, env={**os.environ, "PYTHON": "/bin/false"}
+    )
+    assert result.returncode == 4
+    assert "PYTHON=/bin/false is not Python 3.11 or newer" in result.stderr
+    assert not (tree / ".venv").exists()
+
+
+@pytest.mark.parametrize("name", sorted(RUNTIME | TEST))
+def test_dependency_is_argued_for_in_contributing(name: str) -> None:
+    assert f"\n| {name} | " in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "locks"),
+    [(RUNTIME, ["requirements.lock"]), (TEST, ["requirements.lock", "requirements-test.lock"])],
+    ids=["runtime", "test"],
+)
+def test_lock_pins_every_dependency_within_its_range(wanted: dict[str, Requirement], locks: list[str]) -> None:
+    pinned = pins(*locks)
+    assert wanted.keys() <= pinned.keys()
+    wrong = [str(wish) for name, wish in wanted.items() if not wish.specifier.contains(pinned[name])]
+    assert not wrong
+
+
+def test_locks_do_not_overlap() -> None:
+    assert pins("requirements.lock").keys().isdisjoint(pins("requirements-test.lock"))
+
+
+def test_lock_pins_all_that_its_packages_need() -> None:
+    pinned = pins("requirements.lock", "requirements-test.lock")
+    missing = {
+        f"{name} needs {need}"
+        for name in pinned
+        if name != "torch"  # what a CUDA build brings along is pinned by torch
+        for need in needs(name)
+        if need not in pinned
+    }
+    assert not missing
+
+
+def needs(name: str) -> Iterator[str]:
+    """What the installed package `name` needs here, extras left out."""
+    try:
+        found = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for requirement in map(Requirement, found):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield canonicalize_name(requirement.name)
+
+
+def test_installed_packages_fit_together() -> None:
+    check = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout
+
+
+def test_package_imports_only_what_it_declares() -> None:
+    undeclared = {
+        f"{named(path)} imports {name}"
+        for path in MODULES
+        for name in imports(path)
+        if name not in sys.stdlib_module_names and name not in ("batchgen", "__future__")
+        if canonicalize_name(name) not in RUNTIME
+    }
+    assert not undeclared
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "--help"], ["status", "--help"]], ids=" ".join
+)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "batchgen", *arguments], capture_output=True, text=True
+    )
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert result.returncode == 0, result.stderr
+    assert "click" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_wheel_holds_the_package_its_types_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path / "wheel"), str(copy_of_the_tree(tmp_path))], check=True)
+    [wheel] = (tmp_path / "wheel").iterdir()
+    with zipfile.ZipFile(wheel) as content:
+        held = set(content.namelist())
+        metadata = {name.rpartition("/")[2]: name for name in held if ".dist-info/" in name}
+        entry_points = content.read(metadata["entry_points.txt"]).decode()
+    assert {named(path) for path in MODULES} | {"batchgen/py.typed"} == held - set(metadata.values())
+    assert "batchgen = batchgen.commands:main" in entry_points
+    assert "LICENSE" in metadata
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """The tree without what is built in it, so that a build leaves nothing behind here."""
+    tree = folder / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*SKIPPED, ".*_cache", "*.egg-info", "__pycache__"))
+    return tree
+
+
+@pytest.mark.parametrize(("folder", "contract"), [("engines", "Engine"), ("formats", "Source")])
+def test_folder_holds_one_implementation_a_file_and_nothing_else(folder: str, contract: str) -> None:
+    files = [path for path in (PACKAGE / folder).iterdir() if path.name not in ("__init__.py", "__pycache__")]
+    assert files
+    assert {path.name: implementations(path, contract) for path in files} == {path.name: 1 for path in files}
+
+
+def implementations(path: Path, contract: str) -> int:
+    classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    return sum(any(ast.unparse(base).rpartition(".")[2] == contract for base in node.bases) for node in classes)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_module_has_a_docstring_and_stays_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    assert len(text.splitlines()) <= 300
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not [node.name for node in functions if (node.end_lineno or 0) - node.lineno + 1 > 60]
+
+
+def test_module_names_say_what_they_are_about() -> None:
+    vague = {"utils", "util", "common", "helpers", "misc", "config", "constants"}
+    assert not [named(path) for path in MODULES if path.stem in vague]
+
+
+def test_no_text_names_a_path_of_the_machine_it_was_written_on() -> None:
+    mine = re.compile(r"(?<![\w.~$}-])/(?:work|opt|root|tmp/[a-z])/\w")
+    own = [path for path in ROOT.rglob("*") if path.is_file() and is_own_text(path)]
+    assert len(own) > len(MODULES)
+    assert not [named(path) for path in own if mine.search(path.read_text(encoding="utf-8", errors="replace"))]
+
+
+def is_own_text(path: Path) -> bool:
+    parts = set(path.relative_to(ROOT).parts)
+    built = any(part.endswith(("_cache", ".egg-info")) or part == "__pycache__" for part in parts)
+    return not built and parts.isdisjoint(SKIPPED) and path.name != "LICENSE"
