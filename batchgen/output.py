@@ -21,6 +21,9 @@ from `id`, which is the row's own."""
 
 _RESULT = frozenset(RESULT)
 
+# JSON lets these stand, but str.splitlines and its like in other languages take them for the end of a line.
+_LINE_ENDS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
+
 
 def renderer(
     model: str, created: int, error_format: ErrorFormat, answers_requests: bool
@@ -43,6 +46,8 @@ def renderer(
             text = _encode(value)
         except ValueError:  # NaN and infinity, which Parquet may hold and JSON may not
             text = _encode(_finite(value))
+        if not text.isascii():
+            text = text.translate(_LINE_ENDS)
         return text.encode("utf-8", "backslashreplace") + b"\n"
 
     return render

@@ -23,7 +23,7 @@ from batchgen.engine import Engine
 from batchgen.formats import Input
 from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
-from batchgen.prompts import PromptReader, Recipe, row_id
+from batchgen.prompts import PromptReader, Recipe, own_id
 from batchgen.schedule import windows
 from batchgen.types import Generation, RowError
 
@@ -99,16 +99,16 @@ def prepare(
     return Ready(source, recipe, reader, resolved, engine_name, kind, options, dtype, batch_size, answers_requests)
 
 
-def _duplicates(source: Input, path: Path, scan: bool) -> dict[int, int]:
+def _duplicates(source: Input, path: Path, scan: bool) -> dict[int, str]:
     """Repeated ids, found once for the whole input: a rank that sees only its own rows could not find them."""
     known = read_json(path) if path.exists() else {}
     if known.get("input") != source.digest:
         if not scan:
             raise CheckpointError(f"{path} is of another input; start again")
-        found = source.duplicates(row_id)
+        found = source.duplicates(own_id)
         known = {"input": source.digest, "rows": found}
         write_atomic(path, to_json(known))
-    return {int(row): int(first) for row, first in known["rows"].items()}
+    return {int(row): str(first) for row, first in known["rows"].items()}
 
 
 def _begins_with_request(source: Input) -> bool:

@@ -49,19 +49,25 @@ class Recipe:
             raise ValueError(refused.message) from None
 
 
+def own_id(value: Mapping[str, object] | RowError) -> str | None:
+    """The row's `id` or `custom_id`, if it has a valid one."""
+    if isinstance(value, RowError):
+        return None
+    try:
+        return _own_id(value)
+    except Refused:
+        return None
+
+
 def row_id(row: Row) -> str:
-    """The row's `id` or `custom_id` if it has a valid one, else one from its file and line."""
-    if not isinstance(row.value, RowError):
-        try:
-            own = _own_id(row.value)
-        except Refused:
-            own = None
-        if own is not None:
-            return own
-    return f"{row.source}:{row.line}"
+    """The row's own id, else one from its file and line."""
+    return own_id(row.value) or f"{row.source}:{row.line}"
 
 
 def _own_id(columns: Mapping[str, object]) -> str | None:
+    own = columns.get("id")
+    if type(own) is str and own and "body" not in columns:
+        return own  # nearly every row: the rest only says the same more slowly
     if openai.is_request(columns):
         own = columns.get("custom_id")
         # `parse` says what is wrong with another one.
@@ -95,13 +101,13 @@ class PromptReader:
     """Turns rows into prompts, and rows with which something is wrong into failed generations.
 
     Args:
-        duplicates: row numbers whose id an earlier row has, and that row's number.
+        duplicates: numbers of rows whose id an earlier row has, and that row's place.
 
     Raises:
         ValueError: the template is no Jinja template; a sentence.
     """
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, duplicates: Mapping[int, int]) -> None:
+    def __init__(self, recipe: Recipe, encoder: Encoder, duplicates: Mapping[int, str]) -> None:
         self._recipe = recipe
         self._encoder = encoder
         self._duplicates = duplicates
@@ -126,7 +132,7 @@ class PromptReader:
         try:
             if row.index in self._duplicates:
                 first = self._duplicates[row.index]
-                raise Refused("duplicate_id", f"the id {shown(row_id(row))} is taken by row {first} (counted from 0)")
+                raise Refused("duplicate_id", f"the id {shown(row_id(row))} is that of {first}")
             if self._recipe.model is not None or openai.is_request(value):
                 return self._request(row, value)
             return self._plain(row, value)

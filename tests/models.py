@@ -1,4 +1,4 @@
-"""Tiny random models for tests, built on the spot: a byte-level tokenizer and two layers.
+"""Tiny random models for tests, built on the spot: a byte-level tokenizer and two layers; and prompts for them.
 
 `initializer_range` is large because a tiny model with the usual one repeats a single token, and then any two ways of
 generating agree.
@@ -6,20 +6,26 @@ generating agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from batchgen.hf import HfEncoder, StaticBatches
+from batchgen.types import Batch, Generation, Prompt, SamplingParams
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -107,3 +113,51 @@ def save(
     build(len(tokenizer), **settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Model:
+    """A loaded model, and the batches made of it."""
+
+    def __init__(self, folder: Path, batch_size: int | None = 8, device: str = "cpu") -> None:
+        self.encoder = HfEncoder(str(folder))
+        self.device = torch.device(device)
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
+        self.counted = 0
+        self.batches = StaticBatches(
+            self.model, self.encoder, device=self.device, batch_size=batch_size, count=self._count
+        )
+
+    def _count(self, tokens: int) -> None:
+        self.counted += tokens
+
+    def run(self, prompts: Sequence[Prompt]) -> list[Batch]:
+        return list(self.batches.run(iter(prompts), lambda: False))
+
+    def texts(self, prompts: Sequence[Prompt]) -> dict[str, Generation]:
+        return {generation.id: generation for batch in self.run(prompts) for generation in batch.generations}
+
+    def alone(self, prompt: Prompt) -> list[int]:
+        """What Transformers itself generates for one prompt, without padding and without anything of ours."""
+        ids = torch.tensor([list(prompt.tokens)], device=self.device)
+        config = GenerationConfig(
+            max_new_tokens=prompt.params.max_new_tokens, do_sample=False, eos_token_id=self.encoder.end_tokens
+        )
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, pad_token_id=0)
+        return output[0, len(prompt.tokens) :].tolist()
+
+
+def random_prompts(count: int, longest: int = 60, **params: Any) -> list[Prompt]:
+    """Prompts of 1 to `longest` tokens, each with a length of its own to generate."""
+    source = random.Random(7)
+    return [
+        Prompt(
+            number,
+            f"row-{number}",
+            number + 1,
+            "",
+            [BEGIN, *(source.randrange(4, 260) for _ in range(source.randrange(longest)))],
+            SamplingParams(**{"max_new_tokens": source.randrange(1, 40)} | params),
+            {"column": number},
+        )
+        for number in range(count)
+    ]

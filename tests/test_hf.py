@@ -5,69 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import random
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
-from batchgen.hf import HfEncoder, StaticBatches
-from batchgen.types import Batch, Generation, Prompt, SamplingParams
+from batchgen.types import Prompt, SamplingParams
 from tests import models
+from tests.models import Model, random_prompts
 
 CPU = torch.device("cpu")
-
-
-class Model:
-    """A loaded model, and the batches made of it."""
-
-    def __init__(self, folder: Path, batch_size: int | None = 8, **settings: Any) -> None:
-        self.encoder = HfEncoder(str(folder))
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.counted = 0
-        self.batches = StaticBatches(
-            self.model, self.encoder, device=CPU, batch_size=batch_size, count=self._count, **settings
-        )
-
-    def _count(self, tokens: int) -> None:
-        self.counted += tokens
-
-    def run(self, prompts: Sequence[Prompt]) -> list[Batch]:
-        return list(self.batches.run(iter(prompts), lambda: False))
-
-    def texts(self, prompts: Sequence[Prompt]) -> dict[str, Generation]:
-        return {generation.id: generation for batch in self.run(prompts) for generation in batch.generations}
-
-    def alone(self, prompt: Prompt) -> list[int]:
-        """What Transformers itself generates for one prompt, without padding and without anything of ours."""
-        ids = torch.tensor([list(prompt.tokens)])
-        config = GenerationConfig(
-            max_new_tokens=prompt.params.max_new_tokens, do_sample=False, eos_token_id=self.encoder.end_tokens
-        )
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, pad_token_id=0)
-        return output[0, len(prompt.tokens) :].tolist()
-
-
-def random_prompts(count: int, longest: int = 60, **params: Any) -> list[Prompt]:
-    """Prompts of 1 to `longest` tokens, each with a length of its own to generate."""
-    source = random.Random(7)
-    return [
-        Prompt(
-            number,
-            f"row-{number}",
-            number + 1,
-            "",
-            [models.BEGIN, *(source.randrange(4, 260) for _ in range(source.randrange(longest)))],
-            SamplingParams(**{"max_new_tokens": source.randrange(1, 40)} | params),
-            {"column": number},
-        )
-        for number in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -248,51 +196,3 @@ def test_generating_says_nothing(
         logger.removeHandler(caplog.handler)
     assert caplog.messages == []
     assert capfd.readouterr() == ("", "")
-
-
-_OUT_OF_MEMORY = """
-import json, resource, sys
-import torch
-from batchgen.types import Prompt, SamplingParams
-from tests.test_hf import Model
-from pathlib import Path
-
-model = Model(Path(sys.argv[1]), batch_size=64)
-
-def prompt(number, length):
-    return Prompt(number, str(number), number + 1, "", [1] + [9] * (length - 1), SamplingParams(max_new_tokens=3), {})
-
-model.run([prompt(0, 8)])
-used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
-resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20,) * 2)
-sizes = []
-failed = []
-for batch in model.batches.run(iter([prompt(n, n == 30 and 3000 or 8) for n in range(200)]), lambda: False):
-    good = [generation for generation in batch.generations if generation.error is None]
-    failed += [generation for generation in batch.generations if generation.error]
-    sizes.append(len(good))
-    assert all(generation.text is not None and generation.prompt_tokens == 8 for generation in good)
-print(json.dumps(sizes))
-print(json.dumps([(each.index, each.error.type, each.error.message) for each in failed]))
-"""
-
-
-def test_out_of_memory_halves_the_batch_remembers_and_refuses_only_what_never_fits(tmp_path: Path) -> None:
-    # 64 rows of logits, 100,000 wide, are 26 MB at each copy; 3,000 tokens through an MLP of 20,000 are 240 MB.
-    folder = tmp_path / "wide"
-    models.save(folder, lambda _, **more: models.llama(100_000, intermediate_size=20_000, hidden_size=8, **more))
-    done = subprocess.run(
-        [sys.executable, "-c", _OUT_OF_MEMORY, str(folder)],
-        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "MALLOC_ARENA_MAX": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    sizes, failed = (json.loads(line) for line in done.stdout.splitlines()[-2:])
-    assert sum(sizes) == 199
-    assert max(sizes) < 64, "nothing ran out"
-    ((index, kind, message),) = failed
-    assert (index, kind) == (30, "out_of_memory")
-    assert message.startswith("line 31: 3000 prompt tokens and up to 3 new ones do not fit into memory")

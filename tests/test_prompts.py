@@ -184,12 +184,14 @@ def test_bad_parameter_names_place_field_rule_and_value() -> None:
 
 def test_repeated_id_is_an_error_that_names_the_first_row() -> None:
     window = rows({"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}, request({"messages": HELLO}))
-    first, second, third = PromptReader(Recipe(), ByteEncoder(), {1: 0, 2: 0}).read(window)
+    first, second, third = PromptReader(
+        Recipe(), ByteEncoder(), {1: "line 3 of prompts.jsonl", 2: "line 3 of prompts.jsonl"}
+    ).read(window)
     assert isinstance(first, Prompt)
     assert isinstance(second, Generation)
     assert isinstance(third, Generation)
     assert second.error == RowError(
-        "duplicate_id", 'line 4 of prompts.jsonl: the id "a" is taken by row 0 (counted from 0)', 4
+        "duplicate_id", 'line 4 of prompts.jsonl: the id "a" is that of line 3 of prompts.jsonl', 4
     )
     assert (second.id, second.columns) == ("a", {"prompt": "y"})
     assert third.request == window[2].value

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from batchgen import engine as engines
+from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import carry_out, conclude, fail, log_to_stderr, results_only_on_stdout
 from batchgen.types import SamplingParams
 
@@ -161,6 +162,13 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default="openai",
     show_default=True,
     help="Of the answers to OpenAI lines that fail.",
+)
+@click.option(
+    "--heartbeat-seconds",
+    type=click.FloatRange(min=0.01),
+    default=HEARTBEAT_SECONDS,
+    show_default=True,
+    help="Between heartbeats; after 18 missed ones another host may take the run over.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and the first prompt; load no model, write nothing.")
 def command(inputs: tuple[str, ...], out: str | None, ranks: int, dry_run: bool, **options: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, carry_out, conclude
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
 
@@ -73,6 +74,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     options["dtype"] = _DTYPES.get(options["dtype"], options["dtype"])
     options["model"] = f"{model}@{revision}" if model and revision else model
     options["recipe"] = recipe_of(options, served or _default_model())
+    options["heartbeat_seconds"] = HEARTBEAT_SECONDS
     folder = Path(options.pop("run_folder") or f"{_local_name(output_file)}.run")
     try:
         status, speaks = carry_out([_fetched(input_file, folder)], str(folder), **options)

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,20 +48,23 @@ class Accelerate(Engine):
         attn_implementation: str | None = None  # None: Transformers' choice
 
     def __init__(self, setup: Setup, options: Options) -> None:
-        self._encoder = HfEncoder(setup.model)
+        self._batches: StaticBatches | None = None
+        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        encoder = HfEncoder(setup.model)
         _check_weights(setup.model)
         _quieten()
-        self._spill: tempfile.TemporaryDirectory[str] | None = None
         placement = _placement(options, setup.world)
         if placement["device_map"] in _SPREADING:
-            if options.offload_folder is None:
-                self._spill = tempfile.TemporaryDirectory(prefix="batchgen-offload-", ignore_cleanup_errors=True)
-            placement["offload_folder"] = options.offload_folder or self._spill.name  # type: ignore[union-attr]
-        model = _load(setup, options, placement)
+            placement["offload_folder"] = options.offload_folder or self._make_spill()
+        try:
+            model = _load(setup, options, placement)
+        except BaseException:
+            self.close()
+            raise
         devices = _devices(model)
-        self._batches: StaticBatches | None = StaticBatches(
+        self._batches = StaticBatches(
             model,
-            self._encoder,
+            encoder,
             device=devices[0],
             devices=devices,
             batch_size=setup.batch_size,
@@ -85,12 +89,18 @@ class Accelerate(Engine):
         if self._spill is not None:
             self._spill.cleanup()
 
+    def _make_spill(self) -> str:
+        self._spill = tempfile.TemporaryDirectory(prefix="batchgen-offload-", ignore_cleanup_errors=True)
+        return self._spill.name
+
     def _count(self, tokens: int) -> None:
         self.generated_tokens += tokens
 
 
 def _quieten() -> None:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    # Transformers 5.17 warns, wrongly, of a model whose first layer lies on a disk; 5.23 no longer does.
+    warnings.filterwarnings("ignore", r"You are calling \.generate\(\) with the `input_ids` being on", UserWarning)
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -217,7 +227,8 @@ def _load(setup: Setup, options: Accelerate.Options, placement: dict[str, Any]) 
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise EngineError(
-            f"the weights in {setup.model} are not complete: {len(missing)} tensors are missing, {missing[0]} for one"
+            f"the weights in {setup.model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
+            "copy or download the model again"
         )
     return model.eval()
 

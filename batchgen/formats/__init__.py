@@ -16,7 +16,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain, groupby
 from pathlib import Path
@@ -73,6 +73,7 @@ class Source(ABC):
             InputError: it cannot be read, is not what its name says, was not scanned, or has changed since.
         """
         self.path, self.name = path, name
+        self._cursor: tuple[Generator[tuple[int, pa.RecordBatch], int | None, None], int, pa.RecordBatch] | None = None
         self.cache = cache / f"{number:05d}"  # an ending of its own for each file of a format
         record = self.cache.with_suffix(".json")
         try:
@@ -83,10 +84,12 @@ class Source(ABC):
                 scratch.write_text(json.dumps([name, *self.scanned]))
                 os.replace(scratch, record)
                 return
-            found, *values = json.loads(record.read_bytes())
-            self.scanned = Scan(*values)
+            left = record.read_bytes()
         except OSError as error:
             raise InputError(f"cannot read or write {error.filename or path}: {error.strerror or error}") from error
+        try:
+            found, *values = json.loads(left)
+            self.scanned = Scan(*values)
         except (ValueError, TypeError) as error:
             raise InputError(f"{record} is damaged. Delete it and start again") from error
         if found != name:
@@ -125,48 +128,49 @@ class Source(ABC):
     def rows(self, numbers: Iterable[int]) -> Iterator[tuple[int, int, Value]]:
         """Number (in this file, from 0), line (from 1) and value of each row of `numbers`, which must ascend.
 
-        Reads forward, and a little ahead: one call for many rows, not many calls. A bad row is a value, no exception.
+        A bad row is a value, no exception. Reads forward, a little ahead; the next call goes on where this one ended.
 
         Raises:
             InputError: the file cannot be read any further.
         """
         self.check_unchanged()
         wanted = iter(numbers)
-        number, end = next(wanted, None), 0
-        for block in self.blocks():
-            begin, end = end, end + block.rows
-            if number is None:
-                return
-            for batch in self.read(block, begin) if number < end else ():
-                picked = []
-                while number is not None and number < begin + batch.num_rows:
-                    picked.append(number - begin)
-                    number = next(wanted, None)
-                for row, value in _values(batch, picked, begin):
-                    yield begin + row, begin + row + 1, value
-                begin += batch.num_rows
-                if number is None:
-                    return
+        number = next(wanted, None)
+        while number is not None:
+            cursor, self._cursor = self._cursor, None  # none is left behind by an error
+            if cursor is None or number < cursor[1]:
+                cursor = (pieces := self.pieces(), *next(pieces))
+            pieces, begin, batch = cursor
+            while number >= begin + batch.num_rows:
+                begin, batch = pieces.send(number)
+            self._cursor = pieces, begin, batch
+            picked = []
+            while number is not None and number < begin + batch.num_rows:
+                picked.append(number - begin)
+                number = next(wanted, None)
+            for row, value in _values(batch, picked, begin):
+                yield begin + row, begin + row + 1, value
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows of a typed file in order, few at a time. May raise InputError; so may `read`."""
-        self.check_unchanged()
-        begin = 0
-        for block in self.blocks():
-            yield from self.read(block, begin)
-            begin += block.rows
+    def pieces(self) -> Generator[tuple[int, pa.RecordBatch], int | None, None]:
+        """The rows of a typed file in order, few at a time, after the number of their first.
 
-    def read(self, block: Block, begin: int) -> Iterator[pa.RecordBatch]:
-        """The rows of `block`, whose first has number `begin`, in pieces that may become Python objects at once."""
+        Sent the number of a row, it leaves out the blocks before that one. Raises InputError.
+        """
         import pyarrow as pa
 
-        try:
-            for batch in block.read():
-                rows = min(_PIECE_ROWS, 1 + _PIECE_BYTES * batch.num_rows // (1 + batch.get_total_buffer_size()))
-                yield from (batch.slice(row, rows) for row in range(0, batch.num_rows, rows))
-        except (pa.ArrowException, OSError) as error:
-            where = f"rows {begin + 1} to {begin + block.rows}"
-            raise InputError(f"{self.path} is damaged: {where} cannot be read ({error})") from error
+        begin, wanted = 0, 0
+        for block in self.blocks():
+            end = begin + block.rows
+            try:
+                for batch in block.read() if wanted < end else ():
+                    rows = min(_PIECE_ROWS, 1 + _PIECE_BYTES * batch.num_rows // (1 + batch.get_total_buffer_size()))
+                    for row in range(0, batch.num_rows, rows):
+                        wanted = (yield begin + row, batch.slice(row, rows)) or 0
+                    begin += batch.num_rows
+            except (pa.ArrowException, OSError) as error:
+                where = f"rows {begin + 1} to {end}"
+                raise InputError(f"{self.path} is damaged: {where} cannot be read ({error})") from error
+            begin = end
 
 
 def _values(batch: pa.RecordBatch, picked: Sequence[int], begin: int) -> Iterator[tuple[int, Value]]:
@@ -184,11 +188,7 @@ def _values(batch: pa.RecordBatch, picked: Sequence[int], begin: int) -> Iterato
 
 
 def find(path: Path) -> type[Source]:
-    """The format of `path`, by its name.
-
-    Raises:
-        InputError: there is no such file, or no such format; the message lists those there are.
-    """
+    """The format of `path`, by its name; InputError if there is no such file or format."""
     if not path.exists():
         raise InputError(f"there is no file {path}")
     known: list[str] = []
@@ -200,7 +200,7 @@ def find(path: Path) -> type[Source]:
                 if value.accepts(path):
                     return value
                 known += value.suffixes
-    raise InputError(f"{path} is of no known format: its name must end in one of {', '.join(sorted(known))}")
+    raise InputError(f"{path} is of no known format: it must be a file that ends in {', '.join(sorted(known))}")
 
 
 class Input:
@@ -235,7 +235,7 @@ class Input:
         return hashlib.sha256(json.dumps([(s.scanned.digest, len(s)) for s in self.sources]).encode()).hexdigest()
 
     def rows(self, numbers: Iterable[int]) -> Iterator[Row]:
-        """The rows of these numbers, which must ascend. One call for many rows, not many calls; as `Source.rows`."""
+        """The rows of these numbers, which must ascend; as `Source.rows`."""
         for place, part in groupby(numbers, partial(bisect_right, self._begins)):
             begin, source = self._begins[place - 1], self.sources[place - 1]
             for number, line, value in source.rows(number - begin for number in part) if begin else source.rows(part):
@@ -249,10 +249,12 @@ class Input:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows in order, few at a time. Only where there is a `schema`."""
-        return chain.from_iterable(source.batches() for source in self.sources)
+        for source in self.sources:
+            source.check_unchanged()
+            yield from (batch for _, batch in source.pieces())
 
-    def duplicates(self, id_of: Callable[[Row], str | None]) -> dict[int, int]:
-        """Row number of each repeated id -> row number that had it first. Rows without an id are left out.
+    def duplicates(self, id_of: Callable[[Value], str | None]) -> dict[int, str]:
+        """Row number of each repeated id -> where it stands first. Rows without an id are left out.
 
         Reads all rows once, and those again that may be repeated. 8 bytes a row, 24 while sorting.
         """
@@ -260,21 +262,22 @@ class Input:
         import pyarrow.compute as pc
 
         hashes = array("q")
-        for row in self.rows(range(len(self))):
-            id = id_of(row)
-            # Rows without an id get hashes of their own, so that they do not all look alike.
-            hashes.append(~row.index if id is None else hash(id))
+        for source in self.sources:
+            for number, _, value in source.rows(range(len(source))):
+                id = id_of(value)
+                # Rows without an id get hashes of their own, so that they do not all look alike.
+                hashes.append(~number if id is None else hash(id))
         values = pa.Array.from_buffers(pa.int64(), len(hashes), [None, pa.py_buffer(hashes)])
         order = pc.sort_indices(values)
         ordered = values.take(order)
         same = pc.equal(ordered[1:], ordered[:-1])
         suspects = pa.concat_arrays([order[1:].filter(same), order[:-1].filter(same)]).unique().sort()
-        first: dict[str, int] = {}
+        first: dict[str, Row] = {}
         repeated = {}
         for row in self.rows(number.as_py() for number in suspects):
-            id = id_of(row)
-            if id is not None and first.setdefault(id, row.index) != row.index:
-                repeated[row.index] = first[id]
+            id = id_of(row.value)
+            if id is not None and first.setdefault(id, row) is not row:
+                repeated[row.index] = f"line {first[id].line} of {first[id].source}"
         return repeated
 
 

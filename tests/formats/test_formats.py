@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchgen.formats
-from batchgen.formats import Input, InputError, Source, find
+from batchgen.formats import Input, InputError, Source, Value, find
 from batchgen.types import Row
 
 Rows = Sequence[dict[str, object]]
@@ -99,6 +99,15 @@ def test_reading_can_stop_and_start_again(write: Write, tmp_path: Path) -> None:
     source = opened(write(tmp_path, ROWS), tmp_path / "cache")
     assert next(source.rows(range(50, 100))).value == ROWS[50]
     assert next(source.rows(range(100))).value == ROWS[0]
+
+
+def test_calls_may_take_turns(write: Write, tmp_path: Path) -> None:
+    source = opened(write(tmp_path, ROWS), tmp_path / "cache")
+    for begin in range(0, 100, 9):
+        assert [row.value for row in source.rows(range(begin, min(begin + 9, 100)))] == ROWS[begin : begin + 9]
+    front, back = source.rows(range(50)), source.rows(range(50, 100))
+    turns = [row.value for pair in zip(front, back, strict=True) for row in pair]
+    assert turns == [row for pair in zip(ROWS[:50], ROWS[50:], strict=True) for row in pair]
 
 
 def test_a_file_without_rows(write: Write, tmp_path: Path) -> None:
@@ -221,7 +230,7 @@ def test_a_file_with_a_pattern_for_a_name(tmp_path: Path) -> None:
         ([], "there is no input"),
         (["none*.jsonl"], r"no file matches .*none\*.jsonl"),
         (["none.jsonl"], "there is no file .*none.jsonl"),
-        (["a.txt"], r"a.txt is of no known format: its name must end in one of .*\.jsonl, .*\.parquet"),
+        (["a.txt"], r"a.txt is of no known format: it must be a file that ends in .*\.jsonl, .*\.parquet"),
         (["a.jsonl", "a.jsonl"], "a.jsonl is named twice"),
         (["a.jsonl", "./b/../*.jsonl"], "a.jsonl is named twice"),
     ],
@@ -268,9 +277,9 @@ class Colliding(str):
         return 7
 
 
-def id_of(row: Row) -> str | None:
-    assert isinstance(row.value, dict)
-    id = row.value["id"]
+def id_of(value: Value) -> str | None:
+    assert isinstance(value, dict)
+    id = value["id"]
     assert isinstance(id, str)
     return id or None
 
@@ -280,7 +289,11 @@ def test_a_repeated_id_points_to_its_first_use(tmp_path: Path, kind: type[str]) 
     first = lines(tmp_path / "a.jsonl", "x", "", "y", "z", "y", "")
     second = lines(tmp_path / "b.jsonl", "w", "x", "y", "v")
     source = Input.open([str(first), str(second)], tmp_path / "cache", scan=True)
-    assert source.duplicates(lambda row: (id := id_of(row)) and kind(id)) == {4: 2, 7: 0, 8: 2}
+    assert source.duplicates(lambda value: (id := id_of(value)) and kind(id)) == {
+        4: "line 3 of a.jsonl",
+        7: "line 1 of a.jsonl",
+        8: "line 3 of a.jsonl",
+    }
 
 
 def test_no_id_is_repeated(tmp_path: Path) -> None:

@@ -45,6 +45,22 @@ def test_row_groups_without_a_wanted_row_are_not_decoded(tmp_path: Path) -> None
     assert [row.value for row in source.rows(iter(wanted))] == [{"n": n} for n in wanted]
     with pytest.raises(InputError, match=r"a\.parquet is damaged: rows 101 to 200 cannot be read"):
         list(source.rows(range(300)))
+    assert [row.value for row in source.rows(iter(wanted))] == [{"n": n} for n in wanted]
+
+
+def test_windows_do_not_decode_a_row_group_again_and_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": range(20_000)}), path, row_group_size=20_000, compression="zstd")
+    source = opened(path)
+    pool = pa.default_memory_pool()
+    taken = []
+    for begin in range(0, 20_000, 1000):
+        before = pool.num_allocations()
+        assert [row.value for row in source.rows(range(begin, begin + 1000))] == [
+            {"n": n} for n in range(begin, begin + 1000)
+        ]
+        taken.append(pool.num_allocations() - before)
+    assert taken[-1] < 2 * max(taken[1:5])
 
 
 @pytest.mark.parametrize("left", [0, 3, 100, -1])
