@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,14 @@ from batchgen.checkpoint import (
     FINAL,
     HEARTBEAT_SECONDS,
     Attempt,
+    CheckpointError,
     Done,
     RunFolder,
     Status,
     merge_with,
     write_lines,
 )
-from batchgen.formats import Input
+from batchgen.input import Input
 from batchgen.output import ErrorFormat, renderer
 from batchgen.prepare import Ready, RunError, asked, check_all, facts, prepare
 from batchgen.prompts import Recipe
@@ -40,6 +42,11 @@ logger = logging.getLogger(__name__)
 OutputFormat = Literal["jsonl", "parquet", "arrow"]
 
 
+class MergeError(Exception):
+    """The generations are recorded, but the output files could not be written: a sentence for the person at the
+    terminal. The next start writes them."""
+
+
 @dataclass(frozen=True)
 class Host:
     """Where and how a run is carried out: what the command line knows and an ordinary caller need not say."""
@@ -49,6 +56,10 @@ class Host:
     rank_command: Sequence[str] = ()  # arguments of `python -m batchgen` that start one rank
     heartbeat_seconds: float = HEARTBEAT_SECONDS  # after 18 missed ones, another host may take the run over
     watch: Callable[[Attempt, Done], AbstractContextManager[object]] | None = None  # shows progress meanwhile
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or (self.ranks > 1 and not self.rank_command):
+            raise ValueError("ranks must be 1, or more with the rank_command that starts one of them")
 
 
 def run(
@@ -88,79 +99,82 @@ def run(
         The state of the run over all attempts: `open` rows are left for the next start, `failed` ones have an error.
 
     Raises:
-        RunError, InputError, ModelError, EngineError, CheckpointError, WorldError, ValueError: it could not start or
-            could not merge; the text is a sentence for the person at the terminal.
+        RunError, InputError, ModelError, EngineError, CheckpointError, WorldError, ValueError: it could not start.
+        MergeError: it could not write the output files. All of them carry a sentence for the person at the terminal.
     """
     host = host or Host()
     files = [inputs] if isinstance(inputs, str) else list(inputs)
     folder = RunFolder(Path(out) if out is not None else default_folder(files))
     world = from_environment(host.environment)
-    opened = partial(
-        prepare,
-        files,
-        folder.input_cache,
-        recipe or Recipe(),
-        host.environment,
-        model,
-        engine,
-        settings,
-        dtype,
-        batch_size,
-    )
+    chosen = (recipe or Recipe(), host.environment, model, engine, settings, dtype, batch_size)
     stop = Stop()
     with stop.on_signals():
-        if world.rank == 0 and world.attempt is None:
-            ready, attempt = _claimed(folder, opened, world, host, strict, error_format)
-        else:
-            attempt = checkpoint.join(folder, world)
-            ready = opened(scan=False)
-        # Before the engine exists: in a tensor-parallel group, a rank that read it later could see a batch that the
-        # first one has just recorded, and the two would generate different batches.
-        done = folder.done(len(ready.source))
-        model_name = ready.recipe.model or ready.model.name
-        render = renderer(model_name, folder.created, error_format, ready.answers_requests)
-        share = Share(ready, world, attempt, done, stop, max_error_rate, render)
-        _carry_out(share, attempt, done, world, host, stop)
-        return _finish(ready, attempt, world, stop, output_format)
+        opened = partial(prepare, files, folder.input_cache, *chosen)
+        ready, attempt = _begun(folder, opened, world, host, strict, error_format)
+        with _end_if_it_fails(attempt, world):
+            _carry_out(ready, attempt, world, host, stop, max_error_rate, error_format)
+            return _finish(ready, attempt, world, stop, output_format)
 
 
 def default_folder(inputs: Sequence[str]) -> Path:
     """The run folder where none is named: in the working folder, the first file's name up to its first dot."""
     name = Path(inputs[0]).name if inputs else ""
-    stem = "".join("-" if letter in "*?[]" else letter for letter in name.lstrip(".").partition(".")[0])
-    if Path(stem).resolve() == Path(inputs[0] if inputs else "").resolve():
+    stem = re.sub(r"[*?\[\]]+", "-", name.lstrip(".").partition(".")[0]).strip("-")
+    if stem and Path(stem).resolve() == Path(inputs[0]).resolve():
         stem += "-out"  # the input is a folder: never write into it
     return Path(stem or "out")
 
 
-def _claimed(
+def _begun(
     folder: RunFolder, opened: Callable[..., Ready], world: World, host: Host, strict: bool, error_format: ErrorFormat
 ) -> tuple[Ready, Attempt]:
-    """Opens the input and takes the run folder, on behalf of all ranks."""
+    """The opened input, and the attempt: one process claims it on behalf of all ranks, the others find it."""
+    if world.rank > 0 or world.attempt is not None:
+        attempt = checkpoint.join(folder, world)
+        return opened(scan=False), attempt
     folder.make()
-    checkpoint.check_free(folder, world)
+    before = checkpoint.check_free(folder, world)
     ready = opened(scan=True)
     if strict:
         check_all(ready)
     known = facts(ready, max(world.size, host.ranks))
     folder.ask(asked(ready, error_format), known)
-    return ready, checkpoint.claim(folder, world, known, host.heartbeat_seconds)
+    return ready, checkpoint.claim(folder, world, known, host.heartbeat_seconds, before)
 
 
-def _carry_out(share: Share, attempt: Attempt, done: Done, world: World, host: Host, stop: Stop) -> None:
+@contextmanager
+def _end_if_it_fails(attempt: Attempt, world: World) -> Iterator[None]:
+    """Records why the attempt ended, if this process alone speaks for it."""
+    try:
+        yield
+    except BaseException as error:
+        if world.size == 1:
+            _end(attempt, f"failed: {type(error).__name__}: {error}")
+        raise
+
+
+def _carry_out(
+    ready: Ready,
+    attempt: Attempt,
+    world: World,
+    host: Host,
+    stop: Stop,
+    max_error_rate: float,
+    error_format: ErrorFormat,
+) -> None:
     """This process's share, or its ranks' shares."""
+    # Before the engine exists: in a tensor-parallel group, a rank that read it later could see a batch that the first
+    # one has just recorded, and the two would generate different batches.
+    done = attempt.folder.done(len(ready.source))
     leads = world.rank == 0 and world.attempt is None
     showing = host.watch(attempt, done) if leads and host.watch is not None else nullcontext()
-    try:
-        with showing:
-            if host.ranks == 1 or world.size > 1 or done.good == len(done.states):
-                share.work()
-            elif 4 in launch.start_ranks(attempt, host.rank_command, host.ranks, stop, host.environment):
-                raise RunError("a rank could not start; it says above why")
-    except BaseException as error:
-        if leads and world.size == 1:
-            attempt.end(f"failed: {type(error).__name__}: {error}")
-        raise
+    with showing:
+        if host.ranks == 1 or world.size > 1 or done.good == len(done.states):
+            model_name = ready.recipe.model or ready.model.name
+            render = renderer(model_name, attempt.folder.created, error_format, ready.answers_requests)
+            Share(ready, world, attempt, done, stop, max_error_rate, render).work()
+        elif 4 in launch.start_ranks(attempt, host.rank_command, host.ranks, stop, host.environment):
+            raise RunError("a rank could not start; it says above why")
 
 
 def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_format: OutputFormat) -> Status:
@@ -172,13 +186,23 @@ def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_for
     status = checkpoint.status(attempt.folder, verify=last)
     if last:
         if not status.open:
-            merge(attempt.folder, ready.source, output_format, typed=not ready.answers_requests)
-        try:
-            attempt.end(stop.reason or ("finished" if not status.open else "ended with open rows: a rank died"))
-        except OSError as error:
-            logger.warning("cannot write that the attempt has ended: %s", error)
+            try:
+                merge(attempt.folder, ready.source, output_format, typed=not ready.answers_requests)
+            except CheckpointError as error:
+                raise MergeError(str(error)) from error
+        reasons = [stop.reason, *(beat.get("reason") for beat in beats.values())]
+        why = next(filter(None, reasons), "ended with open rows: a rank died")
+        _end(attempt, why if status.open else "finished")
         status = checkpoint.status(attempt.folder)
     return status
+
+
+def _end(attempt: Attempt, how: str) -> None:
+    try:
+        attempt.end(how)
+    except OSError as error:
+        # Everybody sees from the process that it is gone; only the reason is lost.
+        logger.warning("cannot write that the attempt has ended: %s", error)
 
 
 def merge(folder: RunFolder, source: Input | None, output_format: OutputFormat, *, typed: bool = True) -> Path:

@@ -33,8 +33,10 @@ def start_ranks(
     If one rank dies, the others get SIGTERM, and `GRACE_SECONDS` later SIGKILL.
     """
     port = _free_port()
-    ranks = [_start(command, _variables(attempt, rank, count, port, environment)) for rank in range(count)]
+    ranks: list[subprocess.Popen[bytes]] = []
     try:
+        numbers = range(0 if stop() else count)
+        ranks.extend(_start(command, _variables(attempt, rank, count, port, environment)) for rank in numbers)
         return _wait(ranks, stop)
     finally:
         for rank in ranks:
@@ -43,7 +45,8 @@ def start_ranks(
 
 
 def _variables(attempt: Attempt, rank: int, count: int, port: int, environment: Mapping[str, str]) -> dict[str, str]:
-    variables = dict(environment)
+    # In a one-process torchrun, that one's store would be taken for that of these ranks.
+    variables = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")}
     # As torchrun does, but all cores: N ranks with a thread a core each would get in each other's way.
     variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     variables.update(
@@ -80,13 +83,16 @@ def _start(command: Sequence[str], variables: dict[str, str]) -> subprocess.Pope
 def _wait(ranks: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
     passed_on: int | None = None
     deadline: float | None = None
-    while any(rank.poll() is None for rank in ranks):
+    while _alive(ranks):
         if stop.signal is not None and passed_on is None:
             passed_on = stop.signal
             _send(ranks, passed_on)
         if deadline is None and any(rank.returncode for rank in ranks):
             dead = next(number for number, rank in enumerate(ranks) if rank.returncode)
-            logger.error("rank %d died (exit code %d); ending the others", dead, ranks[dead].returncode)
+            if passed_on is None or ranks[dead].returncode != -passed_on:  # that one came before the rank's handler
+                reason = f"rank {dead} died (exit code {ranks[dead].returncode})"
+                logger.error("%s; ending the others", reason)
+                stop.request(reason)
             _send(ranks, signal.SIGTERM)
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
@@ -96,9 +102,13 @@ def _wait(ranks: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
 
 
 def _send(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.send_signal(number)
+    for rank in _alive(ranks):
+        rank.send_signal(number)
+
+
+def _alive(ranks: list[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
+    # All are asked every time: with `any` alone, nobody would see rank 1 die while rank 0 lives.
+    return [rank for rank in ranks if rank.poll() is None]
 
 
 def die_with(starter: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import datetime
 import decimal
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from batchgen import openai
@@ -16,8 +17,7 @@ from batchgen.types import Generation
 ErrorFormat = Literal["openai", "vllm"]
 
 RESULT = ("id", "index", "text", "finish_reason", "prompt_tokens", "generated_tokens", "error")
-"""What batchgen adds to a row, in this order. A column of the input with such a name is carried as `input_NAME`, apart
-from `id`, which is the row's own."""
+"""What batchgen adds to a row, in this order."""
 
 _RESULT = frozenset(RESULT)
 
@@ -39,13 +39,9 @@ def renderer(
 
     def render(generation: Generation) -> bytes:
         if generation.request is not None or (answers_requests and generation.error is not None):
-            value = openai.answer(generation, model, created, error_format)
+            text = _json(openai.answer(generation, model, created, error_format))
         else:
-            value = plain(generation)
-        try:
-            text = _encode(value)
-        except ValueError:  # NaN and infinity, which Parquet may hold and JSON may not
-            text = _encode(_finite(value))
+            text = _plain(generation)
         if not text.isascii():
             text = text.translate(_LINE_ENDS)
         return text.encode("utf-8", "backslashreplace") + b"\n"
@@ -53,22 +49,43 @@ def renderer(
     return render
 
 
-def plain(generation: Generation) -> dict[str, object]:
-    """The merged row: the result, then the row's own columns."""
-    error = generation.error
+def _plain(generation: Generation) -> str:
+    """The merged row: the result, then the row's own columns. Its names are those of `RESULT`, in their order.
+
+    Put together by hand, since the encoder takes half as long again for the same object.
+    """
     columns = generation.columns
     if not _RESULT.isdisjoint(columns):
-        columns = {f"input_{name}" if name in _RESULT else name: value for name, value in columns.items()}
-    return {
-        "id": generation.id,
-        "index": generation.index,
-        "text": generation.text,
-        "finish_reason": generation.finish_reason,
-        "prompt_tokens": generation.prompt_tokens,
-        "generated_tokens": generation.generated_tokens,
-        "error": None if error is None else {"type": error.type, "message": error.message, "line": error.line},
-        **columns,
-    }
+        names = carried(columns)
+        columns = {names[name]: value for name, value in columns.items()}
+    error = generation.error
+    own = "".join(f",{_quoted(name)}:{_any(value)}" for name, value in columns.items())
+    return (
+        f'{{"id":{_quoted(generation.id)},"index":{generation.index},'
+        f'"text":{"null" if generation.text is None else _quoted(generation.text)},'
+        f'"finish_reason":{"null" if generation.finish_reason is None else _quoted(generation.finish_reason)},'
+        f'"prompt_tokens":{generation.prompt_tokens},"generated_tokens":{generation.generated_tokens},'
+        f'"error":{"null" if error is None else _json(dataclasses.asdict(error))}{own}}}'
+    )
+
+
+def _any(value: object) -> str:
+    return _quoted(value) if type(value) is str else _json(value)
+
+
+def carried(columns: Iterable[str]) -> dict[str, str]:
+    """The name in the output of each column of the input, its `id` apart: that is the result's own.
+
+    A column with the name of a result gets `input_` in front, as often as no other column has that name.
+    """
+    names = {name: name for name in columns}
+    for name in RESULT:
+        if name in names:
+            other = f"input_{name}"
+            while other in names:
+                other = f"input_{other}"
+            names[name] = other
+    return names
 
 
 def _text_of(value: object) -> object:
@@ -86,7 +103,15 @@ def _text_of(value: object) -> object:
     return str(value)
 
 
+_quoted = json.encoder.encode_basestring
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_text_of).encode
+
+
+def _json(value: object) -> str:
+    try:
+        return _encode(value)
+    except ValueError:  # NaN and infinity, which Parquet may hold and JSON may not
+        return _encode(_finite(value))
 
 
 def _finite(value: object) -> object:

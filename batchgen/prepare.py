@@ -20,7 +20,7 @@ from typing import Any
 from batchgen import engine, models
 from batchgen.checkpoint import CheckpointError, read_json, to_json, write_atomic
 from batchgen.engine import Engine
-from batchgen.formats import Input
+from batchgen.input import Input
 from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
 from batchgen.prompts import PromptReader, Recipe, own_id
@@ -76,7 +76,7 @@ def prepare(
     """Opens the input and finds engine and model; `scan` reads the input once and leaves an index in `cache`.
 
     Raises:
-        InputError, EngineError, ModelError, ValueError: a sentence each.
+        RunError, InputError, EngineError, ModelError: a sentence each.
     """
     kind = engine.find(engine_name)
     options = engine.parse_options(kind, settings)
@@ -107,7 +107,10 @@ def _duplicates(source: Input, path: Path, scan: bool) -> dict[int, str]:
             raise CheckpointError(f"{path} is of another input; start again")
         found = source.duplicates(own_id)
         known = {"input": source.digest, "rows": found}
-        write_atomic(path, to_json(known))
+        try:
+            write_atomic(path, to_json(known))
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}. Nothing has started") from error
     return {int(row): str(first) for row, first in known["rows"].items()}
 
 

@@ -48,11 +48,14 @@ class _Progress:
 
     def show(self, final: bool = False) -> None:
         text = self._text()
-        if not self._terminal:
-            print(text, file=self._stream, flush=True)
-            return
-        width = shutil.get_terminal_size().columns - 1
-        print("\r" + text[:width].ljust(width), end="\n" if final else "", file=self._stream, flush=True)
+        begin, end = "", "\n"
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            begin, text, end = "\r", text[:width].ljust(width), "\n" if final else ""
+        try:
+            print(begin + text, end=end, file=self._stream, flush=True)
+        except OSError:
+            self.ended.set()  # the terminal or the pipe is gone, and with it whoever wanted to know; the run goes on
 
     def _text(self) -> str:
         beats = list(self._attempt.heartbeats().values())

@@ -83,20 +83,6 @@ def _own_id(columns: Mapping[str, object]) -> str | None:
     raise Refused("wrong_type", f"{name} must be a text that is not empty or a whole number, not {shown(own)}")
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A prompt before its tokens."""
-
-    row: Row
-    id: str
-    text: str
-    special: bool  # whether the tokenizer adds its special tokens
-    params: SamplingParams
-    columns: Mapping[str, object]
-    request: Mapping[str, object] | None = None
-    tokens: Tokens | None = None
-
-
 class PromptReader:
     """Turns rows into prompts, and rows with which something is wrong into failed generations.
 
@@ -116,16 +102,21 @@ class PromptReader:
 
     def read(self, rows: Sequence[Row]) -> list[Prompt | Generation]:
         """A window of rows, in their order. Calls the tokenizer at most twice, however many rows there are."""
-        drafts = [self._draft(row) for row in rows]
-        for special in (True, False):
-            chosen = [d for d in drafts if type(d) is _Draft and d.tokens is None and d.special is special]
-            if chosen:
-                tokens = self._encoder.tokenize([draft.text for draft in chosen], special=special)
-                for draft, ids in zip(chosen, tokens, strict=True):
-                    draft.tokens = ids
-        return [self._prompt(draft) if isinstance(draft, _Draft) else draft for draft in drafts]
+        plain: list[Prompt] = []  # for the tokenizer to add its special tokens to
+        templated: list[Prompt] = []  # a chat template's text has them
+        outcomes = [self._draft(row, plain, templated) for row in rows]
+        for prompts, special in ((plain, True), (templated, False)):
+            if prompts:
+                tokens = self._encoder.tokenize([prompt.text for prompt in prompts], special=special)
+                for prompt, ids in zip(prompts, tokens, strict=True):
+                    prompt.tokens = ids
+        return [
+            self._checked(row, outcome) if isinstance(outcome, Prompt) else outcome
+            for row, outcome in zip(rows, outcomes, strict=True)
+        ]
 
-    def _draft(self, row: Row) -> _Draft | Generation:
+    def _draft(self, row: Row, plain: list[Prompt], templated: list[Prompt]) -> Prompt | Generation:
+        """The row's prompt, put into the list of those that need tokens, or its failure."""
         value = row.value
         if isinstance(value, RowError):
             return Generation(row.index, row_id(row), None, None, 0, 0, value, {})
@@ -133,19 +124,22 @@ class PromptReader:
             if row.index in self._duplicates:
                 first = self._duplicates[row.index]
                 raise Refused("duplicate_id", f"the id {shown(row_id(row))} is that of {first}")
-            if self._recipe.model is not None or openai.is_request(value):
-                return self._request(row, value)
-            return self._plain(row, value)
+            is_request = self._recipe.model is not None or openai.is_request(value)
+            prompt, from_chat = self._request(row, value) if is_request else self._plain(row, value)
         except Refused as refused:
             return self._failed(row, refused)
+        if from_chat is not None:
+            (templated if from_chat else plain).append(prompt)
+        return prompt
 
-    def _plain(self, row: Row, value: Mapping[str, object]) -> _Draft:
+    def _plain(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool]:
+        """The prompt, and whether its text is from a chat template."""
         own = _own_id(value)
-        special = True
+        from_chat = False
         if self._render is not None:
             text = self._render(value)
         elif self._recipe.prompt_column is None and value.get("messages") is not None:
-            special = False
+            from_chat = True
             text = self._chat(
                 conversation(value["messages"], "messages", whole=True),
                 template_kwargs(value.get("chat_template_kwargs"), "chat_template_kwargs"),
@@ -158,19 +152,21 @@ class PromptReader:
         if not text.isascii():
             check_encodable(text)
         id = f"{row.source}:{row.line}" if own is None else own
-        return _Draft(row, id, text, special, params, _columns(value))
+        return Prompt(row.index, id, row.line, text, (), params, _columns(value)), from_chat
 
-    def _request(self, row: Row, value: Mapping[str, object]) -> _Draft:
+    def _request(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool | None]:
+        """The prompt, and whether its text is from a chat template; None if it brought its tokens along."""
         request = openai.parse(value, self._recipe.model)
         self._report(row, request.ignored)
         params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
-        text, special = request.text or "", True
+        text = request.text or ""
         if request.messages is not None:
-            text, special = self._chat(request.messages, request.chat_template_kwargs), False
+            text = self._chat(request.messages, request.chat_template_kwargs)
         check_encodable(text)
         if request.tokens is not None:
             self._check_vocabulary(request.tokens)
-        return _Draft(row, row_id(row), text, special, params, {}, value, request.tokens)
+        prompt = Prompt(row.index, row_id(row), row.line, text, request.tokens or (), params, {}, value)
+        return prompt, None if request.tokens is not None else request.messages is not None
 
     def _chat(self, messages: Sequence[Mapping[str, object]], kwargs: Mapping[str, object]) -> str:
         try:
@@ -194,18 +190,18 @@ class PromptReader:
         if size is not None and largest >= size:
             raise Refused("wrong_type", f"body.prompt has token {shown(largest)}, but the model has {size} tokens")
 
-    def _prompt(self, draft: _Draft) -> Prompt | Generation:
-        row, tokens, params = draft.row, draft.tokens, draft.params
+    def _checked(self, row: Row, prompt: Prompt) -> Prompt | Generation:
+        """`prompt`, which has its tokens now, or why it cannot be generated from."""
+        tokens, budget = prompt.tokens, prompt.params.max_new_tokens
         context = self._encoder.context
-        # Every draft has its tokens by now; the comparison is for the type checker.
-        if tokens is None or not tokens:
+        if not tokens:
             return self._failed(row, Refused("empty_prompt", "the prompt is empty: it has no tokens"))
-        if context is not None and len(tokens) + params.max_new_tokens > context:
+        if context is not None and len(tokens) + budget > context:
             try:
-                tokens = self._shortened(tokens, params.max_new_tokens, context)
+                prompt.tokens = self._shortened(tokens, budget, context)
             except Refused as refused:
                 return self._failed(row, refused)
-        return Prompt(row.index, draft.id, row.line, draft.text, tokens, params, draft.columns, draft.request)
+        return prompt
 
     def _shortened(self, tokens: Tokens, budget: int, context: int) -> Tokens:
         """`tokens` cut to leave `budget` of the context, but never what the tokenizer puts around a text.

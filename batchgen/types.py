@@ -4,8 +4,8 @@ A `Row` is one input row as a format read it; `prompts` turns it into a `Prompt`
 into a failed `Generation`. An engine turns prompts into a `Batch` of generations; `checkpoint` writes it and keeps a
 `BatchRecord`, the proof that the batch is finished.
 
-Nobody changes these values. Those that a run makes for every row are not marked frozen, because making a frozen one
-takes three times as long, which is felt with a million rows.
+Once made, nobody changes these values. Those that a run makes for every row are not marked frozen all the same: making
+a frozen one takes three times as long, which is felt with a million rows.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ class Share:
         self._writer = Writer(attempt.folder, attempt.number, self.stream.index, world.rank, render)
         self._engine: Engine | None = None
         self._refused: list[Generation] = []  # rows that became no prompt, waiting for the next commit
+        self._refused_before = 0  # rows that an earlier attempt has refused and recorded, met again
+        self._mark = time.perf_counter()
         self._state = "loading"
         self._ready_at: float | None = None
         self._rows_done = self._failed = self._prompt_tokens = self._committed_tokens = 0
@@ -55,7 +57,7 @@ class Share:
                 raise
 
     def _generate(self, heartbeat: Heartbeat) -> None:
-        prompts = self._queue()
+        prompts = self._queue(heartbeat)
         # Before the engine, so that a start with nothing left to generate costs no loading. Engines whose ranks call
         # together are made on every rank: the others wait for this one.
         first = next(prompts, None)
@@ -81,7 +83,7 @@ class Share:
         self._state, self._ready_at = "running", time.time()
         heartbeat.beat()
 
-    def _queue(self) -> Iterator[Prompt]:
+    def _queue(self, heartbeat: Heartbeat) -> Iterator[Prompt]:
         """This stream's prompts, put in order window by window; rows that become none wait for the next commit."""
         source, reader = self._ready.source, self._ready.reader
         for number, window in enumerate(windows(open_rows(self._rows, self._done.is_good))):
@@ -92,6 +94,13 @@ class Share:
                 elif not self._done.is_failed(outcome.index):
                     # The input is the same and so is the verdict: it need not be written down again at every start.
                     self._refused.append(outcome)
+                else:
+                    self._refused_before += 1
+            if not prompts:
+                # No batch may come for a long time, and all rows of a wrong file would pile up.
+                self._commit(Batch([]), heartbeat)
+                if self._engine is None and self._stop():
+                    return  # an engine that exists agrees with its ranks first, and leaves by itself
             yield from order(prompts, number)
 
     def _commit(self, batch: Batch, heartbeat: Heartbeat) -> None:
@@ -115,10 +124,9 @@ class Share:
         self._prompt_tokens += record.prompt_tokens
         self._committed_tokens += record.generated_tokens
         heartbeat.beat()
-        if self._failed > self._most_failures:
-            reason = (
-                f"{self._failed} of this stream's {len(self._rows)} rows have failed, more than --max-error-rate allows"
-            )
+        failed = self._failed + self._refused_before
+        if failed > self._most_failures:
+            reason = f"{failed} of this stream's {len(self._rows)} rows have failed, more than --max-error-rate allows"
             logger.error("%s; the last one: %s", reason, _last_error(generations))
             self._stop.request(reason)
 
@@ -126,6 +134,7 @@ class Share:
         generated = self._engine.generated_tokens if self._engine is not None else 0
         return {
             "state": self._state,
+            "reason": self._stop.reason,
             "stream": self.stream.index,
             "ready": self._ready_at,
             "rows": self._rows_done if self.stream.writes else 0,

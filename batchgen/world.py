@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -64,15 +65,15 @@ def from_environment(environment: Mapping[str, str]) -> World:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         size = _number(environment, "WORLD_SIZE")
         local_rank = _number(environment, "LOCAL_RANK")
-        known = "LOCAL_WORLD_SIZE" in environment
-        local_size = _number(environment, "LOCAL_WORLD_SIZE") if known else min(size, local_rank + 1)
+        # torchrun's name, then DeepSpeed's; without either, as many as there must be at least.
+        name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environment), None)
+        local_size = local_rank + 1 if name is None else _number(environment, name)
         rank = _number(environment, "RANK")
         return replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size)
-    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+    if "SLURM_STEP_NUM_TASKS" in environment:
         size = _number(environment, "SLURM_STEP_NUM_TASKS")
         local_rank = _number(environment, "SLURM_LOCALID")
-        tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
-        local_size = _tasks_here(tasks, environment, size)
+        local_size = _tasks_here(environment) if "SLURM_STEP_TASKS_PER_NODE" in environment else local_rank + 1
         rank = _number(environment, "SLURM_PROCID")
         return replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size)
     return replace(world, attempt=None)
@@ -90,11 +91,15 @@ def _number(environment: Mapping[str, str], name: str) -> int:
         raise WorldError(f"{name} is {text!r}, not a number") from None
 
 
-def _tasks_here(tasks_per_node: str, environment: Mapping[str, str], size: int) -> int:
+def _tasks_here(environment: Mapping[str, str]) -> int:
     """Tasks on this node, from Slurm's compressed list: "4(x2),3" means 4, 4, 3."""
-    counts: list[int] = []
-    for part in tasks_per_node.split(","):
-        count, _, repeat = part.partition("(x")
-        counts += [int(count)] * int(repeat.rstrip(")") or 1)
-    node = int(environment.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else size
+    text = environment["SLURM_STEP_TASKS_PER_NODE"]
+    node = _number(environment, "SLURM_NODEID") if "SLURM_NODEID" in environment else 0
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise WorldError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, not a list like 4(x2),3")
+        node -= int(found[2] or 1)
+        if node < 0:
+            return int(found[1])
+    raise WorldError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}: it does not say how many tasks this node has")

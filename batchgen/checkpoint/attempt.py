@@ -15,12 +15,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchgen.checkpoint.files import CheckpointError, make_exclusive, read_json, to_json, write_atomic
+from batchgen.checkpoint.files import (
+    CheckpointError,
+    cannot_write,
+    make_exclusive,
+    read_json,
+    read_whole,
+    to_json,
+    write_atomic,
+)
 from batchgen.checkpoint.folder import RunFolder
 from batchgen.world import World
 
@@ -67,10 +76,15 @@ class Attempt:
         """The last heartbeat of every rank."""
         beats: dict[int, dict[str, Any]] = {}
         for path in sorted(self.folder.attempts.glob(f"{self.number:05d}-*.json")):
+            rank = path.stem.partition("-")[2]
             try:
-                beats[int(path.stem.partition("-")[2])] = json.loads(path.read_bytes())
+                beat = json.loads(read_whole(path))
             except (ValueError, FileNotFoundError):
-                continue  # replaced while we looked; the next look sees it
+                continue  # a power cut can empty it, since it is not synced
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+            if rank.isdigit() and isinstance(beat, dict):
+                beats[int(rank)] = beat
         return beats
 
     def end(self, how: str) -> None:
@@ -109,7 +123,10 @@ class Attempt:
 def _exists(process: Mapping[str, Any]) -> bool | None:
     if any(process.get(name) != value for name, value in _here().items()):
         return None
-    return _process_started(int(process["pid"])) == int(process["process_started"])
+    try:
+        return _process_started(int(process["pid"])) == int(process["process_started"])
+    except PermissionError:
+        return None
 
 
 def _here() -> dict[str, str]:
@@ -129,10 +146,15 @@ def _process_started(pid: int) -> int | None:
     """Clock ticks from boot to the start of process `pid`, so that a reused id is not taken for it; None if it is gone.
 
     Field 22 of /proc/PID/stat, counted after the name, which may hold spaces and parentheses. See proc(5).
+
+    Raises:
+        PermissionError: it is there, but this user may not look at it.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
+        with suppress(ProcessLookupError):
+            os.kill(pid, 0)  # where /proc is mounted with hidepid, other people's processes are not in it
         return None
     return None if fields[0] in "ZX" else int(fields[19])  # a zombie works no more
 
@@ -163,14 +185,23 @@ def check_free(folder: RunFolder, world: World) -> list[Attempt]:
     return known
 
 
-def claim(folder: RunFolder, world: World, facts: Mapping[str, object], heartbeat_seconds: float) -> Attempt:
+def claim(
+    folder: RunFolder,
+    world: World,
+    facts: Mapping[str, object],
+    heartbeat_seconds: float,
+    checked: Sequence[Attempt] | None = None,
+) -> Attempt:
     """Takes the run folder for a new attempt.
 
+    Args:
+        checked: what `check_free` has given this start, so that a dead attempt of another host is not waited for twice.
+
     Raises:
-        CheckpointError: another attempt is live.
+        CheckpointError: another attempt is live, or the folder cannot be written.
     """
+    known = check_free(folder, world) if checked is None else list(checked)
     while True:
-        known = check_free(folder, world)
         number = known[-1].number + 1 if known else 1
         made: dict[str, Any] = {
             "started": time.time(),
@@ -182,14 +213,20 @@ def claim(folder: RunFolder, world: World, facts: Mapping[str, object], heartbea
             **facts,
             "ended": None,
         }
-        if make_exclusive(folder.attempts / f"{number:05d}.json", to_json(made)):
-            return Attempt(folder, number, made)
+        try:
+            if make_exclusive(folder.attempts / f"{number:05d}.json", to_json(made)):
+                return Attempt(folder, number, made)
+        except OSError as error:
+            raise cannot_write(folder.path, error) from error
+        time.sleep(0.1)  # NFS may list the other's claim only seconds later
+        known = check_free(folder, world)
 
 
 def join(folder: RunFolder, world: World, patience: float = 600.0) -> Attempt:
     """The attempt that rank 0 of this start has claimed; waits for it up to `patience` seconds.
 
-    An attempt of the same launch that is not live is a leftover of an earlier start on the same port.
+    An attempt of the same launch may be the leftover of an earlier start on the same port: then it is dead, or this
+    rank has a heartbeat in it already.
 
     Raises:
         CheckpointError: rank 0 never came.
@@ -199,12 +236,20 @@ def join(folder: RunFolder, world: World, patience: float = 600.0) -> Attempt:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         known = attempts(folder)
-        if known and known[-1].claim.get("launch") == world.launch and known[-1].is_live(world):
+        if known and _expects(known[-1], world):
             return known[-1]
         time.sleep(0.2)
     raise CheckpointError(
         f"rank {world.rank} waited {patience:.0f} s for rank 0 to claim {folder.path}; look into rank 0's log"
     )
+
+
+def _expects(attempt: Attempt, world: World) -> bool:
+    beats = attempt.heartbeats()
+    if attempt.ended is not None or attempt.claim.get("launch") != world.launch or world.rank in beats:
+        return False
+    # With few rows, rank 0 is through before others have started.
+    return any(beat.get("state") in ("finished", "stopped") for beat in beats.values()) or attempt.is_live(world)
 
 
 class Heartbeat:

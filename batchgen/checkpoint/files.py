@@ -5,6 +5,7 @@ No locks and no shared appends, so that it works on NFS and Lustre; a rename hap
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -20,6 +21,12 @@ class AskedDifferently(CheckpointError):
     """The run folder holds another run; the message names the fields that differ."""
 
 
+def cannot_write(folder: Path, error: OSError) -> CheckpointError:
+    """`error`, met while a start was being prepared, as a sentence."""
+    reason = error.strerror or str(error)
+    return CheckpointError(f"cannot write the run folder {folder}: {reason}. Make room, or choose another with -o")
+
+
 def to_json(value: object) -> bytes:
     """`value` for a person to read, with a final newline."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
@@ -32,14 +39,27 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is not there, or damaged.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_whole(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is not a run folder: it has no {path.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}). Restore it, or start a new run with another -o") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged: it holds no object. Restore it, or start a new run with another -o")
     return value
+
+
+def read_whole(path: Path) -> bytes:
+    """What is in `path`, which another process may be replacing."""
+    for _ in range(100):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # NFS, of a file that another host has just replaced
+                raise
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
 
 def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -76,7 +96,9 @@ def make_exclusive(path: Path, data: bytes) -> bool:
         try:
             os.link(scratch, path)
         except FileExistsError:
-            return False
+            # NFS, when the answer to the first request is lost: the second finds our own link.
+            if scratch.stat().st_nlink == 1:
+                return False
     finally:
         scratch.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -92,10 +114,13 @@ def append(descriptor: int, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` outlive a power cut."""
+    """Makes the names in `folder` outlive a power cut, where its file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # said of folders by FUSE, SMB and others
+            raise
     finally:
         os.close(descriptor)
 

@@ -26,6 +26,7 @@ from batchgen.checkpoint.files import (
     AskedDifferently,
     CheckpointError,
     append,
+    cannot_write,
     make_exclusive,
     read_json,
     sync_folder,
@@ -100,10 +101,7 @@ class RunFolder:
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise CheckpointError(
-                f"cannot write the run folder {self.path}: {reason}. Choose another with -o"
-            ) from error
+            raise cannot_write(self.path, error) from error
 
     def ask(self, asked: Mapping[str, object], facts: Mapping[str, object]) -> None:
         """Records what this run is, or checks that it is the same run as the folder's.
@@ -117,7 +115,10 @@ class RunFolder:
         path = self.path / "run.json"
         if not path.exists():
             # Links of other processes may be faster than ours: then theirs is what counts.
-            make_exclusive(path, to_json({"asked": wanted, "created": int(time.time()), "first_start": facts}))
+            try:
+                make_exclusive(path, to_json({"asked": wanted, "created": int(time.time()), "first_start": facts}))
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
         known = read_json(path).get("asked", {})
         differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
         if differing:
@@ -129,7 +130,7 @@ class RunFolder:
     def asked(self) -> dict[str, Any]:
         """What was asked, as `ask` recorded it."""
         asked = read_json(self.path / "run.json").get("asked")
-        if not isinstance(asked, dict):
+        if not isinstance(asked, dict) or not isinstance(asked.get("rows"), int):
             raise CheckpointError(f"{self.path / 'run.json'} is damaged: it does not say what was asked")
         return asked
 
@@ -153,8 +154,7 @@ class RunFolder:
         states = done.states
         for path, record in self.records(verify=verify):
             failed = set(record.failed)
-            if record.rows and max(record.rows) >= rows:
-                raise CheckpointError(f"{path.name} holds row {max(record.rows)}, but the input has {rows} rows")
+            check_rows(path, record, rows)
             for row in record.rows:
                 if row not in failed:
                     states[row] = GOOD
@@ -166,6 +166,15 @@ class RunFolder:
             tokens = done.attempt_tokens.get(record.attempt, 0)
             done.attempt_tokens[record.attempt] = tokens + record.generated_tokens
         return done
+
+
+def check_rows(path: Path, record: BatchRecord, rows: int) -> None:
+    """Raises CheckpointError if `record`, of the generations file `path`, does not fit an input of `rows` rows."""
+    if record.rows and not 0 <= min(record.rows) <= max(record.rows) < rows:
+        raise CheckpointError(
+            f"{path} holds row {max(record.rows)}, but rows of this run are below {rows}: the file is of another run. "
+            "Move it and its batches file away, and start again"
+        )
 
 
 def _shown(asked: Mapping[str, Any], name: str) -> str:
@@ -184,6 +193,8 @@ def _trusted(path: Path, generations: Path, verify: bool) -> Iterator[BatchRecor
         size = os.fstat(text.fileno()).st_size
         for number, line in enumerate(lines, 1):
             record = _parsed(line)
+            if record is not None and record.end > size:
+                size = os.fstat(text.fileno()).st_size  # a run that works has committed since we looked
             if record is None or record.end > size:
                 # A torn last line is what a kill leaves behind; anything else is damage, and worth a word.
                 if line.endswith(b"\n"):
@@ -197,19 +208,26 @@ def _trusted(path: Path, generations: Path, verify: bool) -> Iterator[BatchRecor
             yield record
 
 
+_SEAL = b',"seal":'  # last in a record: CRC-32 of the bytes before it, since a wrong digit in `rows` is good JSON too
+
+
 def _parsed(line: bytes) -> BatchRecord | None:
-    if not line.endswith(b"\n"):
+    """The record in `line`, if it is whole. What a later version has added to it is passed over."""
+    body, _, seal = line.rpartition(_SEAL)
+    if seal != b"%d}\n" % zlib.crc32(body):
         return None
+    values = json.loads(line)
     try:
-        return BatchRecord(**json.loads(line))
-    except (ValueError, TypeError):
+        return BatchRecord(**{name: values[name] for name in BatchRecord.__slots__})
+    except KeyError:
         return None
 
 
 def _line_of(record: BatchRecord) -> bytes:
     # Not dataclasses.asdict: it copies row numbers one by one.
     values = {name: getattr(record, name) for name in BatchRecord.__slots__}
-    return json.dumps(values, separators=(",", ":")).encode() + b"\n"
+    body = json.dumps(values, separators=(",", ":")).encode()[:-1]
+    return b"%b%b%d}\n" % (body, _SEAL, zlib.crc32(body))
 
 
 class Writer:

@@ -2,26 +2,30 @@
 
 generations.jsonl (or .parquet, .arrow)      every row, failed ones in their place
 errors.jsonl                                 the failed rows again
-timing.jsonl                                 the batches, oldest first
+timing.jsonl                                 the batches: attempt by attempt, stream by stream, oldest first
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from batchgen.checkpoint.files import CheckpointError, sync_folder
-from batchgen.checkpoint.folder import FAILED, GOOD, OPEN, RunFolder
+from batchgen.checkpoint.folder import FAILED, GOOD, OPEN, RunFolder, check_rows
 from batchgen.types import BatchRecord
 
 # Rows gathered at once: few reads, and some MB of text.
 _BLOCK = 4096
-# Text read in one piece for a block; where its rows lie further apart, each is read alone.
+# Text read for a block, of all files together; where the rows of one lie further apart, each is read alone.
 _SPAN = 64 << 20
+# Files open at once: a run that was started often has more of them than the 1024 a process may open.
+_OPEN_FILES = 256
 
 # Of a batch record, what the reader of timing.jsonl wants; the rest is the commit's own.
 _TIMING = [name for name in BatchRecord.__slots__ if name not in ("begin", "end", "rows", "failed", "checksum")]
@@ -48,23 +52,17 @@ class Places:
         places = cls(
             [], bytearray(rows), array("I", zeros[: 4 * rows]), array("Q", zeros), array("I", zeros[: 4 * rows])
         )
-        open_file: tuple[Path, int] | None = None
-        try:
+        with closing(_Files(places.files)) as files:
             for path, record in folder.records(verify=True):
-                if open_file is None or open_file[0] != path:
-                    if open_file is not None:
-                        os.close(open_file[1])
-                    open_file = (path, os.open(path, os.O_RDONLY))
+                check_rows(path, record, rows)
+                if not places.files or places.files[-1] != path:
                     places.files.append(path)
-                places._add(record, os.pread(open_file[1], record.end - record.begin, record.begin))
-        finally:
-            if open_file is not None:
-                os.close(open_file[1])
+                number = len(places.files) - 1
+                places._add(record, number, files.read(number, record.end - record.begin, record.begin))
         return places
 
-    def _add(self, record: BatchRecord, text: bytes) -> None:
+    def _add(self, record: BatchRecord, number: int, text: bytes) -> None:
         failed = frozenset(record.failed)
-        number = len(self.files) - 1
         begin = record.begin
         states, files, begins, lengths = self.states, self.file, self.begin, self.length
         for row, line in zip(
@@ -78,8 +76,7 @@ class Places:
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Row number and line (newline included) of every row that has one, in input order."""
-        files = [os.open(path, os.O_RDONLY) for path in self.files]
-        try:
+        with closing(_Files(self.files)) as files:
             for start in range(0, len(self.states), _BLOCK):
                 rows = [row for row in range(start, min(start + _BLOCK, len(self.states))) if self.states[row] != OPEN]
                 spans = self._spans(rows, files)
@@ -87,29 +84,57 @@ class Places:
                     first, text = spans[self.file[row]]
                     begin, length = self.begin[row], self.length[row]
                     if text is None:
-                        yield row, os.pread(files[self.file[row]], length, begin)
+                        yield row, files.read(self.file[row], length, begin)
                     else:
                         yield row, text[begin - first : begin - first + length]
-        finally:
-            for descriptor in files:
-                os.close(descriptor)
 
     def failed(self) -> Iterator[tuple[int, bytes]]:
         """As `lines`, of the failed rows alone."""
         if FAILED in self.states:
             yield from ((row, line) for row, line in self.lines() if self.states[row] == FAILED)
 
-    def _spans(self, rows: list[int], files: list[int]) -> dict[int, tuple[int, bytes | None]]:
+    def _spans(self, rows: list[int], files: _Files) -> dict[int, tuple[int, bytes | None]]:
         """For each file that holds one of `rows`: where the text of its rows begins, and that text."""
         ends: dict[int, tuple[int, int]] = {}
         for row in rows:
             number, begin = self.file[row], self.begin[row]
             first, last = ends.get(number, (begin, begin))
             ends[number] = min(first, begin), max(last, begin + self.length[row])
+        share = _SPAN // max(len(ends), 1)
         return {
-            number: (first, os.pread(files[number], last - first, first) if last - first <= _SPAN else None)
+            number: (first, files.read(number, last - first, first) if last - first <= share else None)
             for number, (first, last) in ends.items()
         }
+
+
+class _Files:
+    """Reads from many files and keeps few of them open. The list may grow meanwhile."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+        self._open: dict[int, int] = {}  # file descriptors, the one used last at the end
+
+    def read(self, number: int, length: int, begin: int) -> bytes:
+        """`length` bytes of file `number` from byte `begin`."""
+        descriptor = self._open.pop(number, None)
+        if descriptor is None:
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            descriptor = os.open(self._paths[number], os.O_RDONLY)
+        self._open[number] = descriptor
+        data = os.pread(descriptor, length, begin)
+        while len(data) < length:  # Linux reads at most 2 GiB at once
+            more = os.pread(descriptor, length - len(data), begin + len(data))
+            if not more:
+                raise OSError(errno.EIO, "the file has become shorter", str(self._paths[number]))
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Closes all files."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
 
 
 def merge_with(write: Callable[[Path, Lines], None], folder: RunFolder, rows: int, name: str) -> Path:

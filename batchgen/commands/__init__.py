@@ -26,6 +26,12 @@ class CommandError(click.ClickException):
     exit_code = 4  # Click's own 1 and 2 say nothing about the run, so no outcome of a run uses them
 
 
+class Unfinished(CommandError):
+    """All is recorded, and the same command goes on from there."""
+
+    exit_code = DIED
+
+
 class _Commands(click.Group):
     """Finds commands by file name, so that `--help` and tab completion import none of them but the one asked for."""
 
@@ -114,18 +120,29 @@ def carry_out(
         if "BATCHGEN_STARTER" in os.environ:
             launch.die_with(int(os.environ["BATCHGEN_STARTER"]))
         log_to_stderr(world.rank, world.size)
-        # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of its time.
+        # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
+        # its time.
         gc.set_threshold(100_000, 50, 100)
         host = flow.Host(os.environ, ranks, sys.argv[1:], heartbeat_seconds, watch)
         with results_only_on_stdout():
             return flow.run(inputs, out, host=host, **options), world.size == 1
     except sentences as error:
         raise fail(error) from error
+    except flow.MergeError as error:
+        raise Unfinished(str(error)) from error
     except (Exception, KeyboardInterrupt) as error:
         if not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
-        click.echo("batchgen: died. What is recorded is safe; the same command goes on from there", err=True)
+        _say("died. What is recorded is safe; the same command goes on from there")
         sys.exit(DIED)
+
+
+def _say(sentence: str) -> None:
+    try:
+        click.echo(f"batchgen: {sentence}", err=True)
+    except OSError:
+        # The terminal or the pipe is gone. Click would exit with 1; the exit code shall still say how the run stands.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def conclude(status: Status, speaks: bool) -> None:
@@ -135,12 +152,9 @@ def conclude(status: Status, speaks: bool) -> None:
     last = status.attempts[-1].ended if status.attempts else None
     counts = f"{status.good} of {status.rows} rows good, {status.failed} failed, {status.open} open"
     if status.open:
-        click.echo(f"batchgen: {last or 'ended'}; {counts}. The same command goes on from there", err=True)
+        _say(f"{last or 'ended'}; {counts}. The same command goes on from there")
     else:
-        click.echo(f"batchgen: finished; {counts}", err=True)
+        _say(f"finished; {counts}")
         if status.failed:
-            click.echo(
-                f"batchgen: what failed is in {status.folder / 'errors.jsonl'}; the same command tries it again",
-                err=True,
-            )
+            _say(f"what failed is in {status.folder / 'errors.jsonl'}; the same command tries it again")
     sys.exit(status.exit_code)

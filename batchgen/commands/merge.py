@@ -25,7 +25,7 @@ def command(run: str, output_format: str) -> None:
     try:
         found = status(folder, verify=True)
         path = flow.merge(folder, None, output_format)  # type: ignore[arg-type]  # the choices are those of OutputFormat
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise fail(error) from error
     if found.open:
         click.echo(f"batchgen: {found.open} of {found.rows} rows are open and left out", err=True)

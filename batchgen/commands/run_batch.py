@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
 import time
+import urllib.parse
 import urllib.request
-from pathlib import Path
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.error import HTTPError
 
 import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
-from batchgen.commands import CommandError, carry_out, conclude
+from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
 
 # vLLM's names of what torch calls otherwise.
@@ -21,6 +25,13 @@ _DTYPES = {"half": "float16", "float": "float32"}
 
 _PUT_TRIES = 5  # vLLM's, as is the wait
 _PUT_WAIT_SECONDS = 5
+_TIMEOUT_SECONDS = 1000
+
+# What a run leaves in its folder; nothing else in there is ever deleted.
+_RUN_FILES = (
+    *("run.json", "attempts/*.json", "input/*", "fetched-*.jsonl", "timing.jsonl", "errors.jsonl"),
+    *("generations.jsonl", "generations-[0-9]*-[0-9]*.jsonl", "batches-[0-9]*-[0-9]*.jsonl"),
+)
 
 
 @click.command("run-batch", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
@@ -76,15 +87,19 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     options["recipe"] = recipe_of(options, served or _default_model())
     options["heartbeat_seconds"] = HEARTBEAT_SECONDS
     folder = Path(options.pop("run_folder") or f"{_local_name(output_file)}.run")
+    if not _is_url(output_file) and os.path.exists(output_file) and _is_same_file(input_file, output_file):
+        raise CommandError(f"{output_file} is the input: the answers would take its place. Name another file with -o")
     try:
         status, speaks = carry_out([_fetched(input_file, folder)], str(folder), **options)
     except CommandError as error:
         if not _is_finished_run_of_another_job(folder, error):
             raise
-        shutil.rmtree(folder)
+        _discard(folder)
         status, speaks = carry_out([_fetched(input_file, folder)], str(folder), **options)
-    if speaks and not status.open:
+    # Among ranks of torchrun or srun, the one that has merged ends the attempt.
+    if not status.open and (speaks or status.attempts[-1].ended is not None):
         _deliver(folder / "generations.jsonl", output_file)
+        click.echo(output_file)
     conclude(status, speaks)
 
 
@@ -99,55 +114,104 @@ def _is_url(name: str) -> bool:
 
 
 def _local_name(output: str) -> str:
-    return output.rstrip("/").rpartition("/")[2] if _is_url(output) else output
+    if not _is_url(output):
+        return output
+    # Not what stands behind "?": the signature of a signed URL, another one at every start.
+    return PurePosixPath(urllib.parse.unquote(urllib.parse.urlsplit(output).path)).name or "output"
+
+
+def _is_same_file(name: str, other: str) -> bool:
+    return not _is_url(name) and os.path.exists(name) and os.path.samefile(name, other)
 
 
 def _fetched(name: str, folder: Path) -> str:
-    """The local file of the input; a URL is fetched once into the run folder."""
+    """The local file of the input. A URL is fetched into the run folder, once for a run and all its ranks: an
+    unfinished one goes on with what it began with, and a finished one must see whether there is a new input."""
     if not _is_url(name):
         return name
-    place = folder / "fetched.jsonl"
-    if not place.exists():
+    place = folder / f"fetched-{hashlib.sha256(name.encode()).hexdigest()[:16]}.jsonl"
+    if not place.exists() or _is_finished(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(name) as answer, tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                shutil.copyfileobj(answer, file)
-            os.replace(file.name, place)
-        except (OSError, ValueError) as error:
+            _fetch(name, place)
+        except (OSError, ValueError, HTTPException) as error:
             raise CommandError(f"cannot read {name}: {error}") from error
     return str(place)
 
 
+def _fetch(url: str, place: Path) -> None:
+    with tempfile.NamedTemporaryFile(dir=place.parent, prefix="fetched-", suffix=".jsonl", delete=False) as file:
+        try:
+            with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
+                shutil.copyfileobj(answer, file)
+                announced = answer.headers.get("Content-Length")
+            file.flush()
+            # urllib takes a connection that breaks for the end.
+            if announced is not None and file.tell() != int(announced):
+                raise OSError(f"it broke off after {file.tell()} of {announced} bytes")
+            os.replace(file.name, place)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _is_finished(folder: Path) -> bool:
+    from batchgen.checkpoint import CheckpointError, RunFolder, status
+
+    try:
+        return (folder / "run.json").exists() and status(RunFolder(folder)).state == "finished"
+    except CheckpointError as error:
+        raise fail(error) from error
+
+
 def _is_finished_run_of_another_job(folder: Path, error: CommandError) -> bool:
     """vLLM overwrites its output and scripts count on it; but an unfinished run is never thrown away."""
-    from batchgen.checkpoint import AskedDifferently, RunFolder, status
+    from batchgen.checkpoint import AskedDifferently
 
-    return isinstance(error.__cause__, AskedDifferently) and status(RunFolder(folder)).state == "finished"
+    return isinstance(error.__cause__, AskedDifferently) and _is_finished(folder)
+
+
+def _discard(folder: Path) -> None:
+    for pattern in _RUN_FILES:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def _deliver(generations: Path, output: str) -> None:
+    scratch = f"{output}.{os.getpid()}"
     try:
         if _is_url(output):
             _put(generations, output)
             return
-        scratch = f"{output}.{os.getpid()}"
-        shutil.copyfile(generations, scratch)
-        os.replace(scratch, output)
-    except OSError as error:
-        raise CommandError(f"cannot write {output}: {error}. All answers are in {generations}") from error
+        try:
+            shutil.copyfile(generations, scratch)
+            os.replace(scratch, output)
+        except BaseException:
+            Path(scratch).unlink(missing_ok=True)
+            raise
+    except (OSError, HTTPException) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise Unfinished(
+            f"cannot write {output}: {reason}. All answers are in {generations}; the same command tries again"
+        ) from error
 
 
 def _put(generations: Path, url: str) -> None:
     for attempt in range(1, _PUT_TRIES + 1):
         try:
             with open(generations, "rb") as body:
-                length = str(generations.stat().st_size)
-                request = urllib.request.Request(url, body, {"Content-Length": length}, method="PUT")
-                with urllib.request.urlopen(request, timeout=1000) as answer:
-                    if answer.status == 200:
-                        return
-                    raise OSError(f"the server answered {answer.status}")
-        except OSError:
+                # urllib would call it a form, and a signed URL is for one content type.
+                headers = {
+                    "Content-Length": str(generations.stat().st_size),
+                    "Content-Type": "application/octet-stream",
+                }
+                request = urllib.request.Request(url, body, headers, method="PUT")
+                with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):
+                    return  # 2xx; anything else is an exception
+        except (OSError, HTTPException) as error:
+            if isinstance(error, HTTPError):
+                error.close()  # it holds the connection
             if attempt == _PUT_TRIES:
                 raise
             time.sleep(_PUT_WAIT_SECONDS)

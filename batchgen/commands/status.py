@@ -29,7 +29,7 @@ def command(run: str, as_json: bool, exit_code: bool) -> None:
 
     try:
         found = status(RunFolder(Path(run)))
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise fail(error) from error
     if as_json:
         values = {**dataclasses.asdict(found), "folder": str(found.folder), "exit_code": found.exit_code}

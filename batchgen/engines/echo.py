@@ -12,6 +12,8 @@ from typing import Any
 from batchgen.engine import Encoder, Engine, EngineError, Setup
 from batchgen.types import Batch, Generation, Prompt, Tokens
 
+_ROWS = 4096  # in a batch: more would cost fewer commits, and more for memory that is no longer in the cache
+
 
 class _Bytes:
     """A text's tokens are its UTF-8 bytes."""
@@ -38,8 +40,8 @@ class Echo(Engine):
         seconds: float = 0.0  # what a generation takes, so that there is something to interrupt
 
         def __post_init__(self) -> None:
-            if self.seconds < 0:
-                raise EngineError("--set seconds must be 0 or more")
+            if not 0 <= self.seconds < float("inf"):
+                raise EngineError("--set seconds must be a number, 0 or more")
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:
@@ -58,10 +60,10 @@ class Echo(Engine):
             yield Batch(batch, peak_memory_bytes=memory)
 
     def _next(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> list[Generation]:
-        """At most a second's work, so that commits cost little, and of at most the asked size."""
+        """At most a second's work, and of at most the asked size."""
         batch: list[Generation] = []
         ends = time.monotonic() + 1.0
-        size = self._batch_size or 1 << 62
+        size = self._batch_size or _ROWS
         while len(batch) < size and time.monotonic() < ends:
             step = list(islice(prompts, 1 if self._seconds else min(256, size - len(batch))))
             if not step:

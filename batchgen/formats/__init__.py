@@ -1,28 +1,23 @@
-"""Input files as numbered rows.
+"""Input files as rows.
 
-Each other module here is one input format: one concrete class that derives from `Source`, found by its file name.
-`Input` is several files, one after the other, as one run of rows numbered from 0. One process scans it and leaves what
-it found in a cache folder; the others take that. Rows are read when asked for: the input may be larger than memory.
+Each other module here is one input format: one concrete class that derives from `Source`, found by its file name. One
+process scans a file and leaves what it found in a cache folder; the others take that. Rows are read when asked for: a
+file may be larger than memory.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import importlib
 import json
 import os
 import pkgutil
 from abc import ABC, abstractmethod
-from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import accumulate, chain, groupby
+from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from batchgen.types import Row, RowError
+from batchgen.types import RowError
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
     import pyarrow as pa
@@ -151,6 +146,12 @@ class Source(ABC):
             for row, value in _values(batch, picked, begin):
                 yield begin + row, begin + row + 1, value
 
+    def hashes(self, id_of: Callable[[Value], str | None]) -> Iterator[int]:
+        """A number for each row, the same for rows of one id; a row without an id has one of its own, most likely."""
+        for number, _, value in self.rows(range(len(self))):
+            id = id_of(value)
+            yield ~number if id is None else hash(id)
+
     def pieces(self) -> Generator[tuple[int, pa.RecordBatch], int | None, None]:
         """The rows of a typed file in order, few at a time, after the number of their first.
 
@@ -201,101 +202,3 @@ def find(path: Path) -> type[Source]:
                     return value
                 known += value.suffixes
     raise InputError(f"{path} is of no known format: it must be a file that ends in {', '.join(sorted(known))}")
-
-
-class Input:
-    """The files of a run, one after the other."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self.sources = sources
-        self._begins = list(accumulate(map(len, sources), initial=0))
-
-    @classmethod
-    def open(cls, paths: Sequence[str], cache: Path, *, scan: bool) -> Self:
-        """The input that `paths` name: files, folders, or patterns, whose files are taken in the order of their names.
-
-        One process opens it with `scan`, which reads every file once; then others may, without, from the same `cache`.
-
-        Raises:
-            InputError: as `Source`; or there is nothing to read, a pattern matches nothing, a file is named twice.
-        """
-        files = [path for text in paths for path in _expand(text)]
-        if not files:
-            raise InputError("there is no input: name at least one file")
-        names = _names(files)
-        each = enumerate(zip(files, names, strict=True))
-        return cls([find(path)(path, name, cache, number, scan) for number, (path, name) in each])
-
-    def __len__(self) -> int:
-        return self._begins[-1]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over what the files hold, hex: the same wherever they lie and whatever they are called."""
-        return hashlib.sha256(json.dumps([(s.scanned.digest, len(s)) for s in self.sources]).encode()).hexdigest()
-
-    def rows(self, numbers: Iterable[int]) -> Iterator[Row]:
-        """The rows of these numbers, which must ascend; as `Source.rows`."""
-        for place, part in groupby(numbers, partial(bisect_right, self._begins)):
-            begin, source = self._begins[place - 1], self.sources[place - 1]
-            for number, line, value in source.rows(number - begin for number in part) if begin else source.rows(part):
-                yield Row(begin + number, source.name, line, value)
-
-    def schema(self) -> pa.Schema | None:
-        """The types of the columns, if all files have the same."""
-        first, *others = [source.schema() for source in self.sources]
-        same = first is not None and all(other is not None and first.equals(other) for other in others)
-        return first if same else None
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows in order, few at a time. Only where there is a `schema`."""
-        for source in self.sources:
-            source.check_unchanged()
-            yield from (batch for _, batch in source.pieces())
-
-    def duplicates(self, id_of: Callable[[Value], str | None]) -> dict[int, str]:
-        """Row number of each repeated id -> where it stands first. Rows without an id are left out.
-
-        Reads all rows once, and those again that may be repeated. 8 bytes a row, 24 while sorting.
-        """
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        hashes = array("q")
-        for source in self.sources:
-            for number, _, value in source.rows(range(len(source))):
-                id = id_of(value)
-                # Rows without an id get hashes of their own, so that they do not all look alike.
-                hashes.append(~number if id is None else hash(id))
-        values = pa.Array.from_buffers(pa.int64(), len(hashes), [None, pa.py_buffer(hashes)])
-        order = pc.sort_indices(values)
-        ordered = values.take(order)
-        same = pc.equal(ordered[1:], ordered[:-1])
-        suspects = pa.concat_arrays([order[1:].filter(same), order[:-1].filter(same)]).unique().sort()
-        first: dict[str, Row] = {}
-        repeated = {}
-        for row in self.rows(number.as_py() for number in suspects):
-            id = id_of(row.value)
-            if id is not None and first.setdefault(id, row) is not row:
-                repeated[row.index] = f"line {first[id].line} of {first[id].source}"
-        return repeated
-
-
-def _expand(text: str) -> list[Path]:
-    """The files that `text` names. What exists is no pattern, whatever characters are in its name."""
-    found = [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
-    if not found:
-        raise InputError(f"no file matches {text}")
-    return [Path(path) for path in found]
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    """The name of each file; where several have the same, the path from the folder that holds those."""
-    full = [Path(os.path.abspath(file)) for file in files]
-    alike: dict[str, list[Path]] = {}
-    for file in full:
-        alike.setdefault(file.name, []).append(file)
-        if alike[file.name].count(file) > 1:
-            raise InputError(f"{file} is named twice in the input")
-    folders = {name: os.path.commonpath([file.parent for file in same]) for name, same in alike.items()}
-    return [file.relative_to(folders[file.name]).as_posix() for file in full]

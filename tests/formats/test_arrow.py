@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pytest
 
-from batchgen.formats import Input, InputError
+from batchgen.formats import InputError
+from batchgen.input import Input
 from batchgen.types import RowError
 
 ROWS = [{"id": str(n), "text": "word " * n} for n in range(50)]

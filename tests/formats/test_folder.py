@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from batchgen.formats import Input, InputError
+from batchgen.formats import InputError
+from batchgen.input import Input
 
 
 def opened(path: Path) -> Input:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchgen.formats
-from batchgen.formats import Input, InputError, Source, Value, find
+from batchgen.formats import InputError, Source, Value, find
+from batchgen.input import Input
 from batchgen.types import Row
 
 Rows = Sequence[dict[str, object]]

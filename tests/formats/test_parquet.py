@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.formats import Input, InputError
+from batchgen.formats import InputError
+from batchgen.input import Input
 
 
 def opened(path: Path, scan: bool = True) -> Input:

@@ -1,0 +1,114 @@
+"""The input of a run: files of any format, one after the other, as rows numbered from 0."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate, chain, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from batchgen.formats import InputError, Source, Value, find
+from batchgen.types import Row
+
+if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
+    import pyarrow as pa
+
+
+class Input:
+    """The files of a run, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        self._begins = list(accumulate(map(len, sources), initial=0))
+
+    @classmethod
+    def open(cls, paths: Sequence[str], cache: Path, *, scan: bool) -> Self:
+        """The input that `paths` name: files, folders, or patterns, whose files are taken in the order of their names.
+
+        One process opens it with `scan`, which reads every file once; then others may, without, from the same `cache`.
+
+        Raises:
+            InputError: as `Source`; or there is nothing to read, a pattern matches nothing, a file is named twice.
+        """
+        files = [path for text in paths for path in _expand(text)]
+        if not files:
+            raise InputError("there is no input: name at least one file")
+        names = _names(files)
+        each = enumerate(zip(files, names, strict=True))
+        return cls([find(path)(path, name, cache, number, scan) for number, (path, name) in each])
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what the files hold, hex: the same wherever they lie and whatever they are called."""
+        return hashlib.sha256(json.dumps([(s.scanned.digest, len(s)) for s in self.sources]).encode()).hexdigest()
+
+    def rows(self, numbers: Iterable[int]) -> Iterator[Row]:
+        """The rows of these numbers, which must ascend; as `Source.rows`."""
+        for place, part in groupby(numbers, partial(bisect_right, self._begins)):
+            begin, source = self._begins[place - 1], self.sources[place - 1]
+            for number, line, value in source.rows(number - begin for number in part) if begin else source.rows(part):
+                yield Row(begin + number, source.name, line, value)
+
+    def schema(self) -> pa.Schema | None:
+        """The types of the columns, if all files have the same."""
+        first, *others = [source.schema() for source in self.sources]
+        same = first is not None and all(other is not None and first.equals(other) for other in others)
+        return first if same else None
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows in order, few at a time. Only where there is a `schema`."""
+        for source in self.sources:
+            source.check_unchanged()
+            yield from (batch for _, batch in source.pieces())
+
+    def duplicates(self, id_of: Callable[[Value], str | None]) -> dict[int, str]:
+        """Row number of each repeated id -> where it stands first. Rows without an id are left out.
+
+        Reads all rows once, and those again that may be repeated. 8 bytes a row, 24 while sorting.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        hashes = array("q", chain.from_iterable(source.hashes(id_of) for source in self.sources))
+        values = pa.Array.from_buffers(pa.int64(), len(hashes), [None, pa.py_buffer(hashes)])
+        order = pc.sort_indices(values)
+        ordered = values.take(order)
+        same = pc.equal(ordered[1:], ordered[:-1])
+        suspects = pa.concat_arrays([order[1:].filter(same), order[:-1].filter(same)]).unique().sort()
+        first: dict[str, Row] = {}
+        repeated = {}
+        for row in self.rows(number.as_py() for number in suspects):
+            id = id_of(row.value)
+            if id is not None and first.setdefault(id, row) is not row:
+                repeated[row.index] = f"line {first[id].line} of {first[id].source}"
+        return repeated
+
+
+def _expand(text: str) -> list[Path]:
+    """The files that `text` names. What exists is no pattern, whatever characters are in its name."""
+    found = [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
+    if not found:
+        raise InputError(f"no file matches {text}")
+    return [Path(path) for path in found]
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The name of each file; where several have the same, the path from the folder that holds those."""
+    full = [Path(os.path.abspath(file)) for file in files]
+    alike: dict[str, list[Path]] = {}
+    for file in full:
+        alike.setdefault(file.name, []).append(file)
+        if alike[file.name].count(file) > 1:
+            raise InputError(f"{file} is named twice in the input")
+    folders = {name: os.path.commonpath([file.parent for file in same]) for name, same in alike.items()}
+    return [file.relative_to(folders[file.name]).as_posix() for file in full]

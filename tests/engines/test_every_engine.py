@@ -1,0 +1,139 @@
+"""What holds for every engine there is. No weights are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchgen import engine, engines
+from batchgen.engine import Engine, EngineError, Stream
+from batchgen.world import World
+
+FILES = sorted(path.stem for path in Path(next(iter(engines.__path__))).glob("*.py") if path.stem != "__init__")
+
+
+@pytest.fixture(params=[name.replace("_", "-") for name in FILES])
+def kind(request: pytest.FixtureRequest) -> type[Engine]:
+    return engine.find(request.param)
+
+
+def test_names_are_the_file_names_with_dashes() -> None:
+    assert engine.names() == sorted(name.replace("_", "-") for name in FILES)
+    assert {"accelerate", "echo"} <= set(engine.names())
+
+
+def test_unknown_engine_lists_those_there_are() -> None:
+    with pytest.raises(EngineError, match=r"there is no engine 'magic'. Engines: .*accelerate.*echo"):
+        engine.find("magic")
+
+
+def test_nothing_is_left_to_implement(kind: type[Engine]) -> None:
+    assert not kind.__abstractmethods__
+    assert kind.__doc__
+    assert importlib.import_module(kind.__module__).__doc__
+
+
+def test_options_are_a_frozen_dataclass_with_a_default_for_each(kind: type[Engine]) -> None:
+    options = engine.parse_options(kind, [])
+    assert type(options) is kind.Options
+    for setting in dataclasses.fields(options):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(options, setting.name, None)
+
+
+def test_defaults_can_be_given_as_text(kind: type[Engine]) -> None:
+    defaults = engine.parse_options(kind, [])
+    written = [f"{name}={value}" for name, value in engine.settings_of(defaults).items()]
+    assert engine.parse_options(kind, written) == defaults
+
+
+def test_settings_are_of_types_that_can_be_parsed(kind: type[Engine]) -> None:
+    texts = {bool: "true", int: "3", float: "2.5", str: "text"}
+    for name, annotation in typing.get_type_hints(kind.Options).items():
+        if typing.get_origin(annotation) is typing.Literal:
+            values = {str(value): value for value in typing.get_args(annotation)}
+        else:
+            values = {texts[part]: part(texts[part]) for part in parts_of(annotation)}
+        for text, value in values.items():
+            assert engine._typed(name, text, annotation) == value
+
+
+def parts_of(annotation: Any) -> list[Any]:
+    return [part for part in typing.get_args(annotation) or (annotation,) if part is not type(None)]
+
+
+def test_unknown_setting_lists_the_known_ones(kind: type[Engine]) -> None:
+    known = ", ".join(setting.name for setting in dataclasses.fields(kind.Options)) or "none"
+    with pytest.raises(EngineError) as raised:
+        engine.parse_options(kind, ["no_such=1"])
+    assert str(raised.value) == f"this engine has no setting 'no_such'. Its settings: {known}"
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_streams_cover_the_world_and_each_has_one_writer(kind: type[Engine], size: int) -> None:
+    options = engine.parse_options(kind, [])
+    worlds = [World(rank, rank, size, size) for rank in range(size)]
+    streams: list[Stream] = [kind.stream(world, options) for world in worlds]
+    [count] = {stream.count for stream in streams}
+    assert sorted(stream.index for stream in streams if stream.writes) == list(range(count))
+    assert {stream.index for stream in streams} == set(range(count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One of each kind."""
+
+    flag: bool = False
+    count: int = 1
+    limit: int | None = 5
+    share: float = 0.5
+    name: str = "a"
+    kind: typing.Literal["left", "right"] = "left"
+
+
+class Settled(Engine):
+    """Only its settings are of interest."""
+
+    Options = Settings  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *((f"flag={text}", True) for text in ("true", "1", "yes", "ON")),
+        *((f"flag={text}", False) for text in ("false", "0", "no", "off")),
+        ("count=7", 7),
+        ("limit=none", None),
+        ("limit=", None),
+        ("limit=9", 9),
+        ("share=2", 2.0),
+        ("name=b=c", "b=c"),
+        ("name=", ""),
+        ("kind=right", "right"),
+    ],
+)
+def test_setting_is_typed_by_its_annotation(setting: str, value: object) -> None:
+    found = getattr(engine.parse_options(Settled, [setting]), setting.partition("=")[0])
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("flag=maybe", "--set flag=maybe: must be true or false"),
+        ("count=1.5", "--set count=1.5: must be int"),
+        ("limit=x", "--set limit=x: must be int"),
+        ("share=x", "--set share=x: must be float"),
+        ("kind=up", "--set kind=up: must be one of left, right"),
+        ("count", "--set takes name=value, not 'count'"),
+    ],
+)
+def test_setting_of_the_wrong_type_says_what_it_must_be(setting: str, sentence: str) -> None:
+    with pytest.raises(EngineError) as raised:
+        engine.parse_options(Settled, [setting])
+    assert str(raised.value) == sentence
