@@ -10,21 +10,15 @@ import gc
 import importlib.util
 import os
 import re
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
-from batchgen import memory
+from batchgen import loading, memory
 from batchgen.engine import Encoder, Engine, EngineError, Setup
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
@@ -51,8 +45,8 @@ class Accelerate(Engine):
         self._batches: StaticBatches | None = None
         self._spill: tempfile.TemporaryDirectory[str] | None = None
         encoder = HfEncoder(setup.model)
-        _check_weights(setup.model)
-        _quieten()
+        loading.check_weights(setup.model)
+        loading.quieten()
         placement = _placement(options, setup.world)
         if placement["device_map"] in _SPREADING:
             placement["offload_folder"] = options.offload_folder or self._make_spill()
@@ -97,21 +91,6 @@ class Accelerate(Engine):
         self.generated_tokens += tokens
 
 
-def _quieten() -> None:
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    # Transformers 5.17 warns, wrongly, of a model whose first layer lies on a disk; 5.23 no longer does.
-    warnings.filterwarnings("ignore", r"You are calling \.generate\(\) with the `input_ids` being on", UserWarning)
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _check_weights(model: str) -> None:
-    if not any(file for pattern in _WEIGHTS for file in Path(model).glob(pattern)):
-        raise EngineError(
-            f"{model} holds a config but no weights ({' or '.join(_WEIGHTS)}); copy or download the model again"
-        )
-
-
 def _placement(options: Accelerate.Options, world: World) -> dict[str, Any]:
     """The arguments of `from_pretrained` that say where the weights go."""
     if options.device_map not in _SPREADING:
@@ -133,7 +112,7 @@ def _named_device(options: Accelerate.Options) -> str:
             f"max_memory spreads a model over devices, but device_map={name} names one; leave one of them out"
         )
     if name.startswith("cuda"):
-        _check_gpu(int(name.partition(":")[2] or 0), f"device_map={name}")
+        loading.check_gpu(int(name.partition(":")[2] or 0), f"device_map={name}")
     return name
 
 
@@ -149,19 +128,7 @@ def _own_device(options: Accelerate.Options, world: World) -> str:
         if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, memory.cores() // world.local_size))
         return "cpu"
-    # Where the launcher shows each rank a GPU of its own, that one is number 0 for all of them.
-    index = 0 if gpus == 1 else world.local_rank
-    _check_gpu(index, f"local rank {world.local_rank}")
-    return f"cuda:{index}"
-
-
-def _check_gpu(index: int, who: str) -> None:
-    if not torch.cuda.is_available():
-        raise EngineError(
-            f"{who} asks for a GPU, but torch {torch.__version__} sees none here; check the driver, or leave it out"
-        )
-    if index >= torch.cuda.device_count():
-        raise EngineError(f"{who} asks for GPU {index}, but there are only {torch.cuda.device_count()}, counted from 0")
+    return f"cuda:{loading.gpu_of(world)}"
 
 
 def _parse_max_memory(text: str | None) -> dict[int | str, str] | None:
@@ -176,7 +143,7 @@ def _parse_max_memory(text: str | None) -> dict[int | str, str] | None:
             )
         device, size = found.groups()
         if device != "cpu":
-            _check_gpu(int(device), f"max_memory={text}")
+            loading.check_gpu(int(device), f"max_memory={text}")
         limits["cpu" if device == "cpu" else int(device)] = size
     return limits
 
@@ -200,37 +167,8 @@ def _precision(dtype: str) -> dict[str, Any]:
 
 
 def _load(setup: Setup, options: Accelerate.Options, placement: dict[str, Any]) -> Any:
-    arguments = placement | _precision(setup.dtype)
-    load: Any = AutoModelForCausalLM.from_pretrained  # its annotation leaves out output_loading_info
-    if options.attn_implementation is not None:
-        arguments["attn_implementation"] = options.attn_implementation
-    try:
-        # A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs.
-        model, report = load(
-            setup.model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **arguments
-        )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        MemoryError,
-        SafetensorError,
-        UnpicklingError,
-    ) as error:
-        if memory.is_out_of_memory(error):
-            raise EngineError(
-                f"the model in {setup.model} does not fit into memory; use a smaller --dtype or more GPUs"
-            ) from error
-        raise EngineError(f"the model in {setup.model} cannot be loaded: {error}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise EngineError(
-            f"the weights in {setup.model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
-            "copy or download the model again"
-        )
-    return model.eval()
+    arguments = placement | _precision(setup.dtype) | {"attn_implementation": options.attn_implementation}
+    return loading.load(setup.model, arguments)
 
 
 def _devices(model: Any) -> list[torch.device]:

@@ -1,0 +1,112 @@
+"""A Transformers model from its folder: the checks, the sentences, and the loader's settings that engines share."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from batchgen import memory
+from batchgen.engine import EngineError
+from batchgen.world import World
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+FLOATING = ("float32", "bfloat16", "float16")
+
+
+def quieten() -> None:
+    """Keeps Transformers from writing what is no error, and its progress bars from logs."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    # Transformers 5.17 warns, wrongly, of a model whose first layer lies on a disk; 5.23 no longer does.
+    warnings.filterwarnings("ignore", r"You are calling \.generate\(\) with the `input_ids` being on", UserWarning)
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def check_weights(model: str) -> None:
+    """Raises EngineError if the folder `model` holds no weights."""
+    if not any(file for pattern in _WEIGHTS for file in Path(model).glob(pattern)):
+        raise EngineError(
+            f"{model} holds a config but no weights ({' or '.join(_WEIGHTS)}); copy or download the model again"
+        )
+
+
+def load(model: str, arguments: Mapping[str, Any]) -> Any:
+    """The model in folder `model`, in eval mode. `arguments` go to `from_pretrained`; those that are None do not.
+
+    A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs.
+
+    Raises:
+        EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
+    """
+    load: Any = AutoModelForCausalLM.from_pretrained  # its annotation leaves out output_loading_info
+    given = {name: value for name, value in arguments.items() if value is not None}
+    try:
+        loaded, report = load(model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        MemoryError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
+        if memory.is_out_of_memory(error):
+            raise EngineError(
+                f"the model in {model} does not fit into memory; use a smaller --dtype or more GPUs"
+            ) from error
+        raise EngineError(f"the model in {model} cannot be loaded: {error}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise EngineError(
+            f"the weights in {model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
+            "copy or download the model again"
+        )
+    return loaded.eval()
+
+
+def floating_dtype(name: str, config: Any) -> torch.dtype:
+    """The torch type of `--dtype`, where only those with a point will do; auto is the config's own.
+
+    Raises:
+        EngineError: it is a quantised one.
+    """
+    if name == "auto":
+        return config.get_text_config().dtype or torch.float32
+    if name not in FLOATING:
+        raise EngineError(f"this engine has no dtype {name}; choose auto, {', '.join(FLOATING)}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def gpu_of(world: World) -> int:
+    """The number of this rank's GPU. Where the launcher shows each rank a GPU of its own, that one is number 0 for all.
+
+    Raises:
+        EngineError: there are fewer GPUs than ranks.
+    """
+    index = 0 if torch.cuda.device_count() == 1 else world.local_rank
+    check_gpu(index, f"local rank {world.local_rank}")
+    return index
+
+
+def check_gpu(index: int, who: str) -> None:
+    """Raises EngineError if there is no GPU of that number; `who` asked for it."""
+    if not torch.cuda.is_available():
+        raise EngineError(
+            f"{who} asks for a GPU, but torch {torch.__version__} sees none here; check the driver, or leave it out"
+        )
+    if index >= torch.cuda.device_count():
+        raise EngineError(f"{who} asks for GPU {index}, but there are only {torch.cuda.device_count()}, counted from 0")
