@@ -76,6 +76,9 @@ class Engine(ABC):
     """Tokens generated so far by this rank, those of unfinished batches included. Raised at every decode step; read by
     the heartbeat from another thread, so that the work lost by a kill can be stated."""
 
+    steps: int = 0
+    """Forwards so far, those for other ranks' sake included. A rank whose steps stand still has stopped answering."""
+
     @classmethod
     def stream(cls, world: World, options: Any) -> Stream:
         """This rank's part: by default every rank is a stream of its own."""
@@ -119,6 +122,10 @@ class Engine(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class OutOfStep(Exception):
+    """A rank failed in the middle of a step that all take together. The attempt ends, resumable; nobody can go on."""
 
 
 class EngineError(Exception):

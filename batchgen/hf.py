@@ -39,6 +39,8 @@ class StaticBatches:
         local_size: ranks that share this host's memory.
         count: is told how many tokens each decode step has generated.
         generate_kwargs: passed on to `model.generate`, `synced_gpus` for one.
+        reserve: take the memory that a batch is estimated to need, and give it back, before the model sees it: for
+            models whose forward may not fail.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class StaticBatches:
         local_size: int = 1,
         count: Callable[[int], None],
         generate_kwargs: Mapping[str, Any] | None = None,
+        reserve: bool = False,
     ) -> None:
         self._model = model
         self._encoder = encoder
@@ -61,6 +64,7 @@ class StaticBatches:
         self._local_size = local_size
         self._count = count
         self._generate_kwargs = dict(generate_kwargs or {})
+        self._reserve = reserve
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         self._limits = memory.SizeLimits()
         self._held: Prompt | None = None
@@ -99,22 +103,24 @@ class StaticBatches:
         learnt = self._limits.most(prompt_tokens + new_tokens)
         ceiling = self._batch_size
         if ceiling is None:
-            row = memory.bytes_per_row(
-                self._encoder.config,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                item_bytes=self._model.dtype.itemsize,
-                eager=not getattr(self._model, "_supports_sdpa", False),
-            )
-            ceiling = memory.rows_that_fit(free, row, self._device)
+            ceiling = memory.rows_that_fit(free, self._row_bytes(prompt_tokens, new_tokens), self._device)
         return ceiling if learnt is None else min(ceiling, learnt)
+
+    def _row_bytes(self, prompt_tokens: int, new_tokens: int) -> int:
+        return memory.bytes_per_row(
+            self._encoder.config,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            item_bytes=self._model.dtype.itemsize,
+            eager=not getattr(self._model, "_supports_sdpa", False),
+        )
 
     def finish(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         """`batch`, in as many pieces as memory asks for; a prompt that does not fit alone is a failed generation."""
         parts = deque([list(batch)])
         while parts:
             part = parts.popleft()
-            length = _length(part)
+            length = sum(_lengths(part))
             most = self._limits.most(length)
             if most is not None and len(part) > most:
                 parts.extendleft(reversed([part[i : i + most] for i in range(0, len(part), most)]))
@@ -131,6 +137,11 @@ class StaticBatches:
     def _attempt(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Batch | None:
         """The finished batch, or None: out of memory."""
         try:
+            if self._reserve:
+                prompt_tokens, new_tokens = _lengths(batch)
+                torch.empty(
+                    len(batch) * self._row_bytes(prompt_tokens, new_tokens), dtype=torch.uint8, device=self._device
+                )
             return self.generate(batch, stop)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
@@ -194,9 +205,9 @@ class StaticBatches:
         return Batch(generations, padded, memory.take_peak_bytes(self._devices))
 
 
-def _length(batch: Sequence[Prompt]) -> int:
-    """Tokens of the longest row that `batch` can come to."""
-    return max(len(p.tokens) for p in batch) + max(p.params.max_new_tokens for p in batch)
+def _lengths(batch: Sequence[Prompt]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and the most new ones: what every row of `batch` can come to."""
+    return max(len(p.tokens) for p in batch), max(p.params.max_new_tokens for p in batch)
 
 
 def _refuse(prompt: Prompt) -> Generation:

@@ -19,7 +19,7 @@ ErrorFormat = Literal["openai", "vllm"]
 RESULT = ("id", "index", "text", "finish_reason", "prompt_tokens", "generated_tokens", "error")
 """What batchgen adds to a row, in this order."""
 
-_RESULT = frozenset(RESULT)
+_CLASHES = frozenset(RESULT) - {"id"}  # a row's own id is the result's
 
 # JSON lets these stand, but str.splitlines and its like in other languages take them for the end of a line.
 _LINE_ENDS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
@@ -55,11 +55,11 @@ def _plain(generation: Generation) -> str:
     Put together by hand, since the encoder takes half as long again for the same object.
     """
     columns = generation.columns
-    if not _RESULT.isdisjoint(columns):
+    if not _CLASHES.isdisjoint(columns):
         names = carried(columns)
         columns = {names[name]: value for name, value in columns.items()}
     error = generation.error
-    own = "".join(f",{_quoted(name)}:{_any(value)}" for name, value in columns.items())
+    own = "".join(f",{_quoted(name)}:{_any(value)}" for name, value in columns.items() if name != "id")
     return (
         f'{{"id":{_quoted(generation.id)},"index":{generation.index},'
         f'"text":{"null" if generation.text is None else _quoted(generation.text)},'
@@ -74,13 +74,13 @@ def _any(value: object) -> str:
 
 
 def carried(columns: Iterable[str]) -> dict[str, str]:
-    """The name in the output of each column of the input, its `id` apart: that is the result's own.
+    """The name in the output of each column of the input. Its `id` is the result's.
 
     A column with the name of a result gets `input_` in front, as often as no other column has that name.
     """
     names = {name: name for name in columns}
     for name in RESULT:
-        if name in names:
+        if name in names and name != "id":
             other = f"input_{name}"
             while other in names:
                 other = f"input_{other}"

@@ -152,7 +152,7 @@ class PromptReader:
         if not text.isascii():
             check_encodable(text)
         id = f"{row.source}:{row.line}" if own is None else own
-        return Prompt(row.index, id, row.line, text, (), params, _columns(value)), from_chat
+        return Prompt(row.index, id, row.line, text, (), params, value), from_chat
 
     def _request(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool | None]:
         """The prompt, and whether its text is from a chat template; None if it brought its tokens along."""
@@ -249,21 +249,12 @@ def _place(row: Row) -> str:
     return f"line {row.line} of {row.source}"
 
 
-def _columns(value: Mapping[str, object]) -> Mapping[str, object]:
-    """The columns that travel along: all but the id, which the output has under that name anyway."""
-    if "id" not in value:
-        return value
-    columns = dict(value)
-    del columns["id"]
-    return columns
-
-
 def _columns_and_request(row: Row, requests_only: bool) -> tuple[Mapping[str, object], Mapping[str, object] | None]:
     if isinstance(row.value, RowError):
         return {}, None
     if requests_only or openai.is_request(row.value):
         return {}, row.value
-    return _columns(row.value), None
+    return row.value, None
 
 
 def _text(columns: Mapping[str, object], column: str | None) -> str:

@@ -97,7 +97,7 @@ class Prompt:
     text: str  # rendered, as the tokens were made from it; empty where the row brought token ids
     tokens: Tokens  # special tokens included
     params: SamplingParams
-    columns: Mapping[str, object]  # the row's own columns, carried to the output
+    columns: Mapping[str, object]  # the row's own columns, its id among them, carried to the output
     request: Mapping[str, object] | None = None  # the OpenAI batch line it came from, if it is one
 
     @property

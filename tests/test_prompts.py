@@ -38,10 +38,10 @@ def error(
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def test_plain_row_keeps_its_text_and_columns_but_the_id() -> None:
+def test_plain_row_keeps_its_text_and_columns() -> None:
     result = prompt({"id": "a", "prompt": " Hi \n", "topic": {"x": [1]}})
     assert (result.id, result.text, result.line, result.index) == ("a", " Hi \n", 3, 0)
-    assert result.columns == {"prompt": " Hi \n", "topic": {"x": [1]}}
+    assert result.columns == {"id": "a", "prompt": " Hi \n", "topic": {"x": [1]}}
     assert list(result.tokens) == [BOS, *b" Hi \n"]
     assert result.request is None
 
@@ -193,7 +193,7 @@ def test_repeated_id_is_an_error_that_names_the_first_row() -> None:
     assert second.error == RowError(
         "duplicate_id", 'line 4 of prompts.jsonl: the id "a" is that of line 3 of prompts.jsonl', 4
     )
-    assert (second.id, second.columns) == ("a", {"prompt": "y"})
+    assert (second.id, second.columns) == ("a", {"id": "a", "prompt": "y"})
     assert third.request == window[2].value
 
 

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -170,7 +171,7 @@ def zstd(content: bytes) -> bytes:
     return packed
 
 
-PACKED = [("a.jsonl.gz", gzip.compress), ("a.ndjson.zst", zstd)]
+PACKED = [("a.jsonl.gz", partial(gzip.compress, mtime=0)), ("a.ndjson.zst", zstd)]
 CONTENT = b'{"a":1}\n\n{"a":2}\n' * 1000
 
 
