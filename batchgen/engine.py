@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
-from batchgen.types import Batch, Prompt, Tokens
+from batchgen.types import Batch, Prompt, Tokens, UserError
 from batchgen.world import World
 
 
@@ -128,7 +128,7 @@ class OutOfStep(Exception):
     """A rank failed in the middle of a step that all take together. The attempt ends, resumable; nobody can go on."""
 
 
-class EngineError(Exception):
+class EngineError(UserError):
     """The engine cannot run with these settings on this machine: a sentence for the person at the terminal."""
 
 

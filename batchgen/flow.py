@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from batchgen import checkpoint, launch
 from batchgen.checkpoint import (
     FINAL,
     HEARTBEAT_SECONDS,
+    JOIN_SECONDS,
     Attempt,
     CheckpointError,
     Done,
@@ -34,6 +36,7 @@ from batchgen.output import ErrorFormat, renderer
 from batchgen.prepare import Ready, RunError, asked, check_all, facts, prepare
 from batchgen.prompts import Recipe
 from batchgen.stop import Stop
+from batchgen.types import UserError
 from batchgen.work import Share
 from batchgen.world import World, from_environment
 
@@ -42,7 +45,7 @@ logger = logging.getLogger(__name__)
 OutputFormat = Literal["jsonl", "parquet", "arrow"]
 
 
-class MergeError(Exception):
+class MergeError(UserError):
     """The generations are recorded, but the output files could not be written: a sentence for the person at the
     terminal. The next start writes them."""
 
@@ -99,8 +102,8 @@ def run(
         The state of the run over all attempts: `open` rows are left for the next start, `failed` ones have an error.
 
     Raises:
-        RunError, InputError, ModelError, EngineError, CheckpointError, WorldError, ValueError: it could not start.
-        MergeError: it could not write the output files. All of them carry a sentence for the person at the terminal.
+        UserError: it could not start; its kinds are RunError, InputError, ModelError, EngineError, CheckpointError and
+            WorldError. MergeError: all is generated and recorded, but the output files could not be written.
     """
     host = host or Host()
     files = [inputs] if isinstance(inputs, str) else list(inputs)
@@ -133,13 +136,19 @@ def _begun(
         attempt = checkpoint.join(folder, world)
         return opened(scan=False), attempt
     folder.make()
-    before = checkpoint.check_free(folder, world)
-    ready = opened(scan=True)
-    if strict:
-        check_all(ready)
-    known = facts(ready, max(world.size, host.ranks))
-    folder.ask(asked(ready, error_format), known)
-    return ready, checkpoint.claim(folder, world, known, host.heartbeat_seconds, before)
+    try:
+        before = checkpoint.check_free(folder, world)
+        ready = opened(scan=True)
+        if strict:
+            check_all(ready)
+        known = facts(ready, max(world.size, host.ranks))
+        folder.ask(asked(ready, error_format), known)
+    except UserError:
+        folder.remove_if_empty()
+        raise
+    attempt = checkpoint.claim(folder, world, known, host.heartbeat_seconds, before)
+    folder.sweep()
+    return ready, attempt
 
 
 @contextmanager
@@ -178,23 +187,40 @@ def _carry_out(
 
 
 def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_format: OutputFormat) -> Status:
-    """Ends the attempt, and merges if nothing is open; among several ranks, the last one to end does that."""
+    """Ends the attempt, and merges if nothing is open: the starter for its ranks, or rank 0 of an outside launcher."""
     if world.attempt is not None:
         return checkpoint.status(attempt.folder)  # the starter does it
-    beats = attempt.heartbeats()
-    last = world.size == 1 or (len(beats) == world.size and all(beat["state"] in FINAL for beat in beats.values()))
-    status = checkpoint.status(attempt.folder, verify=last)
-    if last:
-        if not status.open:
-            try:
-                merge(attempt.folder, ready.source, output_format, typed=not ready.answers_requests)
-            except CheckpointError as error:
-                raise MergeError(str(error)) from error
-        reasons = [stop.reason, *(beat.get("reason") for beat in beats.values())]
-        why = next(filter(None, reasons), "ended with open rows: a rank died")
-        _end(attempt, why if status.open else "finished")
-        status = checkpoint.status(attempt.folder)
-    return status
+    if world.rank > 0:
+        return checkpoint.status(attempt.folder)  # rank 0 does it
+    if world.size > 1:
+        _await_ranks(attempt, world)
+    status = checkpoint.status(attempt.folder, verify=True)
+    if not status.open:
+        try:
+            merge(attempt.folder, ready.source, output_format, typed=not ready.answers_requests)
+        except CheckpointError as error:
+            raise MergeError(str(error)) from error
+    reasons = [stop.reason, *(beat.get("reason") for beat in attempt.heartbeats().values())]
+    why = next(filter(None, reasons), "ended with open rows: a rank died")
+    _end(attempt, why if status.open else "finished")
+    return checkpoint.status(attempt.folder)
+
+
+def _await_ranks(attempt: Attempt, world: World) -> None:
+    """Rank 0 of an outside launcher stays until the others have ended. No collective: it looks into the run folder."""
+    before: object = None
+    changed = time.monotonic()
+    while True:
+        beats = attempt.heartbeats()
+        if len(beats) == world.size and all(beat["state"] in FINAL for beat in beats.values()):
+            return
+        if beats != before:
+            before, changed = beats, time.monotonic()
+        patience = attempt.limit if len(beats) == world.size else JOIN_SECONDS
+        if time.monotonic() - changed > patience:
+            logger.warning("some of the %d ranks have not ended in order; going on without them", world.size)
+            return
+        time.sleep(0.1)
 
 
 def _end(attempt: Attempt, how: str) -> None:

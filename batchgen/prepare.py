@@ -25,7 +25,7 @@ from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
 from batchgen.prompts import PromptReader, Recipe, own_id
 from batchgen.schedule import windows
-from batchgen.types import Generation, RowError
+from batchgen.types import Generation, RowError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 _NAMED = 20
 
 
-class RunError(Exception):
+class RunError(UserError):
     """The run could not start: a sentence for the person at the terminal."""
 
 

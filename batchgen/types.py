@@ -15,6 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+
+class UserError(Exception):
+    """What the person at the terminal can mend: the text is a sentence that says what is wrong and what to do."""
+
+
 FinishReason = Literal["stop", "length"]
 
 Tokens = Sequence[int]

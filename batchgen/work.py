@@ -37,7 +37,7 @@ class Share:
         self.stream: Stream = ready.kind.stream(world, ready.options)
         self._rows = shard(len(ready.source), self.stream)
         self._most_failures = max_error_rate * len(self._rows)
-        self._writer = Writer(attempt.folder, attempt.number, self.stream.index, world.rank, render)
+        self._writer = Writer(attempt.folder.path, attempt.number, self.stream.index, world.rank, render)
         self._engine: Engine | None = None
         self._refused: list[Generation] = []  # rows that became no prompt, waiting for the next commit
         self._refused_before = 0  # rows that an earlier attempt has refused and recorded, met again

@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from batchgen.types import UserError
 
-class WorldError(Exception):
+
+class WorldError(UserError):
     """The launcher's variables contradict each other: a sentence for the person at the terminal."""
 
 

@@ -1,14 +1,26 @@
 """The run folder: what was asked, who works on it, what is finished, and the output files made from that."""
 
-from batchgen.checkpoint.attempt import FINAL, HEARTBEAT_SECONDS, Attempt, Heartbeat, attempts, check_free, claim, join
+from batchgen.checkpoint.attempt import (
+    FINAL,
+    HEARTBEAT_SECONDS,
+    JOIN_SECONDS,
+    Attempt,
+    Heartbeat,
+    attempts,
+    check_free,
+    claim,
+    join,
+)
 from batchgen.checkpoint.files import AskedDifferently, CheckpointError, read_json, to_json, write_atomic
-from batchgen.checkpoint.folder import Done, RunFolder, Writer
+from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.merge import merge_with, write_lines
+from batchgen.checkpoint.records import Writer
 from batchgen.checkpoint.status import AttemptStatus, Status, status
 
 __all__ = [
     "FINAL",
     "HEARTBEAT_SECONDS",
+    "JOIN_SECONDS",
     "AskedDifferently",
     "Attempt",
     "AttemptStatus",

@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 MISSED_BEATS = 18
 HEARTBEAT_SECONDS = 5.0
 
+# The ranks of one start may come minutes apart: a slow node imports torch from a slow file system.
+JOIN_SECONDS = 600.0
+
 FINAL = ("finished", "stopped", "failed")  # states of a rank after which it does nothing any more
 
 
@@ -222,7 +225,7 @@ def claim(
         known = check_free(folder, world)
 
 
-def join(folder: RunFolder, world: World, patience: float = 600.0) -> Attempt:
+def join(folder: RunFolder, world: World, patience: float = JOIN_SECONDS) -> Attempt:
     """The attempt that rank 0 of this start has claimed; waits for it up to `patience` seconds.
 
     An attempt of the same launch may be the leftover of an earlier start on the same port: then it is dead, or this

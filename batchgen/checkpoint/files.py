@@ -12,8 +12,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from batchgen.types import UserError
 
-class CheckpointError(Exception):
+
+class CheckpointError(UserError):
     """The run folder cannot be used as asked: a sentence for the person at the terminal."""
 
 

@@ -16,8 +16,7 @@ import json
 import logging
 import os
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,13 @@ from typing import Any
 from batchgen.checkpoint.files import (
     AskedDifferently,
     CheckpointError,
-    append,
     cannot_write,
     make_exclusive,
     read_json,
-    sync_folder,
     to_json,
 )
-from batchgen.types import Batch, BatchRecord, Generation
+from batchgen.checkpoint.records import trusted
+from batchgen.types import BatchRecord
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +101,20 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
+    def remove_if_empty(self) -> None:
+        """Takes away what `make` made, if nothing has come into it: a start with a mistyped name leaves nothing."""
+        for folder in (self.input_cache, self.attempts, self.path):
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # in use
+
+    def sweep(self) -> None:
+        """Removes the half-written outputs and indexes of killed processes. Only for the one that holds the claim."""
+        for folder in (self.path, self.input_cache):
+            for scratch in folder.glob(".*"):
+                scratch.unlink(missing_ok=True)
+
     def ask(self, asked: Mapping[str, object], facts: Mapping[str, object]) -> None:
         """Records what this run is, or checks that it is the same run as the folder's.
 
@@ -146,7 +158,7 @@ class RunFolder:
         """
         for path in sorted(self.path.glob("batches-*.jsonl")):
             generations = path.with_name(path.name.replace("batches", "generations", 1))
-            yield from ((generations, record) for record in _trusted(path, generations, verify))
+            yield from ((generations, record) for record in trusted(path, generations, verify))
 
     def done(self, rows: int, *, verify: bool = True) -> Done:
         """What is finished. Of two records of a row the first one wins, but success wins over failure."""
@@ -180,118 +192,3 @@ def check_rows(path: Path, record: BatchRecord, rows: int) -> None:
 def _shown(asked: Mapping[str, Any], name: str) -> str:
     text = json.dumps(asked[name], ensure_ascii=False) if name in asked else "not set"
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _trusted(path: Path, generations: Path, verify: bool) -> Iterator[BatchRecord]:
-    """The records of one file whose generations are all there."""
-    try:
-        text = open(generations, "rb")
-    except FileNotFoundError:
-        logger.warning("%s is gone; the rows it held are open again", generations)
-        return
-    with text, open(path, "rb") as lines:
-        size = os.fstat(text.fileno()).st_size
-        for number, line in enumerate(lines, 1):
-            record = _parsed(line)
-            if record is not None and record.end > size:
-                size = os.fstat(text.fileno()).st_size  # a run that works has committed since we looked
-            if record is None or record.end > size:
-                # A torn last line is what a kill leaves behind; anything else is damage, and worth a word.
-                if line.endswith(b"\n"):
-                    logger.warning("%s line %d is damaged or its text is cut; its rows are open again", path, number)
-                continue
-            if verify:
-                text.seek(record.begin)
-                if zlib.crc32(text.read(record.end - record.begin)) != record.checksum:
-                    logger.warning("%s is damaged at byte %d; those rows are open again", generations, record.begin)
-                    continue
-            yield record
-
-
-_SEAL = b',"seal":'  # last in a record: CRC-32 of the bytes before it, since a wrong digit in `rows` is good JSON too
-
-
-def _parsed(line: bytes) -> BatchRecord | None:
-    """The record in `line`, if it is whole. What a later version has added to it is passed over."""
-    body, _, seal = line.rpartition(_SEAL)
-    if seal != b"%d}\n" % zlib.crc32(body):
-        return None
-    values = json.loads(line)
-    try:
-        return BatchRecord(**{name: values[name] for name in BatchRecord.__slots__})
-    except KeyError:
-        return None
-
-
-def _line_of(record: BatchRecord) -> bytes:
-    # Not dataclasses.asdict: it copies row numbers one by one.
-    values = {name: getattr(record, name) for name in BatchRecord.__slots__}
-    body = json.dumps(values, separators=(",", ":")).encode()[:-1]
-    return b"%b%b%d}\n" % (body, _SEAL, zlib.crc32(body))
-
-
-class Writer:
-    """Commits the finished batches of one stream in one attempt. Files are made at the first commit, exclusively."""
-
-    def __init__(self, folder: RunFolder, attempt: int, stream: int, rank: int, render: Callable[[Generation], bytes]):
-        self._folder = folder
-        self._attempt = attempt
-        self._name = f"{attempt:05d}-{stream:05d}.jsonl"
-        self._rank = rank
-        self._render = render  # one generation as one line, its newline included
-        self._generations = self._batches = -1  # file descriptors
-        self._end = 0  # bytes of the generations file that are proven
-        self.broken = False  # a write failed half-way, so the file's end is not known any more
-
-    def commit(self, batch: Batch, seconds: float) -> BatchRecord:
-        """Writes `batch`; when this returns, it is finished for good.
-
-        Raises:
-            OSError: the disk is full, say. The batch is not recorded, all before it is; nothing more may be committed.
-        """
-        assert not self.broken
-        self.broken = True
-        if self._generations < 0:
-            self._open()
-        data = b"".join(map(self._render, batch.generations))
-        record = self._record(batch, data, seconds)
-        append(self._generations, data)
-        append(self._batches, _line_of(record))
-        self._end = record.end
-        self.broken = False
-        return record
-
-    def close(self) -> None:
-        """Closes the files."""
-        for descriptor in (self._generations, self._batches):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._generations = self._batches = -1
-
-    def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
-        self._generations = os.open(self._folder.path / f"generations-{self._name}", flags, 0o644)
-        self._batches = os.open(self._folder.path / f"batches-{self._name}", flags, 0o644)
-        sync_folder(self._folder.path)
-
-    def _record(self, batch: Batch, data: bytes, seconds: float) -> BatchRecord:
-        generations = batch.generations
-        generated = sum(generation.generated_tokens for generation in generations)
-        return BatchRecord(
-            seconds=round(seconds, 6),
-            prompts=len(generations),
-            prompt_tokens=sum(generation.prompt_tokens for generation in generations),
-            generated_tokens=generated,
-            padded_tokens=batch.padded_tokens,
-            tokens_per_second=round(generated / seconds, 3) if seconds > 0 else 0.0,
-            peak_memory_bytes=batch.peak_memory_bytes,
-            attempt=self._attempt,
-            rank=self._rank,
-            first=self._end == 0,
-            finished=time.time(),
-            begin=self._end,
-            end=self._end + len(data),
-            rows=[generation.index for generation in generations],
-            failed=[generation.index for generation in generations if generation.error is not None],
-            checksum=zlib.crc32(data),
-        )

@@ -41,14 +41,15 @@ class Status:
     prompt_tokens: int  # of recorded batches
     generated_tokens: int
     batches: int
+    merged: bool  # the output files are there
     tokens_per_second: float  # generated tokens of the last attempt by wall time; 0 without one
     eta_seconds: float | None  # from tokens a row and tokens a second; None if unknown
     attempts: list[AttemptStatus]
 
     @property
     def exit_code(self) -> int:
-        """0 all rows good, 3 finished with failed rows, 75 not finished: start again to go on."""
-        if self.open:
+        """0 all rows good, 3 finished with failed rows, 75 not finished or not merged: start again to go on."""
+        if self.open or not self.merged:
             return 75
         return 3 if self.failed else 0
 
@@ -71,10 +72,11 @@ def status(folder: RunFolder, *, verify: bool = False) -> Status:
     eta = None
     if live and tokens_per_second and settled:
         eta = done.open * (done.generated_tokens / settled) / tokens_per_second
-    state: State = "running" if live else "finished" if not done.open else "stopped" if starts else "new"
+    merged = any((folder.path / f"generations.{ending}").exists() for ending in ("jsonl", "parquet", "arrow"))
+    ended: State = "finished" if merged and not done.open else "stopped" if starts else "new"
     return Status(
         folder=folder.path,
-        state=state,
+        state="running" if live else ended,
         rows=rows,
         good=done.good,
         failed=done.failed,
@@ -82,6 +84,7 @@ def status(folder: RunFolder, *, verify: bool = False) -> Status:
         prompt_tokens=done.prompt_tokens,
         generated_tokens=done.generated_tokens,
         batches=done.batches,
+        merged=merged,
         tokens_per_second=round(tokens_per_second, 2),
         eta_seconds=None if eta is None else round(eta, 1),
         attempts=known,

@@ -106,15 +106,10 @@ def carry_out(
         CommandError: it could not start.
     """
     from batchgen import flow, launch
-    from batchgen.checkpoint import CheckpointError
-    from batchgen.engine import EngineError
-    from batchgen.formats import InputError
-    from batchgen.models import ModelError
-    from batchgen.prepare import RunError
     from batchgen.progress import watch
-    from batchgen.world import WorldError, from_environment
+    from batchgen.types import UserError
+    from batchgen.world import from_environment
 
-    sentences = (RunError, CheckpointError, EngineError, InputError, ModelError, WorldError)
     try:
         world = from_environment(os.environ)
         if "BATCHGEN_STARTER" in os.environ:
@@ -126,10 +121,10 @@ def carry_out(
         host = flow.Host(os.environ, ranks, sys.argv[1:], heartbeat_seconds, watch)
         with results_only_on_stdout():
             return flow.run(inputs, out, host=host, **options), world.size == 1
-    except sentences as error:
-        raise fail(error) from error
     except flow.MergeError as error:
         raise Unfinished(str(error)) from error
+    except UserError as error:
+        raise fail(error) from error
     except (Exception, KeyboardInterrupt) as error:
         if not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()

@@ -14,7 +14,7 @@ import click
 from batchgen import engine as engines
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import carry_out, conclude, fail, log_to_stderr, results_only_on_stdout
-from batchgen.types import SamplingParams
+from batchgen.types import SamplingParams, UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
@@ -212,11 +212,7 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
 
 
 def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> None:
-    from batchgen.checkpoint import CheckpointError
-    from batchgen.engine import EngineError
-    from batchgen.formats import InputError
-    from batchgen.models import ModelError
-    from batchgen.prepare import RunError, check_all, describe, prepare
+    from batchgen.prepare import check_all, describe, prepare
 
     log_to_stderr(0, 1)
     try:
@@ -229,6 +225,6 @@ def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> N
             if options["strict"]:
                 check_all(ready)
             plan = describe(ready, ranks)
-    except (RunError, CheckpointError, EngineError, InputError, ModelError) as error:
+    except UserError as error:
         raise fail(error) from error
     click.echo(plan)

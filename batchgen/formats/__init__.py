@@ -17,7 +17,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from batchgen.types import RowError
+from batchgen.types import RowError, UserError
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
     import pyarrow as pa
@@ -27,7 +27,7 @@ Value = Mapping[str, object] | RowError  # the columns of one row, or why they c
 _PIECE_ROWS, _PIECE_BYTES = 1024, 1 << 22  # of a typed file, that become Python objects at once, at most about
 
 
-class InputError(Exception):
+class InputError(UserError):
     """The input cannot be read: a sentence for the person at the terminal."""
 
 

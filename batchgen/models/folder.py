@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from batchgen.types import UserError
+
 Report = Callable[[str], None]
 """Takes one sentence about what is going on, for the person who waits."""
 
@@ -33,7 +35,7 @@ DEFINITION = (
 _MIB = 1 << 20
 
 
-class ModelError(Exception):
+class ModelError(UserError):
     """The model cannot be had: a sentence for the person at the terminal."""
 
 

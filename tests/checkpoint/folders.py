@@ -40,7 +40,7 @@ def batch(rows: Sequence[int], text: str = "text", *, failed: Collection[int] = 
 
 def commit(folder: RunFolder, attempt: int, stream: int, *batches: Batch) -> tuple[Path, Path]:
     """The files of generations and of records, after `batches` have been committed."""
-    writer = Writer(folder, attempt, stream, stream, render)
+    writer = Writer(folder.path, attempt, stream, stream, render)
     for number, one in enumerate(batches):
         writer.commit(one, 0.5 + number)
     writer.close()

@@ -35,7 +35,7 @@ def test_generations_are_on_the_disk_before_their_record_is_written(
         calls.append(("sync", name(descriptor)))
         fsync(descriptor)
 
-    writer = Writer(folder, 1, 0, 0, render)
+    writer = Writer(folder.path, 1, 0, 0, render)
     monkeypatch.setattr(os, "write", noted_write)
     monkeypatch.setattr(os, "fsync", noted_sync)
     writer.commit(batch([0, 1]), 1.0)
@@ -61,7 +61,7 @@ def test_a_record_says_what_its_batch_took(tmp_path: Path) -> None:
 
 
 def test_a_batch_in_no_time_has_no_rate(tmp_path: Path) -> None:
-    writer = Writer(made(tmp_path, 1), 1, 0, 0, render)
+    writer = Writer(made(tmp_path, 1).path, 1, 0, 0, render)
     assert writer.commit(batch([0]), 0.0).tokens_per_second == 0.0
     writer.close()
 
@@ -94,7 +94,7 @@ import sys
 from pathlib import Path
 from batchgen.checkpoint import RunFolder, Writer
 from tests.checkpoint.folders import batch, render
-writer = Writer(RunFolder(Path(sys.argv[1])), int(sys.argv[2]), 0, 0, render)
+writer = Writer(Path(sys.argv[1]), int(sys.argv[2]), 0, 0, render)
 for row in range(0, 100_000, 10):
     writer.commit(batch(range(row, row + 10), "x" * 3000), 1.0)
     print(row, flush=True)
@@ -122,7 +122,7 @@ from pathlib import Path
 from batchgen.checkpoint import RunFolder, Writer
 from tests.checkpoint.folders import batch, render
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
-writer = Writer(RunFolder(Path(sys.argv[1])), 1, 0, 0, render)
+writer = Writer(Path(sys.argv[1]), 1, 0, 0, render)
 for row in range(0, 40, 10):
     try:
         writer.commit(batch(range(row, row + 10)), 1.0)
@@ -189,7 +189,7 @@ def test_a_commit_while_the_records_are_read_is_not_taken_for_damage(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = made(tmp_path, 200_000)
-    writer = Writer(folder, 1, 0, 0, render)
+    writer = Writer(folder.path, 1, 0, 0, render)
     writer.commit(batch(range(100)), 1.0)
     # More than a read buffer of records, so that the reader comes back to the file for the later ones.
     for row in range(100, 20_000, 100):
@@ -250,7 +250,7 @@ def test_a_row_beyond_the_input_is_refused(tmp_path: Path) -> None:
 def test_what_is_done_takes_a_byte_a_row(tmp_path: Path) -> None:
     rows = 1_000_000
     folder = made(tmp_path, rows)
-    writer = Writer(folder, 1, 0, 0, lambda _: b"{}\n")
+    writer = Writer(folder.path, 1, 0, 0, lambda _: b"{}\n")
     one = generation(0)
     for begin in range(0, rows, 10_000):
         writer.commit(Batch([one] * 10_000), 1.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.checkpoint import CheckpointError, Heartbeat, RunFolder, claim, status
+from batchgen.checkpoint import CheckpointError, Heartbeat, RunFolder, claim, merge_with, status, write_lines
 from batchgen.world import World
 from tests.checkpoint.folders import batch, commit, died, edit, elsewhere, made
 
@@ -21,7 +21,9 @@ def test_a_new_run_is_all_open(tmp_path: Path) -> None:
 
 
 def test_an_empty_run_is_finished_and_good(tmp_path: Path) -> None:
-    found = status(made(tmp_path, 0))
+    folder = made(tmp_path, 0)
+    merge_with(write_lines, folder, 0, "generations.jsonl")
+    found = status(folder)
     assert (found.state, found.exit_code) == ("finished", 0)
 
 
@@ -36,6 +38,9 @@ def test_the_exit_code_and_state_of_a_run_that_nobody_works_on(
     attempt = claim(folder, World(), {}, 5.0)
     commit(folder, 1, 0, batch(rows, failed=failed))
     attempt.end("stopped by SIGTERM")
+    # Until the output files are there, somebody has to start again.
+    assert (status(folder).state, status(folder).exit_code) == ("stopped", 75)
+    merge_with(write_lines, folder, 3, "generations.jsonl")
     found = status(folder)
     assert (found.state, found.exit_code) == (state, code)
     assert (found.good, found.failed, found.open) == (len(rows) - len(failed), len(failed), 3 - len(rows))
