@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,22 +54,26 @@ def test_a_link_whose_answer_is_lost_on_the_network_counts_as_made(
     assert (tmp_path / "claim").read_bytes() == b"mine"
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 1000 bytes: what is written up to there is written, the rest fails."""
+    """No file may grow beyond 1000 bytes: what is written up to there is written, the rest fails.
+
+    Not a fixture: pytest writes its own log, perhaps into a file, while a fixture still holds.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_failed_write_leaves_the_old_file_and_no_scratch(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"old")
-    with pytest.raises(OSError, match="too large"):
+    with full_disk(), pytest.raises(OSError, match="too large"):
         write_atomic(path, bytes(5000))
-    with pytest.raises(OSError, match="too large"):
+    with full_disk(), pytest.raises(OSError, match="too large"):
         make_exclusive(tmp_path / "other", bytes(5000))
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
