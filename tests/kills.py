@@ -94,8 +94,8 @@ def _start(model: Path, prompts: Path, out: Path, ranks: int, batch_size: int) -
         str(model),
         *words.split(),
     ]
-    log = (out.parent / "log").open("ab")
-    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with (out.parent / "log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def _kill(model: Path, prompts: Path, out: Path, ranks: int, batch_size: int, moment: float, early: bool) -> str:
