@@ -12,7 +12,7 @@ import pkgutil
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
@@ -55,6 +55,8 @@ class Setup:
     dtype: str  # auto, float32, bfloat16, float16, int8, nf4
     batch_size: int | None  # most prompts in a batch; None: the engine's choice
     world: World
+    limits: Mapping[int, int] = field(default_factory=dict)
+    """Most rows of a batch, by its length in tokens: what earlier attempts died of (`OutOfStep`)."""
 
 
 class Engine(ABC):
@@ -77,7 +79,10 @@ class Engine(ABC):
     the heartbeat from another thread, so that the work lost by a kill can be stated."""
 
     steps: int = 0
-    """Forwards so far, those for other ranks' sake included. A rank whose steps stand still has stopped answering."""
+    """Forwards so far, those for other ranks' sake included. The others wait for the rank with the fewest."""
+
+    patience: float | None = None
+    """Seconds without a step after which this rank takes another one for dead; None: it waits for nobody."""
 
     @classmethod
     def stream(cls, world: World, options: Any) -> Stream:
@@ -125,7 +130,14 @@ class Engine(ABC):
 
 
 class OutOfStep(Exception):
-    """A rank failed in the middle of a step that all take together. The attempt ends, resumable; nobody can go on."""
+    """A rank ran out of memory in the middle of a step that all ranks take together.
+
+    The others wait for it inside that step, so that nobody can agree on anything: the attempt ends, resumable, and the
+    next one makes smaller batches.
+    """
+
+    length: int = 0  # tokens of the batch that did not fit, prompt and new ones; 0: not known
+    rows: int = 0  # of that batch
 
 
 class EngineError(UserError):

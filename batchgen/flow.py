@@ -115,7 +115,7 @@ def run(
         opened = partial(prepare, files, folder.input_cache, *chosen)
         ready, attempt = _begun(folder, opened, world, host, strict, error_format)
         with _end_if_it_fails(attempt, world):
-            _carry_out(ready, attempt, world, host, stop, max_error_rate, error_format)
+            attempt = _carry_out(ready, attempt, world, host, stop, max_error_rate, error_format)
             return _finish(ready, attempt, world, stop, output_format)
 
 
@@ -170,20 +170,30 @@ def _carry_out(
     stop: Stop,
     max_error_rate: float,
     error_format: ErrorFormat,
-) -> None:
-    """This process's share, or its ranks' shares."""
+) -> Attempt:
+    """This process's share, or its ranks' shares, over as many attempts as memory asks for; gives the last one."""
     # Before the engine exists: in a tensor-parallel group, a rank that read it later could see a batch that the first
     # one has just recorded, and the two would generate different batches.
     done = attempt.folder.done(len(ready.source))
-    leads = world.rank == 0 and world.attempt is None
-    showing = host.watch(attempt, done) if leads and host.watch is not None else nullcontext()
-    with showing:
-        if host.ranks == 1 or world.size > 1 or done.good == len(done.states):
-            model_name = ready.recipe.model or ready.model.name
-            render = renderer(model_name, attempt.folder.created, error_format, ready.answers_requests)
+    shown = host.watch if world.rank == 0 and world.attempt is None else None
+    if host.ranks == 1 or world.size > 1 or done.good == len(done.states):
+        model_name = ready.recipe.model or ready.model.name
+        render = renderer(model_name, attempt.folder.created, error_format, ready.answers_requests)
+        with shown(attempt, done) if shown else nullcontext():
             Share(ready, world, attempt, done, stop, max_error_rate, render).work()
-        elif 4 in launch.start_ranks(attempt, host.rank_command, host.ranks, stop, host.environment):
+        return attempt
+    while True:
+        with shown(attempt, done) if shown else nullcontext():
+            codes = launch.start_ranks(attempt, host.rank_command, host.ranks, stop, host.environment)
+        if 4 in codes:
             raise RunError("a rank could not start; it says above why")
+        if stop.signal is not None or not attempt.folder.has_limits_of(attempt.number):
+            return attempt
+        stop.reason = None  # that a rank died is why we start again
+        logger.warning("out of memory; starting the ranks again, with smaller batches")
+        _end(attempt, "out of memory in a step that all ranks take together")
+        attempt = checkpoint.claim(attempt.folder, world, facts(ready, host.ranks), host.heartbeat_seconds)
+        done = attempt.folder.done(len(ready.source))
 
 
 def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_format: OutputFormat) -> Status:

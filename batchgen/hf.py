@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from batchgen import memory
 from batchgen.decoding import Sampler, Stopper, StopTexts, cut
 from batchgen.encoder import HfEncoder
+from batchgen.engine import OutOfStep
 from batchgen.types import Batch, FinishReason, Generation, Prompt
 
 __all__ = ["HfEncoder", "StaticBatches"]
@@ -39,6 +40,7 @@ class StaticBatches:
         local_size: ranks that share this host's memory.
         count: is told how many tokens each decode step has generated.
         generate_kwargs: passed on to `model.generate`, `synced_gpus` for one.
+        limits: most rows by length, as `SizeLimits.remember` takes them, learnt by earlier attempts.
         reserve: take the memory that a batch is estimated to need, and give it back, before the model sees it: for
             models whose forward may not fail.
     """
@@ -54,6 +56,7 @@ class StaticBatches:
         local_size: int = 1,
         count: Callable[[int], None],
         generate_kwargs: Mapping[str, Any] | None = None,
+        limits: Mapping[int, int] | None = None,
         reserve: bool = False,
     ) -> None:
         self._model = model
@@ -67,6 +70,8 @@ class StaticBatches:
         self._reserve = reserve
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         self._limits = memory.SizeLimits()
+        for length, rows in (limits or {}).items():
+            self._limits.remember(length, rows)
         self._held: Prompt | None = None
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
 
@@ -122,6 +127,9 @@ class StaticBatches:
             part = parts.popleft()
             length = sum(_lengths(part))
             most = self._limits.most(length)
+            if most == 0:
+                yield Batch([_refuse(prompt) for prompt in part], 0, memory.take_peak_bytes(self._devices))
+                continue
             if most is not None and len(part) > most:
                 parts.extendleft(reversed([part[i : i + most] for i in range(0, len(part), most)]))
                 continue
@@ -143,6 +151,9 @@ class StaticBatches:
                     len(batch) * self._row_bytes(prompt_tokens, new_tokens), dtype=torch.uint8, device=self._device
                 )
             return self.generate(batch, stop)
+        except OutOfStep as error:
+            error.length, error.rows = sum(_lengths(batch)), len(batch)
+            raise
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise

@@ -39,7 +39,7 @@ class SizeLimits:
         self._rows: dict[int, int] = {}  # lower edge of a bucket of lengths → rows
 
     def remember(self, length: int, rows: int) -> None:
-        """From `length` tokens up, a batch has no more than `rows` rows."""
+        """From `length` tokens up, a batch has no more than `rows` rows; 0: not even one fits."""
         edge = math.floor(_BUCKET ** math.floor(math.log(max(length, 1), _BUCKET)))
         self._rows[edge] = min(rows, self._rows.get(edge, rows))
 
@@ -48,7 +48,8 @@ class SizeLimits:
 
         A shorter batch may have more rows in proportion: the cache and the activations grow with rows x length.
         """
-        return min((max(rows, rows * edge // max(length, 1)) for edge, rows in self._rows.items()), default=None)
+        known = ((edge, rows) for edge, rows in self._rows.items() if rows or length >= edge)
+        return min((max(rows, rows * edge // max(length, 1)) for edge, rows in known), default=None)
 
 
 def bytes_per_row(config: Any, *, prompt_tokens: int, new_tokens: int, item_bytes: int, eager: bool) -> int:

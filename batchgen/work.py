@@ -9,11 +9,12 @@ from contextlib import closing
 from itertools import chain
 
 from batchgen.checkpoint import Attempt, Done, Heartbeat, Writer
-from batchgen.engine import Engine, Setup, Stream
+from batchgen.engine import Engine, OutOfStep, Setup, Stream, settings_of
 from batchgen.prepare import Ready
 from batchgen.schedule import open_rows, order, shard, windows
 from batchgen.stop import Stop
 from batchgen.types import Batch, Generation, Prompt
+from batchgen.watchdog import watching
 from batchgen.world import World
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,14 @@ class Share:
         render: Callable[[Generation], bytes],
     ) -> None:
         self._ready, self._attempt, self._done, self._stop = ready, attempt, done, stop
-        self._setup = Setup(str(ready.model.folder), ready.dtype, ready.batch_size, world)
+        self._conditions = {
+            "engine": ready.engine,
+            "settings": settings_of(ready.options),
+            "dtype": ready.dtype,
+            "ranks": world.size,
+        }
+        limits = attempt.folder.limits(self._conditions)
+        self._setup = Setup(str(ready.model.folder), ready.dtype, ready.batch_size, world, limits)
         self.stream: Stream = ready.kind.stream(world, ready.options)
         self._rows = shard(len(ready.source), self.stream)
         self._most_failures = max_error_rate * len(self._rows)
@@ -52,6 +60,12 @@ class Share:
             try:
                 self._generate(heartbeat)
                 self._state = "stopped" if self._stop() else "finished"
+            except OutOfStep as error:
+                self._state = "failed"
+                if error.rows:
+                    rank, length, rows = self._setup.world.rank, error.length, error.rows // 2
+                    self._attempt.folder.add_limit(self._attempt.number, rank, self._conditions, length, rows)
+                raise
             except BaseException:
                 self._state = "failed"
                 raise
@@ -61,13 +75,14 @@ class Share:
         # Before the engine, so that a start with nothing left to generate costs no loading. Engines whose ranks call
         # together are made on every rank: the others wait for this one.
         first = next(prompts, None)
-        if self._stop():
+        together = self._ready.kind.calls_together and self._anything_open()
+        if self._stop() and not together:
             return
-        if first is None and not (self._ready.kind.calls_together and self._anything_open()):
+        if first is None and not together:
             self._begin(heartbeat)
             self._commit(Batch([]), heartbeat)
             return
-        with self._ready.kind(self._setup, self._ready.options) as engine:
+        with self._ready.kind(self._setup, self._ready.options) as engine, watching(engine, self._attempt):
             self._engine = engine
             self._begin(heartbeat)
             queue = prompts if first is None else chain([first], prompts)
@@ -142,6 +157,7 @@ class Share:
             "prompt_tokens": self._prompt_tokens,
             "committed_tokens": self._committed_tokens,
             "generated_tokens": generated if self.stream.writes else 0,
+            "steps": self._engine.steps if self._engine is not None else 0,
         }
 
 

@@ -151,6 +151,25 @@ class RunFolder:
         """Unix time of the first start."""
         return int(read_json(self.path / "run.json")["created"])
 
+    def limits(self, conditions: Mapping[str, object]) -> dict[int, int]:
+        """Most rows of a batch by its length, as attempts under the same `conditions` have found by dying of it."""
+        found: dict[int, int] = {}
+        for path in sorted(self.path.glob("limits-*.json")):
+            limit = read_json(path)
+            if limit["conditions"] == json.loads(json.dumps(conditions)):
+                length, rows = int(limit["length"]), int(limit["rows"])
+                found[length] = min(rows, found.get(length, rows))
+        return found
+
+    def add_limit(self, attempt: int, rank: int, conditions: Mapping[str, object], length: int, rows: int) -> None:
+        """Records that, from `length` tokens up, a batch may have no more than `rows` rows."""
+        limit = {"conditions": conditions, "length": length, "rows": rows}
+        make_exclusive(self.path / f"limits-{attempt:05d}-{rank:05d}.json", to_json(limit))
+
+    def has_limits_of(self, attempt: int) -> bool:
+        """Whether `attempt` died of too large a batch."""
+        return any(self.path.glob(f"limits-{attempt:05d}-*.json"))
+
     def records(self, *, verify: bool) -> Iterator[tuple[Path, BatchRecord]]:
         """All trusted batch records with their generations file, oldest attempt first.
 

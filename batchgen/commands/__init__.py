@@ -106,6 +106,7 @@ def carry_out(
         CommandError: it could not start.
     """
     from batchgen import flow, launch
+    from batchgen.engine import OutOfStep
     from batchgen.progress import watch
     from batchgen.types import UserError
     from batchgen.world import from_environment
@@ -126,7 +127,9 @@ def carry_out(
     except UserError as error:
         raise fail(error) from error
     except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, KeyboardInterrupt):
+        if isinstance(error, OutOfStep):
+            _say(str(error))
+        elif not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         _say("died. What is recorded is safe; the same command goes on from there")
         sys.exit(DIED)

@@ -1,0 +1,245 @@
+"""Engine `ds-zero`: DeepSpeed ZeRO stage 3. The weights are sharded over all ranks, and every rank is a stream.
+
+Each forward gathers the weights layer by layer, from the other ranks, host memory or NVMe, so all ranks must call
+forward equally often, and that is all they must do together. Before each forward they add up two flags (`_agree`): who
+has work, and whether one has been asked to stop. A rank without work takes part with a token of its own making until
+nobody has any; a rank that finishes a batch begins its next one while the others are in the middle of theirs.
+
+Transformers' `synced_gpus` keeps a rank that has finished inside `generate` until the slowest one has, growing its
+cache all the while; here nobody waits for anybody's batch.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from batchgen import loading, memory
+from batchgen.engine import Encoder, Engine, EngineError, OutOfStep, Setup
+from batchgen.hf import HfEncoder, StaticBatches
+from batchgen.types import Batch, Prompt
+from batchgen.world import World
+
+
+class _Stopped(Exception):
+    """All ranks have seen, before the same forward, that one of them is to stop."""
+
+
+class DsZero(Engine):
+    """A share of the weights and a stream of its own on every rank."""
+
+    calls_together = True
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of engine `ds-zero`. Sizes are numbers of elements, as DeepSpeed counts them."""
+
+        config: str | None = None  # a DeepSpeed JSON file; what it says wins over everything here
+        offload: str | None = None  # where the weights wait for their layer: cpu, or nvme=FOLDER; None: on the GPUs
+        pin_memory: bool = True  # of offloaded weights: faster copies, memory that cannot be swapped
+        reduce_bucket_size: int | None = None  # None: hidden size squared, as in the seed's scripts
+        prefetch_bucket_size: int | None = None  # None: 0.9 x hidden size squared, likewise
+        param_persistence_threshold: int = 0  # parameters smaller than this stay whole on every rank
+        max_live_parameters: int = 1_000_000_000  # gathered at a time; DeepSpeed's default
+        max_reuse_distance: int = 1_000_000_000  # likewise
+        attn_implementation: str | None = None  # None: Transformers' choice
+        timeout_seconds: float = 600.0  # without an answer from a rank, its peers end
+
+        def __post_init__(self) -> None:
+            kind, _, folder = (self.offload or "cpu").partition("=")
+            if kind not in ("cpu", "nvme") or (kind == "nvme") != bool(folder):
+                raise EngineError(f"offload={self.offload}: must be cpu, or nvme=FOLDER")
+
+    @classmethod
+    def encoder(cls, model: str) -> Encoder:
+        return HfEncoder(model)
+
+    def __init__(self, setup: Setup, options: Options) -> None:
+        self._encoder = HfEncoder(setup.model)
+        loading.check_weights(setup.model)
+        loading.quieten()
+        self._device = _join_ranks(setup.world, options.timeout_seconds)
+        # NCCL would make the CPU wait for the GPU at every step; these flags are for the CPUs alone.
+        self._flags = dist.new_group(backend="gloo", timeout=timedelta(seconds=options.timeout_seconds))
+        self._model = self._load(setup, options)
+        self._batches: StaticBatches | None = StaticBatches(
+            self._model,
+            self._encoder,
+            device=self._device,
+            batch_size=setup.batch_size,
+            local_size=setup.world.local_size,
+            count=self._count,
+            # A rank waits for its peers in `_agree`, not inside `generate`.
+            generate_kwargs={"synced_gpus": False},
+            limits=setup.limits,
+            reserve=True,
+        )
+        self.patience = options.timeout_seconds
+        self._stop: Callable[[], bool] = lambda: False
+        self._idle = False
+        self._model.register_forward_pre_hook(self._before_forward, prepend=True)
+        self._model.forward = _fatal_if_out_of_memory(self._model.forward)
+
+    def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        if self._batches is None:
+            raise EngineError("this engine is closed")
+        self._stop = stop
+        try:
+            # Never by the local answer alone: `_before_forward` ends all ranks at the same forward.
+            yield from self._batches.run(prompts, lambda: False)
+            while self._agree(works=False):
+                self._forward_for_the_others()
+        except _Stopped:
+            return
+
+    def any_rank(self, flag: bool) -> bool:
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, group=self._flags)
+        return bool(flags.item())
+
+    def close(self) -> None:
+        self._batches = self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _load(self, setup: Setup, options: Options) -> Any:
+        import deepspeed
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        # On a CPU, DeepSpeed builds a shared-memory all-reduce at first use, which takes minutes, and leaves 69 MB of
+        # each rank in /dev/shm. It serves tensor parallelism; ZeRO gathers.
+        # By its full name: as an attribute of deepspeed.comm, `torch` is PyTorch itself.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+        dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
+        config = _config(setup.world, options, self._encoder.config, dtype)
+        # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
+        self._transformers_config = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
+        model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        return engine.module.eval()
+
+    def _count(self, tokens: int) -> None:
+        self.generated_tokens += tokens
+
+    def _before_forward(self, module: Any, arguments: Any) -> None:
+        if not self._idle:
+            self._agree(works=True)
+
+    def _agree(self, works: bool) -> bool:
+        """Whether any rank has work, as all ranks see it before the forward that they are about to make together.
+
+        Raises:
+            _Stopped: one of them has been asked to stop: none makes that forward.
+        """
+        flags = torch.tensor([int(works), int(self._stop())])
+        dist.all_reduce(flags, group=self._flags)
+        self.steps += 1
+        if flags[1]:
+            raise _Stopped
+        return bool(flags[0])
+
+    def _forward_for_the_others(self) -> None:
+        token = torch.tensor([[self._encoder.pad_token]], device=self._device)
+        self._idle = True
+        try:
+            with torch.inference_mode():
+                self._model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+        finally:
+            self._idle = False
+
+
+def _fatal_if_out_of_memory(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Ranks that gather weights for each other cannot agree that one of them has failed in the middle of it."""
+
+    @wraps(forward)
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        try:
+            return forward(*arguments, **named)
+        except (RuntimeError, MemoryError) as error:
+            if memory.is_out_of_memory(error):
+                raise OutOfStep("out of memory inside a forward that the ranks make together") from error
+            raise
+
+    return guarded
+
+
+def _join_ranks(world: World, timeout_seconds: float) -> torch.device:
+    """Makes the process group of all ranks; gives this rank's device."""
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", loading.gpu_of(world)) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    arguments: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+    if world.size == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        arguments |= {"init_method": f"tcp://127.0.0.1:{port}", "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group("nccl" if gpu else "gloo", **arguments)
+    except (ValueError, RuntimeError) as error:
+        raise EngineError(f"rank {world.rank} cannot join the other ranks: {error}") from error
+    # DeepSpeed asks these variables, and looks for MPI where one is missing.
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    return device
+
+
+def _config(world: World, options: DsZero.Options, model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed configuration: the seed's, options over it, the user's file over both."""
+    hidden = model.get_text_config().hidden_size
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": options.reduce_bucket_size or hidden * hidden,
+        "stage3_prefetch_bucket_size": options.prefetch_bucket_size or int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": options.param_persistence_threshold,
+        "stage3_max_live_parameters": options.max_live_parameters,
+        "stage3_max_reuse_distance": options.max_reuse_distance,
+    }
+    if options.offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": options.pin_memory and torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        # DeepSpeed wants them to fit together, for inference too.
+        "train_batch_size": world.size,
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 1 << 30,
+    }
+    return _merged(config, _user_config(options.config)) if options.config else config
+
+
+def _user_config(path: str) -> dict[str, Any]:
+    try:
+        config = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise EngineError(f"config={path}: cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage", 3) != 3:
+        raise EngineError(f"config={path}: must be a DeepSpeed configuration of ZeRO stage 3")
+    return config
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for name, value in theirs.items():
+        both = isinstance(value, dict) and isinstance(ours.get(name), dict)
+        merged[name] = _merged(ours[name], value) if both else value
+    return merged

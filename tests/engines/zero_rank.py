@@ -1,0 +1,91 @@
+"""One rank of engine `ds-zero` for the tests: several sets of prompts through one engine, started by `ranks`.
+
+    python -m tests.engines.zero_rank MODEL OPTIONS-AND-SETS RESULT
+
+writes to RESULT/<rank> the text of each prompt that this rank's stream generated, for each set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from batchgen import engine
+from batchgen.engine import Setup
+from batchgen.schedule import order, shard
+from batchgen.types import Prompt
+from batchgen.world import from_environment
+from tests.models import random_prompts
+
+SETS = (1, 2, 3, 7, 50)  # prompts
+
+
+def prompts(count: int) -> list[Prompt]:
+    """Of very unequal lengths, and as unequally many tokens to generate."""
+    return random_prompts(count, longest=100)
+
+
+def ranks(
+    count: int, model: Path, options: Sequence[str], folder: Path, sets: Sequence[int] = SETS
+) -> dict[int, dict[int, str]]:
+    """Texts by prompt and set, from `count` ranks."""
+    folder.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.engines.zero_rank",
+        str(model),
+        json.dumps([list(options), list(sets)]),
+        str(folder),
+    ]
+    processes = []
+    for rank in range(count):
+        variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (folder / f"log-{rank}").open("w") as log:
+            processes.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
+    try:
+        for rank, process in enumerate(processes):
+            assert process.wait(timeout=240) == 0, (folder / f"log-{rank}").read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    texts: dict[int, dict[int, str]] = {}
+    for rank in range(count):
+        for set_, found in json.loads((folder / str(rank)).read_text()).items():
+            texts.setdefault(int(set_), {}).update({int(index): text for index, text in found.items()})
+    return texts
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main(model: str, options: Sequence[str], sets: Sequence[int], folder: Path) -> None:
+    """This rank's part of every set."""
+    kind = engine.find("ds-zero")
+    world = from_environment(os.environ)
+    chosen = engine.parse_options(kind, options)
+    stream = kind.stream(world, chosen)
+    texts: dict[int, dict[int, str | None]] = {}
+    with kind(Setup(model, "float32", 4, world), chosen) as made:
+        for count in sets:
+            every = prompts(count)
+            mine = order([every[index] for index in shard(count, stream)], 0)
+            batches = made.generate(iter(mine), lambda: False)
+            texts[count] = {generation.index: generation.text for batch in batches for generation in batch.generations}
+    (folder / str(world.rank)).write_text(json.dumps(texts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *json.loads(sys.argv[2]), Path(sys.argv[3]))
