@@ -1,8 +1,9 @@
 """ZeRO streams on one GPU: milliseconds per token over batch sizes, random weights of BLOOM-7b1's shape.
 
-    python benchmarks/zero.py FOLDER [none|cpu|nvme=PATH|accelerate]
+    python benchmarks/zero.py FOLDER none|cpu|nvme=PATH|accelerate [NAME=VALUE …]
 
-One way a process. `accelerate` is that engine on the same weights, to compare with.
+One way a process; the rest are settings of the engine. `accelerate` is that engine on the same weights, to compare
+with. BATCHES and TOKENS in the environment change the table's cells.
 
 The weights are made once in FOLDER (14 GB). Prompts of 8 tokens; greedy; the tokens of each cell are in the table. One
 warm-up of 2 tokens, then the timed batch; loading is told apart. With offload, a step cannot take less time than the
@@ -12,8 +13,8 @@ weights need to cross from where they lie: the share of that bound is the last c
 from __future__ import annotations
 
 import gc
+import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ SHAPE = {
     "bos_token_id": None,
 }
 PROMPT_TOKENS = 8
+BATCHES = [int(size) for size in os.environ.get("BATCHES", "1,8,32,128,256,512").split(",")]
 
 
 def make_weights(folder: Path) -> None:
@@ -85,18 +87,18 @@ def cell(made: Any, batch: int, tokens: int) -> float:
     return seconds
 
 
-def table(folder: Path, offload: str, weights: int, bandwidth: float) -> None:
+def table(folder: Path, offload: str, settings: list[str], weights: int, bandwidth: float) -> None:
     """One engine, one line a batch size, until one does not fit."""
-    name, options = ("ds-zero", [] if offload == "none" else [f"offload={offload}"])
+    name, options = ("ds-zero", settings + ([] if offload == "none" else [f"offload={offload}"]))
     if offload == "accelerate":
         name, options = "accelerate", []
     kind = engine.find(name)
-    tokens = 100 if offload in ("none", "accelerate") else 8
+    tokens = int(os.environ.get("TOKENS", "100" if offload in ("none", "accelerate") else "8"))
     begun = time.perf_counter()
     with kind(Setup(str(folder), "bfloat16", 512, World()), engine.parse_options(kind, options)) as made:
-        print(f"\n{name}, offload {offload}: loaded in {time.perf_counter() - begun:.1f} s, {tokens} tokens a prompt")
+        print(f"\n{name} {' '.join(options)}: loaded in {time.perf_counter() - begun:.1f} s, {tokens} tokens a prompt")
         print("| batch | ms per token | seconds a step | share of the bound |\n|--:|--:|--:|--:|")
-        for batch in (1, 8, 32, 128, 256, 512):
+        for batch in BATCHES:
             try:
                 cell(made, batch, 2)
                 seconds = cell(made, batch, tokens)
@@ -109,8 +111,8 @@ def table(folder: Path, offload: str, weights: int, bandwidth: float) -> None:
             print(f"| {batch} | {1000 * seconds / (batch * tokens):.3f} | {step:.4f} | {share} |", flush=True)
 
 
-def main(folder: Path, offloads: list[str]) -> None:
-    """Makes the weights, then a table for each way of holding them."""
+def main(folder: Path, offload: str, settings: list[str]) -> None:
+    """Makes the weights, then the table."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     if not (folder / "config.json").exists():
         begun = time.perf_counter()
@@ -119,10 +121,8 @@ def main(folder: Path, offloads: list[str]) -> None:
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     bandwidth = copy_bandwidth()
     print(f"weights {weights / 1e9:.2f} GB, pinned host to GPU {bandwidth / 1e9:.1f} GB/s")
-    for offload in offloads:
-        table(folder, offload, weights, bandwidth)
+    table(folder, offload, settings, weights, bandwidth)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(scratch), sys.argv[2:] or ["none", "cpu"])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

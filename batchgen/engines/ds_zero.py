@@ -1,6 +1,6 @@
 """Engine `ds-zero`: DeepSpeed ZeRO stage 3. The weights are sharded over all ranks, and every rank is a stream.
 
-Each forward gathers the weights layer by layer, from the other ranks, host memory or NVMe, so all ranks must call
+Each forward gathers the weights layer by layer, from the other ranks or host memory, so all ranks must call
 forward equally often, and that is all they must do together. Before each forward they add up two flags (`_agree`): who
 has work, and whether one has been asked to stop. A rank without work takes part with a token of its own making until
 nobody has any; a rank that finishes a batch begins its next one while the others are in the middle of theirs.
@@ -47,20 +47,20 @@ class DsZero(Engine):
         """Settings of engine `ds-zero`. Sizes are numbers of elements, as DeepSpeed counts them."""
 
         config: str | None = None  # a DeepSpeed JSON file; what it says wins over everything here
-        offload: str | None = None  # where the weights wait for their layer: cpu, or nvme=FOLDER; None: on the GPUs
+        offload: str | None = None  # where the weights wait for their layer: cpu; None: on the GPUs
         pin_memory: bool = True  # of offloaded weights: faster copies, memory that cannot be swapped
         reduce_bucket_size: int | None = None  # None: hidden size squared, as in the seed's scripts
         prefetch_bucket_size: int | None = None  # None: 0.9 x hidden size squared, likewise
         param_persistence_threshold: int = 0  # parameters smaller than this stay whole on every rank
+        whole_layers: bool = True  # gather a decoder layer at once, not each of its parts when its turn comes
         max_live_parameters: int = 1_000_000_000  # gathered at a time; DeepSpeed's default
         max_reuse_distance: int = 1_000_000_000  # likewise
         attn_implementation: str | None = None  # None: Transformers' choice
         timeout_seconds: float = 600.0  # without an answer from a rank, its peers end
 
         def __post_init__(self) -> None:
-            kind, _, folder = (self.offload or "cpu").partition("=")
-            if kind not in ("cpu", "nvme") or (kind == "nvme") != bool(folder):
-                raise EngineError(f"offload={self.offload}: must be cpu, or nvme=FOLDER")
+            if self.offload not in (None, "cpu"):
+                raise EngineError(f"offload={self.offload}: must be cpu; offload to NVMe is not built yet")
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:
@@ -131,6 +131,8 @@ class DsZero(Engine):
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
         self._transformers_config = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
+        if options.whole_layers and (layers := _layers(model)):
+            deepspeed.utils.set_z3_leaf_modules(model, layers)
         engine = deepspeed.initialize(model=model, config=config)[0]
         return engine.module.eval()
 
@@ -162,6 +164,12 @@ class DsZero(Engine):
                 self._model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
         finally:
             self._idle = False
+
+
+def _layers(model: Any) -> list[type]:
+    """The classes of the model's decoder layers, which Transformers lists as what must not be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return list({type(module) for module in model.modules() if type(module).__name__ in names})
 
 
 def _fatal_if_out_of_memory(forward: Callable[..., Any]) -> Callable[..., Any]:
