@@ -55,6 +55,8 @@ class Setup:
     dtype: str  # auto, float32, bfloat16, float16, int8, nf4
     batch_size: int | None  # most prompts in a batch; None: the engine's choice
     world: World
+    run: str = ""  # what tells this run from all others, the same in all its attempts
+    cache: str = ""  # batchgen's own folder on this machine, for what is built once
     limits: Mapping[int, int] = field(default_factory=dict)
     """Most rows of a batch, by its length in tokens: what earlier attempts died of (`OutOfStep`)."""
 

@@ -54,6 +54,7 @@ class Ready:
     options: Any  # of that kind
     dtype: str
     batch_size: int | None
+    cache: Path  # batchgen's own, not the run's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
 
 
@@ -85,18 +86,21 @@ def prepare(
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
     source = Input.open(inputs, cache, scan=scan)
+    own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
     if kind.needs_model:
         if model is None and scan:
             logger.info("no --model given: using the default model, %s", models.DEFAULT)
-        resolved = models.resolve(model, models.cache_folder(environment), logger.info)
+        resolved = models.resolve(model, own_cache, logger.info)
     duplicates = _duplicates(source, cache / "duplicates.json", scan)
     try:
         reader = PromptReader(recipe, kind.encoder(str(resolved.folder)), duplicates)
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
     answers_requests = recipe.model is not None or _begins_with_request(source)
-    return Ready(source, recipe, reader, resolved, engine_name, kind, options, dtype, batch_size, answers_requests)
+    return Ready(
+        source, recipe, reader, resolved, engine_name, kind, options, dtype, batch_size, own_cache, answers_requests
+    )
 
 
 def _duplicates(source: Input, path: Path, scan: bool) -> dict[int, str]:

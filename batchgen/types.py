@@ -158,9 +158,8 @@ class Batch:
 
     generations: Sequence[Generation]
     padded_tokens: int = 0  # token positions computed for padding, in prompts and in rows that had ended
-    peak_memory_bytes: int | None = (
-        None  # of the device since the batch before; of the process where there is no device
-    )
+    peak_memory_bytes: int | None = None  # of the device since the batch before; without a device, of the process
+    share_of_bound: float | None = None  # of what the path that offloaded weights come over allows; None: no offload
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,3 +182,4 @@ class BatchRecord:
     rows: Sequence[int]  # the row numbers of those lines, in their order
     failed: Sequence[int]  # those of them that are error rows
     checksum: int  # CRC-32 of those bytes
+    share_of_bound: float | None = None  # as in Batch

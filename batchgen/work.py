@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 
 from batchgen.checkpoint import Attempt, Done, Heartbeat, Writer
@@ -41,7 +42,15 @@ class Share:
             "ranks": world.size,
         }
         limits = attempt.folder.limits(self._conditions)
-        self._setup = Setup(str(ready.model.folder), ready.dtype, ready.batch_size, world, limits)
+        self._setup = Setup(
+            str(ready.model.folder),
+            ready.dtype,
+            ready.batch_size,
+            world,
+            run=str(attempt.folder.path.absolute()),
+            cache=str(ready.cache),
+            limits=limits,
+        )
         self.stream: Stream = ready.kind.stream(world, ready.options)
         self._rows = shard(len(ready.source), self.stream)
         self._most_failures = max_error_rate * len(self._rows)
@@ -125,7 +134,7 @@ class Share:
             return
         now = time.perf_counter()
         try:
-            whole = Batch(generations, batch.padded_tokens, batch.peak_memory_bytes)
+            whole = replace(batch, generations=generations)
             record = self._writer.commit(whole, now - self._mark)
         except OSError as error:
             # What is recorded is safe; the engine is asked to end, and the rest is done again by the next start.

@@ -52,8 +52,8 @@ def _parsed(line: bytes) -> BatchRecord | None:
         return None
     values = json.loads(line)
     try:
-        return BatchRecord(**{name: values[name] for name in BatchRecord.__slots__})
-    except KeyError:
+        return BatchRecord(**{name: values[name] for name in BatchRecord.__slots__ if name in values})
+    except TypeError:
         return None
 
 
@@ -128,4 +128,5 @@ class Writer:
             rows=[generation.index for generation in generations],
             failed=[generation.index for generation in generations if generation.error is not None],
             checksum=zlib.crc32(data),
+            share_of_bound=batch.share_of_bound,
         )

@@ -1,6 +1,6 @@
 """Engine `ds-zero`: DeepSpeed ZeRO stage 3. The weights are sharded over all ranks, and every rank is a stream.
 
-Each forward gathers the weights layer by layer, from the other ranks or host memory, so all ranks must call
+Each forward gathers the weights layer by layer, from the other ranks, host memory or NVMe, so all ranks must call
 forward equally often, and that is all they must do together. Before each forward they add up two flags (`_agree`): who
 has work, and whether one has been asked to stop. A rank without work takes part with a token of its own making until
 nobody has any; a rank that finishes a batch begins its next one while the others are in the middle of theirs.
@@ -12,25 +12,28 @@ cache all the while; here nobody waits for anybody's batch.
 from __future__ import annotations
 
 import gc
-import json
+import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from batchgen import loading, memory
+from batchgen import extensions, loading, memory, offload, zero
 from batchgen.engine import Encoder, Engine, EngineError, OutOfStep, Setup
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
+
+logger = logging.getLogger(__name__)
 
 
 class _Stopped(Exception):
@@ -47,7 +50,7 @@ class DsZero(Engine):
         """Settings of engine `ds-zero`. Sizes are numbers of elements, as DeepSpeed counts them."""
 
         config: str | None = None  # a DeepSpeed JSON file; what it says wins over everything here
-        offload: str | None = None  # where the weights wait for their layer: cpu; None: on the GPUs
+        offload: str | None = None  # where the weights wait for their layer: cpu, or nvme=FOLDER; None: on the GPUs
         pin_memory: bool = True  # of offloaded weights: faster copies, memory that cannot be swapped
         reduce_bucket_size: int | None = None  # None: hidden size squared, as in the seed's scripts
         prefetch_bucket_size: int | None = None  # None: 0.9 x hidden size squared, likewise
@@ -55,12 +58,17 @@ class DsZero(Engine):
         whole_layers: bool = True  # gather a decoder layer at once, not each of its parts when its turn comes
         max_live_parameters: int = 1_000_000_000  # gathered at a time; DeepSpeed's default
         max_reuse_distance: int = 1_000_000_000  # likewise
+        weight_bits: int | None = None  # 8 or 4: the weights are rounded to so many bits, which changes the text
+        weight_group: int = 64  # weights that share a scale
         attn_implementation: str | None = None  # None: Transformers' choice
         timeout_seconds: float = 600.0  # without an answer from a rank, its peers end
 
         def __post_init__(self) -> None:
-            if self.offload not in (None, "cpu"):
-                raise EngineError(f"offload={self.offload}: must be cpu; offload to NVMe is not built yet")
+            kind, _, folder = (self.offload or "cpu").partition("=")
+            if kind not in ("cpu", "nvme") or (kind == "nvme") != bool(folder):
+                raise EngineError(f"offload={self.offload}: must be cpu, or nvme=FOLDER")
+            if self.weight_bits not in (None, 4, 8):
+                raise EngineError(f"weight_bits={self.weight_bits}: must be 4 or 8")
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:
@@ -73,6 +81,9 @@ class DsZero(Engine):
         self._device = _join_ranks(setup.world, options.timeout_seconds)
         # NCCL would make the CPU wait for the GPU at every step; these flags are for the CPUs alone.
         self._flags = dist.new_group(backend="gloo", timeout=timedelta(seconds=options.timeout_seconds))
+        self._swap: offload.SwapFolder | None = None
+        self._bandwidth: float | None = None  # bytes/s of the path that weights come over; None: no offload
+        self._weight_bytes = 0  # that come over it in a step
         self._model = self._load(setup, options)
         self._batches: StaticBatches | None = StaticBatches(
             self._model,
@@ -98,7 +109,11 @@ class DsZero(Engine):
         self._stop = stop
         try:
             # Never by the local answer alone: `_before_forward` ends all ranks at the same forward.
-            yield from self._batches.run(prompts, lambda: False)
+            begun, steps = time.perf_counter(), self.steps
+            for batch in self._batches.run(prompts, lambda: False):
+                seconds = (time.perf_counter() - begun) / max(self.steps - steps, 1)
+                yield replace(batch, share_of_bound=self._share_of_bound(seconds))
+                begun, steps = time.perf_counter(), self.steps
             while self._agree(works=False):
                 self._forward_for_the_others()
         except _Stopped:
@@ -116,6 +131,8 @@ class DsZero(Engine):
             torch.cuda.empty_cache()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self._swap is not None:
+            self._swap.close()
 
     def _load(self, setup: Setup, options: Options) -> Any:
         import deepspeed
@@ -127,7 +144,28 @@ class DsZero(Engine):
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
-        config = _config(setup.world, options, self._encoder.config, dtype)
+        config = zero.configuration(
+            setup.world.size,
+            self._encoder.config.get_text_config().hidden_size,
+            dtype,
+            reduce_bucket_size=options.reduce_bucket_size,
+            stage3_prefetch_bucket_size=options.prefetch_bucket_size,
+            stage3_param_persistence_threshold=options.param_persistence_threshold,
+            stage3_max_live_parameters=options.max_live_parameters,
+            stage3_max_reuse_distance=options.max_reuse_distance,
+        )
+        weights = offload.parameters(self._encoder.config, dtype)
+        if options.weight_bits is not None:
+            bits: Literal[4, 8] = 4 if options.weight_bits == 4 else 8
+            offload.check_quantization(Path(setup.model), weights, bits, options.weight_group)
+            config["weight_quantization"] = offload.quantization(bits, options.weight_group)
+            weights = offload.quantized(weights, bits, options.weight_group)
+        if options.offload is not None:
+            plan = self._plan_offload(setup, options, weights)
+            config["zero_optimization"]["offload_param"] = plan.offload_param
+            config |= {"aio": plan.aio} if plan.aio else {}
+        if options.config is not None:
+            config = zero.merged(config, zero.user_configuration(options.config))
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
         self._transformers_config = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
@@ -135,6 +173,52 @@ class DsZero(Engine):
             deepspeed.utils.set_z3_leaf_modules(model, layers)
         engine = deepspeed.initialize(model=model, config=config)[0]
         return engine.module.eval()
+
+    def _plan_offload(self, setup: Setup, options: Options, weights: offload.Parameters) -> offload.Offload:
+        """Where the weights will wait, once it is checked that they can; says how fast they can come from there.
+
+        Raises:
+            EngineError: they cannot; the message says why and what to do.
+        """
+        world = setup.world
+        kind, _, name = (options.offload or "").partition("=")
+        if kind == "cpu":
+            plan = offload.cpu(weights, world.size, pin_memory=options.pin_memory and torch.cuda.is_available())
+            offload.check_host_memory(plan, world.local_size)
+            self._bandwidth = offload.copy_bandwidth(self._device, pinned=options.pin_memory)
+            self._weight_bytes = weights.shard_bytes(world.size)
+        else:
+            folder = Path(name)
+            offload.check_folder(folder)
+            extensions.prepare(Path(setup.cache), logger.info)
+            self._swap = offload.SwapFolder(folder, setup.run, world.rank)
+            if world.local_rank == 0:
+                self._swap.clean()
+            self.any_rank(False)  # nobody writes before that is done
+            lockable = offload.lockable_bytes()
+            pinned = options.pin_memory and torch.cuda.is_available()
+            plan = offload.nvme(weights, world.size, self._swap.path, pin_memory=pinned, lockable_bytes=lockable)
+            offload.check_space(plan, folder, world.local_size)
+            offload.check_host_memory(plan, world.local_size)
+            offload.check_locked_memory(plan)
+            self._swap.open()
+            if world.local_rank == 0:
+                self._bandwidth = offload.read_bandwidth(folder, block_bytes=plan.block_bytes)
+            self._bandwidth = self._least(self._bandwidth)  # a host's ranks share its disk; the slowest host counts
+            self._weight_bytes = plan.file_bytes * world.local_size
+        if self._bandwidth and world.rank == 0:
+            bound = self._weight_bytes / self._bandwidth
+            logger.info(
+                "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch",
+                self._bandwidth / 1e9,
+                bound,
+            )
+        return plan
+
+    def _least(self, figure: float | None) -> float:
+        least = torch.tensor([float("inf") if figure is None else figure], dtype=torch.float64)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._flags)
+        return float(least.item())
 
     def _count(self, tokens: int) -> None:
         self.generated_tokens += tokens
@@ -155,6 +239,11 @@ class DsZero(Engine):
         if flags[1]:
             raise _Stopped
         return bool(flags[0])
+
+    def _share_of_bound(self, seconds_per_step: float) -> float | None:
+        if self._bandwidth is None:
+            return None
+        return round(offload.share_of_bound(seconds_per_step, self._weight_bytes, self._bandwidth), 3)
 
     def _forward_for_the_others(self) -> None:
         token = torch.tensor([[self._encoder.pad_token]], device=self._device)
@@ -206,48 +295,3 @@ def _join_ranks(world: World, timeout_seconds: float) -> torch.device:
     # DeepSpeed asks these variables, and looks for MPI where one is missing.
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     return device
-
-
-def _config(world: World, options: DsZero.Options, model: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration: the seed's, options over it, the user's file over both."""
-    hidden = model.get_text_config().hidden_size
-    zero: dict[str, Any] = {
-        "stage": 3,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": options.reduce_bucket_size or hidden * hidden,
-        "stage3_prefetch_bucket_size": options.prefetch_bucket_size or int(0.9 * hidden * hidden),
-        "stage3_param_persistence_threshold": options.param_persistence_threshold,
-        "stage3_max_live_parameters": options.max_live_parameters,
-        "stage3_max_reuse_distance": options.max_reuse_distance,
-    }
-    if options.offload == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": options.pin_memory and torch.cuda.is_available()}
-    config: dict[str, Any] = {
-        "zero_optimization": zero,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-        # DeepSpeed wants them to fit together, for inference too.
-        "train_batch_size": world.size,
-        "train_micro_batch_size_per_gpu": 1,
-        "steps_per_print": 1 << 30,
-    }
-    return _merged(config, _user_config(options.config)) if options.config else config
-
-
-def _user_config(path: str) -> dict[str, Any]:
-    try:
-        config = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise EngineError(f"config={path}: cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage", 3) != 3:
-        raise EngineError(f"config={path}: must be a DeepSpeed configuration of ZeRO stage 3")
-    return config
-
-
-def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(ours)
-    for name, value in theirs.items():
-        both = isinstance(value, dict) and isinstance(ours.get(name), dict)
-        merged[name] = _merged(ours[name], value) if both else value
-    return merged

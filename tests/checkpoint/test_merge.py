@@ -155,6 +155,7 @@ def test_timing_has_a_line_a_batch_with_these_fields(tmp_path: Path) -> None:
         "rank",
         "first",
         "finished",
+        "share_of_bound",
     ]
     finished = lines[0].pop("finished")
     assert isinstance(finished, float)
@@ -169,6 +170,7 @@ def test_timing_has_a_line_a_batch_with_these_fields(tmp_path: Path) -> None:
         "attempt": 1,
         "rank": 0,
         "first": True,
+        "share_of_bound": None,
     }
 
 

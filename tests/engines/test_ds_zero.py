@@ -16,6 +16,7 @@ from batchgen.engine import EngineError, Setup, find, parse_options
 from batchgen.engines.accelerate import Accelerate
 from batchgen.types import Prompt
 from batchgen.world import World
+from tests import models
 from tests.engines import zero_rank
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +124,51 @@ def test_a_stop_that_reaches_one_rank_alone_ends_all_at_the_same_step(tiny_llama
     assert {end["state"] for end in ends} <= {"stopped", "finished"}
 
 
+@pytest.fixture(scope="module")
+def wide_bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its matrices are large enough to be swapped, the tied embedding among them."""
+    folder = tmp_path_factory.mktemp("models") / "bloom"
+    return models.save(folder, lambda vocabulary, **settings: models.bloom(3000, **settings), hidden_size=768, n_head=8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the reads past the page cache are compiled once on a machine
+def test_nvme_keeps_its_files_to_itself_and_cleans_up_after_a_crash(wide_bloom: Path, tmp_path: Path) -> None:
+    prompts, out, disk = rows(tmp_path / "p.jsonl", 12), tmp_path / "zero", tmp_path / "disk"
+    disk.mkdir()
+    others = disk / "batchgen-another"
+    others.mkdir()
+    words = command(prompts, out, wide_bloom, "--batch-size", "2", "--heartbeat-seconds", "0.1", "--ranks", "2")
+    words += ["--set", f"offload=nvme={disk}"]
+    with (tmp_path / "log").open("w") as log:
+        starter = subprocess.Popen(words, stderr=log, stdout=log, cwd=ROOT)
+    beat = out / "attempts" / "00001-00001.json"
+    while not (beat.exists() and json.loads(beat.read_bytes())["steps"] > 3):
+        assert starter.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    starter.kill()
+    starter.wait()
+    assert len(list(disk.rglob("*.swp"))) > 2  # what the killed ranks have left
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    assert "the weights come at" in done.stderr
+    assert list(disk.iterdir()) == [others]
+    assert run(*command(prompts, tmp_path / "one", wide_bloom, engine="accelerate")).returncode == 0
+    assert texts(out) == texts(tmp_path / "one")
+    timing = [json.loads(line) for line in (out / "timing.jsonl").read_text().splitlines()]
+    assert all(batch["share_of_bound"] > 0 for batch in timing)
+
+
+@pytest.mark.slow
+def test_weights_of_8_bits_run_and_change_the_text(tiny_llama: Path, tmp_path: Path) -> None:
+    prompts = rows(tmp_path / "p.jsonl", 12)
+    eight = ["--ranks", "2", "--set", "weight_bits=8", "--set", "weight_group=16"]
+    done = run(*command(prompts, tmp_path / "eight", tiny_llama, *eight))
+    assert done.returncode == 0, done.stderr
+    assert run(*command(prompts, tmp_path / "one", tiny_llama, engine="accelerate")).returncode == 0
+    assert texts(tmp_path / "eight") != texts(tmp_path / "one")
+
+
 INJECTED = """
 import os
 if os.environ.get("RANK") == "1":
@@ -154,6 +200,6 @@ def test_out_of_memory_inside_a_shared_step_starts_the_ranks_again_smaller(tiny_
 
 def test_settings_that_cannot_be_are_sentences() -> None:
     kind = find("ds-zero")
-    for offload in ("disk", "nvme=/tmp", "cpu=x"):
-        with pytest.raises(EngineError, match=r"must be cpu; offload to NVMe is not built yet"):
+    for offload in ("disk", "nvme", "cpu=x"):
+        with pytest.raises(EngineError, match=r"must be cpu, or nvme=FOLDER"):
             parse_options(kind, [f"offload={offload}"])

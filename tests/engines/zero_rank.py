@@ -16,6 +16,7 @@ from pathlib import Path
 
 from batchgen import engine
 from batchgen.engine import Setup
+from batchgen.models import cache_folder
 from batchgen.schedule import order, shard
 from batchgen.types import Prompt
 from batchgen.world import from_environment
@@ -78,7 +79,7 @@ def main(model: str, options: Sequence[str], sets: Sequence[int], folder: Path) 
     chosen = engine.parse_options(kind, options)
     stream = kind.stream(world, chosen)
     texts: dict[int, dict[int, str | None]] = {}
-    with kind(Setup(model, "float32", 4, world), chosen) as made:
+    with kind(Setup(model, "float32", 4, world, run=str(folder), cache=str(cache_folder(os.environ))), chosen) as made:
         for count in sets:
             every = prompts(count)
             mine = order([every[index] for index in shard(count, stream)], 0)

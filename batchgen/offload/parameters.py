@@ -1,0 +1,101 @@
+"""The parameters that ZeRO will shard, from a model's config alone."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from batchgen.engine import EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter as a module makes it."""
+
+    numel: int  # elements as stored, each of the run's type
+    shape: tuple[int, ...]  # as computed with
+    tied: bool  # another name of one listed before
+    quantizable: bool  # a weight that DeepSpeed's quantisation would take: of a linear layer or an embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """All parameters of a model, by name. Tied ones are there under each of their names: ZeRO shards a parameter when
+    its module is made, and ties it to another only afterwards, so that both are written out, and one is read."""
+
+    of: Mapping[str, Parameter]
+    dtype: torch.dtype
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest one."""
+        return max(parameter.numel for parameter in self.of.values())
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one forward needs, over all ranks: each parameter once."""
+        return sum(parameter.numel for parameter in self.of.values() if not parameter.tied) * self.dtype.itemsize
+
+    def shards(self, ranks: int) -> list[int]:
+        """Elements of one rank's shard of each parameter, padded so that all ranks' are equal."""
+        return [-(-parameter.numel // ranks) for parameter in self.of.values()]
+
+    def shard_bytes(self, ranks: int) -> int:
+        """Bytes of one rank's shards together."""
+        return sum(self.shards(ranks)) * self.dtype.itemsize
+
+    def most_at_once(self) -> int:
+        """Parameters that a forward can need at the same time, leaving out what is small (a thousandth of the largest).
+
+        Those of one module, and of the modules around it, whose forward has not ended; and a tied one, which may be
+        kept from its first use to its second.
+        """
+        own: Counter[str] = Counter()
+        for name, parameter in self.of.items():
+            if parameter.numel * 1000 >= self.largest:
+                own[name.rpartition(".")[0]] += 1
+        tied = any(parameter.tied for parameter in self.of.values())
+        return tied + max(sum(own[around] for around in _around(module)) for module in own)
+
+
+def _around(module: str) -> list[str]:
+    """A module's name and those of the modules it is in: a.b, a, and the model itself."""
+    parts = module.split(".") if module else []
+    return [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+
+
+def parameters(config: Any, dtype: torch.dtype) -> Parameters:
+    """The parameters of the model with this Transformers config, computed with in `dtype`.
+
+    The model is made on the meta device, without memory: files may hold parameters in other pieces than the model does
+    (the experts of a mixture, one by one), and what counts is what ZeRO sees. Not to be called while a model is being
+    sharded as it loads (Transformers' `HfDeepSpeedConfig` is alive): it would be sharded too.
+
+    Raises:
+        EngineError: Transformers has no causal language model of this kind.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise EngineError(
+            f"Transformers has no causal language model of type {config.model_type}; choose another model"
+        )
+    # Imports the model's module, which must not happen inside the block: its constants would be on the meta device.
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    make: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        model = make(copy.deepcopy(config), dtype=dtype)
+    seen: set[int] = set()
+    found = {}
+    for module_name, module in model.named_modules():
+        takes = type(module) in (torch.nn.Linear, torch.nn.Embedding)
+        for name, value in module.named_parameters(recurse=False):
+            full = f"{module_name}.{name}" if module_name else name
+            found[full] = Parameter(value.numel(), tuple(value.shape), id(value) in seen, takes and name == "weight")
+            seen.add(id(value))
+    return Parameters(found, dtype)
