@@ -78,9 +78,11 @@ class DsZero(Engine):
         self._encoder = HfEncoder(setup.model)
         loading.check_weights(setup.model)
         loading.quieten()
-        self._device = _join_ranks(setup.world, options.timeout_seconds)
+        # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
+        timeout = timedelta(seconds=2 * options.timeout_seconds)
+        self._device = _join_ranks(setup.world, timeout)
         # NCCL would make the CPU wait for the GPU at every step; these flags are for the CPUs alone.
-        self._flags = dist.new_group(backend="gloo", timeout=timedelta(seconds=options.timeout_seconds))
+        self._flags = dist.new_group(backend="gloo", timeout=timeout)
         self._swap: offload.SwapFolder | None = None
         self._bandwidth: float | None = None  # bytes/s of the path that weights come over; None: no offload
         self._weight_bytes = 0  # that come over it in a step
@@ -276,13 +278,13 @@ def _fatal_if_out_of_memory(forward: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _join_ranks(world: World, timeout_seconds: float) -> torch.device:
+def _join_ranks(world: World, timeout: timedelta) -> torch.device:
     """Makes the process group of all ranks; gives this rank's device."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", loading.gpu_of(world)) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    arguments: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+    arguments: dict[str, Any] = {"timeout": timeout}
     if world.size == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
