@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -45,15 +46,26 @@ def test_without_libaio_the_sentence_says_what_to_install(tmp_path: Path, monkey
         extensions.prepare(tmp_path, print)
 
 
-def test_a_build_that_fails_says_what_the_compiler_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_fails_says_what_the_compiler_said(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\ncase \"$*\" in *--version*|*-dumpversion*) exec g++ \"$@\";; esac\n"
                         "echo 'x.cpp:1: error: no such thing' >&2; exit 1\n")  # fmt: skip
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(EngineError, match=r"could not be built:\n.*x\.cpp:1: error: no such thing"):
-        extensions.prepare(tmp_path / "cache", print)
+    # In a process of its own: DeepSpeed keeps what one has loaded, and builds it no more.
+    code = (
+        "import sys; from pathlib import Path; from batchgen import extensions; "
+        "extensions.prepare(Path(sys.argv[1]), print)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "cache")],
+        env={**os.environ, "CXX": str(compiler)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "EngineError" in done.stderr
+    assert re.search(r"could not be built:\n.*x\.cpp:1: error: no such thing", done.stderr, re.DOTALL), done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:

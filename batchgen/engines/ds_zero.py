@@ -197,9 +197,11 @@ class DsZero(Engine):
             if world.local_rank == 0:
                 self._swap.clean()
             self.any_rank(False)  # nobody writes before that is done
-            lockable = offload.lockable_bytes()
-            pinned = options.pin_memory and torch.cuda.is_available()
-            plan = offload.nvme(weights, world.size, self._swap.path, pin_memory=pinned, lockable_bytes=lockable)
+            pinned, whole = options.pin_memory and torch.cuda.is_available(), options.whole_layers
+            path, lockable = self._swap.path, offload.lockable_bytes()
+            plan = offload.nvme(
+                weights, world.size, path, pin_memory=pinned, whole_layers=whole, lockable_bytes=lockable
+            )
             offload.check_space(plan, folder, world.local_size)
             offload.check_host_memory(plan, world.local_size)
             offload.check_locked_memory(plan)
@@ -210,10 +212,9 @@ class DsZero(Engine):
             self._weight_bytes = plan.file_bytes * world.local_size
         if self._bandwidth and world.rank == 0:
             bound = self._weight_bytes / self._bandwidth
+            speed = self._bandwidth / 1e9
             logger.info(
-                "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch",
-                self._bandwidth / 1e9,
-                bound,
+                "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch", speed, bound
             )
         return plan
 

@@ -51,18 +51,28 @@ class Parameters:
         """Bytes of one rank's shards together."""
         return sum(self.shards(ranks)) * self.dtype.itemsize
 
-    def most_at_once(self) -> int:
+    def most_at_once(self, *, whole_layers: bool = False) -> int:
         """Parameters that a forward can need at the same time, leaving out what is small (a thousandth of the largest).
 
         Those of one module, and of the modules around it, whose forward has not ended; and a tied one, which may be
         kept from its first use to its second.
+
+        Args:
+            whole_layers: a layer (a module with a number for a name) is one module: all its parameters are needed.
         """
         own: Counter[str] = Counter()
         for name, parameter in self.of.items():
             if parameter.numel * 1000 >= self.largest:
-                own[name.rpartition(".")[0]] += 1
+                own[_layer_of(name) if whole_layers else name.rpartition(".")[0]] += 1
         tied = any(parameter.tied for parameter in self.of.values())
         return tied + max(sum(own[around] for around in _around(module)) for module in own)
+
+
+def _layer_of(name: str) -> str:
+    """The name of the layer that a parameter is in; of its own module, if it is in none."""
+    parts = name.split(".")
+    depth = next((place + 1 for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[:depth])
 
 
 def _around(module: str) -> list[str]:

@@ -52,6 +52,7 @@ def nvme(
     folder: Path,
     *,
     pin_memory: bool,
+    whole_layers: bool = False,
     lockable_bytes: int | None = None,
     block_bytes: int | None = None,
     queue_depth: int = _QUEUE_DEPTH,
@@ -64,11 +65,10 @@ def nvme(
         parameters: as ZeRO will shard them.
         ranks: of the whole world.
         folder: this run's own (`SwapFolder.path`); DeepSpeed writes zero_stage_3/…/rankN there.
-        pin_memory: of the small ones.
+        pin_memory, whole_layers: of the small ones; all parameters of a layer are read at once.
         lockable_bytes: what this rank may lock; as many buffers as fit, up to 5, but at least what a forward needs.
         block_bytes, queue_depth, threads: of a read; None: the largest power of two, 1 to 16 MiB, with which 99 % of
             the bytes that can be swapped are.
-        buffer_count: None: computed.
 
     Raises:
         EngineError: a setting is out of range.
@@ -89,7 +89,7 @@ def nvme(
     swapped = [_padded(size, threads) for size in shards if size >= least]
     kept = sum(size for size in shards if size < least)
     buffer = _padded(max(shards), threads)
-    count = buffer_count or _buffers(parameters.most_at_once(), buffer, lockable_bytes)
+    count = buffer_count or _buffers(parameters.most_at_once(whole_layers=whole_layers), buffer, lockable_bytes)
     section = {
         "device": "nvme",
         "nvme_path": str(folder),
