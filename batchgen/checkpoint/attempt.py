@@ -180,6 +180,10 @@ def check_free(folder: RunFolder, world: World) -> list[Attempt]:
         CheckpointError: one is.
     """
     known = attempts(folder)
+    # Ranks die with their starter, but a moment after it.
+    deadline = time.monotonic() + 10.0
+    while known and _exists(known[-1].claim) is False and known[-1].is_live(world) and time.monotonic() < deadline:
+        time.sleep(0.2)
     if known and known[-1].is_live(world):
         raise CheckpointError(
             f"{folder.path} is in use: {known[-1].where} works on it. "
