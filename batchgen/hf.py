@@ -41,6 +41,8 @@ class StaticBatches:
         count: is told how many tokens each decode step has generated.
         generate_kwargs: passed on to `model.generate`, `synced_gpus` for one.
         limits: most rows by length, as `SizeLimits.remember` takes them, learnt by earlier attempts.
+        kept_free: bytes of each device that a forward needs besides.
+        most_rows: of a batch whose size is estimated; None: as `memory.rows_that_fit` has it.
         reserve: take the memory that a batch is estimated to need, and give it back, before the model sees it: for
             models whose forward may not fail.
     """
@@ -57,6 +59,8 @@ class StaticBatches:
         count: Callable[[int], None],
         generate_kwargs: Mapping[str, Any] | None = None,
         limits: Mapping[int, int] | None = None,
+        kept_free: int = 0,
+        most_rows: int | None = None,
         reserve: bool = False,
     ) -> None:
         self._model = model
@@ -67,6 +71,8 @@ class StaticBatches:
         self._local_size = local_size
         self._count = count
         self._generate_kwargs = dict(generate_kwargs or {})
+        self._kept_free = kept_free
+        self._most_rows_of_any = most_rows
         self._reserve = reserve
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         self._limits = memory.SizeLimits()
@@ -88,7 +94,9 @@ class StaticBatches:
 
     def pull(self, prompts: Iterator[Prompt]) -> list[Prompt]:
         """The next batch; empty when there is nothing left."""
-        free = memory.free_bytes(self._devices, self._local_size) if self._batch_size is None else 0
+        free = 0
+        if self._batch_size is None:
+            free = memory.free_bytes(self._devices, self._local_size) - len(self._devices) * self._kept_free
         batch: list[Prompt] = []
         prompt_tokens = new_tokens = most = 0
         while not batch or len(batch) < most:
@@ -108,7 +116,8 @@ class StaticBatches:
         learnt = self._limits.most(prompt_tokens + new_tokens)
         ceiling = self._batch_size
         if ceiling is None:
-            ceiling = memory.rows_that_fit(free, self._row_bytes(prompt_tokens, new_tokens), self._device)
+            row = self._row_bytes(prompt_tokens, new_tokens)
+            ceiling = memory.rows_that_fit(free, row, self._device, self._most_rows_of_any)
         return ceiling if learnt is None else min(ceiling, learnt)
 
     def _row_bytes(self, prompt_tokens: int, new_tokens: int) -> int:
@@ -147,9 +156,8 @@ class StaticBatches:
         try:
             if self._reserve:
                 prompt_tokens, new_tokens = _lengths(batch)
-                torch.empty(
-                    len(batch) * self._row_bytes(prompt_tokens, new_tokens), dtype=torch.uint8, device=self._device
-                )
+                size = len(batch) * self._row_bytes(prompt_tokens, new_tokens) + self._kept_free
+                torch.empty(size, dtype=torch.uint8, device=self._device)
             return self.generate(batch, stop)
         except OutOfStep as error:
             error.length, error.rows = sum(_lengths(batch)), len(batch)

@@ -71,9 +71,14 @@ def bytes_per_row(config: Any, *, prompt_tokens: int, new_tokens: int, item_byte
     return int(cache + logits + activations + scores)
 
 
-def rows_that_fit(free: int, row: int, device: torch.device) -> int:
-    """Rows of `row` bytes that fit into `free` with room to spare: 1 to 512 (32 on a CPU), in eights from 8 up."""
-    most = _MOST_ROWS_ON_CPU if device.type == "cpu" else _MOST_ROWS
+def rows_that_fit(free: int, row: int, device: torch.device, most: int | None = None) -> int:
+    """Rows of `row` bytes that fit into `free` with room to spare, in eights from 8 up: 1 to `most`.
+
+    `most` is 512 unless given, and never more than 32 on a CPU.
+    """
+    most = _MOST_ROWS if most is None else most
+    if device.type == "cpu":
+        most = min(most, _MOST_ROWS_ON_CPU)
     rows = max(1, min(most, int(free * _SHARE) // max(row, 1)))
     return rows - rows % 8 if rows >= 8 else rows
 

@@ -27,6 +27,7 @@ class World:
     job: str = ""  # Slurm's job id
     restarts: int = 0  # how often Slurm has restarted that job
     attempt: int | None = None  # the attempt that `batchgen run --ranks` made for its ranks
+    master: str = ""  # HOST:PORT where the ranks meet, on rank 0's host; empty: the launcher named none
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.size and 0 <= self.local_rank < max(self.local_size, 1) <= self.size):
@@ -48,6 +49,9 @@ _LAUNCH = (
 )
 
 
+_PORTS = range(12_000, 32_000)  # below those that Linux gives to clients (net.ipv4.ip_local_port_range)
+
+
 def from_environment(environment: Mapping[str, str]) -> World:
     """The world that torchrun, `deepspeed`, `batchgen run --ranks` or `srun` put this process into; alone otherwise.
 
@@ -62,7 +66,11 @@ def from_environment(environment: Mapping[str, str]) -> World:
     restarts = _number(environment, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environment else 0
     attempt = _number(environment, "BATCHGEN_ATTEMPT") if "BATCHGEN_ATTEMPT" in environment else None
     world = World(
-        launch="/".join(environment.get(name, "") for name in _LAUNCH), job=job, restarts=restarts, attempt=attempt
+        launch="/".join(environment.get(name, "") for name in _LAUNCH),
+        job=job,
+        restarts=restarts,
+        attempt=attempt,
+        master=_master(environment),
     )
     if "RANK" in environment and "WORLD_SIZE" in environment:
         size = _number(environment, "WORLD_SIZE")
@@ -78,7 +86,29 @@ def from_environment(environment: Mapping[str, str]) -> World:
         local_size = _tasks_here(environment) if "SLURM_STEP_TASKS_PER_NODE" in environment else local_rank + 1
         rank = _number(environment, "SLURM_PROCID")
         return replace(world, rank=rank, local_rank=local_rank, size=size, local_size=local_size)
-    return replace(world, attempt=None)
+    return replace(world, attempt=None, master="")
+
+
+def _master(environment: Mapping[str, str]) -> str:
+    """Where the ranks meet: as the launcher says, or under plain `srun` on the step's first node, where task 0 is.
+
+    Two steps of one job, and two jobs on one node, must not meet each other, so the port comes from their numbers.
+    """
+    host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    if "SLURM_STEP_NUM_TASKS" in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+        host = host or _first_node(nodes)
+        job, step = (_number(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        port = port or str(_PORTS[(31 * job + step) % len(_PORTS)])
+    return f"{host}:{port}" if host and port else ""
+
+
+def _first_node(nodes: str) -> str:
+    """The first name of Slurm's compressed list: "gpu[07-09,12],login" begins with gpu07."""
+    first = re.match(r"([^,\[]*)(?:\[([^\]]*)\])?([^,\[]*)", nodes)
+    assert first is not None, "every part of the pattern may be empty"
+    prefix, numbers, suffix = first.groups()
+    return prefix + re.split(r"[-,]", numbers or "")[0] + suffix
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

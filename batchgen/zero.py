@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from batchgen.engine import EngineError
+from batchgen.offload import Parameters
+
+_EVERYTHING = sys.maxsize  # DeepSpeed's own word for no limit
 
 
-def configuration(world_size: int, hidden: int, dtype: torch.dtype, **sizes: int | None) -> dict[str, Any]:
-    """DeepSpeed's configuration of ZeRO stage 3 for inference.
+def sizes(weights: Parameters, hidden: int, *, whole_layers: bool, whole_model: bool) -> dict[str, int]:
+    """DeepSpeed's sizes for a model, in elements, by their names in its section `zero_optimization`.
 
-    The sizes are those of huggingface/transformers-bloom-inference (bloom-ds-zero-inference.py), unless given.
+    The buckets are those of huggingface/transformers-bloom-inference (bloom-ds-zero-inference.py), but with
+    `whole_layers` a layer is fetched ahead, and not a matrix: a step is then bound by the way that weights come over.
 
     Args:
         hidden: the model's hidden size.
-        sizes: of DeepSpeed's section `zero_optimization`, in elements; None: the default.
+        whole_layers: a decoder layer is gathered at once.
+        whole_model: each rank has all of it in its place anyhow (one rank, no offload): nothing is ever let go.
     """
-    zero: dict[str, Any] = {
-        "stage": 3,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": hidden * hidden,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
-        "stage3_param_persistence_threshold": 0,
-    }
-    zero |= {name: size for name, size in sizes.items() if size is not None}
+    layer = weights.largest_layer
     return {
-        "zero_optimization": zero,
+        "reduce_bucket_size": hidden * hidden,
+        "stage3_prefetch_bucket_size": layer if whole_layers else int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": _EVERYTHING if whole_model else 0,
+        # This layer, the next one, and what is on its way; and a tied embedding, which stays from its first use to its
+        # second. With DeepSpeed's 1e9 the one of BLOOM-7b1 alone would keep every layer from being fetched ahead.
+        "stage3_max_live_parameters": weights.tied + (3 * layer if whole_layers else max(3 * layer, 1_000_000_000)),
+        # Weights that a forward uses twice come over once. Others are not concerned: no forward uses them again.
+        "stage3_max_reuse_distance": _EVERYTHING,
+    }
+
+
+def gathered_bytes(weights: Parameters) -> int:
+    """Most bytes of gathered weights that a rank holds at a time.
+
+    The largest parameter alone (an embedding, the output matrix), and layers: this one, the next one, one on its way,
+    and the flat buffer that it arrives in.
+    """
+    return (max(weights.largest, weights.tied) + 4 * weights.largest_layer) * weights.dtype.itemsize
+
+
+def configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """DeepSpeed's configuration of ZeRO stage 3 for inference."""
+    # `memory_efficient_linear` puts an autograd function in place of every matrix product, a quarter of a small step.
+    # Quantised weights are read by it, and turn it on again.
+    stage = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "memory_efficient_linear": False}
+    return {
+        "zero_optimization": {**stage, **sizes},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         # DeepSpeed wants them to fit together, for inference too.
@@ -38,6 +63,17 @@ def configuration(world_size: int, hidden: int, dtype: torch.dtype, **sizes: int
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 1 << 30,
     }
+
+
+def forward_only(engine: Any) -> None:
+    """Takes from DeepSpeed's engine what only a backward pass needs: wrappers around every tensor that enters or leaves
+    a module, a third of the time of a small step."""
+    for hook in engine.optimizer.backward_hooks:
+        hook.remove()
+    engine.optimizer.backward_hooks.clear()
+    # Marks in a profiler's timeline, four calls for each of thousands of a step; by its full name, because the package
+    # has a function of the module's name.
+    sys.modules["deepspeed.utils.nvtx"].enable_nvtx = False  # type: ignore[attr-defined]
 
 
 def user_configuration(path: str) -> dict[str, Any]:

@@ -3,16 +3,18 @@
     python benchmarks/zero.py FOLDER none|cpu|nvme=PATH|accelerate [NAME=VALUE …]
 
 One way a process; the rest are settings of the engine. `accelerate` is that engine on the same weights, to compare
-with. BATCHES and TOKENS in the environment change the table's cells.
+with. BATCHES and TOKENS in the environment change the table's cells; BATCHES=0 gives the engine 8,192 prompts and lets
+it choose.
 
 The weights are made once in FOLDER (14 GB). Prompts of 8 tokens; greedy; the tokens of each cell are in the table. One
 warm-up of 2 tokens, then the timed batch; loading is told apart. With offload, a step cannot take less time than the
-weights need to cross from where they lie: the share of that bound is the last column.
+weights need to cross from where they lie: the share of that bound is the engine's own figure for the batch.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import time
@@ -24,8 +26,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from batchgen import engine
-from batchgen.engine import Setup
-from batchgen.types import Prompt, SamplingParams
+from batchgen.engine import OutOfStep, Setup
+from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
 
 SHAPE = {
@@ -75,40 +77,46 @@ def prompts(count: int, tokens: int) -> list[Prompt]:
     return [Prompt(n, str(n), n + 1, "", ids, SamplingParams(max_new_tokens=tokens), {}) for n in range(count)]
 
 
-def cell(made: Any, batch: int, tokens: int) -> float:
-    """Seconds for `batch` prompts of `tokens` tokens, in one batch."""
+def cell(made: Any, batch: int, tokens: int) -> tuple[float, list[Batch]]:
+    """Seconds for `batch` prompts of `tokens` tokens, and the batches they came in."""
     torch.cuda.synchronize()
     begun = time.perf_counter()
     batches = list(made.generate(iter(prompts(batch, tokens)), lambda: False))
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
-    assert len(batches) == 1, "the batch was split"
-    assert sum(generation.generated_tokens for generation in batches[0].generations) == batch * tokens
-    return seconds
+    generations = [generation for one in batches for generation in one.generations]
+    assert sum(generation.generated_tokens for generation in generations) == batch * tokens, "not all was generated"
+    return seconds, batches
 
 
-def table(folder: Path, offload: str, settings: list[str], weights: int, bandwidth: float) -> None:
+def table(folder: Path, offload: str, settings: list[str]) -> None:
     """One engine, one line a batch size, until one does not fit."""
     name, options = ("ds-zero", settings + ([] if offload == "none" else [f"offload={offload}"]))
     if offload == "accelerate":
         name, options = "accelerate", []
     kind = engine.find(name)
     tokens = int(os.environ.get("TOKENS", "100" if offload in ("none", "accelerate") else "8"))
+    chosen = None if BATCHES == [0] else max(BATCHES)
     begun = time.perf_counter()
-    with kind(Setup(str(folder), "bfloat16", 512, World()), engine.parse_options(kind, options)) as made:
+    setup = Setup(str(folder), "bfloat16", chosen, World(), run=str(folder), cache=str(folder / "cache"))
+    with kind(setup, engine.parse_options(kind, options)) as made:
         print(f"\n{name} {' '.join(options)}: loaded in {time.perf_counter() - begun:.1f} s, {tokens} tokens a prompt")
-        print("| batch | ms per token | seconds a step | share of the bound |\n|--:|--:|--:|--:|")
+        print("| batch | ms per token | seconds a step | share of the bound | peak GB |\n|--:|--:|--:|--:|--:|")
         for batch in BATCHES:
             try:
-                cell(made, batch, 2)
-                seconds = cell(made, batch, tokens)
-            except AssertionError as error:
-                print(f"| {batch} | {error} | | |")
+                cell(made, min(batch or 8, 8), 2)
+                seconds, batches = cell(made, batch or 8192, tokens)
+            except (AssertionError, OutOfStep) as error:
+                print(f"| {batch} | {error} | | | |")
                 return
-            bound = weights / bandwidth if offload == "cpu" else 0.0
-            share = f"{bound * tokens / seconds:.0%}" if bound else ""
-            step = seconds / tokens
-            print(f"| {batch} | {1000 * seconds / (batch * tokens):.3f} | {step:.4f} | {share} |", flush=True)
+            rows, share = len(batches[0].generations), batches[0].share_of_bound
+            peak = max(one.peak_memory_bytes for one in batches) / 1e9
+            step = seconds / tokens / len(batches)
+            print(
+                f"| {rows}{'' if rows == batch else ', chosen'} | {1000 * seconds / ((batch or 8192) * tokens):.3f} | "
+                f"{step:.4f} | {share or ''} | {peak:.1f} |",
+                flush=True,
+            )
 
 
 def main(folder: Path, offload: str, settings: list[str]) -> None:
@@ -119,9 +127,10 @@ def main(folder: Path, offload: str, settings: list[str]) -> None:
         make_weights(folder)
         print(f"made the weights in {time.perf_counter() - begun:.1f} s")
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    bandwidth = copy_bandwidth()
-    print(f"weights {weights / 1e9:.2f} GB, pinned host to GPU {bandwidth / 1e9:.1f} GB/s")
-    table(folder, offload, settings, weights, bandwidth)
+    print(f"weights {weights / 1e9:.2f} GB, pinned host to GPU {copy_bandwidth() / 1e9:.1f} GB/s")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("batchgen").setLevel(logging.INFO)
+    table(folder, offload, settings)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,12 @@ def test_rows_are_clamped_and_come_in_eights(free: int, row: int, device: torch.
     assert rows_that_fit(free, row, device) == rows
 
 
+def test_more_rows_than_usual_where_a_caller_says_so_but_not_on_a_cpu() -> None:
+    assert rows_that_fit(10**12, 1000, torch.device("cuda"), 8192) == 8192
+    assert rows_that_fit(10**6, 1000, torch.device("cuda"), 8192) == 800
+    assert rows_that_fit(10**12, 1000, torch.device("cpu"), 8192) == 32
+
+
 def test_free_memory_is_shared_among_the_ranks_of_a_host() -> None:
     assert 0 < free_bytes([CPU], 64) < host_free_bytes() / 32
 

@@ -162,3 +162,34 @@ def test_the_attempt_of_the_starter_counts_for_its_ranks_alone() -> None:
     assert from_environment(TORCHRUN | {"BATCHGEN_ATTEMPT": "3"}).attempt == 3
     # A run that a rank's environment reached by accident is a run of its own.
     assert from_environment(SCRIPT | {"BATCHGEN_ATTEMPT": "3"}).attempt is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[07-09,12],login", "gpu07"),
+        ("node1", "node1"),
+        ("a,b", "a"),
+        ("rack2-n[3]-ib,x", "rack2-n3-ib"),
+        ("n[1,5-7]", "n1"),
+    ],
+)
+def test_under_plain_srun_the_ranks_meet_on_the_first_node(nodes: str, first: str) -> None:
+    world = from_environment(srun(3, 3, 0, SLURM_STEP_NODELIST=nodes))
+    host, _, port = world.master.rpartition(":")
+    assert host == first
+    assert 12_000 <= int(port) < 32_000
+    assert from_environment(srun(9, 1, 2, SLURM_STEP_NODELIST=nodes)).master == world.master
+
+
+def test_steps_and_jobs_do_not_meet_each_other() -> None:
+    changes = ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_JOB_ID": "43"}, {"SLURM_JOB_ID": "43", "SLURM_STEP_ID": "1"})
+    assert len({from_environment(srun(0, 0, 0, SLURM_STEP_NODELIST="n1", **change)).master for change in changes}) == 4
+
+
+def test_what_the_launcher_says_about_the_meeting_place_goes_first() -> None:
+    assert from_environment(TORCHRUN).master == from_environment(DEEPSPEED).master == "node1:29500"
+    said = srun(0, 0, 0, SLURM_STEP_NODELIST="n[1-3]", MASTER_ADDR="fast", MASTER_PORT="1234")
+    assert from_environment(said).master == "fast:1234"
+    assert from_environment({"MASTER_ADDR": "fast", "MASTER_PORT": "1234"}).master == ""
+    assert from_environment(without(TORCHRUN, "MASTER_PORT")).master == ""

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,19 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_SHORT_FORMS = ("offload",)  # flags that are `--set NAME=VALUE`: the engine says whether it knows them
+
+
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What does the work: shared by `run` and `run-batch`."""
+
+    @wraps(command)
+    def spelled_out(*arguments: Any, settings: tuple[str, ...], **options: Any) -> Any:
+        given = {name: options.pop(name) for name in _SHORT_FORMS}
+        short = [f"{name}={value}" for name, value in given.items() if value is not None]
+        return command(*arguments, settings=(*short, *settings), **options)
+
+    decorated: Callable[..., Any] = spelled_out
     for option in reversed(
         (
             click.option(
@@ -88,6 +100,11 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 multiple=True,
                 metavar="NAME=VALUE",
                 help="A setting of the engine; a wrong name lists them.",
+            ),
+            click.option(
+                "--offload",
+                metavar="cpu|nvme=FOLDER",
+                help="Where the weights wait for their turn (ds-zero). Short for --set offload=….",
             ),
             click.option(
                 "--batch-size",
@@ -106,8 +123,8 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
         )
     ):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated
 
 
 @click.command("run")

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,13 +25,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from batchgen import extensions, loading, memory, offload, zero
+from batchgen import extensions, loading, memory, offload, ranks, zero
 from batchgen.engine import Encoder, Engine, EngineError, OutOfStep, Setup
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
-from batchgen.world import World
 
 logger = logging.getLogger(__name__)
+
+
+_MOST_ROWS = 8192  # of a batch with offload: an H100 computes as long as 54 GB/s bring weights at about 10,000 rows
 
 
 class _Stopped(Exception):
@@ -53,11 +53,11 @@ class DsZero(Engine):
         offload: str | None = None  # where the weights wait for their layer: cpu, or nvme=FOLDER; None: on the GPUs
         pin_memory: bool = True  # of offloaded weights: faster copies, memory that cannot be swapped
         reduce_bucket_size: int | None = None  # None: hidden size squared, as in the seed's scripts
-        prefetch_bucket_size: int | None = None  # None: 0.9 x hidden size squared, likewise
-        param_persistence_threshold: int = 0  # parameters smaller than this stay whole on every rank
+        prefetch_bucket_size: int | None = None  # None: a layer; without whole_layers 0.9 x hidden size squared
+        param_persistence_threshold: int | None = None  # smaller ones stay whole on every rank; None: none do
         whole_layers: bool = True  # gather a decoder layer at once, not each of its parts when its turn comes
-        max_live_parameters: int = 1_000_000_000  # gathered at a time; DeepSpeed's default
-        max_reuse_distance: int = 1_000_000_000  # likewise
+        max_live_parameters: int | None = None  # gathered at a time; None: three layers and what is tied
+        max_reuse_distance: int | None = None  # until its next use a parameter stays; None: any
         weight_bits: int | None = None  # 8 or 4: the weights are rounded to so many bits, which changes the text
         weight_group: int = 64  # weights that share a scale
         attn_implementation: str | None = None  # None: Transformers' choice
@@ -80,12 +80,13 @@ class DsZero(Engine):
         loading.quieten()
         # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
         timeout = timedelta(seconds=2 * options.timeout_seconds)
-        self._device = _join_ranks(setup.world, timeout)
+        self._device = ranks.join(setup.world, timeout)
         # NCCL would make the CPU wait for the GPU at every step; these flags are for the CPUs alone.
         self._flags = dist.new_group(backend="gloo", timeout=timeout)
         self._swap: offload.SwapFolder | None = None
         self._bandwidth: float | None = None  # bytes/s of the path that weights come over; None: no offload
         self._weight_bytes = 0  # that come over it in a step
+        self._gathered_bytes = 0  # that a forward takes for weights, most
         self._model = self._load(setup, options)
         self._batches: StaticBatches | None = StaticBatches(
             self._model,
@@ -98,6 +99,9 @@ class DsZero(Engine):
             generate_kwargs={"synced_gpus": False},
             limits=setup.limits,
             reserve=True,
+            kept_free=self._gathered_bytes,
+            # A step takes as long as the weights need to come over: until computing takes as long, more rows are free.
+            most_rows=_MOST_ROWS if options.offload else None,
         )
         self.patience = options.timeout_seconds
         self._stop: Callable[[], bool] = lambda: False
@@ -146,35 +150,38 @@ class DsZero(Engine):
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
-        config = zero.configuration(
-            setup.world.size,
-            self._encoder.config.get_text_config().hidden_size,
-            dtype,
-            reduce_bucket_size=options.reduce_bucket_size,
-            stage3_prefetch_bucket_size=options.prefetch_bucket_size,
-            stage3_param_persistence_threshold=options.param_persistence_threshold,
-            stage3_max_live_parameters=options.max_live_parameters,
-            stage3_max_reuse_distance=options.max_reuse_distance,
-        )
-        weights = offload.parameters(self._encoder.config, dtype)
-        if options.weight_bits is not None:
-            bits: Literal[4, 8] = 4 if options.weight_bits == 4 else 8
-            offload.check_quantization(Path(setup.model), weights, bits, options.weight_group)
-            config["weight_quantization"] = offload.quantization(bits, options.weight_group)
-            weights = offload.quantized(weights, bits, options.weight_group)
-        if options.offload is not None:
-            plan = self._plan_offload(setup, options, weights)
-            config["zero_optimization"]["offload_param"] = plan.offload_param
-            config |= {"aio": plan.aio} if plan.aio else {}
-        if options.config is not None:
-            config = zero.merged(config, zero.user_configuration(options.config))
+        config = self._configuration(setup, options, dtype)
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
         self._transformers_config = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
         if options.whole_layers and (layers := _layers(model)):
             deepspeed.utils.set_z3_leaf_modules(model, layers)
         engine = deepspeed.initialize(model=model, config=config)[0]
+        zero.forward_only(engine)
         return engine.module.eval()
+
+    def _configuration(self, setup: Setup, options: Options, dtype: torch.dtype) -> dict[str, Any]:
+        """DeepSpeed's configuration: sizes for this model, the user's settings, and the user's file over all."""
+        weights = offload.parameters(self._encoder.config, dtype)
+        quantization = {}
+        if options.weight_bits is not None:
+            bits: Literal[4, 8] = 4 if options.weight_bits == 4 else 8
+            offload.check_quantization(Path(setup.model), weights, bits, options.weight_group)
+            quantization["weight_quantization"] = offload.quantization(bits, options.weight_group)
+            weights = offload.quantized(weights, bits, options.weight_group)
+        whole_model = setup.world.size == 1 and options.offload is None
+        self._gathered_bytes = 0 if whole_model else zero.gathered_bytes(weights)
+        hidden = self._encoder.config.get_text_config().hidden_size
+        sizes = zero.sizes(weights, hidden, whole_layers=options.whole_layers, whole_model=whole_model)
+        given = {name: getattr(options, name.removeprefix("stage3_")) for name in sizes}
+        sizes |= {name: size for name, size in given.items() if size is not None}
+        config = zero.configuration(setup.world.size, dtype, sizes) | quantization
+        config["zero_optimization"]["memory_efficient_linear"] = bool(quantization)
+        if options.offload is not None:
+            plan = self._plan_offload(setup, options, weights)
+            config["zero_optimization"]["offload_param"] = plan.offload_param
+            config |= {"aio": plan.aio} if plan.aio else {}
+        return config if options.config is None else zero.merged(config, zero.user_configuration(options.config))
 
     def _plan_offload(self, setup: Setup, options: Options, weights: offload.Parameters) -> offload.Offload:
         """Where the weights will wait, once it is checked that they can; says how fast they can come from there.
@@ -188,7 +195,7 @@ class DsZero(Engine):
             plan = offload.cpu(weights, world.size, pin_memory=options.pin_memory and torch.cuda.is_available())
             offload.check_host_memory(plan, world.local_size)
             self._bandwidth = offload.copy_bandwidth(self._device, pinned=options.pin_memory)
-            self._weight_bytes = weights.shard_bytes(world.size)
+            self._weight_bytes = weights.read_bytes // world.size
         else:
             folder = Path(name)
             offload.check_folder(folder)
@@ -209,7 +216,7 @@ class DsZero(Engine):
             if world.local_rank == 0:
                 self._bandwidth = offload.read_bandwidth(folder, block_bytes=plan.block_bytes)
             self._bandwidth = self._least(self._bandwidth)  # a host's ranks share its disk; the slowest host counts
-            self._weight_bytes = plan.file_bytes * world.local_size
+            self._weight_bytes = plan.read_bytes * world.local_size
         if self._bandwidth and world.rank == 0:
             bound = self._weight_bytes / self._bandwidth
             speed = self._bandwidth / 1e9
@@ -277,24 +284,3 @@ def _fatal_if_out_of_memory(forward: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return guarded
-
-
-def _join_ranks(world: World, timeout: timedelta) -> torch.device:
-    """Makes the process group of all ranks; gives this rank's device."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", loading.gpu_of(world)) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    arguments: dict[str, Any] = {"timeout": timeout}
-    if world.size == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        arguments |= {"init_method": f"tcp://127.0.0.1:{port}", "rank": 0, "world_size": 1}
-    try:
-        dist.init_process_group("nccl" if gpu else "gloo", **arguments)
-    except (ValueError, RuntimeError) as error:
-        raise EngineError(f"rank {world.rank} cannot join the other ranks: {error}") from error
-    # DeepSpeed asks these variables, and looks for MPI where one is missing.
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    return device

@@ -39,6 +39,20 @@ class Parameters:
         return max(parameter.numel for parameter in self.of.values())
 
     @property
+    def tied(self) -> int:
+        """Elements of those that a forward uses under two names: an embedding that is the output matrix too."""
+        return sum(parameter.numel for parameter in self.of.values() if parameter.tied)
+
+    @property
+    def largest_layer(self) -> int:
+        """Elements of the largest layer, or of the largest parameter that is in none."""
+        layers: Counter[str] = Counter()
+        for name, parameter in self.of.items():
+            layers[_layer_of(name)] += parameter.numel
+        inside = [elements for name, elements in layers.items() if name.rpartition(".")[2].isdigit()]
+        return max(inside, default=self.largest)
+
+    @property
     def read_bytes(self) -> int:
         """Bytes that one forward needs, over all ranks: each parameter once."""
         return sum(parameter.numel for parameter in self.of.values() if not parameter.tied) * self.dtype.itemsize

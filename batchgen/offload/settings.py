@@ -37,6 +37,7 @@ class Offload:
     locked_bytes: int  # of these, what must be locked: buffers
     file_bytes: int  # swap files
     block_bytes: int  # of one read
+    read_bytes: int = 0  # of the files, what a forward reads: a tied parameter is in two of them, and read from one
 
 
 def cpu(parameters: Parameters, ranks: int, *, pin_memory: bool) -> Offload:
@@ -90,13 +91,8 @@ def nvme(
     kept = sum(size for size in shards if size < least)
     buffer = _padded(max(shards), threads)
     count = buffer_count or _buffers(parameters.most_at_once(whole_layers=whole_layers), buffer, lockable_bytes)
-    section = {
-        "device": "nvme",
-        "nvme_path": str(folder),
-        "pin_memory": pin_memory,
-        "buffer_count": count,
-        "buffer_size": -(-max(shards) // item_bytes),
-    }
+    section = {"device": "nvme", "nvme_path": str(folder), "pin_memory": pin_memory}
+    section |= {"buffer_count": count, "buffer_size": -(-max(shards) // item_bytes)}
     aio = {
         "block_size": block,
         "queue_depth": queue_depth,
@@ -105,7 +101,9 @@ def nvme(
         "overlap_events": True,
     }
     locked = count * buffer
-    return Offload(section, aio, kept + locked, locked, sum(swapped), block)
+    both = zip(shards, parameters.of.values(), strict=True)
+    read = sum(_padded(size, threads) for size, parameter in both if size >= least and not parameter.tied)
+    return Offload(section, aio, kept + locked, locked, sum(swapped), block, read)
 
 
 def _block_bytes(shards: list[int]) -> int:
