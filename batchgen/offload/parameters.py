@@ -65,21 +65,24 @@ class Parameters:
         """Bytes of one rank's shards together."""
         return sum(self.shards(ranks)) * self.dtype.itemsize
 
-    def most_at_once(self, *, whole_layers: bool = False) -> int:
-        """Parameters that a forward can need at the same time, leaving out what is small (a thousandth of the largest).
+    def most_at_once(self, ranks: int, least_bytes: int, *, whole_layers: bool = False) -> int:
+        """Parameters that a forward can need at the same time, of those whose shards have `least_bytes` or more.
 
-        Those of one module, and of the modules around it, whose forward has not ended; and a tied one, which may be
-        kept from its first use to its second.
+        Those of one module, and of the modules around it, whose forward has not ended; and the tied ones, which may be
+        kept from their first use to their last.
 
         Args:
+            ranks: that share each parameter.
+            least_bytes: what is smaller does not count.
             whole_layers: a layer (a module with a number for a name) is one module: all its parameters are needed.
         """
         own: Counter[str] = Counter()
-        for name, parameter in self.of.items():
-            if parameter.numel * 1000 >= self.largest:
+        tied = 0
+        for (name, parameter), shard in zip(self.of.items(), self.shards(ranks), strict=True):
+            if shard * self.dtype.itemsize >= least_bytes:
                 own[_layer_of(name) if whole_layers else name.rpartition(".")[0]] += 1
-        tied = any(parameter.tied for parameter in self.of.values())
-        return tied + max(sum(own[around] for around in _around(module)) for module in own)
+                tied += parameter.tied
+        return tied + max((sum(own[around] for around in _around(module)) for module in own), default=0)
 
 
 def _layer_of(name: str) -> str:

@@ -6,6 +6,11 @@ Facts about DeepSpeed 0.19.8, from runtime/swap_tensor/partitioned_param_swapper
 - A shard smaller than `block_size` (and 1 MiB) is never swapped: it stays in host memory. With blocks of 16 MiB and
   8 ranks that can be every shard of a model.
 - Sizes are padded to 1,024 bytes a thread.
+- A shard that is read takes a buffer, and gives it back when its parameter is let go, after the module that it is for
+  (or, if it is tied, after the last one). What is read ahead takes buffers that are free, in the order of use
+  (`__prefetch_nvme_param_partitions` in runtime/zero/partitioned_param_coordinator.py), so it has either all that the
+  next module wants, or nothing but that. Hence the buffers that suffice are those of one module, of the modules around
+  it, and of what is tied, whatever the sizes of prefetching; with fewer, the first module that wants more fails.
 """
 
 from __future__ import annotations
@@ -90,7 +95,8 @@ def nvme(
     swapped = [_padded(size, threads) for size in shards if size >= least]
     kept = sum(size for size in shards if size < least)
     buffer = _padded(max(shards), threads)
-    count = buffer_count or _buffers(parameters.most_at_once(whole_layers=whole_layers), buffer, lockable_bytes)
+    needed = parameters.most_at_once(ranks, least, whole_layers=whole_layers)
+    count = buffer_count or _buffers(max(needed, 1), buffer, lockable_bytes)
     section = {"device": "nvme", "nvme_path": str(folder), "pin_memory": pin_memory}
     section |= {"buffer_count": count, "buffer_size": -(-max(shards) // item_bytes)}
     aio = {

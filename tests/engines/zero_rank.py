@@ -2,7 +2,8 @@
 
     python -m tests.engines.zero_rank MODEL OPTIONS-AND-SETS RESULT
 
-writes to RESULT/<rank> the text of each prompt that this rank's stream generated, for each set.
+writes to RESULT/<rank> the text of each prompt that this rank's stream generated, for each set, and to
+RESULT/swapped-<rank> how many swap files it had.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from batchgen import engine
@@ -23,15 +25,27 @@ from batchgen.world import from_environment
 from tests.models import random_prompts
 
 SETS = (1, 2, 3, 7, 50)  # prompts
+PATIENCE = 600.0  # s for all the sets
 
 
-def prompts(count: int) -> list[Prompt]:
-    """Of very unequal lengths, and as unequally many tokens to generate."""
-    return random_prompts(count, longest=100)
+def prompts(count: int, most_tokens: int = 40) -> list[Prompt]:
+    """Of very unequal lengths, and as unequally many tokens to generate, up to `most_tokens`."""
+    made = random_prompts(count, longest=100)
+    tokens = [1 + (prompt.params.max_new_tokens - 1) % most_tokens for prompt in made]
+    return [
+        replace(prompt, params=replace(prompt.params, max_new_tokens=most))
+        for prompt, most in zip(made, tokens, strict=True)
+    ]
 
 
 def ranks(
-    count: int, model: Path, options: Sequence[str], folder: Path, sets: Sequence[int] = SETS
+    count: int,
+    model: Path,
+    options: Sequence[str],
+    folder: Path,
+    sets: Sequence[int] = SETS,
+    most_tokens: int = 40,
+    patience: float = PATIENCE,
 ) -> dict[int, dict[int, str]]:
     """Texts by prompt and set, from `count` ranks."""
     folder.mkdir()
@@ -42,7 +56,7 @@ def ranks(
         "-m",
         "tests.engines.zero_rank",
         str(model),
-        json.dumps([list(options), list(sets)]),
+        json.dumps([list(options), list(sets), most_tokens]),
         str(folder),
     ]
     processes = []
@@ -52,7 +66,7 @@ def ranks(
             processes.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
     try:
         for rank, process in enumerate(processes):
-            assert process.wait(timeout=240) == 0, (folder / f"log-{rank}").read_text()[-3000:]
+            assert process.wait(timeout=patience) == 0, (folder / f"log-{rank}").read_text()[-3000:]
     finally:
         for process in processes:
             process.kill()
@@ -64,6 +78,11 @@ def ranks(
     return texts
 
 
+def swap_files(folder: Path) -> list[int]:
+    """How many each rank had, of the ranks whose results are in `folder`."""
+    return [int(file.read_text()) for file in sorted(folder.glob("swapped-*"))]
+
+
 def _free_port() -> int:
     import socket
 
@@ -72,7 +91,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def main(model: str, options: Sequence[str], sets: Sequence[int], folder: Path) -> None:
+def main(model: str, options: Sequence[str], sets: Sequence[int], most_tokens: int, folder: Path) -> None:
     """This rank's part of every set."""
     kind = engine.find("ds-zero")
     world = from_environment(os.environ)
@@ -80,8 +99,11 @@ def main(model: str, options: Sequence[str], sets: Sequence[int], folder: Path) 
     stream = kind.stream(world, chosen)
     texts: dict[int, dict[int, str | None]] = {}
     with kind(Setup(model, "float32", 4, world, run=str(folder), cache=str(cache_folder(os.environ))), chosen) as made:
+        disk = (chosen.offload or "").partition("=")[2]
+        swapped = len(list(Path(disk).rglob(f"rank{world.rank}/*.swp"))) if disk else 0
+        (folder / f"swapped-{world.rank}").write_text(str(swapped))
         for count in sets:
-            every = prompts(count)
+            every = prompts(count, most_tokens)
             mine = order([every[index] for index in shard(count, stream)], 0)
             batches = made.generate(iter(mine), lambda: False)
             texts[count] = {generation.index: generation.text for batch in batches for generation in batch.generations}
@@ -89,4 +111,5 @@ def main(model: str, options: Sequence[str], sets: Sequence[int], folder: Path) 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *json.loads(sys.argv[2]), Path(sys.argv[3]))
+    given = json.loads(sys.argv[2])
+    main(sys.argv[1], given[0], given[1], given[2], Path(sys.argv[3]))

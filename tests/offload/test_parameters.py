@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, LlamaConfig, MixtralConfig, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    T5Config,
+)
 
 from batchgen.engine import EngineError
-from batchgen.offload import parameters
+from batchgen.offload import Parameters, parameters
 
+MIB = 1 << 20
 BLOOM = BloomConfig(vocab_size=250_880, hidden_size=14_336, n_layer=70, n_head=112)
 
 
@@ -51,15 +61,41 @@ def test_experts_that_the_model_keeps_in_one_tensor_count_as_one() -> None:
                            num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)  # fmt: skip
     found = parameters(config, torch.float32)
     assert found.largest == 4 * 2 * 32 * 16  # gate and up of four experts; a file may hold eight matrices
-    assert found.most_at_once() == 2  # that one, and down
+    assert found.most_at_once(1, 4 * 600) == 2  # that one, and down: 4 x 32 x 16 elements
+
+
+def llama(**settings: Any) -> Parameters:
+    config = LlamaConfig(vocab_size=1000, hidden_size=2048, intermediate_size=4096, num_hidden_layers=2,
+                         num_attention_heads=8, **settings)  # fmt: skip
+    return parameters(config, torch.float32)
 
 
 def test_as_many_parameters_are_needed_at_once_as_a_module_and_those_around_it_have() -> None:
-    untied = LlamaConfig(vocab_size=1000, hidden_size=2048, intermediate_size=4096, num_hidden_layers=2,
-                         num_attention_heads=8)  # fmt: skip
-    assert parameters(untied, torch.float32).most_at_once() == 1  # a matrix; norms are too small to count
-    tied = LlamaConfig(**{**untied.to_dict(), "tie_word_embeddings": True})
-    assert parameters(tied, torch.float32).most_at_once() == 2  # the embedding may be kept until the head needs it
+    assert llama().most_at_once(1, MIB) == 1  # a matrix; norms are too small to count
+    # The embedding may be kept until the head needs it.
+    assert llama(tie_word_embeddings=True).most_at_once(1, MIB) == 2
+
+
+def test_a_whole_layer_is_needed_at_once() -> None:
+    assert llama().most_at_once(1, MIB, whole_layers=True) == 7
+    assert llama(tie_word_embeddings=True).most_at_once(1, MIB, whole_layers=True) == 8
+    bloom = parameters(BLOOM, torch.bfloat16)
+    assert bloom.most_at_once(8, MIB, whole_layers=True) == 5  # four matrices and the tied embedding
+
+
+def test_what_each_rank_has_too_little_of_does_not_count() -> None:
+    # Of 16 MiB for a square of 2048, 4 heads of 8 leave 4 MiB for each of keys and values.
+    grouped = llama(num_key_value_heads=2)
+    counts = [grouped.most_at_once(ranks, MIB, whole_layers=True) for ranks in (1, 4, 5, 16, 17, 32, 33)]
+    assert counts == [7, 7, 5, 5, 3, 3, 0]
+
+
+def test_a_matrix_counts_however_much_larger_the_embedding_is() -> None:
+    # Keys and values of Gemma 3 1B are a thousandth of its embedding, and swapped in float32.
+    config = Gemma3TextConfig(vocab_size=262_144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=2,
+                              num_attention_heads=4, num_key_value_heads=1, head_dim=256)  # fmt: skip
+    assert parameters(config, torch.float32).most_at_once(1, MIB, whole_layers=True) == 7 + 1
+    assert parameters(config, torch.bfloat16).most_at_once(1, MIB, whole_layers=True) == 5 + 1
 
 
 def test_a_model_that_continues_no_text_is_refused() -> None:

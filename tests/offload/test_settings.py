@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig
+from transformers import BloomConfig, LlamaConfig
 
 from batchgen.engine import EngineError
 from batchgen.offload import Parameters, cpu, nvme, parameters
@@ -54,6 +55,20 @@ def test_fewer_buffers_are_made_where_five_cannot_be_locked_but_never_too_few(bl
     counts = [planned(bloom_7b, lockable_bytes=n * buffer).offload_param["buffer_count"] for n in (0, 1, 2, 3, 4, 5, 9)]
     assert counts == [2, 2, 2, 3, 4, 5, 5]
     assert planned(bloom_7b, buffer_count=7).locked_bytes == 7 * buffer
+
+
+def test_there_are_buffers_for_a_whole_layer_and_what_is_tied_and_no_fewer_are_locked() -> None:
+    shape: Any = {"vocab_size": 3000, "hidden_size": 896, "intermediate_size": 1024, "num_attention_heads": 8}
+    untied, tied = (parameters(LlamaConfig(**shape, tie_word_embeddings=tie), torch.float32) for tie in (False, True))
+
+    def count(sizes: Parameters, ranks: int, lockable_bytes: int | None) -> Any:
+        plan = nvme(sizes, ranks, FOLDER, pin_memory=False, whole_layers=True, lockable_bytes=lockable_bytes)
+        return plan.offload_param["buffer_count"]
+
+    for lockable_bytes in (None, 0, 1 << 40):
+        assert count(untied, 3, lockable_bytes) == 7
+        assert count(tied, 3, lockable_bytes) == 8
+    assert count(untied, 64, 0) == 1  # nothing is swapped; DeepSpeed makes its buffers all the same
 
 
 def test_the_settings_are_deepspeeds_own(bloom_7b: Parameters) -> None:

@@ -1,0 +1,158 @@
+"""Prompt files of uneven work and bad rows, drawn at random; and whether a run over one has each row exactly once."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Lines that are no prompts, and the type of error that each must become.
+BAD = (
+    ('{"prompt": 7}', "wrong_type"),
+    ('{"prompt": "abc", "max_new_tokens": "many"}', "wrong_type"),
+    ("[1, 2]", "wrong_type"),
+    ('{"prompt": "cut off', "malformed_json"),
+    ('{"prompt": null}', "missing_prompt"),
+    ('{"question": "no prompt at all"}', "missing_prompt"),
+)
+
+# Float32 rounds differently in batches of another shape, by some 1e-6 here, and a text may go on differently where the
+# two best logits of a step are closer than that. So each prompt is decoded alone first, and a row asks for no more
+# tokens than come before its first step with a gap below this one. What a fault changes (a lost token, another row's
+# cache or text) does not wait for a near tie, and shows in any row.
+CLOSE = 1e-3
+_LENGTHS = (1, 2, 5, 12, 40, 120, 300)  # of prompts, in letters
+_MOST_TOKENS = 120  # to generate for a row
+
+
+class Fault(AssertionError):
+    """What went wrong in a history: `kind` is lost, doubled, hung, order, text, errors, timing or exit."""
+
+    def __init__(self, kind: str, sentence: str) -> None:
+        super().__init__(f"{kind}: {sentence}")
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Known:
+    """A prompt, and each token of its continuation, as text, up to the first step with a close second."""
+
+    prompt: str
+    tokens: list[str]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A prompt file, and what must come of it."""
+
+    path: Path
+    count: int
+    errors: dict[int, tuple[int, str]]  # by row: its line, and the type of its error
+    stops: frozenset[int]  # rows that end at their stop text
+
+
+def save_models(folder: Path) -> list[Path]:
+    """A Llama and a BLOOM, random and small, with layers enough that several ranks need seconds for a file."""
+    from tests import models
+
+    llama = partial(models.llama, hidden_size=64, num_hidden_layers=6)
+    return [
+        models.save(folder / "llama", llama),
+        models.save(folder / "bloom", partial(models.bloom, n_layer=6), chat=False),
+    ]
+
+
+def known_prompts(model: Path, seed: int = 0, each: int = 16) -> list[Known]:
+    """`each` prompts of every length with their greedy continuations, found without batchgen and without padding."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    choose = random.Random(seed)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    loaded.eval()
+    found = []
+    for length in _LENGTHS:
+        prompts = ["".join(choose.choice("abcdefgh ijklmno") for _ in range(length)) for _ in range(each)]
+        ids, cache, steps, gaps = torch.tensor(tokenizer(prompts)["input_ids"]), None, [], []
+        with torch.inference_mode():
+            for _ in range(_MOST_TOKENS):
+                output = loaded(input_ids=ids, past_key_values=cache, use_cache=True)
+                best = output.logits[:, -1].topk(2)
+                ids, cache = best.indices[:, :1], output.past_key_values
+                steps.append(best.indices[:, 0])
+                gaps.append(best.values[:, 0] - best.values[:, 1])
+        for prompt, tokens, gap in zip(prompts, torch.stack(steps, 1), torch.stack(gaps, 1), strict=True):
+            ended = (gap < CLOSE) | (tokens == tokenizer.eos_token_id)
+            clear = int(ended.int().argmax()) if bool(ended.any()) else _MOST_TOKENS
+            if clear:
+                found.append(Known(prompt, [tokenizer.decode([token]) for token in tokens[:clear].tolist()]))
+    return found
+
+
+def write_rows(path: Path, seed: int, known: Sequence[Known]) -> Rows:
+    """A file of 1 to 60 rows, of which few to many are bad: all of some rank's, in one of four files."""
+    choose = random.Random(f"rows {seed}")
+    count = choose.randint(1, 4) if choose.random() < 0.15 else choose.randint(16, 60)
+    share, lone = choose.choice((0.0, 0.1, 0.4)), choose.random() < 0.25
+    of = choose.choice((2, 3))
+    lines: list[str] = []
+    errors: dict[int, tuple[int, str]] = {}
+    stops = set()
+    for row in range(count):
+        lines += [""] * (choose.random() < 0.1)  # blank lines are no rows, but count as lines
+        if choose.random() < share or (lone and row % of == of - 1):
+            text, kind = choose.choice(BAD)
+            lines.append(text)
+            errors[row] = len(lines), kind
+            continue
+        one = choose.choice(known)
+        tokens = one.tokens[: choose.choice((1, 5, 20, _MOST_TOKENS, _MOST_TOKENS))]
+        columns: dict[str, object] = {"id": f"row-{row}", "prompt": one.prompt, "max_new_tokens": len(tokens)}
+        letters = [token for token in tokens[1:] if token.isalnum() and token.isascii()]
+        if letters and choose.random() < 0.2:
+            columns["stop"] = choose.choice(letters)
+            stops.add(row)
+        lines.append(json.dumps(columns))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Rows(path, count, errors, frozenset(stops))
+
+
+def check(out: Path, unbroken: Path, rows: Rows) -> None:
+    """Raises Fault unless the run in `out` has every row of `rows` exactly once, with the text of `unbroken`."""
+    mine, theirs = _lines(out / "generations.jsonl"), _lines(unbroken / "generations.jsonl")
+    records = [record for path in sorted(out.glob("batches-*.jsonl")) for record in _lines(path)]
+    for where, indexes in (
+        ("generations.jsonl", [row["index"] for row in mine]),
+        ("the records", [row for record in records for row in record["rows"]]),
+    ):
+        times = Counter(indexes)
+        if lost := [row for row in range(rows.count) if not times[row]]:
+            raise Fault("lost", f"rows {lost} are not in {where}")
+        if doubled := [row for row in times if times[row] > 1]:
+            raise Fault("doubled", f"rows {doubled} are more than once in {where}")
+    if [row["index"] for row in mine] != list(range(rows.count)):
+        raise Fault("order", "generations.jsonl is not in the order of the input")
+    prompts = sum(batch["prompts"] for batch in _lines(out / "timing.jsonl"))
+    if prompts != rows.count:
+        raise Fault("timing", f"timing.jsonl counts {prompts} prompts, the file has {rows.count}")
+    errors = {row["index"]: (row["error"]["line"], row["error"]["type"]) for row in mine if row["error"]}
+    if errors != rows.errors:
+        raise Fault("errors", f"the error rows are {errors}, not {rows.errors}")
+    if _lines(out / "errors.jsonl") != [row for row in mine if row["error"]]:
+        raise Fault("errors", "errors.jsonl does not hold the error rows of generations.jsonl")
+    for own, other in zip(mine, theirs, strict=True):
+        if own != other or (own["text"] is None) != (own["index"] in errors):
+            raise Fault("text", f"row {own['index']} is {own}, in the unbroken run {other}")
+        if own["index"] in rows.stops and own["finish_reason"] != "stop":
+            raise Fault("text", f"row {own['index']} did not end at its stop text: {own}")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    # What stands behind the last newline is what a killed process had begun to write.
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
