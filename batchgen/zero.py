@@ -51,9 +51,7 @@ def gathered_bytes(weights: Parameters) -> int:
 
 def configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, int]) -> dict[str, Any]:
     """DeepSpeed's configuration of ZeRO stage 3 for inference."""
-    # `memory_efficient_linear` puts an autograd function in place of every matrix product, a quarter of a small step.
-    # Quantised weights are read by it, and turn it on again.
-    stage = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "memory_efficient_linear": False}
+    stage = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True}
     return {
         "zero_optimization": {**stage, **sizes},
         "bf16": {"enabled": dtype == torch.bfloat16},

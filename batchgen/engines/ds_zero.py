@@ -176,12 +176,15 @@ class DsZero(Engine):
         given = {name: getattr(options, name.removeprefix("stage3_")) for name in sizes}
         sizes |= {name: size for name, size in given.items() if size is not None}
         config = zero.configuration(setup.world.size, dtype, sizes) | quantization
-        config["zero_optimization"]["memory_efficient_linear"] = bool(quantization)
         if options.offload is not None:
             plan = self._plan_offload(setup, options, weights)
             config["zero_optimization"]["offload_param"] = plan.offload_param
             config |= {"aio": plan.aio} if plan.aio else {}
-        return config if options.config is None else zero.merged(config, zero.user_configuration(options.config))
+        if options.config is not None:
+            config = zero.merged(config, zero.user_configuration(options.config))
+        # An autograd function in place of every matrix product, a quarter of a small step; it reads quantised weights.
+        config["zero_optimization"]["memory_efficient_linear"] = "weight_quantization" in config
+        return config
 
     def _plan_offload(self, setup: Setup, options: Options, weights: offload.Parameters) -> offload.Offload:
         """Where the weights will wait, once it is checked that they can; says how fast they can come from there.
