@@ -18,12 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.processes import marked, ranks_of, send
 from tests.uneven_rows import Fault, Known, Rows, check, known_prompts, save_models, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,8 @@ class Start:
         ranks = f" (rank {', '.join(map(str, self.victims))})" if self.victims else ""
         when = "loading" if self.early else "working"
         more = f" {' '.join(self.settings)}" if self.settings else ""
-        return f"{self.ranks} rank(s), batch {self.batch_size}{more}: {self.kind} {names}{ranks}, {when}"
+        what = f"{self.kind} {names}{ranks}, {when}" if self.kind != "none" else "undisturbed"
+        return f"{self.ranks} rank(s), batch {self.batch_size}{more}: {what}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,14 @@ def _start(choose: random.Random, ranks: int, engine: str) -> dict[str, Any]:
     }
 
 
-def live(seed: int, folder: Path, model: Path, known: Sequence[Known], engine: str = "ds-zero") -> History:
+def live(
+    seed: int,
+    folder: Path,
+    model: Path,
+    known: Sequence[Known],
+    engine: str = "ds-zero",
+    starts: Sequence[Start] | None = None,
+) -> History:
     """One history in `folder`; afterwards the run's output is that of an unbroken run.
 
     Raises:
@@ -135,7 +143,7 @@ def live(seed: int, folder: Path, model: Path, known: Sequence[Known], engine: s
     """
     rows = write_rows(folder / "prompts.jsonl", seed, known)
     history = History(rows)
-    for start in draw(seed, engine):
+    for start in draw(seed, engine) if starts is None else starts:
         history.ends.append(_attempt(start, rows, folder / "broken", model))
     _attempt(Start(1, 16, 1.0, engine="accelerate"), rows, folder / "unbroken", model)
     check(folder / "broken", folder / "unbroken", rows)
@@ -162,8 +170,8 @@ def _attempt(start: Start, rows: Rows, out: Path, model: Path) -> End:
     except Fault as fault:
         raise Fault(fault.kind, f"{start}: {fault}\n{log.read_text(errors='replace')[-3000:]}") from fault
     finally:
-        for process in processes(mark):
-            _send(process, signal.SIGKILL, mark)
+        for process in marked(mark):
+            send(process, signal.SIGKILL, mark)
         starter.wait()
     return End(start, code, time.monotonic() - begun, bool(strokes))
 
@@ -176,21 +184,20 @@ def _disturb(start: Start, starter: subprocess.Popen[bytes], mark: str, out: Pat
             raise Fault("hung", f"no rank works after {FINISH_SECONDS:.0f} s")
         time.sleep(0.02)
     time.sleep(start.moment * (_LOADING_SECONDS if start.early else _WORKING_SECONDS * start.ranks))
-    ranks: dict[int, int] = {}
-    while starter.poll() is None and len(ranks := _ranks(starter.pid, mark, start.ranks)) < start.ranks:
-        if not start.victims or time.monotonic() > deadline:
-            break  # those who strike no rank need not wait for all
+    ranks = ranks_of(starter.pid, mark, start.ranks)
+    while start.early and not ranks.keys() >= set(start.victims) and starter.poll() is None:
         time.sleep(0.02)
-    struck = [ranks[rank] for rank in start.victims if rank in ranks] or [starter.pid]
+        ranks = ranks_of(starter.pid, mark, start.ranks)
+    struck = [ranks[rank] for rank in start.victims if rank in ranks] if start.victims else [starter.pid]
     if start.kind == "kill all":
-        struck = processes(mark)
+        struck = marked(mark)
     elif start.kind == "pause one":
         struck *= 2
     signals = start.signals * len(struck) if len(start.signals) == 1 else start.signals
     strokes = []
     for place, (process, number) in enumerate(zip(struck, signals, strict=False)):
         time.sleep(start.gap if place and start.kind != "kill all" else 0.0)
-        if _send(process, number, mark):
+        if send(process, number, mark):
             strokes.append(time.monotonic())
     return strokes
 
@@ -202,9 +209,9 @@ def await_end(starter: subprocess.Popen[bytes], mark: str, seconds: float) -> in
         Fault: one is left after `seconds`.
     """
     deadline = time.monotonic() + seconds
-    while starter.poll() is None or processes(mark):
+    while starter.poll() is None or marked(mark):
         if time.monotonic() > deadline:
-            raise Fault("hung", f"{len(processes(mark))} processes are left after {seconds:.0f} s")
+            raise Fault("hung", f"{len(marked(mark))} processes are left after {seconds:.0f} s")
         time.sleep(0.1)
     assert starter.returncode is not None
     return starter.returncode
@@ -225,40 +232,6 @@ def check_exit(start: Start, code: int, out: Path, number: int, rows: Rows) -> N
         allowed |= {-number for number in start.signals} | {1}
     if code not in allowed:
         raise Fault("exit", f"exit code {code}, not {' or '.join(map(str, sorted(allowed)))}")
-
-
-def processes(mark: str) -> list[int]:
-    """All living processes that have `mark` in their environment, whoever their parents are by now."""
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if mark in _environment(path)]
-
-
-def _environment(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []  # gone, or another user's
-
-
-def _ranks(starter: int, mark: str, count: int) -> dict[int, int]:
-    """The process of every rank: the starter's children, or itself where there is one rank."""
-    if count == 1:
-        return {0: starter}
-    ranks = {}
-    for process in processes(mark):
-        with suppress(OSError):
-            parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-            named = [word for word in _environment(Path(f"/proc/{process}/environ")) if word.startswith("RANK=")]
-            if parent == starter and named:
-                ranks[int(named[0].partition("=")[2])] = process
-    return ranks
-
-
-def _send(process: int, number: int, mark: str) -> bool:
-    with suppress(ProcessLookupError):
-        if mark in _environment(Path(f"/proc/{process}/environ")):
-            os.kill(process, number)
-            return True
-    return False
 
 
 def _works(out: Path, number: int) -> bool:
@@ -292,16 +265,16 @@ def main(histories: int, seed: int, engine: str) -> int:
         shutil.rmtree(place)
     say(f"{histories} histories of {engine}, {len(ends)} attempts, {time.monotonic() - begun:.0f} s")
     for kind in KINDS:
-        took = [end.seconds for end in ends if end.start.kind == kind and end.struck]
-        late = sum(end.start.kind == kind and not end.struck for end in ends)
+        these = [end for end in ends if end.start.kind == kind]
+        took = [end.seconds for end in these if end.struck]
+        late = len(these) - len(took)
         say(f"    {kind}: {len(took)} (and {late} too late), ended after at most {max(took, default=0.0):.1f} s")
-    say(", ".join(f"{name} {faults.count(kind)}" for name, kind in _COUNTED) + f", all faults {len(faults)}")
+    lost, doubled, hung = (faults.count(kind) for kind in ("lost", "doubled", "hung"))
+    say(f"rows lost {lost}, rows doubled {doubled}, hung {hung}, all faults {len(faults)}")
     if not faults:
         shutil.rmtree(folder)
     return 1 if faults else 0
 
-
-_COUNTED = (("rows lost", "lost"), ("rows doubled", "doubled"), ("hung", "hung"))
 
 if __name__ == "__main__":
     given = dict(enumerate(sys.argv[1:]))

@@ -40,10 +40,11 @@ class Fault(AssertionError):
 
 @dataclass(frozen=True)
 class Known:
-    """A prompt, and each token of its continuation, as text, up to the first step with a close second."""
+    """A prompt and its greedy continuation, up to its end or to the first step with a close second."""
 
     prompt: str
-    tokens: list[str]
+    tokens: list[str]  # each as text
+    most: int  # tokens that a row may ask for
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,15 @@ def save_models(folder: Path) -> list[Path]:
 
 
 def known_prompts(model: Path, seed: int = 0, each: int = 16) -> list[Known]:
-    """`each` prompts of every length with their greedy continuations, found without batchgen and without padding."""
+    """`each` prompts of every length with their greedy continuations, found without batchgen and without padding.
+
+    To be found on one core: several take longer for matrices as small as these, and minutes where others work too.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     choose = random.Random(seed)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
@@ -79,20 +85,35 @@ def known_prompts(model: Path, seed: int = 0, each: int = 16) -> list[Known]:
     found = []
     for length in _LENGTHS:
         prompts = ["".join(choose.choice("abcdefgh ijklmno") for _ in range(length)) for _ in range(each)]
-        ids, cache, steps, gaps = torch.tensor(tokenizer(prompts)["input_ids"]), None, [], []
-        with torch.inference_mode():
-            for _ in range(_MOST_TOKENS):
-                output = loaded(input_ids=ids, past_key_values=cache, use_cache=True)
-                best = output.logits[:, -1].topk(2)
-                ids, cache = best.indices[:, :1], output.past_key_values
-                steps.append(best.indices[:, 0])
-                gaps.append(best.values[:, 0] - best.values[:, 1])
-        for prompt, tokens, gap in zip(prompts, torch.stack(steps, 1), torch.stack(gaps, 1), strict=True):
-            ended = (gap < CLOSE) | (tokens == tokenizer.eos_token_id)
-            clear = int(ended.int().argmax()) if bool(ended.any()) else _MOST_TOKENS
-            if clear:
-                found.append(Known(prompt, [tokenizer.decode([token]) for token in tokens[:clear].tolist()]))
+        steps, gaps = _greedy(loaded, torch.tensor(tokenizer(prompts)["input_ids"]))
+        for prompt, tokens, gap in zip(prompts, steps, gaps, strict=True):
+            close, end = _first(gap < CLOSE), _first(tokens == tokenizer.eos_token_id)
+            most = _MOST_TOKENS if end < close else close
+            if most:
+                texts = [tokenizer.decode([token]) for token in tokens[: min(close, end)].tolist()]
+                found.append(Known(prompt, texts, most))
+    torch.set_num_threads(threads)
     return found
+
+
+def _greedy(model: Any, ids: Any) -> tuple[Any, Any]:
+    """The best token of each step, and how far the second one is behind it: both [prompts, steps]."""
+    import torch
+
+    cache, steps, gaps = None, [], []
+    with torch.inference_mode():
+        for _ in range(_MOST_TOKENS):
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            best = output.logits[:, -1].topk(2)
+            ids, cache = best.indices[:, :1], output.past_key_values
+            steps.append(best.indices[:, 0])
+            gaps.append(best.values[:, 0] - best.values[:, 1])
+    return torch.stack(steps, 1), torch.stack(gaps, 1)
+
+
+def _first(steps: Any) -> int:
+    """The first true one of `steps`; as many as there are, if none is."""
+    return int(steps.int().argmax()) if bool(steps.any()) else len(steps)
 
 
 def write_rows(path: Path, seed: int, known: Sequence[Known]) -> Rows:
@@ -112,9 +133,9 @@ def write_rows(path: Path, seed: int, known: Sequence[Known]) -> Rows:
             errors[row] = len(lines), kind
             continue
         one = choose.choice(known)
-        tokens = one.tokens[: choose.choice((1, 5, 20, _MOST_TOKENS, _MOST_TOKENS))]
-        columns: dict[str, object] = {"id": f"row-{row}", "prompt": one.prompt, "max_new_tokens": len(tokens)}
-        letters = [token for token in tokens[1:] if token.isalnum() and token.isascii()]
+        most = min(one.most, choose.choice((1, 5, 20, _MOST_TOKENS, _MOST_TOKENS)))
+        columns: dict[str, object] = {"id": f"row-{row}", "prompt": one.prompt, "max_new_tokens": most}
+        letters = [token for token in one.tokens[1:most] if token.isalnum() and token.isascii()]
         if letters and choose.random() < 0.2:
             columns["stop"] = choose.choice(letters)
             stops.add(row)

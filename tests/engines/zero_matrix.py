@@ -13,10 +13,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from batchgen.engine import Setup
 from batchgen.engines.accelerate import Accelerate
@@ -67,9 +70,15 @@ def model(name: str, folder: Path, *, wide: bool, **settings: Any) -> Path:
     if made.exists():
         return made
     build, shape = (models.bloom, _WIDE_BLOOM) if name == "bloom" else (models.llama, _WIDE_LLAMA)
-    if not wide:
-        return models.save(made, build)
-    return models.save(made, lambda _, **given: build(_WIDE_VOCABULARY, **given), **{**shape, **settings})
+    return models.save(made, partial(_wide, build), **{**shape, **settings}) if wide else models.save(made, build)
+
+
+def _wide(build: Callable[..., Any], vocabulary: int, **shape: Any) -> Any:
+    """A model of more words than its tokenizer has, which never says one of those: they would decode to nothing."""
+    made = build(_WIDE_VOCABULARY, **shape)
+    with torch.no_grad():
+        made.get_output_embeddings().weight[vocabulary:] = 0
+    return made
 
 
 def alone(folder: Path, prompts: Sequence[Prompt]) -> dict[int, str | None]:
