@@ -180,7 +180,12 @@ for number in range(rounds):
     command = [sys.executable, "-c", script, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([*command, *names, str(rounds)], env=environment) for names in (("a", "b"), ("b", "a"))]
-    assert [process.wait() for process in both] == [0, 0]
+    try:
+        assert [process.wait(timeout=120) for process in both] == [0, 0]
+    finally:
+        for process in both:  # each waits for the other one, also for one that failed
+            process.kill()
+            process.wait()
     for number in range(rounds):
         place = tmp_path / f"place{number}"
         assert sorted(file.name for file in place.iterdir()) == ["maker", "manifest.json"]

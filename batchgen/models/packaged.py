@@ -154,24 +154,22 @@ def _whole(place: Path) -> bool:
 def install(finished: Path, place: Path) -> None:
     """Moves the folder `finished` to `place` on the same file system. Whoever comes second keeps the first one's.
 
-    A folder in its place that is not whole, a copy cut short say, is moved out of the way, beside `finished`.
+    A folder in its place that is not whole, a copy cut short say, gets the files of `finished` one by one. It is not
+    moved away: what another process has just mended would then be gone for a moment, and its readers fail.
 
     Raises:
         OSError: the file system refuses.
     """
-    while True:
-        try:
-            os.replace(finished, place)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        if _whole(place):
-            return
-        try:
-            os.replace(place, finished.with_name("damaged"))
-        except FileNotFoundError:
-            continue  # another process was quicker to move it
+    try:
+        os.replace(finished, place)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if _whole(place):
+        return
+    for file in sorted(finished.iterdir(), key=lambda file: file.name == _MANIFEST):  # which says that all are there
+        os.replace(file, place / file.name)
 
 
 @contextmanager
