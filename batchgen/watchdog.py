@@ -47,24 +47,33 @@ def _watch(engine: Engine, attempt: Attempt, patience: float, ended: threading.E
         if engine.steps != steps:
             steps, since = engine.steps, time.monotonic()
         elif time.monotonic() - since > patience:
-            logger.error("no step for %.0f s: %s. Ending; the same command goes on", patience, culprits(attempt))
+            logger.error(
+                "no step for %.0f s: %s. Ending; the same command goes on", patience, culprits(attempt, patience)
+            )
             faulthandler.dump_traceback(sys.stderr)
             os._exit(RESUMABLE)
 
 
-def culprits(attempt: Attempt) -> str:
-    """The ranks that the others wait for, in words: those with the fewest steps among the ranks that have not ended."""
+def culprits(attempt: Attempt, patience: float) -> str:
+    """The ranks that the others have waited for, in words, after `patience` seconds without a step.
+
+    Of the ranks that have not ended: those whose heartbeat has stopped, as a frozen process's or a cut-off node's does;
+    if all beat, those with the fewest steps.
+    """
     beats = {rank: beat for rank, beat in attempt.heartbeats().items() if beat.get("state") not in FINAL}
     if not beats:
         return "no rank has a heartbeat"
-    fewest = min(int(beat.get("steps", 0)) for beat in beats.values())
-    behind = [
-        f"rank {rank} (process {beat.get('pid')} on {beat.get('host')}, "
-        f"last heartbeat {time.time() - float(beat['time']):.0f} s ago)"
-        for rank, beat in beats.items()
-        if int(beat.get("steps", 0)) == fewest
+    now = time.time()
+    ages = {rank: now - float(beat["time"]) for rank, beat in beats.items()}
+    steps = {rank: int(beat.get("steps", 0)) for rank, beat in beats.items()}
+    most = max(patience / 2, 3 * float(attempt.claim["heartbeat_seconds"]))
+    fewest = min(steps.values())
+    named = [rank for rank in beats if ages[rank] > most] or [rank for rank in beats if steps[rank] == fewest]
+    if len(named) == len(beats) > 1:
+        return f"all ranks stand at step {fewest} and their heartbeats move: they wait for each other inside it"
+    words = [
+        f"rank {rank} (process {beats[rank].get('pid')} on {beats[rank].get('host')}, "
+        f"last heartbeat {ages[rank]:.0f} s ago)"
+        for rank in named
     ]
-    if len(behind) == len(beats) > 1:
-        oldest = min(beats, key=lambda rank: float(beats[rank]["time"]))
-        return f"all ranks stand at step {fewest}; the oldest heartbeat is that of rank {oldest}"
-    return f"{', '.join(behind)} stopped answering at step {fewest}"
+    return f"{', '.join(words)} stopped answering at step {min(steps[rank] for rank in named)}"

@@ -18,12 +18,13 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 PROMPTS = 300
 # Of the prompts. Float32 rounds differently in batches of another shape; with this seed no two best logits of any step
 # are closer than 1e-4, where other seeds have steps at 1e-6, and then a text may change with the batch.
 PROMPT_SEED = 6
-_WORK_SECONDS = 14.0  # about what all prompts take, and so the time over which the kills are spread
+_LOADING_SECONDS = 5.0  # about what a start takes until its ranks work: early kills are spread over it
 MOST_TOKENS = 128  # to generate for a prompt
 
 
@@ -68,11 +69,14 @@ def kill_and_resume(model: Path, folder: Path, kills: int, seed: int, engine: st
     prompts, broken, unbroken = folder / "prompts.jsonl", folder / "broken", folder / "unbroken"
     write_prompts(prompts)
     assert _start(model, prompts, unbroken, 1, 16, "accelerate").wait() == 0
+    history.full_pass = sum(row["generated_tokens"] for row in _lines(unbroken / "generations.jsonl"))
     for _ in range(kills):
         ranks, batch_size = choose.choice((1, 2)), choose.choice((3, 5, 8, 16))
         history.most_in_flight.append(ranks * batch_size * MOST_TOKENS)
-        moment = choose.uniform(0.0, _WORK_SECONDS / kills)
-        doing = _kill(model, prompts, broken, ranks, batch_size, engine, moment, early=choose.random() < 0.2)
+        # Spread over the work by tokens, not by seconds: machines are fast and slow.
+        tokens = choose.randint(1, history.full_pass // kills)
+        early = choose.uniform(0.0, _LOADING_SECONDS) if choose.random() < 0.2 else None
+        doing = _kill(model, prompts, broken, ranks, batch_size, engine, tokens, early)
         history.kills.append(f"{ranks} rank(s), batch {batch_size}: {doing}")
     history.most_in_flight.append(0)
     assert _start(model, prompts, broken, 2, 7, engine).wait() == 0, "the last start did not finish"
@@ -99,18 +103,19 @@ def _start(model: Path, prompts: Path, out: Path, ranks: int, batch_size: int, e
 
 
 def _kill(
-    model: Path, prompts: Path, out: Path, ranks: int, batch_size: int, engine: str, moment: float, early: bool
+    model: Path, prompts: Path, out: Path, ranks: int, batch_size: int, engine: str, tokens: int, early: float | None
 ) -> str:
-    """Starts, waits until `moment` seconds after the model is ready, kills all ranks; says what they were doing.
+    """Starts, waits until the ranks have generated `tokens`, kills them all; says what they were doing.
 
-    `early` counts from the start of the process: before the claim, or while the model loads.
+    `early`: so many seconds after the start of the process instead: before the claim, or while the model loads.
     """
-    before = len(list(out.glob("attempts/?????.json")))
+    number = 1 + len(list(out.glob("attempts/?????.json")))
     starter = _start(model, prompts, out, ranks, batch_size, engine)
-    while not early and "running" not in _states(out, before + 1) and starter.poll() is None:
+    if early is not None:
+        time.sleep(early)
+    while early is None and starter.poll() is None and _generated(out, number) < tokens:
         time.sleep(0.02)
-    time.sleep(moment)
-    doing = ", ".join(_states(out, before + 1)) or "starting"
+    doing = ", ".join(str(beat["state"]) for beat in _beats(out, number)) or "starting"
     for process in [starter.pid, *_descendants(starter.pid)]:
         try:
             os.kill(process, signal.SIGKILL)
@@ -120,9 +125,12 @@ def _kill(
     return doing
 
 
-def _states(out: Path, attempt: int) -> list[str]:
-    paths = sorted(out.glob(f"attempts/{attempt:05d}-*.json"))
-    return [str(json.loads(path.read_bytes())["state"]) for path in paths]
+def _beats(out: Path, attempt: int) -> list[dict[str, Any]]:
+    return [json.loads(path.read_bytes()) for path in sorted(out.glob(f"attempts/{attempt:05d}-*.json"))]
+
+
+def _generated(out: Path, attempt: int) -> int:
+    return sum(int(beat["generated_tokens"]) for beat in _beats(out, attempt))
 
 
 def _descendants(parent: int) -> list[int]:
@@ -145,7 +153,7 @@ def _check(broken: Path, unbroken: Path, history: History) -> None:
         assert own == other, f"row {own['id']} differs from the unbroken run"
     assert len({row["text"] for row in theirs}) > PROMPTS // 2, "the model repeats itself, so equality means nothing"
     timing = _lines(broken / "timing.jsonl")
-    history.full_pass = sum(row["generated_tokens"] for row in theirs)
+    assert history.full_pass == sum(row["generated_tokens"] for row in theirs)
     history.committed = sum(batch["generated_tokens"] for batch in timing)
     assert sum(batch["prompts"] for batch in timing) == PROMPTS, "a row was recorded twice"
     assert history.committed == history.full_pass
@@ -160,7 +168,7 @@ def _check(broken: Path, unbroken: Path, history: History) -> None:
     assert sum(history.in_flight) <= sum(history.most_in_flight), "more was lost than was in flight"
 
 
-def _lines(path: Path) -> list[dict[str, object]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
