@@ -127,6 +127,23 @@ class Sampler(LogitsProcessor):
         return self._drawn[:, column]
 
 
+class Agreed(LogitsProcessor):
+    """Makes the token that the first of several ranks has chosen the only possible one on all of them.
+
+    Their logits should be the same, bit by bit; if ever they are not, ranks that chose differently would end their rows
+    at different steps, and wait for each other for ever. Comes last.
+    """
+
+    def __init__(self, first: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._first = first
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        own = scores.argmax(-1)
+        # A sampled token is marked by infinity, and may be another than the first rank's.
+        scores.scatter_(1, own[:, None], -torch.inf)
+        return scores.scatter_(1, self._first(own)[:, None], torch.inf)
+
+
 class StopTexts:
     """Finds stop texts in the rows that have some, token by token, by decoding the end of the row."""
 

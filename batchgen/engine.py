@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
@@ -55,6 +55,7 @@ class Setup:
     dtype: str  # auto, float32, bfloat16, float16, int8, nf4
     batch_size: int | None  # most prompts in a batch; None: the engine's choice
     world: World
+    selftest: bool = True  # look at the first batch's text twice
     run: str = ""  # what tells this run from all others, the same in all its attempts
     cache: str = ""  # batchgen's own folder on this machine, for what is built once
     limits: Mapping[int, int] = field(default_factory=dict)
@@ -84,7 +85,10 @@ class Engine(ABC):
     """Forwards so far, those for other ranks' sake included. The others wait for the rank with the fewest."""
 
     patience: float | None = None
-    """Seconds without a step after which this rank takes another one for dead; None: it waits for nobody."""
+    """Seconds without a step after which this rank takes another one for dead; None: it waits for nobody now."""
+
+    awaited: Collection[int] | None = None
+    """The ranks whose steps this one's wait for; None: all of the world's."""
 
     @classmethod
     def stream(cls, world: World, options: Any) -> Stream:
@@ -131,7 +135,11 @@ class Engine(ABC):
         self.close()
 
 
-class OutOfStep(Exception):
+class Died(Exception):
+    """The attempt cannot go on, and the next start can: a sentence for the person at the terminal."""
+
+
+class OutOfStep(Died):
     """A rank ran out of memory in the middle of a step that all ranks take together.
 
     The others wait for it inside that step, so that nobody can agree on anything: the attempt ends, resumable, and the

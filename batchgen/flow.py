@@ -75,6 +75,7 @@ def run(
     settings: Sequence[str] = (),
     dtype: str = "auto",
     batch_size: int | None = None,
+    selftest: bool = True,
     strict: bool = False,
     max_error_rate: float = 1.0,
     output_format: OutputFormat = "jsonl",
@@ -94,6 +95,7 @@ def run(
         engine, settings: a name of `batchgen.engine.names()`, and `name=value` for its `Options`.
         dtype: auto, float32, bfloat16, float16, int8 or nf4.
         batch_size: most prompts in a batch; None: as many as fit.
+        selftest: compare rows of the first batch with themselves alone, and stop if the batch has changed them.
         strict: look at every row before the model loads, and raise if one is bad.
         max_error_rate: the run stops once more than this share (0 to 1) of a stream's rows have failed.
         output_format, error_format: of the merged generations; of the answers to OpenAI lines that fail.
@@ -112,7 +114,7 @@ def run(
     chosen = (recipe or Recipe(), host.environment, model, engine, settings, dtype, batch_size)
     stop = Stop()
     with stop.on_signals():
-        opened = partial(prepare, files, folder.input_cache, *chosen)
+        opened = partial(prepare, files, folder.input_cache, *chosen, selftest=selftest)
         ready, attempt = _begun(folder, opened, world, host, strict, error_format)
         with _end_if_it_fails(attempt, world):
             attempt = _carry_out(ready, attempt, world, host, stop, max_error_rate, error_format)

@@ -9,22 +9,34 @@ import gc
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from batchgen import memory
-from batchgen.decoding import Sampler, Stopper, StopTexts, cut
+from batchgen import memory, selftest
+from batchgen.decoding import Agreed, Sampler, Stopper, StopTexts, cut
 from batchgen.encoder import HfEncoder
 from batchgen.engine import OutOfStep
 from batchgen.types import Batch, FinishReason, Generation, Prompt
 
-__all__ = ["HfEncoder", "StaticBatches"]
+__all__ = ["HfEncoder", "Peers", "StaticBatches"]
 
 
 class _Abandoned(Exception):
     """`stop()` became true in the middle of a batch."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Ranks that take the same batches through one model together, step by step. All of them make each of these calls,
+    in the same order, and all get the same answer."""
+
+    count: int  # of them, this one included; each has its share of the heads
+    any_rank: Callable[[bool], bool]  # whether it is true on one of them
+    least: Callable[[int], int]  # the smallest of their numbers
+    tokens: Callable[[torch.Tensor], torch.Tensor]  # the first rank's, [rows]
 
 
 class StaticBatches:
@@ -45,6 +57,8 @@ class StaticBatches:
         most_rows: of a batch whose size is estimated; None: as `memory.rows_that_fit` has it.
         reserve: take the memory that a batch is estimated to need, and give it back, before the model sees it: for
             models whose forward may not fail.
+        check: compare rows of the first batch with themselves alone (`selftest`).
+        peers: the ranks that generate these batches together with this one; None: it is alone. `stop` must be theirs.
     """
 
     def __init__(
@@ -62,6 +76,8 @@ class StaticBatches:
         kept_free: int = 0,
         most_rows: int | None = None,
         reserve: bool = False,
+        check: bool = False,
+        peers: Peers | None = None,
     ) -> None:
         self._model = model
         self._encoder = encoder
@@ -74,6 +90,8 @@ class StaticBatches:
         self._kept_free = kept_free
         self._most_rows_of_any = most_rows
         self._reserve = reserve
+        self._unchecked = check
+        self._peers = peers
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
         self._limits = memory.SizeLimits()
         for length, rows in (limits or {}).items():
@@ -97,6 +115,7 @@ class StaticBatches:
         free = 0
         if self._batch_size is None:
             free = memory.free_bytes(self._devices, self._local_size) - len(self._devices) * self._kept_free
+            free = free if self._peers is None else self._peers.least(free)
         batch: list[Prompt] = []
         prompt_tokens = new_tokens = most = 0
         while not batch or len(batch) < most:
@@ -127,6 +146,7 @@ class StaticBatches:
             new_tokens=new_tokens,
             item_bytes=self._model.dtype.itemsize,
             eager=not getattr(self._model, "_supports_sdpa", False),
+            ranks=1 if self._peers is None else self._peers.count,
         )
 
     def finish(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
@@ -153,23 +173,39 @@ class StaticBatches:
 
     def _attempt(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Batch | None:
         """The finished batch, or None: out of memory."""
+        fits = not self._reserve or self._can_reserve(batch)
+        if self._peers is not None:
+            fits = not self._peers.any_rank(not fits)
         try:
-            if self._reserve:
-                prompt_tokens, new_tokens = _lengths(batch)
-                size = len(batch) * self._row_bytes(prompt_tokens, new_tokens) + self._kept_free
-                torch.empty(size, dtype=torch.uint8, device=self._device)
-            return self.generate(batch, stop)
+            if fits:
+                return self.generate(batch, stop)
         except OutOfStep as error:
             error.length, error.rows = sum(_lengths(batch)), len(batch)
             raise
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
+            if self._peers is not None:
+                alone = OutOfStep("out of memory in a batch that several ranks generate together")
+                alone.length, alone.rows = sum(_lengths(batch)), len(batch)
+                raise alone from error
         # Only here: while the exception is handled, its traceback holds every tensor of the failed call.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
+
+    def _can_reserve(self, batch: Sequence[Prompt]) -> bool:
+        """Whether the memory that `batch` may take is there now."""
+        prompt_tokens, new_tokens = _lengths(batch)
+        size = len(batch) * self._row_bytes(prompt_tokens, new_tokens) + self._kept_free
+        try:
+            torch.empty(size, dtype=torch.uint8, device=self._device)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def generate(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Batch:
         """`batch` in one call of `model.generate`; out of memory is the caller's business."""
@@ -178,6 +214,9 @@ class StaticBatches:
         texts = StopTexts(batch, self._encoder.end_tokens, self._encoder.decode, self._encoder.special_tokens)
         stopper = Stopper(batch, self._encoder.end_tokens, texts, device=self._device, stop=stop, count=self._count)
         sampler = Sampler(batch, self._device)
+        choosers: list[Any] = [sampler] if sampler.needed else []
+        if self._peers is not None:
+            choosers.append(Agreed(self._peers.tokens))
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max(prompt.params.max_new_tokens for prompt in batch),
             do_sample=False,
@@ -189,13 +228,22 @@ class StaticBatches:
             output = self._model.generate(
                 **inputs,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([sampler] if sampler.needed else []),
+                logits_processor=LogitsProcessorList(choosers),
                 stopping_criteria=StoppingCriteriaList([stopper]),
                 **self._generate_kwargs,
             )
         if stopper.abandoned:
             raise _Abandoned
-        return self._collect(batch, output[:, width:].tolist(), stopper, width)
+        rows = output[:, width:].tolist()
+        if self._unchecked:
+            self._check(batch, rows, stopper.lengths.tolist())
+        return self._collect(batch, rows, stopper, width)
+
+    def _check(self, batch: Sequence[Prompt], rows: list[list[int]], lengths: list[int]) -> None:
+        for row in selftest.choose(batch):
+            tokens = rows[row][: lengths[row]]
+            selftest.check(self._model, batch[row], tokens, len(batch), self._device, self._encoder.decode)
+            self._unchecked = False
 
     def _pad(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Left-padded ids, mask and positions, each [rows, longest prompt]."""

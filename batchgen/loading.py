@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from batchgen import memory
+from batchgen import memory, presplit
 from batchgen.engine import EngineError
 from batchgen.world import World
 
@@ -33,7 +33,12 @@ def quieten() -> None:
 
 
 def check_weights(model: str) -> None:
-    """Raises EngineError if the folder `model` holds no weights."""
+    """Raises EngineError if the folder `model` holds no weights, or weights that are split by rank."""
+    if (split := presplit.read(Path(model))) is not None:
+        raise EngineError(
+            f"{model} is split over {split.ranks} ranks, which only --engine ds-inference --tp {split.ranks} reads; "
+            f"give the model it was made from, {split.model}"
+        )
     if not any(file for pattern in _WEIGHTS for file in Path(model).glob(pattern)):
         raise EngineError(
             f"{model} holds a config but no weights ({' or '.join(_WEIGHTS)}); copy or download the model again"

@@ -52,8 +52,11 @@ class SizeLimits:
         return min((max(rows, rows * edge // max(length, 1)) for edge, rows in known), default=None)
 
 
-def bytes_per_row(config: Any, *, prompt_tokens: int, new_tokens: int, item_bytes: int, eager: bool) -> int:
-    """Memory that one row of a batch takes, an estimate from the model's config alone.
+def bytes_per_row(
+    config: Any, *, prompt_tokens: int, new_tokens: int, item_bytes: int, eager: bool, ranks: int = 1
+) -> int:
+    """Memory that one row of a batch takes on each of the `ranks` that share the model's heads: an estimate from the
+    config alone.
 
     The cache holds a key and a value a layer and token. Logits are float32, twice: as computed and as processed. During
     prefill one layer's activations live at a time: about four of the hidden size and three of the MLP's. `eager`
@@ -63,9 +66,10 @@ def bytes_per_row(config: Any, *, prompt_tokens: int, new_tokens: int, item_byte
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     cached_heads = getattr(text, "num_key_value_heads", None) or heads
+    heads, cached_heads = math.ceil(heads / ranks), math.ceil(cached_heads / ranks)
     cache = text.num_hidden_layers * 2 * cached_heads * head_size * item_bytes * (prompt_tokens + new_tokens)
     logits = text.vocab_size * 4 * 2
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    inner = math.ceil((getattr(text, "intermediate_size", None) or 4 * text.hidden_size) / ranks)
     activations = prompt_tokens * (4 * text.hidden_size + 3 * inner) * item_bytes
     scores = heads * prompt_tokens**2 * (item_bytes + 4) if eager else 0
     return int(cache + logits + activations + scores)

@@ -54,6 +54,7 @@ class Ready:
     options: Any  # of that kind
     dtype: str
     batch_size: int | None
+    selftest: bool
     cache: Path  # batchgen's own, not the run's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
 
@@ -73,6 +74,7 @@ def prepare(
     batch_size: int | None,
     *,
     scan: bool,
+    selftest: bool = True,
 ) -> Ready:
     """Opens the input and finds engine and model; `scan` reads the input once and leaves an index in `cache`.
 
@@ -99,7 +101,18 @@ def prepare(
         raise RunError(str(error)) from error
     answers_requests = recipe.model is not None or _begins_with_request(source)
     return Ready(
-        source, recipe, reader, resolved, engine_name, kind, options, dtype, batch_size, own_cache, answers_requests
+        source,
+        recipe,
+        reader,
+        resolved,
+        engine_name,
+        kind,
+        options,
+        dtype,
+        batch_size,
+        selftest,
+        own_cache,
+        answers_requests,
     )
 
 

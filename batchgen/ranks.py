@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from batchgen import loading
-from batchgen.engine import EngineError
+from batchgen.engine import Died, EngineError
 from batchgen.world import World
 
 
@@ -19,9 +23,12 @@ def join(world: World, timeout: timedelta) -> torch.device:
     """Makes the process group of all ranks, NCCL's or gloo's; gives this rank's device.
 
     Raises:
-        EngineError: the launcher named no place to meet, or no meeting came about.
+        EngineError: the launcher named no place to meet, or another program has it.
+        Died: not all ranks came, as if one of them was frozen or killed.
     """
     gpu = torch.cuda.is_available()
+    # DeepSpeed calls what torch 2.13 has given another name.
+    warnings.filterwarnings("ignore", r"`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     device = torch.device("cuda", loading.gpu_of(world)) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -42,11 +49,40 @@ def join(world: World, timeout: timedelta) -> torch.device:
     try:
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, **place)
     except (ValueError, RuntimeError) as error:
-        raise EngineError(
-            f"rank {world.rank} of {world.size} cannot join the other ranks at {master}: {error}. If another job has "
-            "that port, MASTER_PORT names another one"
-        ) from error
+        said = f"rank {world.rank} of {world.size} cannot join the other ranks at {master}: {error}"
+        if isinstance(error, dist.DistError) and "address already in use" not in str(error):
+            raise Died(f"{said}. Those of them that came have not met all the others in time") from error
+        raise EngineError(f"{said}. If another job has that port, MASTER_PORT names another one") from error
     return device
+
+
+def without_shared_memory() -> None:
+    """Keeps DeepSpeed from its all-reduce through shared memory on CPUs.
+
+    It would be built at first use, which takes minutes, leaves 69 MB of each rank in /dev/shm, and knows nothing of
+    groups, nor of a second node.
+    """
+    import deepspeed.comm  # noqa: F401
+
+    # By its full name: as an attribute of deepspeed.comm, `torch` is PyTorch itself.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+@contextmanager
+def pretending(rank: int, size: int) -> Iterator[None]:
+    """Meanwhile, this process is rank `rank` of `size` in a group whose collectives do nothing."""
+    import deepspeed.comm
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend, too
+
+    without_shared_memory()
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _free_port() -> int:

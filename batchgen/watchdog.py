@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from batchgen.checkpoint import FINAL, Attempt
@@ -30,9 +30,7 @@ def watching(engine: Engine, attempt: Attempt) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    thread = threading.Thread(
-        target=_watch, args=(engine, attempt, engine.patience, ended), name="watchdog", daemon=True
-    )
+    thread = threading.Thread(target=_watch, args=(engine, attempt, ended), name="watchdog", daemon=True)
     thread.start()
     try:
         yield
@@ -41,26 +39,30 @@ def watching(engine: Engine, attempt: Attempt) -> Iterator[None]:
         thread.join()
 
 
-def _watch(engine: Engine, attempt: Attempt, patience: float, ended: threading.Event) -> None:
+def _watch(engine: Engine, attempt: Attempt, ended: threading.Event) -> None:
     steps, since = engine.steps, time.monotonic()
-    while not ended.wait(min(5.0, patience / 4)):
-        if engine.steps != steps:
+    while not ended.wait(min(5.0, (engine.patience or 5.0) / 4)):
+        patience = engine.patience
+        if engine.steps != steps or patience is None:
             steps, since = engine.steps, time.monotonic()
         elif time.monotonic() - since > patience:
-            logger.error(
-                "no step for %.0f s: %s. Ending; the same command goes on", patience, culprits(attempt, patience)
-            )
+            who = culprits(attempt, patience, engine.awaited)
+            logger.error("no step for %.0f s: %s. Ending; the same command goes on", patience, who)
             faulthandler.dump_traceback(sys.stderr)
             os._exit(RESUMABLE)
 
 
-def culprits(attempt: Attempt, patience: float) -> str:
+def culprits(attempt: Attempt, patience: float, awaited: Collection[int] | None = None) -> str:
     """The ranks that the others have waited for, in words, after `patience` seconds without a step.
 
-    Of the ranks that have not ended: those whose heartbeat has stopped, as a frozen process's or a cut-off node's does;
-    if all beat, those with the fewest steps.
+    Of the `awaited` ranks, or all, that have not ended: those whose heartbeat has stopped, as a frozen process's or a
+    cut-off node's does; if all beat, those with the fewest steps.
     """
-    beats = {rank: beat for rank, beat in attempt.heartbeats().items() if beat.get("state") not in FINAL}
+    beats = {
+        rank: beat
+        for rank, beat in attempt.heartbeats().items()
+        if beat.get("state") not in FINAL and (awaited is None or rank in awaited)
+    }
     if not beats:
         return "no rank has a heartbeat"
     now = time.time()

@@ -49,6 +49,7 @@ class Share:
             world,
             run=str(attempt.folder.path.absolute()),
             cache=str(ready.cache),
+            selftest=ready.selftest,
             limits=limits,
         )
         self.stream: Stream = ready.kind.stream(world, ready.options)

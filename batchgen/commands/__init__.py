@@ -57,6 +57,7 @@ _SUMMARIES = {
     "pull": "Prepare a model on a machine with internet; print its local path.",
     "run": "Generate for every prompt of the input files, exactly once.",
     "run-batch": "Answer an OpenAI batch file, with the flags of `vllm run-batch`.",
+    "split": "Write MODEL into the folder OUT, split over N ranks; print its path.",
     "status": "Say from its files alone how far a run is.",
 }
 
@@ -106,7 +107,7 @@ def carry_out(
         CommandError: it could not start.
     """
     from batchgen import flow, launch
-    from batchgen.engine import OutOfStep
+    from batchgen.engine import Died
     from batchgen.progress import watch
     from batchgen.types import UserError
     from batchgen.world import from_environment
@@ -127,7 +128,7 @@ def carry_out(
     except UserError as error:
         raise fail(error) from error
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, OutOfStep):
+        if isinstance(error, Died):
             _say(str(error))
         elif not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()

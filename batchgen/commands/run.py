@@ -72,7 +72,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-_SHORT_FORMS = ("offload",)  # flags that are `--set NAME=VALUE`: the engine says whether it knows them
+_SHORT_FORMS = ("offload", "tp")  # flags that are `--set NAME=VALUE`: the engine says whether it knows them
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,6 +82,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def spelled_out(*arguments: Any, settings: tuple[str, ...], **options: Any) -> Any:
         given = {name: options.pop(name) for name in _SHORT_FORMS}
         short = [f"{name}={value}" for name, value in given.items() if value is not None]
+        options["ranks"] = options["ranks"] or given["tp"] or 1
         return command(*arguments, settings=(*short, *settings), **options)
 
     decorated: Callable[..., Any] = spelled_out
@@ -107,19 +108,30 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Where the weights wait for their turn (ds-zero). Short for --set offload=….",
             ),
             click.option(
+                "--tp",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Ranks that share a model (ds-inference), and how many to start. Short for --set tp=N.",
+            ),
+            click.option(
                 "--batch-size",
                 type=click.IntRange(min=1),
                 metavar="N",
                 help="Most prompts in a batch; as many as fit unless given.",
             ),
             click.option(
+                "--selftest/--no-selftest",
+                default=True,
+                show_default=True,
+                help="Compare rows of the first batch with themselves alone; stop if the batch has changed them.",
+            ),
+            click.option(
                 "--ranks",
                 "--gpus",
                 type=click.IntRange(min=1),
-                default=1,
-                show_default=True,
                 metavar="N",
-                help="Processes to start on this host, one a GPU. Ignored where torchrun or srun has started them.",
+                help="Processes to start on this host, one a GPU; 1, or --tp, unless given. Ignored where torchrun or "
+                "srun has started them.",
             ),
         )
     ):

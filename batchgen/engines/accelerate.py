@@ -62,6 +62,7 @@ class Accelerate(Engine):
             device=devices[0],
             devices=devices,
             batch_size=setup.batch_size,
+            check=setup.selftest,
             local_size=setup.world.local_size,
             count=self._count,
         )

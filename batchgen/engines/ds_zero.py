@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -93,6 +92,7 @@ class DsZero(Engine):
             self._encoder,
             device=self._device,
             batch_size=setup.batch_size,
+            check=setup.selftest,
             local_size=setup.world.local_size,
             count=self._count,
             # A rank waits for its peers in `_agree`, not inside `generate`.
@@ -144,11 +144,7 @@ class DsZero(Engine):
         import deepspeed
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-        # On a CPU, DeepSpeed builds a shared-memory all-reduce at first use, which takes minutes, and leaves 69 MB of
-        # each rank in /dev/shm. It serves tensor parallelism; ZeRO gathers.
-        # By its full name: as an attribute of deepspeed.comm, `torch` is PyTorch itself.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-
+        ranks.without_shared_memory()
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         config = self._configuration(setup, options, dtype)
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchgen import presplit
 from batchgen.models import hub
 from batchgen.models.folder import ModelError, Report, fingerprint, weight_files
 from batchgen.models.packaged import DEFAULT, prepare_default
@@ -24,7 +25,7 @@ class ResolvedModel:
 
     folder: Path  # absolute; what Transformers is given
     name: str  # DEFAULT, ORG/NAME, or the folder's own name
-    revision: str  # the commit of a hub model; of any other "sha256:…" over its files
+    revision: str  # the commit of a hub model; of any other "sha256:…" over its files. A split model has its origin's
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
@@ -61,6 +62,12 @@ def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
         folder = hub.find(name)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder: it holds no config.json")
+    try:
+        split = presplit.read(folder)
+    except presplit.SplitError as error:
+        raise ModelError(str(error)) from error
+    if split is not None:
+        return ResolvedModel(folder, split.model, split.revision)
     snapshot = hub.snapshot_of(folder)
     if snapshot is None:
         return ResolvedModel(folder, folder.name, fingerprint(folder))

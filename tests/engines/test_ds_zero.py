@@ -6,16 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from batchgen.engine import EngineError, find, parse_options
-from tests.engines import zero_matrix, zero_rank
-
-ROOT = Path(__file__).parents[2]
+from tests.engines import engine_rank, zero_matrix
+from tests.engines.runs import OUT_OF_MEMORY, ROOT, command, process_of_rank_1, rows, run, texts
 
 
 @pytest.mark.slow
@@ -23,44 +20,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("case", zero_matrix.COVERING, ids=lambda case: "-".join(map(str, case)))
 def test_every_stream_gets_the_text_of_one_process(case: zero_matrix.Case, tmp_path: Path) -> None:
     # SmolLM2 is large for this; `python -m tests.engines.zero_matrix` gives it all sets, and runs the cases left out.
-    sets = (1, 7) if case.name == "smollm2" else zero_rank.SETS
+    sets = (1, 7) if case.name == "smollm2" else engine_rank.SETS
     model = zero_matrix.model(case.name, tmp_path, wide=case.place == "nvme")
     zero_matrix.compare(case, model, tmp_path, sets)
-
-
-def rows(path: Path, count: int, bad: tuple[int, ...] = ()) -> Path:
-    with path.open("w") as file:
-        for number in range(count):
-            # Of the texts tried, one whose best two logits are never closer than 1e-3: batches may round differently.
-            row = {"prompt": "abcdefh " * (number % 9), "max_new_tokens": 5 + 37 * (number % 3)}
-            if number in bad:
-                row = {"prompt": number}
-            file.write(json.dumps(row) + "\n")
-    return path
-
-
-def command(prompts: Path, out: Path, model: Path, *more: str, engine: str = "ds-zero") -> list[str]:
-    words = ["run", str(prompts), "-o", str(out), "--model", str(model), "--engine", engine, "--dtype", "float32"]
-    return [sys.executable, "-m", "batchgen", *words, *more]
-
-
-def run(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    words = list(map(str, arguments))
-    return subprocess.run(words, capture_output=True, text=True, env=variables, timeout=240, cwd=ROOT)
-
-
-def texts(out: Path) -> list[object]:
-    return [json.loads(line)["text"] for line in (out / "generations.jsonl").read_text().splitlines()]
-
-
-def process_of_rank_1(out: Path, starter: subprocess.Popen[str], steps: int) -> int:
-    """Its id, as soon as it has made more than `steps` steps."""
-    beat = out / "attempts" / "00001-00001.json"
-    while not (beat.exists() and json.loads(beat.read_bytes())["steps"] > steps):
-        assert starter.poll() is None, "the run ended before"
-        time.sleep(0.05)
-    return int(json.loads(beat.read_bytes())["pid"])
 
 
 @pytest.mark.slow
@@ -154,24 +116,11 @@ def test_weights_of_8_bits_run_and_change_the_text(tiny_llama: Path, tmp_path: P
     assert texts(tmp_path / "eight") != texts(tmp_path / "one")
 
 
-INJECTED = """
-import os
-if os.environ.get("RANK") == "1":
-    import torch
-    forward = torch.nn.Embedding.forward
-    def small(self, ids):
-        if ids.shape[0] > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
-        return forward(self, ids)
-    torch.nn.Embedding.forward = small
-"""
-
-
 @pytest.mark.slow
 def test_out_of_memory_inside_a_shared_step_starts_the_ranks_again_smaller(tiny_llama: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(INJECTED)
+    (site / "sitecustomize.py").write_text(OUT_OF_MEMORY)
     prompts, out = rows(tmp_path / "p.jsonl", 60), tmp_path / "zero"
     words = command(prompts, out, tiny_llama, "--batch-size", "8", "--ranks", "2")
     done = run(*words, environment={"PYTHONPATH": f"{site}:{ROOT}"})

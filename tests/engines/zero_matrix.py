@@ -27,7 +27,7 @@ from batchgen.models import cache_folder, prepare_default
 from batchgen.types import Prompt
 from batchgen.world import World
 from tests import models
-from tests.engines import zero_rank
+from tests.engines import engine_rank
 
 
 class Case(NamedTuple):
@@ -100,7 +100,7 @@ def options(place: str, scratch: Path) -> list[str]:
 
 
 def compare(
-    case: Case, folder: Path, scratch: Path, sets: Sequence[int], patience: float = zero_rank.PATIENCE
+    case: Case, folder: Path, scratch: Path, sets: Sequence[int], patience: float = engine_rank.PATIENCE
 ) -> list[int]:
     """Runs the ranks, and checks each set's texts; how many swap files each rank had.
 
@@ -108,14 +108,14 @@ def compare(
         AssertionError: a rank fails, a text differs, or nothing was in swap files.
     """
     settings = options(case.place, scratch)
-    texts = zero_rank.ranks(case.ranks, folder, settings, scratch / "ranks", sets, case.most_tokens, patience)
+    texts = engine_rank.ranks(case.ranks, folder, settings, scratch / "ranks", sets, case.most_tokens, patience)
     for count in sets:
-        expected = alone(folder, zero_rank.prompts(count, case.most_tokens))
+        expected = alone(folder, engine_rank.prompts(count, case.most_tokens))
         assert len(expected) == count
         wrong = [index for index in expected if texts[count].get(index) != expected[index]]
         assert texts[count].keys() == expected.keys(), f"{case}, {count} prompts: rows are missing"
         assert not wrong, f"{case}, {count} prompts: rows {wrong} differ"
-    swapped = zero_rank.swap_files(scratch / "ranks")
+    swapped = engine_rank.swap_files(scratch / "ranks")
     assert len(swapped) == case.ranks
     assert all(files > 0 for files in swapped) == (case.place == "nvme"), f"{case}: {swapped} swap files"
     return swapped
@@ -130,7 +130,7 @@ def write(line: str) -> None:
 def main(names: Sequence[str]) -> int:
     """Prints a line for each case; the exit code."""
     failed = 0
-    write(f"Prompts: {', '.join(map(str, zero_rank.SETS))}\n")
+    write(f"Prompts: {', '.join(map(str, engine_rank.SETS))}\n")
     write("| model | ranks | offload | text | swap files of each rank | seconds |\n|---|--:|---|---|---|--:|")
     with tempfile.TemporaryDirectory(prefix="batchgen-matrix-") as name:
         for number, case in enumerate(EVERY):
@@ -141,7 +141,7 @@ def main(names: Sequence[str]) -> int:
             scratch.mkdir()
             folder = model(case.name, Path(name), wide=case.place == "nvme")
             try:
-                swapped = compare(case, folder, scratch, zero_rank.SETS, 3600)
+                swapped = compare(case, folder, scratch, engine_rank.SETS, 3600)
                 found = "equal"
             except AssertionError as error:
                 swapped, found = [], " ".join(str(error).split())[-300:]

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from batchgen.offload import parameters, quantization, quantized
 from tests import models
-from tests.engines import zero_rank
+from tests.engines import engine_rank
 
 RANKS = 2
 SETS = (3, 7)
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def expected(model: models.Model, count: int) -> dict[int, str | None]:
-    return {generation.index: generation.text for generation in model.texts(zero_rank.prompts(count)).values()}
+    return {generation.index: generation.text for generation in model.texts(engine_rank.prompts(count)).values()}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -36,7 +36,7 @@ def test_quantised_weights_give_the_text_of_the_same_weights_rounded(
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"weight_quantization": settings}))
 
-    texts = zero_rank.ranks(RANKS, folder, [f"config={config}"], tmp_path / "ranks", SETS)
+    texts = engine_rank.ranks(RANKS, folder, [f"config={config}"], tmp_path / "ranks", SETS)
 
     model = models.Model(folder, batch_size=4)
     exact = expected(model, SETS[-1])

@@ -1,6 +1,6 @@
-"""One rank of engine `ds-zero` for the tests: several sets of prompts through one engine, started by `ranks`.
+"""One rank of an engine for the tests: several sets of prompts through one engine, started by `ranks`.
 
-    python -m tests.engines.zero_rank MODEL OPTIONS-AND-SETS RESULT
+    python -m tests.engines.engine_rank MODEL OPTIONS-AND-SETS RESULT
 
 writes to RESULT/<rank> the text of each prompt that this rank's stream generated, for each set, and to
 RESULT/swapped-<rank> how many swap files it had.
@@ -46,6 +46,8 @@ def ranks(
     sets: Sequence[int] = SETS,
     most_tokens: int = 40,
     patience: float = PATIENCE,
+    engine: str = "ds-zero",
+    dtype: str = "float32",
 ) -> dict[int, dict[int, str]]:
     """Texts by prompt and set, from `count` ranks."""
     folder.mkdir()
@@ -54,9 +56,9 @@ def ranks(
     command = [
         sys.executable,
         "-m",
-        "tests.engines.zero_rank",
+        "tests.engines.engine_rank",
         str(model),
-        json.dumps([list(options), list(sets), most_tokens]),
+        json.dumps([engine, dtype, list(options), list(sets), most_tokens]),
         str(folder),
     ]
     processes = []
@@ -91,25 +93,29 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def main(model: str, options: Sequence[str], sets: Sequence[int], most_tokens: int, folder: Path) -> None:
+def main(
+    model: str, name: str, dtype: str, options: Sequence[str], sets: Sequence[int], most_tokens: int, folder: Path
+) -> None:
     """This rank's part of every set."""
-    kind = engine.find("ds-zero")
+    kind = engine.find(name)
     world = from_environment(os.environ)
     chosen = engine.parse_options(kind, options)
     stream = kind.stream(world, chosen)
     texts: dict[int, dict[int, str | None]] = {}
-    with kind(Setup(model, "float32", 4, world, run=str(folder), cache=str(cache_folder(os.environ))), chosen) as made:
-        disk = (chosen.offload or "").partition("=")[2]
+    setup = Setup(model, dtype, 4, world, run=str(folder), cache=str(cache_folder(os.environ)))
+    with kind(setup, chosen) as made:
+        disk = (getattr(chosen, "offload", None) or "").partition("=")[2]
         swapped = len(list(Path(disk).rglob(f"rank{world.rank}/*.swp"))) if disk else 0
         (folder / f"swapped-{world.rank}").write_text(str(swapped))
         for count in sets:
             every = prompts(count, most_tokens)
             mine = order([every[index] for index in shard(count, stream)], 0)
             batches = made.generate(iter(mine), lambda: False)
-            texts[count] = {generation.index: generation.text for batch in batches for generation in batch.generations}
+            done = {generation.index: generation.text for batch in batches for generation in batch.generations}
+            texts[count] = done if stream.writes else {}
     (folder / str(world.rank)).write_text(json.dumps(texts))
 
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])
-    main(sys.argv[1], given[0], given[1], given[2], Path(sys.argv[3]))
+    main(sys.argv[1], *given, Path(sys.argv[3]))

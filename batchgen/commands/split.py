@@ -1,0 +1,48 @@
+"""`batchgen split`: a model as files by rank, for file systems where many small reads are slow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from batchgen import models
+from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
+from batchgen.types import UserError
+
+
+@click.command("split")
+@click.argument("model")
+@click.argument("out", metavar="OUT")
+@click.option("--tp", type=click.IntRange(min=1), required=True, metavar="N", help="Ranks that will share the model.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights; int8 loses precision.",
+)
+def command(model: str, out: str, tp: int, dtype: str) -> None:
+    """Write MODEL into the folder OUT, split over N ranks; print its path.
+
+    `batchgen run --model OUT --engine ds-inference --tp N` reads it. Not needed for speed on a local disk: each rank
+    reads only its own part of an ordinary model, too. On a parallel file system that is many small reads, and here it
+    is few large ones. A run that was begun with MODEL goes on with OUT.
+
+    Needs memory for one rank's share, and no GPU.
+    """
+    log_to_stderr(0, 1)
+    try:
+        source = models.resolve(model, models.cache_folder(os.environ), _say)
+        with results_only_on_stdout():
+            from batchgen import tensor_parallel
+
+            made = tensor_parallel.make(source, Path(out), tp, dtype, _say)
+    except UserError as error:
+        raise fail(error) from error
+    click.echo(made)
+
+
+def _say(sentence: str) -> None:
+    click.echo(f"batchgen: {sentence}", err=True)

@@ -1,0 +1,157 @@
+"""Engine `ds-inference`: tensor parallelism. A group of ranks shares every matrix of one model and every batch.
+
+DeepSpeed's AutoTP splits the model; each rank reads its own share of the files and nothing else. A group is a stream:
+its ranks take the same prompts through the same steps, and its first rank writes. Before each step they agree whether
+one of them was asked to stop, and on the first rank's tokens. Groups know nothing of each other until all have ended.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from batchgen import loading, presplit, ranks, tensor_parallel
+from batchgen.engine import Encoder, Engine, EngineError, Setup, Stream
+from batchgen.hf import HfEncoder, Peers, StaticBatches
+from batchgen.types import Batch, Prompt
+from batchgen.world import World
+
+logger = logging.getLogger(__name__)
+
+
+class DsInference(Engine):
+    """A share of every matrix on each rank of a group, and one stream a group."""
+
+    calls_together = True
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of engine `ds-inference`."""
+
+        tp: int | None = None  # ranks that share a model; None: all of the run's
+        attn_implementation: str | None = None  # None: Transformers' choice
+        timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
+
+    @classmethod
+    def stream(cls, world: World, options: Options) -> Stream:
+        group = tensor_parallel.ranks_of_group(world, options.tp)
+        size = len(group)
+        return Stream(group.start // size, world.size // size, writes=world.rank == group.start)
+
+    @classmethod
+    def encoder(cls, model: str) -> Encoder:
+        return HfEncoder(model)
+
+    def __init__(self, setup: Setup, options: Options) -> None:
+        self._batches: StaticBatches | None = None
+        self.awaited = tensor_parallel.ranks_of_group(setup.world, options.tp)
+        encoder = HfEncoder(setup.model)
+        if len(self.awaited) > 1:
+            tensor_parallel.check_split(encoder.config, len(self.awaited))
+        loading.quieten()
+        # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
+        timeout = timedelta(seconds=2 * options.timeout_seconds)
+        device = ranks.join(setup.world, timeout)
+        ranks.without_shared_memory()
+        self._group = tensor_parallel.Group(setup.world, self.awaited, device, timeout)
+        model = _load(setup, options, encoder.config, self._group, device)
+        self._batches = StaticBatches(
+            model,
+            encoder,
+            device=device,
+            batch_size=setup.batch_size,
+            check=setup.selftest,
+            local_size=setup.world.local_size,
+            count=self._count,
+            limits=setup.limits,
+            reserve=True,
+            peers=Peers(len(self.awaited), self._group.any_rank, self._group.least, self._group.tokens),
+        )
+        self.patience = options.timeout_seconds if len(self.awaited) > 1 else None
+
+    def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        if self._batches is None:
+            raise EngineError("this engine is closed")
+
+        def any_stop() -> bool:
+            self.steps += 1
+            return self.any_rank(stop())
+
+        yield from self._batches.run(prompts, any_stop)
+        self.patience = None
+        self._group.await_others(stop)
+
+    def any_rank(self, flag: bool) -> bool:
+        return self._group.any_rank(flag)
+
+    def close(self) -> None:
+        self._batches = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _count(self, tokens: int) -> None:
+        self.generated_tokens += tokens
+
+
+def _load(
+    setup: Setup, options: DsInference.Options, config: Any, group: tensor_parallel.Group, device: torch.device
+) -> Any:
+    """This rank's share of the model, on its device."""
+    begun = time.perf_counter()
+    eight_bits = setup.dtype == "int8"
+    dtype = _computed_in(setup.dtype, config, device)
+    found = presplit.read(Path(setup.model))
+    if found is not None:
+        _check_presplit(found, setup, len(group.ranks), dtype)
+        model = tensor_parallel.read(Path(setup.model), found, group.model, device, options.attn_implementation)
+    else:
+        loading.check_weights(setup.model)
+        model = tensor_parallel.mapped(setup.model, options.attn_implementation)
+        if len(group.ranks) > 1:
+            tensor_parallel.split(model, group.model)
+    if found is None or (eight_bits and found.dtype != "int8"):
+        tensor_parallel.bring(model, setup.model, device, dtype, eight_bits=eight_bits)
+    if setup.world.rank == 0:
+        size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        logger.info(
+            "loaded in %.1f s: %.2f GB of weights on each of %d ranks, %d of which share a model",
+            time.perf_counter() - begun,
+            size / 1e9,
+            setup.world.size,
+            len(group.ranks),
+        )
+    return model
+
+
+def _computed_in(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+    """The type of products; with 8 bits the model's own, but on a GPU never float32, which its units are slow at."""
+    if dtype != "int8":
+        return loading.floating_dtype(dtype, config)
+    own = loading.floating_dtype("auto", config)
+    return torch.bfloat16 if own == torch.float32 and device.type == "cuda" else own
+
+
+def _check_presplit(found: presplit.Split, setup: Setup, size: int, dtype: torch.dtype) -> None:
+    if found.ranks != size:
+        raise EngineError(
+            f"{setup.model} is split over {found.ranks} ranks, and a group of this run has {size}: give --tp "
+            f"{found.ranks} with a multiple of {found.ranks} ranks, or the model it was made from, {found.model}"
+        )
+    wanted = "int8" if setup.dtype == "int8" else str(dtype).removeprefix("torch.")
+    if found.dtype != wanted and not (wanted == "int8" and found.dtype in loading.FLOATING):
+        raise EngineError(
+            f"{setup.model} holds weights of type {found.dtype}, and the run is to have {wanted}: give --dtype "
+            f"{found.dtype}, or split the model again with --dtype {setup.dtype}"
+        )

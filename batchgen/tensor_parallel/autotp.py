@@ -1,0 +1,151 @@
+"""DeepSpeed's AutoTP over weights that still lie in their files: each rank's shard as views, of which nothing is read.
+
+`from_pretrained` in the files' own type, on the CPU, gives parameters that are mapped files; AutoTP with
+`keep_module_on_host` cuts them into views. So a whole model costs no memory until `shards` copies the views, one after
+the other, and then only this rank's part is read.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from batchgen.engine import EngineError
+
+# Kinds of model, as config.json has them, whose logits have been compared with those of one process
+# (tests/tensor_parallel/families.py). AutoTP goes by names of layers, and splits others wrong without a word.
+# fmt: off
+PROVEN = frozenset({
+    "bloom", "codegen", "cohere", "falcon", "gemma", "gemma2", "gpt_neo", "gpt_neox", "gptj", "granite", "llama",
+    "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm",
+    "starcoder2",
+})
+# fmt: on
+
+_GRAIN = 64  # matrix products are fastest where each rank's part is a multiple of it: DeepSpeed's own default
+
+
+def most_ranks(config: Any) -> int:
+    """Into how many ranks the model can be split: each needs a key/value head of its own."""
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    cached = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    return int(cached or heads)
+
+
+def check_split(config: Any, ranks: int) -> None:
+    """Raises EngineError if the model of `config` cannot be split over `ranks` ranks; the message says what can."""
+    most = most_ranks(config)
+    kind = config.model_type
+    if kind not in PROVEN or (kind == "falcon" and not config.new_decoder_architecture):
+        raise EngineError(
+            f"models of type {kind} have not been shown to generate the right text when DeepSpeed's AutoTP splits "
+            "them. --engine ds-zero shards any model; --tp 1 keeps it whole"
+        )
+    if ranks > most:
+        able = "1" if most == 1 else f"1 to {most}"
+        raise EngineError(
+            f"tp={ranks}: this model has {most} key/value head{'s' if most > 1 else ''}, and each rank of a group "
+            f"needs one of its own: tp can be {able}. More ranks can work side by side, as several groups, or share "
+            "the weights with --engine ds-zero"
+        )
+
+
+def split(model: Any, group: dist.ProcessGroup) -> None:
+    """Replaces the layers of `model`, in place, by those of this rank's share; their weights are views of the old ones.
+
+    Embeddings and the output matrix are cut by words, so that a tied one is held once, and a rank's share of a logit
+    is a whole product: the ranks gather logits and do not add them up.
+
+    Raises:
+        EngineError: AutoTP does not know how to split this kind of model.
+    """
+    import deepspeed.comm
+    from deepspeed.inference.config import DeepSpeedInferenceConfig
+    from deepspeed.inference.engine import InferenceEngine
+    from deepspeed.module_inject.layers import TensorParallel_Layer
+
+    class WeightsStay(InferenceEngine):  # type: ignore[misc]
+        """AutoTP alone."""
+
+        def _convert_to_dtype(self, config: Any) -> None:
+            """Would read all weights, and round buffers that Transformers keeps in float32."""
+
+    # DeepSpeed logs each layer.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.comm.init_distributed(verbose=False)  # torch's is there: DeepSpeed takes it for its own
+    TensorParallel_Layer.set_keep_module_on_host(True)
+    size = dist.get_world_size(group)
+    grain = _grain(model.config, size)
+    _split_vocabulary(model, group, grain)
+    config = DeepSpeedInferenceConfig(
+        dtype=torch.float32,
+        # The groups that DeepSpeed makes itself are always the first ranks of the world.
+        tensor_parallel={"tp_size": size, "tp_group": group, "mpu": _Groups(group), "tp_grain_size": grain},
+        keep_module_on_host=True,
+    )
+    if model.config.model_type == "bloom":
+        model.register_forward_pre_hook(_mask_always, with_kwargs=True)
+    try:
+        WeightsStay(model, config)
+    except AssertionError as error:
+        raise EngineError(
+            f"DeepSpeed's AutoTP cannot split {type(model).__name__}: {error}. --engine ds-zero shards any model"
+        ) from error
+
+
+def _mask_always(
+    module: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gives BLOOM a mask where Transformers leaves it out, as it does where nothing is padded: without one, BLOOM
+    makes the biases of all heads, past what DeepSpeed has put in the way for those of this rank."""
+    if named.get("attention_mask") is None and isinstance(ids := named.get("input_ids"), torch.Tensor):
+        cache = named.get("past_key_values")
+        before = cache.get_seq_length() if cache is not None else 0
+        named["attention_mask"] = ids.new_ones(ids.shape[0], before + ids.shape[1])
+    return arguments, named
+
+
+class _Groups:
+    """What DeepSpeed asks to learn which ranks share a model."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._group
+
+
+def _grain(config: Any, size: int) -> int:
+    text = config.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return _GRAIN if inner >= _GRAIN * size else 1
+
+
+def _split_vocabulary(model: Any, group: dist.ProcessGroup, grain: int) -> None:
+    from deepspeed.module_inject.layers import LinearLayer, VocabParallelEmbedding
+    from deepspeed.module_inject.tp_shard import AutoTPMeta
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    meta = AutoTPMeta.from_model_config(model.config, grain)
+    tied = head is not None and head.weight is embedding.weight
+    cut: Any = None
+    plain = type(embedding).forward is torch.nn.Embedding.forward
+    if tied and not plain:
+        return  # DeepSpeed's own way holds a tied weight one and a bit times, but is right
+    if isinstance(head, torch.nn.Linear):
+        cut = LinearLayer(head, group, name="lm_head", gather_output=True, tp_meta=meta)
+        model.set_output_embeddings(cut)
+    if not plain or (tied and cut is None):
+        return  # DeepSpeed's layer looks words up in no other way
+    if tied:
+        cut.vocab_start_index = sum(cut._partition_sizes[: cut.tp_index])
+        cut.vocab_end_index = cut.vocab_start_index + cut._partition_sizes[cut.tp_index]
+    # "lm_head": sizes depend on the name, and the two have to agree.
+    words = VocabParallelEmbedding(
+        embedding, group, name="lm_head", tied_vocab_parallel_linear=cut if tied else None, tp_meta=meta
+    )
+    model.set_input_embeddings(words)

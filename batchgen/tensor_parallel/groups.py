@@ -1,0 +1,93 @@
+"""Ranks in groups of a few that share a model, side by side in the world; what a group's ranks tell each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from batchgen.engine import EngineError
+from batchgen.world import World
+
+_FOR_EVER = timedelta(days=365)  # a group with little to do waits for the others at the end
+_POLL_SECONDS = 0.1
+
+
+def ranks_of_group(world: World, size: int | None) -> range:
+    """The ranks that share a model with this one: `size` neighbours, all of the world unless given.
+
+    Raises:
+        EngineError: the world does not divide, or a group would lie across nodes without need.
+    """
+    size = world.size if size is None else size
+    if size < 1:
+        raise EngineError(f"tp={size}: must be 1 or more")
+    if world.size % size:
+        fits = ", ".join(str(n) for n in range(1, world.size + 1) if world.size % n == 0)
+        raise EngineError(
+            f"tp={size} does not divide the {world.size} rank{'s' if world.size > 1 else ''} of this run: start a "
+            f"multiple of {size} (--gpus {size}, or as many tasks under srun or torchrun), or choose a tp of {fits}"
+        )
+    if world.local_size % size and size % world.local_size:
+        raise EngineError(
+            f"tp={size} with {world.local_size} ranks a node: a group would lie across nodes, where every layer waits "
+            f"for the network. Start a multiple of {size} ranks a node, or let tp be a divisor of {world.local_size}"
+        )
+    first = world.rank // size * size
+    return range(first, first + size)
+
+
+class Group:
+    """This rank's group: its process groups, and what its ranks agree on. All of a group's ranks make each call."""
+
+    def __init__(self, world: World, ranks: range, device: torch.device, timeout: timedelta) -> None:
+        """Every rank of the world makes its `Group` at the same time.
+
+        Args:
+            timeout: after which a rank that waits in vain gives up.
+        """
+        self.ranks = ranks
+        self._device = device
+        size = len(ranks)
+        firsts = range(0, world.size, size)
+        # Each rank takes part in the making of all groups: torch counts them.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        of_models = [dist.new_group([*range(first, first + size)], timeout, backend) for first in firsts]
+        # NCCL would make the CPU wait for the GPU at every step; these are for the CPUs alone.
+        of_flags = [dist.new_group([*range(first, first + size)], timeout, "gloo") for first in firsts]
+        self.model: dist.ProcessGroup = of_models[world.rank // size]
+        self._flags: dist.ProcessGroup = of_flags[world.rank // size]
+        self._everyone = dist.new_group(backend="gloo", timeout=_FOR_EVER)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true on a rank of the group."""
+        if len(self.ranks) == 1:
+            return flag
+        return bool(self._reduced(int(flag), dist.ReduceOp.MAX))
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        return number if len(self.ranks) == 1 else self._reduced(number, dist.ReduceOp.MIN)
+
+    def tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Those of the group's first rank."""
+        if len(self.ranks) > 1:
+            dist.broadcast(tokens, src=self.ranks[0], group=self.model)
+        return tokens
+
+    def await_others(self, stop: Callable[[], bool]) -> None:
+        """Waits until all groups have come here: the first rank of the world keeps what the others meet by.
+
+        Returns early if `stop()` is true, or another rank is gone.
+        """
+        arrived = dist.barrier(group=self._everyone, async_op=True)
+        while arrived is not None and not arrived.is_completed() and not stop():
+            time.sleep(_POLL_SECONDS)
+
+    def _reduced(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
+        tensor = torch.tensor([number])
+        dist.all_reduce(tensor, op=operation, group=self._flags)
+        return int(tensor.item())

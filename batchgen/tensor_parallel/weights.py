@@ -1,0 +1,180 @@
+"""A model whose weights still lie in their files, and the copy of a rank's share of it to where the rank computes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchgen import loading
+from batchgen.engine import EngineError
+from batchgen.int8 import Int8Weight
+
+_READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
+_MADV_DONTNEED = 4  # see madvise(2)
+
+# As the safetensors format names them.
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def mapped(folder: str, attn_implementation: str | None) -> Any:
+    """The whole model on the CPU, its weights mapped files of which nothing has been read.
+
+    In any other type than the files' own, Transformers would copy all of it.
+
+    Raises:
+        EngineError: as `loading.load`.
+    """
+    arguments = {"dtype": stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
+    return loading.load(folder, arguments)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The floating type that most bytes of the weights in `folder` have.
+
+    Raises:
+        EngineError: the files cannot be read, or hold none.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for dtype, size in _stored(folder):
+        sizes[dtype] += size
+    if not sizes:
+        raise EngineError(f"the weights in {folder} are of no floating type; this engine does not read packed ones")
+    return sizes.most_common(1)[0][0]
+
+
+def _stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
+    """Type and bytes of each floating tensor in the files of `folder`; only what describes them is read."""
+    tables = sorted(folder.glob("*.safetensors"))
+    for path in tables:
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except (OSError, ValueError, MemoryError, OverflowError) as error:
+            raise EngineError(f"{path} cannot be read as safetensors ({error}); copy or download it again") from error
+        for name, tensor in header.items():
+            if name != "__metadata__" and tensor["dtype"] in _TYPES:
+                begin, end = tensor["data_offsets"]
+                yield _TYPES[tensor["dtype"]], end - begin
+    for path in () if tables else sorted(folder.glob("pytorch_model*.bin")):
+        try:
+            tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise EngineError(f"{path} cannot be read ({error}); copy or download it again") from error
+        for tensor in tensors.values():
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                yield tensor.dtype, tensor.nbytes
+
+
+def bring(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtype, *, eight_bits: bool) -> int:
+    """Copies the parameters of `model`, views of files in `folder`, to `device`, one by one; gives their bytes there.
+
+    Each is read, put into type `dtype` and, with `eight_bits`, rounded before the next: besides what it keeps, a rank
+    needs host memory for a few parameters of its own share.
+
+    Args:
+        dtype: of parameters that are of the files' own type; others were given theirs by Transformers on purpose.
+    """
+    maps = _Maps(Path(folder))
+    kept = _kept_exact(model)
+    homes: dict[int, list[tuple[nn.Module, str, str]]] = {}
+    sources: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                sources[id(parameter)] = parameter
+                homes.setdefault(id(parameter), []).append((module, name, f"{path}.{name}"))
+    stored = Counter({p.dtype: 0 for p in sources.values()})
+    for parameter in sources.values():
+        stored[parameter.dtype] += parameter.numel()
+    own = stored.most_common(1)[0][0]
+
+    def copied(key: int) -> torch.Tensor | Int8Weight:
+        source = sources[key].data
+        exact = any(kept(path) for *_, path in homes[key])
+        target = dtype if source.dtype == own and not exact else source.dtype
+        here = source.to(device, copy=True)
+        maps.forget(source)
+        if eight_bits and all(name == "weight" and _takes_8_bits(module) for module, name, _ in homes[key]):
+            return Int8Weight.rounded(here, target)
+        return here.to(target)
+
+    size = 0
+    with ThreadPoolExecutor(_READERS) as readers, torch.no_grad():
+        for key, made in zip(homes, readers.map(copied, list(homes)), strict=True):
+            size += _put(made, homes[key])
+            sources[key].data = torch.empty(0)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return size
+
+
+def _put(made: torch.Tensor | Int8Weight, homes: list[tuple[nn.Module, str, str]]) -> int:
+    """Puts a parameter into the modules that share it; its bytes."""
+    shared: nn.Module | nn.Parameter
+    if isinstance(made, Int8Weight):
+        shared, size = made, made.values.nbytes + made.scales.nbytes
+    else:
+        shared, size = nn.Parameter(made, requires_grad=False), made.nbytes
+    for module, name, _ in homes:
+        del module._parameters[name]
+        setattr(module, name, shared)
+    return size
+
+
+def _takes_8_bits(module: nn.Module) -> bool:
+    """Whether `module` is a matrix product or a table of rows. Routers of experts are neither: they stay exact."""
+    from deepspeed.module_inject.layers import TensorParallel_Layer
+
+    weight = module._parameters["weight"]
+    matrix = weight is not None and weight.dim() == 2 and weight.numel() > 0
+    return matrix and isinstance(module, (nn.Linear, nn.Embedding, TensorParallel_Layer))
+
+
+def _kept_exact(model: Any) -> Any:
+    """Whether a parameter's path is one that Transformers keeps in float32, whatever type the model has."""
+    names = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    names += getattr(model, "_keep_in_fp32_modules", None) or ()
+    pattern = re.compile(rf"(^|\.)({'|'.join(map(re.escape, names))})(\.|$)") if names else None
+    return lambda path: pattern is not None and pattern.search(path) is not None
+
+
+class _Maps:
+    """Where this process has mapped the files of a folder.
+
+    Pages that were read count as this process's memory until the kernel needs room, or until they are forgotten.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        files = {str(path.resolve()) for path in folder.iterdir()}
+        self._ranges = []
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5] in files:
+                begin, end = (int(edge, 16) for edge in fields[0].split("-"))
+                self._ranges.append((begin, end))
+        self._advise = ctypes.CDLL(None, use_errno=True).madvise
+        self._advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def forget(self, view: torch.Tensor) -> None:
+        """Lets go of the pages of `view`, if it is part of one of the files; they can be read again."""
+        if view.numel() == 0:
+            return
+        last = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
+        begin, end = view.data_ptr(), view.data_ptr() + (last + 1) * view.element_size()
+        if any(first <= begin and end <= after for first, after in self._ranges):
+            # Whole pages between the edges: those at the edges may be another's, who is about to read them.
+            begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > begin:
+                self._advise(begin, end - begin, _MADV_DONTNEED)

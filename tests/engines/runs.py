@@ -1,0 +1,61 @@
+"""Runs of the command line with engines whose ranks call together: rows for them, their texts, their processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+# For sitecustomize: rank 1 runs out of memory inside a forward of more than 3 rows.
+OUT_OF_MEMORY = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch
+    embedding = torch.nn.functional.embedding
+    def small(ids, *weight, **options):
+        if ids.dim() == 2 and ids.shape[0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        return embedding(ids, *weight, **options)
+    torch.nn.functional.embedding = small
+"""
+
+
+def rows(path: Path, count: int, bad: tuple[int, ...] = ()) -> Path:
+    with path.open("w") as file:
+        for number in range(count):
+            # Of the texts tried, one whose best two logits are never closer than 1e-3: batches may round differently.
+            row = {"prompt": "abcdefh " * (number % 9), "max_new_tokens": 5 + 37 * (number % 3)}
+            if number in bad:
+                row = {"prompt": number}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def command(prompts: Path, out: Path, model: Path, *more: str, engine: str = "ds-zero") -> list[str]:
+    words = ["run", str(prompts), "-o", str(out), "--model", str(model), "--engine", engine, "--dtype", "float32"]
+    return [sys.executable, "-m", "batchgen", *words, *more]
+
+
+def run(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    words = list(map(str, arguments))
+    return subprocess.run(words, capture_output=True, text=True, env=variables, timeout=240, cwd=ROOT)
+
+
+def texts(out: Path) -> list[object]:
+    return [json.loads(line)["text"] for line in (out / "generations.jsonl").read_text().splitlines()]
+
+
+def process_of_rank_1(out: Path, starter: subprocess.Popen[str], steps: int, attempt: int = 1) -> int:
+    """Its id, as soon as it has made more than `steps` steps in that attempt."""
+    beat = out / "attempts" / f"{attempt:05d}-00001.json"
+    while not (beat.exists() and json.loads(beat.read_bytes())["steps"] > steps):
+        assert starter.poll() is None, "the run ended before"
+        time.sleep(0.05)
+    return int(json.loads(beat.read_bytes())["pid"])

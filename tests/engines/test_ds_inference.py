@@ -1,0 +1,207 @@
+"""Tensor parallelism on CPU ranks: the text of one process, over any number of ranks; nobody hangs, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchgen.engine import EngineError, Setup, Stream, find, parse_options
+from batchgen.models import cache_folder, prepare_default
+from batchgen.world import World
+from tests import models
+from tests.engines import engine_rank, zero_matrix
+from tests.engines.runs import OUT_OF_MEMORY, ROOT, command, process_of_rank_1, rows, run, texts
+
+SETS = (1, 7, 50)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four key/value heads: it can be split over four ranks, and over three unevenly."""
+    return models.save(tmp_path_factory.mktemp("models") / "llama", partial(models.llama, num_key_value_heads=4))
+
+
+def compare(model: Path, ranks: int, settings: Sequence[str], scratch: Path, sets: Sequence[int], most: int) -> None:
+    """Texts of `ranks` ranks against those of one process."""
+    found = engine_rank.ranks(ranks, model, settings, scratch / "ranks", sets, most, engine="ds-inference")
+    for count in sets:
+        assert found[count] == zero_matrix.alone(model, engine_rank.prompts(count, most)), f"{count} prompts"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "tp"), [(3, 3), (4, 2)])
+def test_llama_over_ranks_says_what_it_says_alone(ranks: int, tp: int, llama: Path, tmp_path: Path) -> None:
+    compare(llama, ranks, [f"tp={tp}"], tmp_path, SETS, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "tp"), [(2, 2), (4, 4)])
+def test_bloom_over_ranks_says_what_it_says_alone(ranks: int, tp: int, tiny_bloom: Path, tmp_path: Path) -> None:
+    compare(tiny_bloom, ranks, [f"tp={tp}"], tmp_path, SETS, 40)
+
+
+@pytest.mark.slow
+def test_smollm2_with_its_three_heads_over_two_ranks(tmp_path: Path) -> None:
+    compare(prepare_default(cache_folder(os.environ), print), 2, [], tmp_path, (7,), 12)
+
+
+@pytest.mark.slow
+def test_a_pickled_checkpoint_is_read_too(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for file in llama.iterdir():
+        if file.suffix != ".safetensors":
+            (pickled / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(llama / "model.safetensors"), pickled / "pytorch_model.bin")
+    compare(pickled, 2, [], tmp_path, (7,), 40)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_its_group_and_the_run_goes_on_over_another_number(llama: Path, tmp_path: Path) -> None:
+    prompts, out = rows(tmp_path / "p.jsonl", 120, bad=(5, 7)), tmp_path / "out"
+    words = command(prompts, out, llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", engine="ds-inference")
+    starter = subprocess.Popen([*words, "--tp", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.kill(process_of_rank_1(out, starter, 40), signal.SIGKILL)
+    _, said = starter.communicate(timeout=60)
+    assert starter.returncode == 75, said
+    assert "rank 1 died" in said
+    # Now two groups of two, and a stop that reaches a rank of one group alone.
+    two = subprocess.Popen([*words, "--tp", "2", "--ranks", "4"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.kill(process_of_rank_1(out, two, 20, attempt=2), signal.SIGUSR2)
+    _, said = two.communicate(timeout=120)
+    assert two.returncode == 75, said
+    ends = [json.loads(path.read_bytes()) for path in sorted(out.glob("attempts/00002-*.json"))]
+    assert ends[0]["steps"] == ends[1]["steps"], "the ranks of a group leave at the same step"
+    assert ends[2]["steps"] == ends[3]["steps"]
+    assert run(*words, "--tp", "4").returncode == 3
+    assert run(*command(prompts, tmp_path / "one", llama, engine="accelerate")).returncode == 3
+    assert texts(out) == texts(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_answering_is_named(llama: Path, tmp_path: Path) -> None:
+    prompts, out = rows(tmp_path / "p.jsonl", 200), tmp_path / "out"
+    words = command(prompts, out, llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", engine="ds-inference")
+    words += ["--tp", "2", "--ranks", "2", "--set", "timeout_seconds=4"]
+    starter = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.kill(process_of_rank_1(out, starter, 20), signal.SIGSTOP)
+    _, said = starter.communicate(timeout=120)
+    assert starter.returncode == 75, said
+    assert "no step for 4 s: rank 1 (process" in said, said
+
+
+# For sitecustomize: rank 1 has no room for more than 1 MB at once.
+SMALL = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch
+    empty = torch.empty
+    def small(*size, **options):
+        if len(size) == 1 and isinstance(size[0], int) and size[0] > 10**6:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        return empty(*size, **options)
+    torch.empty = small
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "attempts"), [(SMALL, 1), (OUT_OF_MEMORY, 2)], ids=["before a batch", "inside one"])
+def test_out_of_memory_of_one_rank_shrinks_the_batches_of_all(
+    fault: str, attempts: int, llama: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(fault)
+    prompts, out = rows(tmp_path / "p.jsonl", 60), tmp_path / "out"
+    words = command(prompts, out, llama, "--batch-size", "16", "--tp", "2", engine="ds-inference")
+    done = run(*words, environment={"PYTHONPATH": f"{site}:{ROOT}"})
+    assert done.returncode == 0, done.stderr
+    made = len(list(out.glob("attempts/?????.json")))
+    assert made == 1 if attempts == 1 else made >= 2, done.stderr
+    sizes = [json.loads(line)["prompts"] for line in (out / "timing.jsonl").read_text().splitlines()]
+    assert max(sizes) < 16
+    assert run(*command(prompts, tmp_path / "one", llama, engine="accelerate")).returncode == 0
+    assert texts(out) == texts(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_files_split_by_rank(llama: Path, tmp_path: Path) -> None:
+    prompts, out, parts = rows(tmp_path / "p.jsonl", 40), tmp_path / "out", tmp_path / "parts"
+    words = [*command(prompts, out, llama, engine="ds-inference"), "--tp", "2"]
+    made = run(words[0], "-m", "batchgen", "split", llama, parts, "--tp", "2", "--dtype", "float32")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == f"{parts}\n"
+    starter = subprocess.Popen([*words, "--batch-size", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    starter.kill() if starter.poll() is not None else os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
+    starter.communicate(timeout=60)
+    words[words.index(str(llama))] = str(parts)
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    assert run(*command(prompts, tmp_path / "one", llama, engine="accelerate")).returncode == 0
+    assert texts(out) == texts(tmp_path / "one")
+    # What does not fit is a sentence.
+    wrong = run(*words[:-1], "4", "-o", tmp_path / "another")
+    assert wrong.returncode == 4
+    assert f"{parts} is split over 2 ranks, and a group of this run has 4" in wrong.stderr
+    whole = run(*command(prompts, tmp_path / "whole", parts, engine="accelerate"))
+    assert whole.returncode == 4
+    assert "which only --engine ds-inference --tp 2 reads" in whole.stderr
+
+
+@pytest.mark.slow
+def test_8_bits_say_the_same_from_the_model_and_from_split_files(llama: Path, tmp_path: Path) -> None:
+    prompts = rows(tmp_path / "p.jsonl", 20)
+    words = [*command(prompts, tmp_path / "eight", llama, engine="ds-inference"), "--tp", "2", "--dtype", "int8"]
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    parts = tmp_path / "parts"
+    assert run(words[0], "-m", "batchgen", "split", llama, parts, "--tp", "2", "--dtype", "int8").returncode == 0
+    words[words.index(str(llama))] = str(parts)
+    words[words.index(str(tmp_path / "eight"))] = str(tmp_path / "split")
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    assert texts(tmp_path / "split") == texts(tmp_path / "eight")
+    assert run(*command(prompts, tmp_path / "one", llama, engine="accelerate")).returncode == 0
+    assert texts(tmp_path / "eight") != texts(tmp_path / "one")
+    refused = run(*words, "--dtype", "float32", "-o", tmp_path / "refused")
+    assert refused.returncode == 4
+    assert "holds weights of type int8, and the run is to have float32: give --dtype int8" in refused.stderr
+
+
+def test_groups_are_streams_whose_first_ranks_write() -> None:
+    kind = find("ds-inference")
+    options = parse_options(kind, ["tp=2"])
+    streams = [kind.stream(World(rank, rank, 4, 4), options) for rank in range(4)]
+    assert streams == [Stream(0, 2, True), Stream(0, 2, False), Stream(1, 2, True), Stream(1, 2, False)]
+
+
+@pytest.mark.parametrize(
+    ("world", "tp", "sentence"),
+    [
+        (World(0, 0, 4, 4), 3, r"tp=3 does not divide the 4 ranks of this run.*choose a tp of 1, 2, 4"),
+        (World(), 2, r"tp=2 does not divide the 1 rank of this run: start a multiple of 2 \(--gpus 2"),
+        (World(0, 0, 12, 6), 4, r"tp=4 with 6 ranks a node: a group would lie across nodes"),
+        (World(), 0, "tp=0: must be 1 or more"),
+    ],
+)
+def test_groups_that_cannot_be_are_sentences(world: World, tp: int, sentence: str) -> None:
+    kind = find("ds-inference")
+    with pytest.raises(EngineError, match=sentence):
+        kind.stream(world, parse_options(kind, [f"tp={tp}"]))
+
+
+def test_a_model_of_two_heads_is_refused_over_four_ranks(tiny_llama: Path) -> None:
+    kind = find("ds-inference")
+    setup = Setup(str(tiny_llama), "float32", 1, World(0, 0, 4, 4))
+    with pytest.raises(EngineError, match=r"tp=4: this model has 2 key/value heads.*tp can be 1 to 2"):
+        kind(setup, parse_options(kind, []))
