@@ -50,7 +50,7 @@ def make_weights(folder: Path) -> None:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4GB")
-    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(1000)}, unk_token="w0"))
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(SHAPE["vocab_size"])}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w3").save_pretrained(folder)
     del model
     gc.collect()

@@ -1,0 +1,115 @@
+"""Every kind of model that `ds-inference` splits, tiny and random: logits of several ranks against those of one.
+
+    torchrun --nproc-per-node N -m tests.tensor_parallel.families
+
+Rank 0 prints a JSON object: by name the largest difference of two logits, in standard deviations, the share of the
+parameters that it holds, and whether the generated tokens are equal; or the sentence with which a split was refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from batchgen import ranks
+from batchgen.engine import EngineError
+from batchgen.tensor_parallel import check_split, split
+
+_SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+_LLAMA_LIKE = {**_SIZES, "num_key_value_heads": 4, "intermediate_size": 128, "initializer_range": 0.3}
+_GPT_LIKE = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 8, "rotary_dim": 8, "initializer_range": 0.3}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_NO_ENDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "bloom": {"vocab_size": 300, "hidden_size": 64, "n_layer": 2, "n_head": 8, "initializer_range": 0.3},
+    "codegen": _GPT_LIKE,
+    "cohere": _LLAMA_LIKE,
+    "falcon": {**_SIZES, "initializer_range": 0.3, "new_decoder_architecture": True, "num_kv_heads": 4},
+    "gemma": {**_LLAMA_LIKE, "head_dim": 16},
+    "gemma2": {**_LLAMA_LIKE, "head_dim": 16},
+    "gpt_neo": {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 8,
+        "initializer_range": 0.3,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "gpt_neox": {**_SIZES, "intermediate_size": 128, "initializer_range": 0.3},
+    "gptj": _GPT_LIKE,
+    "granite": _LLAMA_LIKE,
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "mixtral": {**_LLAMA_LIKE, "num_local_experts": 4},
+    "mpt": {"vocab_size": 300, "d_model": 64, "n_layers": 2, "n_heads": 8, "initializer_range": 0.3},
+    "olmo": _LLAMA_LIKE,
+    "opt": {**_SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.3},
+    "phi": {**_SIZES, "intermediate_size": 128, "initializer_range": 0.3},
+    "qwen2": _LLAMA_LIKE,
+    "qwen2_moe": {**_LLAMA_LIKE, **_EXPERTS, "shared_expert_intermediate_size": 64},
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 16},
+    "qwen3_moe": {**_LLAMA_LIKE, **_EXPERTS, "head_dim": 16},
+    "stablelm": _LLAMA_LIKE,
+    "starcoder2": _LLAMA_LIKE,
+    # Not among those that are split: what happens to them then.
+    "phi3": _LLAMA_LIKE,
+    "gpt2": {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 8},
+}
+
+
+def compared(kind: str) -> dict[str, object]:
+    """What the ranks make of a model of that kind."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SHAPES[kind], **_NO_ENDS)
+    config.tie_word_embeddings = kind in ("bloom", "gemma", "gemma2", "qwen2", "opt")
+    whole = AutoModelForCausalLM.from_config(config).float().eval()
+    ids = torch.randint(4, 299, (3, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[1, :2] = 0
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    try:
+        check_split(config, dist.get_world_size())
+    except EngineError as error:
+        return {"refused": str(error)}
+    mine = copy.deepcopy(whole)
+    group = dist.group.WORLD
+    assert group is not None
+    split(mine, group)
+    furthest = 0.0
+    equal = True
+    with torch.no_grad():
+        for given in (mask, None):
+            expected = whole(input_ids=ids, attention_mask=given).logits
+            found = mine(input_ids=ids, attention_mask=given).logits
+            seen = slice(None) if given is None else given.bool()
+            furthest = max(furthest, float((found - expected)[seen].abs().max() / expected[seen].std()))
+            rows = [model.generate(ids, attention_mask=given, **settings) for model in (whole, mine)]
+            equal &= torch.equal(*rows)
+    held, all_of_it = (sum(p.numel() for p in model.parameters()) for model in (mine, whole))
+    return {"furthest": furthest, "share": held / all_of_it, "equal": equal}
+
+
+def main(kinds: list[str]) -> None:
+    """Prints what rank 0 found."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    dist.init_process_group("gloo")
+    ranks.without_shared_memory()
+    found = {kind: compared(kind) for kind in kinds or SHAPES}
+    if dist.get_rank() == 0:
+        sys.stdout.write(f"\n{json.dumps(found)}\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("LOCAL_RANK", "0")
+    main(sys.argv[1:])

@@ -1,0 +1,45 @@
+"""Each kind of model that may be split gives the logits of one process when it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchgen.tensor_parallel.autotp import PROVEN
+from tests.tensor_parallel import families
+
+MUCH_WHOLE = ("mixtral", "qwen2_moe", "qwen3_moe", "opt", "gpt_neo", "gemma", "gemma2")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What two ranks say, by kind of model."""
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "tests.tensor_parallel.families"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(PROVEN))
+def test_logits_over_two_ranks_are_those_of_one(kind: str, found: dict[str, Any]) -> None:
+    assert found[kind]["furthest"] < 1e-4
+    assert found[kind]["equal"]
+    # Experts stay whole, and so do learnt positions and Gemma's tied embedding, much of a model as small as these.
+    assert found[kind]["share"] < (0.9 if kind in MUCH_WHOLE else 0.6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(families.SHAPES.keys() - PROVEN))
+def test_other_kinds_are_refused_by_name(kind: str, found: dict[str, Any]) -> None:
+    assert found[kind]["refused"].startswith(f"models of type {kind} have not been shown to generate the right text")
