@@ -75,6 +75,55 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _SHORT_FORMS = ("offload", "tp")  # flags that are `--set NAME=VALUE`: the engine says whether it knows them
 
 
+_ENGINE_OPTIONS = (
+    click.option(
+        "--engine",
+        type=click.Choice(engines.names()),
+        default="accelerate",
+        show_default=True,
+        help="What generates.",
+    ),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="A setting of the engine; a wrong name lists them.",
+    ),
+    click.option(
+        "--offload",
+        metavar="cpu|nvme=FOLDER",
+        help="Where the weights wait for their turn (ds-zero). Short for --set offload=….",
+    ),
+    click.option(
+        "--tp",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Ranks that share a model (ds-inference), and how many to start. Short for --set tp=N.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Most prompts in a batch; as many as fit unless given.",
+    ),
+    click.option(
+        "--selftest/--no-selftest",
+        default=True,
+        show_default=True,
+        help="Compare rows of the first batch with themselves alone; stop if the batch has changed them.",
+    ),
+    click.option(
+        "--ranks",
+        "--gpus",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Processes to start on this host, one a GPU; 1, or --tp, unless given. Ignored where torchrun or "
+        "srun has started them.",
+    ),
+)
+
+
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What does the work: shared by `run` and `run-batch`."""
 
@@ -86,55 +135,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*arguments, settings=(*short, *settings), **options)
 
     decorated: Callable[..., Any] = spelled_out
-    for option in reversed(
-        (
-            click.option(
-                "--engine",
-                type=click.Choice(engines.names()),
-                default="accelerate",
-                show_default=True,
-                help="What generates.",
-            ),
-            click.option(
-                "--set",
-                "settings",
-                multiple=True,
-                metavar="NAME=VALUE",
-                help="A setting of the engine; a wrong name lists them.",
-            ),
-            click.option(
-                "--offload",
-                metavar="cpu|nvme=FOLDER",
-                help="Where the weights wait for their turn (ds-zero). Short for --set offload=….",
-            ),
-            click.option(
-                "--tp",
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Ranks that share a model (ds-inference), and how many to start. Short for --set tp=N.",
-            ),
-            click.option(
-                "--batch-size",
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Most prompts in a batch; as many as fit unless given.",
-            ),
-            click.option(
-                "--selftest/--no-selftest",
-                default=True,
-                show_default=True,
-                help="Compare rows of the first batch with themselves alone; stop if the batch has changed them.",
-            ),
-            click.option(
-                "--ranks",
-                "--gpus",
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Processes to start on this host, one a GPU; 1, or --tp, unless given. Ignored where torchrun or "
-                "srun has started them.",
-            ),
-        )
-    ):
+    for option in reversed(_ENGINE_OPTIONS):
         decorated = option(decorated)
     return decorated
 

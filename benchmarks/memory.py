@@ -1,8 +1,8 @@
-"""ZeRO's memory on CPU ranks: what each rank holds once a model is loaded, and the most it held on the way.
+"""Memory of ranks that share a model, on CPUs: what each holds once it is loaded, and the most it held on the way.
 
-    python benchmarks/zero_memory.py [MEGABYTES [NAME=VALUE …]]
+    python benchmarks/memory.py ds-zero|ds-inference [MEGABYTES [NAME=VALUE …]]
 
-One, two and three ranks of engine `ds-zero` on this machine load a random Llama in float32 (400 MB unless said
+One, two and three ranks of the engine on this machine load a random Llama in float32 (400 MB unless said
 otherwise, files of at most 100 MB), made on the spot in a temporary folder; the rest are settings of the engine.
 Anonymous memory (RssAnon in /proc/PID/status) is what a rank takes away from others; pages of the weights' files
 (RssFile) are the kernel's to drop, and shared with whoever else reads them. Both are counted from the moment when all
@@ -94,7 +94,7 @@ def peaks() -> Iterator[Record]:
         thread.join()
 
 
-def rank(model: str, options: Sequence[str], folder: Path) -> None:
+def rank(name: str, model: str, options: Sequence[str], folder: Path) -> None:
     """One rank: loads, generates, and writes what it held to `folder`."""
     # All that a load imports, so that it counts neither as weights nor as their way in.
     import deepspeed  # noqa: F401
@@ -105,7 +105,7 @@ def rank(model: str, options: Sequence[str], folder: Path) -> None:
     from batchgen.types import Prompt, SamplingParams
     from batchgen.world import from_environment
 
-    world, kind = from_environment(os.environ), engine.find("ds-zero")
+    world, kind = from_environment(os.environ), engine.find(name)
     setup = engine.Setup(model, "float32", 1, world, run=str(folder), cache=str(folder / "cache"))
     before = resident()
     with peaks() as loading:
@@ -114,10 +114,11 @@ def rank(model: str, options: Sequence[str], folder: Path) -> None:
         after = resident()
         ctypes.CDLL(None).malloc_trim(0)
         trimmed = resident()
-        parameters = list(made._model.parameters())
+        weights = made._model if name == "ds-zero" else made._batches._model
+        # A parameter that ZeRO has sharded is empty, and keeps its share elsewhere.
+        shares = [getattr(parameter, "ds_tensor", parameter) for parameter in weights.parameters()]
         record = {
-            "held": sum(parameter.ds_tensor.numel() for parameter in parameters),
-            "whole": sum(parameter.ds_numel for parameter in parameters),
+            "held": sum(share.numel() for share in shares),
             "after": after["RssAnon"] - before["RssAnon"],
             "trimmed": trimmed["RssAnon"] - before["RssAnon"],
             "loading": loading["RssAnon"] - before["RssAnon"],
@@ -131,7 +132,7 @@ def rank(model: str, options: Sequence[str], folder: Path) -> None:
     (folder / f"{world.rank}.json").write_text(json.dumps(record))
 
 
-def start(count: int, model: Path, options: Sequence[str], folder: Path) -> list[Record]:
+def start(name: str, count: int, model: Path, options: Sequence[str], folder: Path) -> list[Record]:
     """What each of `count` ranks held."""
     folder.mkdir()
     with socket.socket() as probe:
@@ -139,7 +140,7 @@ def start(count: int, model: Path, options: Sequence[str], folder: Path) -> list
         port = probe.getsockname()[1]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, "--rank", str(model), json.dumps(options), str(folder)]
+    command = [sys.executable, __file__, "--rank", name, str(model), json.dumps(options), str(folder)]
     started = []
     for number in range(count):
         variables = shared | {"RANK": str(number), "LOCAL_RANK": str(number)}
@@ -156,22 +157,26 @@ def start(count: int, model: Path, options: Sequence[str], folder: Path) -> list
     return [json.loads((folder / f"{number}.json").read_text()) for number in range(count)]
 
 
-def main(megabytes: int, options: Sequence[str]) -> None:
+def main(engine: str, megabytes: int, options: Sequence[str]) -> None:
     """Prints the table."""
     with tempfile.TemporaryDirectory(prefix="batchgen-bench-") as name:
         model = Path(name, "model")
         make_weights(model, megabytes)
         files = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        print(f"{os.cpu_count()} cores; weights {files / 1e6:.1f} MB; settings: {' '.join(options) or 'none'}; MB")
+        whole = files // 4  # of float32; the headers of the files are nothing beside them
+        print(
+            f"{engine}, {os.cpu_count()} cores; weights {files / 1e6:.1f} MB; "
+            f"settings: {' '.join(options) or 'none'}; MB"
+        )
         print(f"| {' | '.join(COLUMNS)} |\n{'|--:' * len(COLUMNS)}|")
         for count in (1, 2, 3):
             begun = time.perf_counter()
-            for number, record in enumerate(start(count, model, options, Path(name, str(count)))):
+            for number, record in enumerate(start(engine, count, model, options, Path(name, str(count)))):
                 sizes = [
                     record[kind] / 1e6 for kind in ("after", "trimmed", "loading", "generating", "files", "files_after")
                 ]
                 print(
-                    f"| {count} | {number} | {record['held']:,} | {record['held'] / record['whole']:.1%} | "
+                    f"| {count} | {number} | {record['held']:,} | {record['held'] / whole:.1%} | "
                     f"{record['held'] * 4 / 1e6:.1f} | {' | '.join(f'{size:+.0f}' for size in sizes)} |",
                     flush=True,
                 )
@@ -180,6 +185,6 @@ def main(megabytes: int, options: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
-        rank(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
+        rank(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), Path(sys.argv[5]))
     else:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 400, sys.argv[2:])
+        main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 400, sys.argv[3:])

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn import functional
 
 _MOST = 127
-_KERNEL_ROWS = 512  # of inputs; beyond, a product is bound by arithmetic, and cuBLAS over widened weights is faster
 _BYTES_AT_ONCE = 1 << 28  # of the widened weight that a product needs beside the whole numbers
 
 
@@ -70,10 +69,6 @@ class Int8Weight(nn.Module):
 
     def times(self, inputs: torch.Tensor) -> torch.Tensor:
         """`inputs` [..., columns] with each row of the matrix: [..., rows]."""
-        if inputs.is_cuda and inputs.element_size() == 2 and inputs.numel() <= _KERNEL_ROWS * inputs.shape[-1]:
-            from batchgen.int8.kernel import product  # Triton comes with torch's CUDA builds alone
-
-            return product(inputs, self.values, self.scales)
         rows = max(1, _BYTES_AT_ONCE // (self.values.shape[1] * inputs.element_size()))
         if rows >= self.values.shape[0]:
             return functional.linear(inputs, self.values.to(inputs.dtype)) * self.scales.squeeze(1)
