@@ -62,8 +62,12 @@ class DsInference(Engine):
         timeout = timedelta(seconds=2 * options.timeout_seconds)
         device = ranks.join(setup.world, timeout)
         ranks.without_shared_memory()
-        self._group = tensor_parallel.Group(setup.world, self.awaited, device, timeout)
-        model = _load(setup, options, encoder.config, self._group, device)
+        try:
+            self._group = tensor_parallel.Group(setup.world, self.awaited, device, timeout)
+            model = _load(setup, options, encoder.config, self._group, device)
+        except BaseException:
+            self.close()
+            raise
         self._batches = StaticBatches(
             model,
             encoder,

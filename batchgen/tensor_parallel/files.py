@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from batchgen import loading, presplit, ranks
+from batchgen.encoder import HfEncoder
 from batchgen.engine import EngineError
 from batchgen.int8 import Int8Weight
 from batchgen.models import Report, ResolvedModel
@@ -43,7 +44,7 @@ def make(source: ResolvedModel, out: Path, count: int, dtype: str, report: Repor
         raise EngineError(f"{folder} is split already; split the model it was made from")
     if out.exists():
         raise EngineError(f"{out} exists; choose another folder, or remove it")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = HfEncoder(folder).config
     if count > 1:
         check_split(config, count)
     computes_in = loading.floating_dtype("auto" if dtype == "int8" else dtype, config)
