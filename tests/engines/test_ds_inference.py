@@ -142,7 +142,7 @@ def test_a_run_goes_on_from_files_split_by_rank(llama: Path, tmp_path: Path) -> 
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"{parts}\n"
     starter = subprocess.Popen([*words, "--batch-size", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    starter.kill() if starter.poll() is not None else os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
+    os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
     starter.communicate(timeout=60)
     words[words.index(str(llama))] = str(parts)
     done = run(*words)
