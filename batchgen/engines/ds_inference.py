@@ -78,7 +78,7 @@ class DsInference(Engine):
             count=self._count,
             limits=setup.limits,
             reserve=True,
-            peers=Peers(len(self.awaited), self._group.any_rank, self._group.least, self._group.tokens),
+            peers=self._peers(),
         )
         self.patience = options.timeout_seconds if len(self.awaited) > 1 else None
 
@@ -104,6 +104,11 @@ class DsInference(Engine):
             torch.cuda.empty_cache()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _peers(self) -> Peers | None:
+        """A rank alone shrinks a batch in place, whatever it ran out of memory in."""
+        group = self._group
+        return Peers(len(group.ranks), group.any_rank, group.least, group.tokens) if len(group.ranks) > 1 else None
 
     def _count(self, tokens: int) -> None:
         self.generated_tokens += tokens
