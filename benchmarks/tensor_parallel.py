@@ -7,7 +7,8 @@
 
 The weights are made once in FOLDER (14 GB), as benchmarks/zero.py does; MODEL is where they are read from instead,
 files by rank for one. Prompts of 8 tokens, 100 new ones, greedy; a warm-up of 2 tokens, then the timed batch; loading
-is told apart, with the most host memory (RssAnon) that a rank has taken for it. BATCHES and TOKENS change the cells.
+is told apart, with the most host memory (RssAnon) that a rank has taken for it. BATCHES and TOKENS change the cells;
+with COLD=1 the weights' files are read from the disk, not from the page cache.
 The texts of 64 random prompts go to FOLDER/texts-DTYPE-RANKS.json.
 """
 
@@ -47,6 +48,8 @@ def table(folder: Path, model: Path, dtype: str) -> None:
     torch.cuda.init()
     import deepspeed  # noqa: F401 — its seconds are not the load's
 
+    if os.environ.get("COLD") == "1" and world.rank == 0:
+        forget(model)
     before, begun = resident(), time.perf_counter()
     setup = Setup(str(model), dtype, max(BATCHES), world, run=str(folder), cache=str(folder / "cache"))
     with peaks() as loading:
@@ -72,6 +75,14 @@ def table(folder: Path, model: Path, dtype: str) -> None:
             say(f"| {rows} | {1000 * seconds / (batch * tokens):.3f} | {step:.4f} | {peak:.1f} |", flush=True)
         if world.rank == 0 or world.size > 1:
             write_texts(made, folder / f"texts-{dtype}-{world.size}.json", world.rank == 0)
+
+
+def forget(model: Path) -> None:
+    """Lets the page cache go of the files of weights."""
+    for path in model.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_texts(made: Any, path: Path, writes: bool) -> None:

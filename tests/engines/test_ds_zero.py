@@ -62,19 +62,6 @@ def test_a_stop_that_reaches_one_rank_alone_ends_all_at_the_same_step(tiny_llama
     assert {end["state"] for end in ends} <= {"stopped", "finished"}
 
 
-@pytest.mark.slow
-def test_a_rank_that_stops_answering_is_named_and_ends_the_attempt(tiny_llama: Path, tmp_path: Path) -> None:
-    prompts, out = rows(tmp_path / "p.jsonl", 200), tmp_path / "zero"
-    words = command(prompts, out, tiny_llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", "--ranks", "2")
-    words += ["--set", "timeout_seconds=4"]
-    starter = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, starter, 20), signal.SIGSTOP)
-    _, said = starter.communicate(timeout=120)
-    assert starter.returncode == 75, said
-    assert "no step for 4 s: rank 1 (process" in said, said
-    assert "stopped answering" in said
-
-
 @pytest.fixture(scope="module")
 def wide_bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its matrices are large enough to be swapped, the tied embedding among them."""
