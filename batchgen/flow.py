@@ -36,9 +36,9 @@ from batchgen.output import ErrorFormat, renderer
 from batchgen.prepare import Ready, RunError, asked, check_all, facts, prepare
 from batchgen.prompts import Recipe
 from batchgen.stop import Stop
-from batchgen.types import UserError
+from batchgen.types import WHOLE, Shard, UserError
 from batchgen.work import Share
-from batchgen.world import World, from_environment
+from batchgen.world import World, check_start, from_environment
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Host:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)  # the launcher's variables
     ranks: int = 1  # processes to start on this host with `rank_command`; 1: the calling process does the work
     rank_command: Sequence[str] = ()  # arguments of `python -m batchgen` that start one rank
+    shard: Shard = WHOLE  # the part of the input that this start does: other starts do the rest, at the same time
     heartbeat_seconds: float = HEARTBEAT_SECONDS  # after 18 missed ones, another host may take the run over
     watch: Callable[[Attempt, Done], AbstractContextManager[object]] | None = None  # shows progress meanwhile
 
@@ -111,6 +112,7 @@ def run(
     files = [inputs] if isinstance(inputs, str) else list(inputs)
     folder = RunFolder(Path(out) if out is not None else default_folder(files))
     world = from_environment(host.environment)
+    check_start(host.environment, host.ranks)
     chosen = (recipe or Recipe(), host.environment, model, engine, settings, dtype, batch_size)
     stop = Stop()
     with stop.on_signals():
@@ -139,7 +141,7 @@ def _begun(
         return opened(scan=False), attempt
     folder.make()
     try:
-        before = checkpoint.check_free(folder, world)
+        before = checkpoint.check_free(folder, world, host.shard)
         ready = opened(scan=True)
         if strict:
             check_all(ready)
@@ -148,8 +150,9 @@ def _begun(
     except UserError:
         folder.remove_if_empty()
         raise
-    attempt = checkpoint.claim(folder, world, known, host.heartbeat_seconds, before)
-    folder.sweep()
+    attempt = checkpoint.claim(folder, world, known, host.heartbeat_seconds, before, host.shard)
+    if host.shard == WHOLE:
+        folder.sweep()  # nobody else works here
     return ready, attempt
 
 
@@ -177,15 +180,16 @@ def _carry_out(
     # Before the engine exists: in a tensor-parallel group, a rank that read it later could see a batch that the first
     # one has just recorded, and the two would generate different batches.
     done = attempt.folder.done(len(ready.source))
+    mine = done.part(host.shard)
     shown = host.watch if world.rank == 0 and world.attempt is None else None
-    if host.ranks == 1 or world.size > 1 or done.good == len(done.states):
+    if host.ranks == 1 or world.size > 1 or mine.good == len(mine.states):
         model_name = ready.recipe.model or ready.model.name
         render = renderer(model_name, attempt.folder.created, error_format, ready.answers_requests)
-        with shown(attempt, done) if shown else nullcontext():
+        with shown(attempt, mine) if shown else nullcontext():
             Share(ready, world, attempt, done, stop, max_error_rate, render).work()
         return attempt
     while True:
-        with shown(attempt, done) if shown else nullcontext():
+        with shown(attempt, mine) if shown else nullcontext():
             codes = launch.start_ranks(attempt, host.rank_command, host.ranks, stop, host.environment)
         if 4 in codes:
             raise RunError("a rank could not start; it says above why")
@@ -194,28 +198,29 @@ def _carry_out(
         stop.reason = None  # that a rank died is why we start again
         logger.warning("out of memory; starting the ranks again, with smaller batches")
         _end(attempt, "out of memory in a step that all ranks take together")
-        attempt = checkpoint.claim(attempt.folder, world, facts(ready, host.ranks), host.heartbeat_seconds)
-        done = attempt.folder.done(len(ready.source))
+        known = facts(ready, host.ranks)
+        attempt = checkpoint.claim(attempt.folder, world, known, host.heartbeat_seconds, shard=host.shard)
+        mine = attempt.folder.done(len(ready.source)).part(host.shard)
 
 
 def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_format: OutputFormat) -> Status:
     """Ends the attempt, and merges if nothing is open: the starter for its ranks, or rank 0 of an outside launcher."""
-    if world.attempt is not None:
-        return checkpoint.status(attempt.folder)  # the starter does it
-    if world.rank > 0:
-        return checkpoint.status(attempt.folder)  # rank 0 does it
+    shard = attempt.shard
+    if world.attempt is not None or world.rank > 0:
+        return checkpoint.status(attempt.folder, shard)  # the starter, or rank 0, does it
     if world.size > 1:
         _await_ranks(attempt, world)
-    status = checkpoint.status(attempt.folder, verify=True)
-    if not status.open:
+    # Of the whole run: whoever finishes the last shard merges. Two that end at once write the same bytes.
+    # Verified only when all seems done, since that reads all text.
+    if not checkpoint.status(attempt.folder).open and not checkpoint.status(attempt.folder, verify=True).open:
         try:
             merge(attempt.folder, ready.source, output_format, typed=not ready.answers_requests)
         except CheckpointError as error:
             raise MergeError(str(error)) from error
     reasons = [stop.reason, *(beat.get("reason") for beat in attempt.heartbeats().values())]
     why = next(filter(None, reasons), "ended with open rows: a rank died")
-    _end(attempt, why if status.open else "finished")
-    return checkpoint.status(attempt.folder)
+    _end(attempt, why if checkpoint.status(attempt.folder, shard).open else "finished")
+    return checkpoint.status(attempt.folder, shard)
 
 
 def _await_ranks(attempt: Attempt, world: World) -> None:

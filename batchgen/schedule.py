@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from batchgen.engine import Stream
-from batchgen.types import Prompt
+from batchgen.types import WHOLE, Prompt, Shard
 
 # Rows read, tokenised and put in order at once: a hundred batches of ordinary size, and some tens of MB of token ids.
 WINDOW = 2048
 
 
-def shard(rows: int, stream: Stream) -> range:
-    """The row numbers of `stream`: every `count`-th, so that long and short parts of a file are shared out evenly."""
-    return range(stream.index, rows, stream.count)
+def shard(rows: int, stream: Stream, whole: Shard = WHOLE) -> range:
+    """The row numbers of `stream` in `whole`, the part of the input that this start does."""
+    return whole.split(stream.index, stream.count).rows(rows)
 
 
 def open_rows(rows: range, is_good: Callable[[int], bool]) -> Iterator[int]:

@@ -53,7 +53,7 @@ class Share:
             limits=limits,
         )
         self.stream: Stream = ready.kind.stream(world, ready.options)
-        self._rows = shard(len(ready.source), self.stream)
+        self._rows = shard(len(ready.source), self.stream, attempt.shard)
         self._most_failures = max_error_rate * len(self._rows)
         self._writer = Writer(attempt.folder.path, attempt.number, self.stream.index, world.rank, render)
         self._engine: Engine | None = None
@@ -101,7 +101,8 @@ class Share:
             self._commit(Batch([]), heartbeat)
 
     def _anything_open(self) -> bool:
-        return self._done.good < len(self._ready.source)
+        mine = self._done.part(self._attempt.shard)
+        return mine.good < len(mine.states)
 
     def _begin(self, heartbeat: Heartbeat) -> None:
         self._mark = time.perf_counter()

@@ -49,6 +49,25 @@ _LAUNCH = (
 )
 
 
+def check_start(environment: Mapping[str, str], ranks: int) -> None:
+    """Refuses to be the one process of a Slurm job that was given room for several, which would stay idle.
+
+    Raises:
+        WorldError: srun is missing in front of the command.
+    """
+    started = "RANK" in environment or "SLURM_STEP_NUM_TASKS" in environment
+    if started or "SLURM_JOB_ID" not in environment:
+        return
+    tasks = _number(environment, "SLURM_NTASKS") if "SLURM_NTASKS" in environment else 1
+    nodes = _number(environment, "SLURM_NNODES") if "SLURM_NNODES" in environment else 1
+    if nodes > 1 or (tasks > 1 and ranks == 1):
+        raise WorldError(
+            f"job {environment['SLURM_JOB_ID']} has {nodes} node(s) and {tasks} tasks, but this is one process of its "
+            "own. Put srun in front, so that each task is a rank: srun --kill-on-bad-exit=1 batchgen run …. For one "
+            "process, ask for one node and one task; it starts a rank a GPU with --gpus N"
+        )
+
+
 _PORTS = range(12_000, 32_000)  # below those that Linux gives to clients (net.ipv4.ip_local_port_range)
 
 

@@ -5,7 +5,6 @@ from batchgen.checkpoint.attempt import (
     HEARTBEAT_SECONDS,
     JOIN_SECONDS,
     Attempt,
-    Heartbeat,
     attempts,
     check_free,
     claim,
@@ -13,6 +12,7 @@ from batchgen.checkpoint.attempt import (
 )
 from batchgen.checkpoint.files import AskedDifferently, CheckpointError, read_json, to_json, write_atomic
 from batchgen.checkpoint.folder import Done, RunFolder
+from batchgen.checkpoint.heartbeat import Heartbeat
 from batchgen.checkpoint.merge import merge_with, write_lines
 from batchgen.checkpoint.records import Writer
 from batchgen.checkpoint.status import AttemptStatus, Status, status

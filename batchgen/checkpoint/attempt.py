@@ -3,20 +3,17 @@
     attempts/00001.json           the claim, made exclusively: host, process, Slurm job, world; at the end how it ended
     attempts/00001-00000.json     rank 0's heartbeat, rewritten every few seconds
 
-A claim is live while its process exists on this host or, from another host, while a heartbeat still moves. No file
-locks: NFS and Lustre have them only sometimes.
+A claim is for the whole run, or for one shard of it: the tasks of a job array have a claim each. It is live while its
+process exists on this host or, from another host, while a heartbeat still moves. No file locks: NFS and Lustre have
+them only sometimes.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,8 @@ from batchgen.checkpoint.files import (
     write_atomic,
 )
 from batchgen.checkpoint.folder import RunFolder
+from batchgen.checkpoint.process import exists, myself
+from batchgen.types import WHOLE, Shard
 from batchgen.world import World
 
 logger = logging.getLogger(__name__)
@@ -66,6 +65,11 @@ class Attempt:
         return None if value is None else str(value)
 
     @property
+    def shard(self) -> Shard:
+        """The rows it is for."""
+        return Shard.parse(str(self.claim.get("shard", WHOLE)))
+
+    @property
     def limit(self) -> float:
         """Seconds without a heartbeat after which another host may take the attempt for dead."""
         return MISSED_BEATS * float(self.claim.get("heartbeat_seconds", HEARTBEAT_SECONDS))
@@ -94,78 +98,31 @@ class Attempt:
         """Records that the attempt is over. Only its own process calls this."""
         write_atomic(self.path, to_json({**self.claim, "ended": how, "ended_at": time.time()}))
 
-    def is_live(self, world: World) -> bool:
-        """Whether the attempt still works. Takes up to `limit` seconds if its process is on another host."""
+    def seems_live(self, world: World) -> bool | None:
+        """Whether the attempt still works; None if only watching it can tell, its process being on another host."""
         seen = self.is_here()
         if self.ended is not None or seen is False:
             return False
-        if seen:
-            return True
         if world.job and self.claim.get("job") == world.job and int(self.claim.get("restarts", 0)) < world.restarts:
-            return False  # Slurm has ended it to start us
-        logger.warning("%s may still work; watching its heartbeat for up to %.0f s", self.where, self.limit)
-        before = self.heartbeats()
-        patience = time.monotonic() + self.limit
-        while time.monotonic() < patience:
-            time.sleep(min(1.0, self.limit / MISSED_BEATS))
-            if latest(self.folder, self.number).ended is not None:
-                return False
-            if self.heartbeats() != before:
-                return True
-        return False
+            return seen or False  # Slurm has ended it to start us
+        return seen
 
     def is_here(self) -> bool | None:
         """Whether one of its processes exists, as far as this host can tell; None if one works where we cannot look."""
         working = [beat for beat in self.heartbeats().values() if beat.get("state") not in FINAL]
-        seen = [_exists(process) for process in (self.claim, *working)]
+        seen = [exists(process) for process in (self.claim, *working)]
         if True in seen:
             return True
         return None if None in seen else False
 
 
-def _exists(process: Mapping[str, Any]) -> bool | None:
-    if any(process.get(name) != value for name, value in _here().items()):
-        return None
-    try:
-        return _process_started(int(process["pid"])) == int(process["process_started"])
-    except PermissionError:
-        return None
-
-
-def _here() -> dict[str, str]:
-    """What a process id is valid in: host, boot and (containers) process namespace."""
-    return {
-        "host": socket.gethostname(),
-        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        "namespace": os.readlink("/proc/self/ns/pid"),
-    }
-
-
-def _myself() -> dict[str, Any]:
-    return {**_here(), "pid": os.getpid(), "process_started": _process_started(os.getpid())}
-
-
-def _process_started(pid: int) -> int | None:
-    """Clock ticks from boot to the start of process `pid`, so that a reused id is not taken for it; None if it is gone.
-
-    Field 22 of /proc/PID/stat, counted after the name, which may hold spaces and parentheses. See proc(5).
-
-    Raises:
-        PermissionError: it is there, but this user may not look at it.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        with suppress(ProcessLookupError):
-            os.kill(pid, 0)  # where /proc is mounted with hidepid, other people's processes are not in it
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])  # a zombie works no more
-
-
 def attempts(folder: RunFolder) -> list[Attempt]:
     """All attempts so far, oldest first."""
-    numbers = sorted(int(path.stem) for path in folder.attempts.glob("*.json") if path.stem.isdigit())
-    return [latest(folder, number) for number in numbers]
+    return [latest(folder, number) for number in sorted(_numbers(folder))]
+
+
+def _numbers(folder: RunFolder) -> set[int]:
+    return {int(path.stem) for path in folder.attempts.glob("*.json") if path.stem.isdigit()}
 
 
 def latest(folder: RunFolder, number: int) -> Attempt:
@@ -173,23 +130,62 @@ def latest(folder: RunFolder, number: int) -> Attempt:
     return Attempt(folder, number, read_json(folder.attempts / f"{number:05d}.json"))
 
 
-def check_free(folder: RunFolder, world: World) -> list[Attempt]:
-    """All attempts so far, if none of them is live.
+def first_live(candidates: Sequence[Attempt], world: World) -> Attempt | None:
+    """One of `candidates` that still works. Takes up to their `limit` seconds if processes are on other hosts."""
+    unsure = []
+    for attempt in candidates:
+        seems = attempt.seems_live(world)
+        if seems:
+            return attempt
+        if seems is None:
+            unsure.append(attempt)
+    if not unsure:
+        return None
+    limit = max(attempt.limit for attempt in unsure)
+    others = f" and {len(unsure) - 1} more" if len(unsure) > 1 else ""
+    logger.warning("%s%s may still work; watching heartbeats for up to %.0f s", unsure[0].where, others, limit)
+    before = {attempt.number: attempt.heartbeats() for attempt in unsure}
+    patience = time.monotonic() + limit
+    while unsure and time.monotonic() < patience:
+        time.sleep(min(1.0, limit / MISSED_BEATS))
+        unsure = [one for one in unsure if latest(one.folder, one.number).ended is None]
+        for attempt in unsure:
+            if attempt.heartbeats() != before[attempt.number]:
+                return attempt
+    return None
+
+
+def check_free(folder: RunFolder, world: World, shard: Shard = WHOLE) -> list[Attempt]:
+    """All attempts so far, if none that has rows of `shard` is live.
 
     Raises:
         CheckpointError: one is.
     """
     known = attempts(folder)
+    candidates = newest([attempt for attempt in known if attempt.shard.overlaps(shard)])
     # Ranks die with their starter, but a moment after it.
     deadline = time.monotonic() + 10.0
-    while known and _exists(known[-1].claim) is False and known[-1].is_live(world) and time.monotonic() < deadline:
+    leaving = [attempt for attempt in candidates if exists(attempt.claim) is False]
+    while time.monotonic() < deadline and any(attempt.seems_live(world) for attempt in leaving):
         time.sleep(0.2)
-    if known and known[-1].is_live(world):
+    live = first_live(candidates, world)
+    if live is not None:
+        which = "" if live.shard == WHOLE else f", shard {live.shard}"
         raise CheckpointError(
-            f"{folder.path} is in use: {known[-1].where} works on it. "
+            f"{folder.path} is in use: {live.where}{which} works on it. "
             "Wait for it, stop it, or choose another folder with -o"
         )
     return known
+
+
+def newest(known: Sequence[Attempt]) -> list[Attempt]:
+    """Those of `known`, oldest first, that may be live: a later claim on the same rows proves an earlier one dead."""
+    found: list[Attempt] = []
+    for attempt in reversed(known):
+        shard = attempt.shard
+        if not any(later.shard.overlaps(shard) for later in found):
+            found.append(attempt)
+    return found[::-1]
 
 
 def claim(
@@ -198,8 +194,9 @@ def claim(
     facts: Mapping[str, object],
     heartbeat_seconds: float,
     checked: Sequence[Attempt] | None = None,
+    shard: Shard = WHOLE,
 ) -> Attempt:
-    """Takes the run folder for a new attempt.
+    """Takes the rows of `shard` in the run folder for a new attempt.
 
     Args:
         checked: what `check_free` has given this start, so that a dead attempt of another host is not waited for twice.
@@ -207,16 +204,17 @@ def claim(
     Raises:
         CheckpointError: another attempt is live, or the folder cannot be written.
     """
-    known = check_free(folder, world) if checked is None else list(checked)
+    known = check_free(folder, world, shard) if checked is None else list(checked)
     while True:
         number = known[-1].number + 1 if known else 1
         made: dict[str, Any] = {
             "started": time.time(),
-            **_myself(),
+            **myself(),
             "job": world.job,
             "restarts": world.restarts,
             "launch": world.launch,
             "heartbeat_seconds": heartbeat_seconds,
+            "shard": str(shard),
             **facts,
             "ended": None,
         }
@@ -226,7 +224,7 @@ def claim(
         except OSError as error:
             raise cannot_write(folder.path, error) from error
         time.sleep(0.1)  # NFS may list the other's claim only seconds later
-        known = check_free(folder, world)
+        known = check_free(folder, world, shard)
 
 
 def join(folder: RunFolder, world: World, patience: float = JOIN_SECONDS) -> Attempt:
@@ -241,58 +239,32 @@ def join(folder: RunFolder, world: World, patience: float = JOIN_SECONDS) -> Att
     if world.attempt is not None:
         return latest(folder, world.attempt)
     deadline = time.monotonic() + patience
+    of_others: set[int] = set()  # numbers of other launches, of which an array has thousands: read once
     while time.monotonic() < deadline:
-        known = attempts(folder)
-        if known and _expects(known[-1], world):
-            return known[-1]
+        found = _of_launch(folder, world.launch, of_others)
+        if found is not None and _expects(found, world):
+            return found
         time.sleep(0.2)
     raise CheckpointError(
         f"rank {world.rank} waited {patience:.0f} s for rank 0 to claim {folder.path}; look into rank 0's log"
     )
 
 
+def _of_launch(folder: RunFolder, launch: str, of_others: set[int]) -> Attempt | None:
+    """The newest attempt of that launch; numbers of others are put into `of_others`, and passed over there."""
+    for number in sorted(_numbers(folder) - of_others, reverse=True):
+        attempt = latest(folder, number)
+        if attempt.claim.get("launch") == launch:
+            return attempt
+        of_others.add(number)
+    return None
+
+
 def _expects(attempt: Attempt, world: World) -> bool:
     beats = attempt.heartbeats()
-    if attempt.ended is not None or attempt.claim.get("launch") != world.launch or world.rank in beats:
+    if attempt.ended is not None or world.rank in beats:
         return False
     # With few rows, rank 0 is through before others have started.
-    return any(beat.get("state") in ("finished", "stopped") for beat in beats.values()) or attempt.is_live(world)
-
-
-class Heartbeat:
-    """Writes this rank's heartbeat from a thread of its own, so that it moves during a long batch too."""
-
-    def __init__(self, attempt: Attempt, rank: int, count: Callable[[], Mapping[str, object]]):
-        self._path = attempt.folder.attempts / f"{attempt.number:05d}-{rank:05d}.json"
-        self._seconds = float(attempt.claim.get("heartbeat_seconds", HEARTBEAT_SECONDS))
-        self._count = count  # rows, tokens and state of this rank, from another thread
-        self._ended = threading.Event()
-        self._beats = 0
-        self._process = _myself()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> Heartbeat:
-        self.beat()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self.beat()
-
-    def beat(self) -> None:
-        """Writes the heartbeat now."""
-        with self._lock:
-            self._beats += 1
-            beat = {"beat": self._beats, "time": time.time(), **self._process, **self._count()}
-            try:
-                write_atomic(self._path, json.dumps(beat).encode(), durable=False)
-            except OSError as error:
-                # A full disk stops the run at its next commit; that sentence is the one to read.
-                logger.warning("cannot write the heartbeat %s: %s", self._path, error)
-
-    def _run(self) -> None:
-        while not self._ended.wait(self._seconds):
-            self.beat()
+    if any(beat.get("state") in ("finished", "stopped") for beat in beats.values()):
+        return True
+    return first_live([attempt], world) is not None

@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from batchgen.checkpoint.files import (
     to_json,
 )
 from batchgen.checkpoint.records import trusted
-from batchgen.types import BatchRecord
+from batchgen.types import BatchRecord, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,10 @@ class Done:
     def is_failed(self, row: int) -> bool:
         """The row has an error and no generation: the next start tries it again."""
         return self.states[row] == FAILED
+
+    def part(self, shard: Shard) -> Done:
+        """The same of the shard's rows alone, which lose their numbers: for counting."""
+        return replace(self, states=self.states[shard.index :: shard.count])
 
     @property
     def good(self) -> int:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from batchgen.checkpoint.attempt import Attempt, attempts
+from batchgen.checkpoint.attempt import Attempt, attempts, newest
 from batchgen.checkpoint.files import CheckpointError
-from batchgen.checkpoint.folder import RunFolder
+from batchgen.checkpoint.folder import Done, RunFolder
+from batchgen.types import WHOLE, Shard
 
 State = Literal["new", "running", "stopped", "finished"]
+ShardState = Literal["missing", "running", "failed", "finished"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,7 @@ class AttemptStatus:
 
     number: int
     where: str
+    shard: str  # the rows it is for, like 3/8; 0/1 is all of them
     started: float  # Unix time
     ended: str | None  # how, in words; None: it works, or died
     live: bool  # it beat less than its limit ago; a guess where the clocks of two hosts differ
@@ -30,9 +33,10 @@ class AttemptStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A run, over all its attempts."""
+    """A run, or one shard of it, over all attempts."""
 
     folder: Path
+    shard: Shard  # what the numbers of rows are about
     state: State
     rows: int
     good: int  # rows with a generation
@@ -45,42 +49,47 @@ class Status:
     tokens_per_second: float  # generated tokens of the last attempt by wall time; 0 without one
     eta_seconds: float | None  # from tokens a row and tokens a second; None if unknown
     attempts: list[AttemptStatus]
+    shards: list[ShardState]
+    """Of each shard, where a job array does the run: missing, nobody has begun; failed, it has ended with open rows."""
 
     @property
     def exit_code(self) -> int:
-        """0 all rows good, 3 finished with failed rows, 75 not finished or not merged: start again to go on."""
-        if self.open or not self.merged:
+        """0 all rows good, 3 finished with failed rows, 75 not finished or not merged: start again to go on.
+
+        A shard need not be merged: whoever finishes the last one does it.
+        """
+        if self.open or (self.shard == WHOLE and not self.merged):
             return 75
         return 3 if self.failed else 0
 
 
-def status(folder: RunFolder, *, verify: bool = False) -> Status:
-    """Reads the state of the run in `folder`.
+def status(folder: RunFolder, shard: Shard = WHOLE, *, verify: bool = False) -> Status:
+    """Reads the state of the run in `folder`, or of the rows of `shard` in it.
 
     Raises:
         CheckpointError: it is no run folder.
     """
     if not folder.path.is_dir():
         raise CheckpointError(f"there is no run folder {folder.path}")
-    rows = int(folder.asked()["rows"])
-    done = folder.done(rows, verify=verify)
-    starts = attempts(folder)
-    known = [_attempt(attempt, done.attempt_tokens.get(attempt.number, 0), attempt is starts[-1]) for attempt in starts]
-    live = bool(known) and known[-1].live
-    tokens_per_second = _rate(starts[-1], done.attempt_tokens.get(starts[-1].number, 0)) if starts else 0.0
-    settled = done.good + done.failed
-    eta = None
-    if live and tokens_per_second and settled:
-        eta = done.open * (done.generated_tokens / settled) / tokens_per_second
+    done = folder.done(int(folder.asked()["rows"]), verify=verify)
+    part = done.part(shard)
+    starts = [attempt for attempt in attempts(folder) if attempt.shard.overlaps(shard)]
+    perhaps = {attempt.number for attempt in newest(starts)}
+    known = [_attempt(one, done.attempt_tokens.get(one.number, 0), one.number in perhaps) for one in starts]
+    works = [one for one, state in zip(starts, known, strict=True) if state.live]
     merged = any((folder.path / f"generations.{ending}").exists() for ending in ("jsonl", "parquet", "arrow"))
-    ended: State = "finished" if merged and not done.open else "stopped" if starts else "new"
+    ended: State = "finished" if merged and not part.open else "stopped" if starts else "new"
+    # Of those that work together; else of the last one.
+    tokens_per_second = sum(_rate(one, done.attempt_tokens.get(one.number, 0)) for one in works or starts[-1:])
+    eta = _eta(done, tokens_per_second) if works else None
     return Status(
         folder=folder.path,
-        state="running" if live else ended,
-        rows=rows,
-        good=done.good,
-        failed=done.failed,
-        open=done.open,
+        shard=shard,
+        state="running" if works else ended,
+        rows=len(part.states),
+        good=part.good,
+        failed=part.failed,
+        open=part.open,
         prompt_tokens=done.prompt_tokens,
         generated_tokens=done.generated_tokens,
         batches=done.batches,
@@ -88,18 +97,46 @@ def status(folder: RunFolder, *, verify: bool = False) -> Status:
         tokens_per_second=round(tokens_per_second, 2),
         eta_seconds=None if eta is None else round(eta, 1),
         attempts=known,
+        shards=_shards(done, known),
     )
 
 
-def _attempt(attempt: Attempt, committed: int, newest: bool) -> AttemptStatus:
+def _shards(done: Done, known: list[AttemptStatus]) -> list[ShardState]:
+    """State of each shard of the last start that had a part of the rows."""
+    count = next((Shard.parse(one.shard).count for one in reversed(known) if one.shard != str(WHOLE)), 0)
+    mine: dict[int, bool] = {}  # whether somebody works on it, by the index of a shard that has been begun
+    for one in known:
+        shard = Shard.parse(one.shard)
+        if shard.count == count:
+            mine[shard.index] = mine.get(shard.index, False) or one.live
+    states: list[ShardState] = []
+    for index in range(count):
+        if not done.part(Shard(index, count)).open:
+            states.append("finished")
+        elif index not in mine:
+            states.append("missing")
+        else:
+            states.append("running" if mine[index] else "failed")
+    return states
+
+
+def _eta(done: Done, tokens_per_second: float) -> float | None:
+    settled = done.good + done.failed
+    if not tokens_per_second or not settled:
+        return None
+    return done.open * (done.generated_tokens / settled) / tokens_per_second
+
+
+def _attempt(attempt: Attempt, committed: int, perhaps_live: bool) -> AttemptStatus:
     beats = list(attempt.heartbeats().values())
     generated = max(sum(int(beat.get("generated_tokens", 0)) for beat in beats), committed)
     return AttemptStatus(
         number=attempt.number,
         where=attempt.where,
+        shard=str(attempt.shard),
         started=float(attempt.claim.get("started", 0.0)),
         ended=attempt.ended,
-        live=newest and attempt.ended is None and _beats(attempt, beats),
+        live=perhaps_live and attempt.ended is None and _beats(attempt, beats),
         ranks=len(beats),
         generated_tokens=generated,
         lost_tokens=generated - committed,

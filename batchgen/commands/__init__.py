@@ -10,12 +10,14 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from batchgen.checkpoint import Status
+    from batchgen.types import Shard
 
 DIED = 75  # EX_TEMPFAIL of sysexits.h: start again to go on
 
@@ -51,14 +53,34 @@ class _Commands(click.Group):
             formatter.write_dl([(name, _SUMMARIES.get(name, "")) for name in self.list_commands(context)])
 
 
+def asked_of(words: Sequence[str]) -> tuple[Path, Shard]:
+    """The run folder and the shard that `run …` or `run-batch …` would work on; the options are checked on the way.
+
+    Raises:
+        CommandError: the words are no command that makes a run.
+        UsageError: an option is wrong.
+    """
+    from batchgen.types import WHOLE
+
+    if not words or words[0] not in ("run", "run-batch"):
+        raise CommandError(f"{' '.join(words[:1]) or 'nothing'} makes no run: it must be run …, or run-batch …")
+    module = importlib.import_module(f"{__name__}.{words[0].replace('-', '_')}")
+    context = module.command.make_context(words[0], list(words[1:]))
+    folder: Path = module.folder_of(context.params)
+    return folder, context.params.get("shard") or WHOLE
+
+
 # What `--help` says of each command without importing it; a test compares these with the commands' own help.
 _SUMMARIES = {
+    "cancel": "Cancel the Slurm jobs of a run; what is finished stays.",
+    "job": "Carry a command out as the batch process of a Slurm job, requeued until it is done.",
     "merge": "Write the output files of a run folder again, or of an unfinished run.",
     "pull": "Prepare a model on a machine with internet; print its local path.",
     "run": "Generate for every prompt of the input files, exactly once.",
     "run-batch": "Answer an OpenAI batch file, with the flags of `vllm run-batch`.",
     "split": "Write MODEL into the folder OUT, split over N ranks; print its path.",
-    "status": "Say from its files alone how far a run is.",
+    "status": "Say how far a run is, from its files and from Slurm's queue.",
+    "submit": "Write the Slurm job of a run, and submit it; print its number.",
 }
 
 
@@ -97,7 +119,7 @@ def log_to_stderr(rank: int, size: int) -> None:
 
 
 def carry_out(
-    inputs: Sequence[str], out: str | None, ranks: int, heartbeat_seconds: float, **options: Any
+    inputs: Sequence[str], out: str | None, ranks: int, heartbeat_seconds: float, shard: Shard, **options: Any
 ) -> tuple[Status, bool]:
     """`batchgen.run` for the command line: errors as sentences, progress on stderr, ranks by this same command.
 
@@ -120,7 +142,7 @@ def carry_out(
         # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
         # its time.
         gc.set_threshold(100_000, 50, 100)
-        host = flow.Host(os.environ, ranks, sys.argv[1:], heartbeat_seconds, watch)
+        host = flow.Host(os.environ, ranks, sys.argv[1:], shard, heartbeat_seconds, watch)
         with results_only_on_stdout():
             return flow.run(inputs, out, host=host, **options), world.size == 1
     except flow.MergeError as error:
@@ -153,7 +175,8 @@ def conclude(status: Status, speaks: bool) -> None:
     if status.open:
         _say(f"{last or 'ended'}; {counts}. The same command goes on from there")
     else:
-        _say(f"finished; {counts}")
+        which = "" if status.shard.count == 1 else f"shard {status.shard} "
+        _say(f"{which}finished; {counts}")
         if status.failed:
             _say(f"what failed is in {status.folder / 'errors.jsonl'}; the same command tries it again")
     sys.exit(status.exit_code)

@@ -15,7 +15,7 @@ import click
 from batchgen import engine as engines
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import carry_out, conclude, fail, log_to_stderr, results_only_on_stdout
-from batchgen.types import SamplingParams, UserError
+from batchgen.types import WHOLE, SamplingParams, Shard, UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
@@ -28,6 +28,13 @@ def _json_object(context: click.Context, parameter: click.Parameter, text: str |
     if not isinstance(value, dict):
         raise click.BadParameter("must be a JSON object, like '{\"enable_thinking\": false}'")
     return value
+
+
+def _shard(context: click.Context, parameter: click.Parameter, text: str | None) -> Shard:
+    try:
+        return WHOLE if text is None else Shard.parse(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _template(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
@@ -194,6 +201,12 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Of the answers to OpenAI lines that fail.",
 )
 @click.option(
+    "--shard",
+    metavar="I/N",
+    callback=_shard,
+    help="Do only every N-th row, from row I on; others do the rest at the same time. The last to finish merges.",
+)
+@click.option(
     "--heartbeat-seconds",
     type=click.FloatRange(min=0.01),
     default=HEARTBEAT_SECONDS,
@@ -218,9 +231,16 @@ def command(inputs: tuple[str, ...], out: str | None, ranks: int, dry_run: bool,
         _describe(inputs, ranks, options)
         return
     status, speaks = carry_out(inputs, out, ranks, **options)
-    if speaks and not status.open:
+    if speaks and status.merged and not status.open:
         click.echo(status.folder / f"generations.{options['output_format']}")
     conclude(status, speaks)
+
+
+def folder_of(options: dict[str, Any]) -> Path:
+    """The run folder of these options."""
+    from batchgen.flow import default_folder
+
+    return Path(options["out"]) if options["out"] is not None else default_folder(options["inputs"])
 
 
 def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:

@@ -19,6 +19,7 @@ import click
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
+from batchgen.types import WHOLE
 
 # vLLM's names of what torch calls otherwise.
 _DTYPES = {"half": "float16", "float": "float32"}
@@ -85,8 +86,9 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     options["dtype"] = _DTYPES.get(options["dtype"], options["dtype"])
     options["model"] = f"{model}@{revision}" if model and revision else model
     options["recipe"] = recipe_of(options, served or _default_model())
-    options["heartbeat_seconds"] = HEARTBEAT_SECONDS
-    folder = Path(options.pop("run_folder") or f"{_local_name(output_file)}.run")
+    options["heartbeat_seconds"], options["shard"] = HEARTBEAT_SECONDS, WHOLE
+    folder = folder_of({**options, "output_file": output_file})
+    del options["run_folder"]
     if not _is_url(output_file) and os.path.exists(output_file) and _is_same_file(input_file, output_file):
         raise CommandError(f"{output_file} is the input: the answers would take its place. Name another file with -o")
     try:
@@ -101,6 +103,11 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
         _deliver(folder / "generations.jsonl", output_file)
         click.echo(output_file)
     conclude(status, speaks)
+
+
+def folder_of(options: dict[str, Any]) -> Path:
+    """The run folder of these options."""
+    return Path(options["run_folder"] or f"{_local_name(options['output_file'])}.run")
 
 
 def _default_model() -> str:

@@ -1,0 +1,127 @@
+"""`batchgen submit`: a run as a Slurm job."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from batchgen.commands import CommandError, asked_of, fail
+
+if TYPE_CHECKING:
+    from batchgen.slurm import Array, Script
+
+
+class _Submit(click.Command):
+    """What stands before `--` belongs to sbatch and to us, what stands behind it to `batchgen run`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        ctx.obj = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+
+def _array(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)(?:%(\d+))?", "0" if text is None else text, re.ASCII)
+    if found is None or (text is not None and int(found[1]) < 2):
+        raise click.BadParameter("must be the number of shards, 2 or more, like 8, or 8%4 for at most 4 at a time")
+    return int(found[1]), int(found[2] or 0)
+
+
+# Not -h: it could stand in one of sbatch's short options.
+@click.command(
+    "submit", cls=_Submit, context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]}
+)
+@click.option("--print", "only_print", is_flag=True, help="Print the script; write and submit nothing.")
+@click.option(
+    "--array", metavar="N[%M]", callback=_array, help="N jobs side by side, a shard each; at most M at a time."
+)
+@click.option("--chain", type=click.IntRange(min=2), metavar="N", help="N jobs, one after the other, none requeued.")
+@click.option(
+    "--max-requeues",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    help="How often it may begin again.",
+)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[SBATCH OPTIONS] -- run …")
+@click.pass_context
+def command(
+    context: click.Context,
+    options: tuple[str, ...],
+    only_print: bool,
+    array: tuple[int, int],
+    chain: int | None,
+    max_requeues: int,
+) -> None:
+    """Write the Slurm job of a run, and submit it; print its number.
+
+    Options of sbatch come first, then --, then the command: batchgen submit --gpus-per-node=4 --time=4:00:00 -- run
+    prompts.jsonl -o out. The script is out.sbatch, beside the run folder. The job begins again by itself after its time
+    limit, a preemption or a lost node, until no row is open. Defaults of a site: ~/.config/batchgen/slurm.toml.
+
+    --chain is for clusters where a job cannot requeue itself, for want of `scontrol` in its container.
+    """
+    from batchgen import slurm
+    from batchgen.types import UserError
+
+    folder, _ = asked_of(context.obj)
+    shards, at_once = array
+    try:
+        size = min(shards, slurm.largest_array() or shards) if shards else 0
+        site = slurm.load(os.environ, Path.cwd())
+        given = slurm.parse(options)
+        tasks = slurm.Array(shards, size, at_once)
+        script = slurm.submitted(
+            folder, context.obj, given, site, tasks, max_requeues=max_requeues, chained=chain is not None
+        )
+        if only_print:
+            click.echo(script.text(), nl=False)
+            return
+        jobs = _submit(folder, script, tasks, chain or 1)
+    except UserError as error:
+        raise fail(error) from error
+    for job in jobs:
+        click.echo(job)
+
+
+def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]:
+    """Writes the script and submits it as often as it takes; the numbers of the jobs."""
+    from batchgen import slurm
+
+    path = folder.absolute().with_name(f"{folder.absolute().name}.sbatch")
+    _write(path, script.text())
+    slurm.prepare(folder)
+    made = []
+    for offset in range(0, array.shards, array.size) if array.shards else [0]:
+        before: str | None = None
+        for _ in range(links):
+            options = [f"--array={array.indices(offset)}"] if array.shards else []
+            if before is not None:
+                # A job that did all there was to do ends well, and those that follow it leave the queue.
+                after = "afterany" if array.shards else "afternotok"
+                options += [f"--dependency={after}:{before}", "--kill-on-invalid-dep=yes"]
+            before = slurm.sbatch(path, options, [str(offset)] if offset else [])
+            slurm.remember(folder, slurm.Job(before, time.time(), str(path), array.shards, offset))
+            made.append(before)
+    log = folder / "jobs" / (f"{made[0]}_INDEX.out" if array.shards else f"{made[0]}.out")
+    click.echo(f"batchgen: submitted {path}; its output goes to {log}", err=True)
+    click.echo(f"batchgen: how far it is: batchgen status {shlex.quote(str(folder))}", err=True)
+    return made
+
+
+def _write(path: Path, text: str) -> None:
+    """The script at `path`; one that says something else, edited perhaps, is kept beside it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            os.replace(path, path.with_name(f"{path.name}.old"))
+            click.echo(f"batchgen: the script that was there is now {path.name}.old", err=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error

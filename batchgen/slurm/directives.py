@@ -1,0 +1,82 @@
+"""Options of sbatch, as `#SBATCH` lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from batchgen.slurm.queue import SlurmError
+
+# sbatch's short options that it also has a long name for; see sbatch(1).
+_LONG = {
+    "A": "account",
+    "a": "array",
+    "C": "constraint",
+    "c": "cpus-per-task",
+    "D": "chdir",
+    "d": "dependency",
+    "e": "error",
+    "G": "gpus",
+    "J": "job-name",
+    "M": "clusters",
+    "N": "nodes",
+    "n": "ntasks",
+    "o": "output",
+    "p": "partition",
+    "q": "qos",
+    "t": "time",
+    "w": "nodelist",
+    "x": "exclude",
+}
+_PLAIN = re.compile(r"[\w./:,=@%+\[\]*-]+", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Directive:
+    """One option of sbatch: `--name=value`, or `--name` alone."""
+
+    name: str  # the long name; a short one if sbatch has no other that we know
+    value: str | None = None
+
+    @property
+    def word(self) -> str:
+        """As on a command line, unquoted."""
+        dashes = "-" if len(self.name) == 1 else "--"
+        joint = " " if len(self.name) == 1 else "="
+        return f"{dashes}{self.name}" if self.value is None else f"{dashes}{self.name}{joint}{self.value}"
+
+    @property
+    def line(self) -> str:
+        """The line of a script. sbatch takes a value between double quotes as it stands, but for a backslash."""
+        if self.value is None or _PLAIN.fullmatch(self.value):
+            return f"#SBATCH {self.word}"
+        escaped = re.sub(r'(["\\])', r"\\\1", self.value)
+        return f'#SBATCH {Directive(self.name, "").word}"{escaped}"'
+
+
+def parse(words: Sequence[str]) -> list[Directive]:
+    """Options of sbatch as a person types them; what follows one and is no option is its value.
+
+    Raises:
+        SlurmError: a word is no option, or cannot be written into a script.
+    """
+    found: list[Directive] = []
+    for word in words:
+        if "\n" in word:
+            raise SlurmError(f"an option of sbatch cannot hold a line break: {word!r}")
+        if word.startswith("--"):
+            name, given, value = word[2:].partition("=")
+            found.append(Directive(name, value if given else None))
+        elif word.startswith("-") and len(word) > 1:
+            found.append(Directive(_LONG.get(word[1], word[1]), word[2:].removeprefix("=") or None))
+        elif found and found[-1].value is None:
+            found[-1] = Directive(found[-1].name, word)
+        else:
+            raise SlurmError(f"{word!r} is no option of sbatch. Options of sbatch come first, then --, then run …")
+    return found
+
+
+def merged(*lists: Iterable[Directive]) -> list[Directive]:
+    """All of them, a later one in the place of an earlier one of its name."""
+    return list({directive.name: directive for one in lists for directive in one}.values())

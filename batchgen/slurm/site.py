@@ -1,0 +1,73 @@
+"""What every job of a site needs: `~/.config/batchgen/slurm.toml`, or slurm.toml in the working folder.
+
+account = "abc"
+partition = "gpu"
+modules = ["cuda/12.4"]                           # module load …
+setup = ["export HF_HOME=/scratch/me/hf"]         # lines of bash, before anything starts
+srun = ["--cpu-bind=none"]                        # options of srun
+sbatch = { constraint = "a100", exclusive = true }
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchgen.slurm.directives import Directive, merged
+from batchgen.slurm.queue import SlurmError
+
+_LISTS = ("modules", "setup", "srun")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site's defaults; what is typed comes before them."""
+
+    directives: Sequence[Directive] = ()
+    modules: Sequence[str] = ()
+    setup: Sequence[str] = ()
+    srun: Sequence[str] = ()
+
+
+def load(environment: Mapping[str, str], working: Path) -> Site:
+    """The defaults of the user, each replaced by the working folder's where that names it too.
+
+    Raises:
+        SlurmError: a file is no TOML, or has a name that means nothing.
+    """
+    config = Path(environment.get("XDG_CONFIG_HOME") or Path(environment.get("HOME", "/")) / ".config")
+    paths = (config / "batchgen" / "slurm.toml", working / "slurm.toml")
+    directives: list[Directive] = []
+    lists: dict[str, Sequence[str]] = {}
+    for path in paths:
+        known = _read(path)
+        lists |= {name: [str(line) for line in known[name]] for name in _LISTS if name in known}
+        options = {name: known[name] for name in ("account", "partition") if name in known}
+        options |= known.get("sbatch", {})
+        given = [Directive(name, None if value is True else str(value)) for name, value in options.items()]
+        directives = merged(directives, given)
+    return Site(directives, **lists)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SlurmError(f"cannot read {path}: {error}") from error
+    for name, value in known.items():
+        if name in _LISTS and isinstance(value, list) and all(isinstance(line, str) for line in value):
+            continue
+        if name in ("account", "partition") and isinstance(value, str):
+            continue
+        if name == "sbatch" and isinstance(value, dict):
+            continue
+        raise SlurmError(
+            f"{path}: {name} is not understood. It may set account and partition (texts), modules, setup and srun "
+            "(lists of texts), and sbatch (a table of other options)"
+        )
+    return known

@@ -1,0 +1,180 @@
+"""What the batch process of a job does: starts the ranks, hears Slurm's warning, and has the job begin again.
+
+The warning (USR2, ahead of the time limit) reaches this process alone. Passed on to srun it reaches every rank, which
+records what is finished and ends; then the job is requeued, unless nothing is open, or another start would not help.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from batchgen.checkpoint import RunFolder, Status, status
+from batchgen.slurm.queue import SlurmError, requeue
+from batchgen.slurm.records import GAVE_UP, Job, end_of, note_end, remember
+from batchgen.types import WHOLE, Shard
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 60.0  # for the ranks to end after the warning; then the job is requeued all the same
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # what --signal may be
+# Preemption, a lost node, scancel: Slurm decides what comes next.
+_ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_COULD_NOT_RUN, _RESUMABLE = 4, 75
+
+
+@dataclass
+class Supervisor:
+    """One start of a job."""
+
+    run: Path
+    shard: Shard
+    environment: Mapping[str, str]
+    max_requeues: int
+    chained: bool  # other jobs follow this one by dependency
+    grace: float = GRACE_SECONDS
+
+    def __post_init__(self) -> None:
+        self._warned_at: float | None = None
+        self._ended = False  # Slurm ends this job
+        self._child: subprocess.Popen[bytes] | None = None
+        known = self.environment
+        array, index = known.get("SLURM_ARRAY_JOB_ID"), known.get("SLURM_ARRAY_TASK_ID")
+        self._job = array or known.get("SLURM_JOB_ID", "")
+        self._task = f"{array}_{index}" if array else self._job
+        self._restarts = int(known.get("SLURM_RESTART_COUNT") or 0)
+
+    def carry_out(self, words: Sequence[str]) -> int:
+        """Runs the command `words` to its end; the exit code of the job."""
+        for number in (*_WARNINGS, *_ENDINGS):
+            signal.signal(number, self._hear)
+        if self._job:
+            shards = self.shard.count if self._task != self._job else 0
+            remember(self.run, Job(self._job, time.time(), shards=shards, offset=self._offset() if shards else 0))
+        before = self._status()
+        why_not = self._why_not(before)
+        if why_not is not None:
+            return why_not
+        code = self._wait(words)
+        return self._concluded(before, self._status(), code)
+
+    def _offset(self) -> int:
+        return self.shard.index - int(self.environment.get("SLURM_ARRAY_TASK_ID") or 0)
+
+    def _status(self) -> Status | None:
+        """How far the run is; None if it has not begun."""
+        folder = RunFolder(self.run)
+        return status(folder, self.shard) if (self.run / "run.json").exists() else None
+
+    def _why_not(self, before: Status | None) -> int | None:
+        """The exit code, if this start of the job has nothing to do."""
+        again = self._restarts > 0 or self._predecessor() is not None
+        if again and before is not None and before.exit_code != _RESUMABLE:
+            logger.info("the run is finished; nothing is left to do")
+            return self._code_of(before)
+        predecessor = self._predecessor()
+        last = end_of(self.run, predecessor) if predecessor else None
+        if last is not None and last[0] == GAVE_UP:
+            return self._give_up(last[1])
+        if self._restarts > self.max_requeues:
+            return self._give_up(f"job {self._task} has been requeued {self._restarts} times, more than it may be")
+        return None
+
+    def _predecessor(self) -> str | None:
+        """The job that this one follows in a chain."""
+        dependency = self.environment.get("SLURM_JOB_DEPENDENCY", "") if self.chained else ""
+        job = dependency.rpartition(":")[2].partition("_")[0].partition("(")[0]
+        if not job.isdigit():
+            return None
+        return f"{job}_{self.environment['SLURM_ARRAY_TASK_ID']}" if self._task != self._job else job
+
+    def _wait(self, words: Sequence[str]) -> int:
+        """The exit code of the command, negative for a signal."""
+        variables = dict(self.environment)
+        if "SLURM_CPUS_PER_TASK" in variables:  # since Slurm 22.05 a step does not get it by itself
+            variables.setdefault("SRUN_CPUS_PER_TASK", variables["SLURM_CPUS_PER_TASK"])
+        try:
+            self._child = subprocess.Popen(words, env=variables, stdin=subprocess.DEVNULL)
+        except OSError as error:
+            logger.error("cannot start %s: %s", words[0], error.strerror or error)
+            return _COULD_NOT_RUN
+        if self._warned_at is not None:
+            self._child.send_signal(signal.SIGUSR2)
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return self._child.wait(timeout=1.0)
+            if self._warned_at is not None and time.monotonic() - self._warned_at > self.grace and not self._ended:
+                logger.warning("the ranks have not ended in %.0f s; what is finished is recorded", self.grace)
+                return _RESUMABLE
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number in _ENDINGS:
+            self._ended = True  # Slurm tells the tasks itself
+        elif self._warned_at is None:
+            self._warned_at = time.monotonic()
+            if self._child is not None and self._child.returncode is None:
+                self._child.send_signal(signal.SIGUSR2)
+
+    def _concluded(self, before: Status | None, after: Status | None, code: int) -> int:
+        if after is not None and after.exit_code != _RESUMABLE:
+            _say(after)
+            return self._code_of(after)
+        if self._ended:
+            logger.info("Slurm has ended this start; rows are open")
+            return _RESUMABLE
+        if code == _COULD_NOT_RUN:
+            return self._give_up("it could not run, and says why above")
+        if after is None or (before is not None and after.open >= before.open):
+            return self._give_up(
+                "this start has finished no row, so that another one would not either. See why above; if the time was "
+                "too short for one batch, ask for more with --time, or for smaller ones with --batch-size"
+            )
+        _say(after)
+        if self.chained:
+            logger.info("the next job of the chain goes on")
+            return _RESUMABLE
+        return self._requeued()
+
+    def _requeued(self) -> int:
+        if self.max_requeues == 0:
+            logger.info("not requeued, as asked; submitted again, the same job goes on")
+            return _RESUMABLE
+        if self._restarts >= self.max_requeues:
+            return self._give_up(f"job {self._task} has been requeued {self._restarts} times, and may not be again")
+        try:
+            requeue(self._task)
+        except SlurmError as error:
+            logger.error(
+                "%s. Submitted again, the same job goes on; `batchgen submit --chain N` needs no requeue", error
+            )
+            return _RESUMABLE
+        logger.info("requeued, to go on")
+        self._until(lambda: self._ended, 120.0)  # Slurm ends us
+        return _RESUMABLE
+
+    def _until(self, happened: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def _code_of(self, finished: Status) -> int:
+        # The next job of a chain waits for a failure of this one.
+        return 0 if self.chained else finished.exit_code
+
+    def _give_up(self, why: str) -> int:
+        logger.error("not starting again: %s", why)
+        note_end(self.run, self._task or str(os.getpid()), GAVE_UP, why)
+        return _COULD_NOT_RUN
+
+
+def _say(found: Status) -> None:
+    which = "" if found.shard == WHOLE else f"shard {found.shard}: "
+    logger.info("%s%d of %d rows good, %d failed, %d open", which, found.good, found.rows, found.failed, found.open)
