@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.slurm.cluster import PACKAGES, Cluster, missing
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +35,20 @@ def smollm2() -> Path:
     from batchgen.models import cache_folder, prepare_default
 
     return prepare_default(cache_folder(os.environ), print)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A real Slurm of two nodes, with four GPUs each that are none. `scripts/test` installs it where it can."""
+    if missing():
+        why = f"no {', '.join(missing())}: apt-get install {PACKAGES}"
+        # CI must not pass by leaving these tests out.
+        pytest.fail(why) if os.environ.get("REQUIRE_SLURM") else pytest.skip(why)
+    folder = Path(tempfile.mkdtemp(prefix="sl", dir="/tmp"))
+    made = Cluster(folder)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -99,16 +99,17 @@ def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]
     slurm.prepare(folder)
     made = []
     for offset in range(0, array.shards, array.size) if array.shards else [0]:
-        before: str | None = None
+        chain: list[str] = []
         for _ in range(links):
             options = [f"--array={array.indices(offset)}"] if array.shards else []
-            if before is not None:
-                # A job that did all there was to do ends well, and those that follow it leave the queue.
-                after = "afterany" if array.shards else "afternotok"
-                options += [f"--dependency={after}:{before}", "--kill-on-invalid-dep=yes"]
-            before = slurm.sbatch(path, options, [str(offset)] if offset else [])
-            slurm.remember(folder, slurm.Job(before, time.time(), str(path), array.shards, offset))
-            made.append(before)
+            if chain:
+                # A job that did all there was to do ends well, and those that follow it leave the queue: all of them
+                # wait for it, since to leave the queue is not to end well. Of an array, some tasks may be done.
+                after = f"afterany:{chain[-1]}" if array.shards else f"afternotok:{':'.join(chain)}"
+                options += [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
+            chain.append(slurm.sbatch(path, options, [str(offset)] if offset else []))
+            slurm.remember(folder, slurm.Job(chain[-1], time.time(), str(path), array.shards, offset))
+        made += chain
     log = folder / "jobs" / (f"{made[0]}_INDEX.out" if array.shards else f"{made[0]}.out")
     click.echo(f"batchgen: submitted {path}; its output goes to {log}", err=True)
     click.echo(f"batchgen: how far it is: batchgen status {shlex.quote(str(folder))}", err=True)

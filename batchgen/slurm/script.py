@@ -24,7 +24,7 @@ SRUN = ("srun", "--kill-on-bad-exit=1", "--wait=0", "--distribution=block")
 
 # Which of sbatch's options say how many tasks there are.
 _TASKS = ("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-socket")
-SHARD = '"$((SLURM_ARRAY_TASK_ID + ${1:-0}))/%d"'
+SHARD = '"$((SLURM_ARRAY_TASK_ID + ${1:-0}))/%s"'  # in an array behind the first, $1 is the number of its first shard
 
 
 @dataclass(frozen=True)
