@@ -77,7 +77,7 @@ def test_the_file_runs_as_it_stands_once_it_is_edited(
         "tp": "2",
         "disk": str(folder),
         "shards": "2",
-        "source": "activate",
+        "source": "./activate",
         "nodes": "2" if name.endswith("-nodes") else "1",
         "ntasks-per-node": "1" if name == "array" else "2",
         "gpus-per-node": "1" if name == "array" else "2",
