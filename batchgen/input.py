@@ -37,9 +37,7 @@ class Input:
         Raises:
             InputError: as `Source`; or there is nothing to read, a pattern matches nothing, a file is named twice.
         """
-        files = [path for text in paths for path in _expand(text)]
-        if not files:
-            raise InputError("there is no input: name at least one file")
+        files = files_of(paths)
         names = _names(files)
         each = enumerate(zip(files, names, strict=True))
         return cls([find(path)(path, name, cache, number, scan) for number, (path, name) in each])
@@ -92,6 +90,18 @@ class Input:
             if id is not None and first.setdefault(id, row) is not row:
                 repeated[row.index] = f"line {first[id].line} of {first[id].source}"
         return repeated
+
+
+def files_of(paths: Sequence[str]) -> list[Path]:
+    """The files that `paths` name.
+
+    Raises:
+        InputError: there is none, or a pattern matches nothing.
+    """
+    files = [path for text in paths for path in _expand(text)]
+    if not files:
+        raise InputError("there is no input: name at least one file")
+    return files
 
 
 def _expand(text: str) -> list[Path]:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchgen import engine, models
+from batchgen import engine, formats, models
 from batchgen.checkpoint import CheckpointError, read_json, to_json, write_atomic
 from batchgen.engine import Engine
-from batchgen.input import Input
+from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
 from batchgen.prompts import PromptReader, Recipe, own_id
@@ -114,6 +114,17 @@ def prepare(
         own_cache,
         answers_requests,
     )
+
+
+def check_there(inputs: Sequence[str], model: str | None) -> None:
+    """Whether input and model are on this machine, without reading them: what a job would find out after hours.
+
+    Raises:
+        InputError, ModelError: a sentence each.
+    """
+    for path in files_of(inputs):
+        formats.find(path)
+    models.check_there(model)
 
 
 def _duplicates(source: Input, path: Path, scan: bool) -> dict[int, str]:

@@ -21,6 +21,7 @@ from batchgen.flow import MergeError, default_folder
 from batchgen.formats import InputError
 from batchgen.prepare import RunError
 from batchgen.progress import watch
+from batchgen.types import Shard
 from tests.commands.starts import ENVIRONMENT, prompts, read_rows, write_rows
 
 ALONE = Host(ENVIRONMENT)
@@ -155,3 +156,26 @@ def test_exported_names_are_there_and_importing_the_package_is_light() -> None:
     )
     command = [sys.executable, "-W", "error", "-c", program]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\nFalse False\n"
+
+
+def test_shards_do_the_run_together_and_the_last_one_merges(tmp_path: Path, rows: str) -> None:
+    out = tmp_path / "out"
+    for index in (2, 0, 1):
+        assert not (out / "generations.jsonl").exists()
+        part = run(rows, out, engine="echo", host=Host(ENVIRONMENT, shard=Shard(index, 3)))
+        assert (part.rows, part.good, part.open, part.exit_code) == (len(range(index, 20, 3)),) * 2 + (0, 0)
+    assert [row["index"] for row in read_rows(out / "generations.jsonl")] == list(range(20))
+    # A shard that is done costs nothing, and the whole run has nothing left to do.
+    assert run(rows, out, engine="echo", host=Host(ENVIRONMENT, shard=Shard(1, 3))).exit_code == 0
+    whole = run(rows, out, engine="echo", host=ALONE)
+    assert (whole.rows, whole.good, whole.state) == (20, 20, "finished")
+
+
+def test_the_ranks_of_a_shard_do_its_rows_alone(tmp_path: Path, rows: str) -> None:
+    out = tmp_path / "out"
+    command = ("run", rows, "-o", str(out), "--engine", "echo", "--shard", "1/3")
+    host = Host(ENVIRONMENT, ranks=2, rank_command=command, shard=Shard(1, 3))
+    part = run(rows, out, engine="echo", host=host)
+    assert (part.good, part.open) == (7, 0)
+    assert run(rows, out, engine="echo", host=ALONE).good == 20
+    assert sum(path.read_text().count("\n") for path in out.glob("generations-0000[12]-*.jsonl")) == 20

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.engine import Stream
 from batchgen.schedule import WINDOW, open_rows, order, shard, windows
-from batchgen.types import Prompt, SamplingParams
+from batchgen.types import Prompt, SamplingParams, Shard
 
 sizes = st.integers(0, 500)
 
@@ -34,6 +35,29 @@ def test_shards_partition_the_rows_evenly(rows: int, count: int) -> None:
     shards = [shard(rows, Stream(index, count, writes=True)) for index in range(count)]
     assert sorted(row for part in shards for row in part) == list(range(rows))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@given(rows=sizes, count=st.integers(1, 9), streams=st.integers(1, 9))
+def test_the_streams_of_all_shards_partition_the_rows_too(rows: int, count: int, streams: int) -> None:
+    parts = [
+        shard(rows, Stream(stream, streams, writes=True), Shard(index, count))
+        for index in range(count)
+        for stream in range(streams)
+    ]
+    assert sorted(row for part in parts for row in part) == list(range(rows))
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_shards_overlap_if_a_row_is_in_both(count: int, other: int, data: st.DataObject) -> None:
+    one, two = (Shard(data.draw(st.integers(0, most - 1)), most) for most in (count, other))
+    assert one.overlaps(two) == bool(set(one.rows(count * other)) & set(two.rows(count * other)))
+    assert Shard.parse(str(one)) == one
+
+
+@pytest.mark.parametrize("text", ["", "3", "3/", "-1/3", "3/3", "0/0", "1/2/3", "a/b", "²/3", " 1/2"])
+def test_what_is_no_shard_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no shard"):
+        Shard.parse(text)
 
 
 @given(rows=sizes, before=st.integers(1, 9), after=st.integers(1, 9), good=st.sets(st.integers(0, 499)))

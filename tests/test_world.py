@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchgen.world import World, WorldError, from_environment
+from batchgen.world import World, WorldError, check_start, from_environment
 
 TORCHRUN = {
     "RANK": "5",
@@ -193,3 +193,26 @@ def test_what_the_launcher_says_about_the_meeting_place_goes_first() -> None:
     assert from_environment(said).master == "fast:1234"
     assert from_environment({"MASTER_ADDR": "fast", "MASTER_PORT": "1234"}).master == ""
     assert from_environment(without(TORCHRUN, "MASTER_PORT")).master == ""
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NNODES": "1"}
+
+
+@pytest.mark.parametrize(("changed", "ranks"), [({}, 1), ({"SLURM_NNODES": "2"}, 1), ({"SLURM_NNODES": "2"}, 4)])
+def test_a_job_with_room_for_several_is_not_left_to_one_process(changed: dict[str, str], ranks: int) -> None:
+    with pytest.raises(WorldError, match=r"job 7 has . node\(s\) and 4 tasks, .*Put srun in front"):
+        check_start({**JOB, **changed}, ranks)
+
+
+@pytest.mark.parametrize(
+    ("changed", "ranks"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 1),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, 1),
+        ({"SLURM_NTASKS": "1"}, 1),
+        ({}, 4),
+    ],
+)
+def test_other_starts_in_a_job_are_let_through(changed: dict[str, str], ranks: int) -> None:
+    check_start({**JOB, **changed}, ranks)
+    check_start({}, ranks)

@@ -53,21 +53,19 @@ class _Commands(click.Group):
             formatter.write_dl([(name, _SUMMARIES.get(name, "")) for name in self.list_commands(context)])
 
 
-def asked_of(words: Sequence[str]) -> tuple[Path, Shard]:
-    """The run folder and the shard that `run …` or `run-batch …` would work on; the options are checked on the way.
+def asked_of(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The run folder and the options of `run …` or `run-batch …`, which are checked on the way.
 
     Raises:
         CommandError: the words are no command that makes a run.
         UsageError: an option is wrong.
     """
-    from batchgen.types import WHOLE
-
     if not words or words[0] not in ("run", "run-batch"):
         raise CommandError(f"{' '.join(words[:1]) or 'nothing'} makes no run: it must be run …, or run-batch …")
     module = importlib.import_module(f"{__name__}.{words[0].replace('-', '_')}")
     context = module.command.make_context(words[0], list(words[1:]))
     folder: Path = module.folder_of(context.params)
-    return folder, context.params.get("shard") or WHOLE
+    return folder, context.params
 
 
 # What `--help` says of each command without importing it; a test compares these with the commands' own help.

@@ -26,7 +26,7 @@ def command(words: tuple[str, ...], max_requeues: int, chained: bool) -> None:
     Exit codes: those of `run`; 4 also where another start would not help.
     """
     from batchgen.slurm import Supervisor
-    from batchgen.types import UserError
+    from batchgen.types import WHOLE, UserError
 
     log_to_stderr(0, 1)
     calls = (n for n in range(1, len(words)) if words[n] in ("run", "run-batch") and _is_batchgen(words[n - 1]))
@@ -34,8 +34,8 @@ def command(words: tuple[str, ...], max_requeues: int, chained: bool) -> None:
     if run is None:
         raise CommandError("the command must call batchgen: srun … batchgen run …")
     try:
-        folder, shard = asked_of(words[run:])
-        code = Supervisor(folder, shard, os.environ, max_requeues, chained).carry_out(words)
+        folder, asked = asked_of(words[run:])
+        code = Supervisor(folder, asked.get("shard", WHOLE), os.environ, max_requeues, chained).carry_out(words)
     except UserError as error:
         raise fail(error) from error
     sys.exit(code)

@@ -82,11 +82,13 @@ def _of_slurm(folder: Path, jobs: list[Job], queued: list[tuple[Job, Task]], fou
     """The jobs that are in the queue or have given up, and what is to be done about shards."""
     from batchgen import slurm
 
-    for _, task in queued:
+    for job, task in queued:
         if task.works or task.waits:
             yield f"  job     {task.name}: {task.words}"
         elif (end := slurm.end_of(folder, task.name)) is not None:
             yield f"  job     {task.name}: {end[0]}: {end[1]}"
+        elif job is jobs[-1] and task.state not in ("COMPLETED", slurm.GONE):
+            yield f"  job     {task.name}: {task.state}"
     shards = list(found.shards) if found is not None else []
     shards = shards or ["missing"] * max((job.shards for job in jobs), default=0)
     if not shards:

@@ -23,7 +23,7 @@ class _Submit(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         at = args.index("--") if "--" in args else len(args)
         ctx.obj = args[at + 1 :]
-        return super().parse_args(ctx, args[:at])
+        return super().parse_args(ctx, ["--help" if word == "-h" else word for word in args[:at]])
 
 
 def _array(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int]:
@@ -33,7 +33,7 @@ def _array(context: click.Context, parameter: click.Parameter, text: str | None)
     return int(found[1]), int(found[2] or 0)
 
 
-# Not -h: it could stand in one of sbatch's short options.
+# Click would see -h in sbatch's -Ahpc, too; as a word of its own it is dealt with above.
 @click.command(
     "submit", cls=_Submit, context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]}
 )
@@ -68,10 +68,13 @@ def command(
     --chain is for clusters where a job cannot requeue itself, for want of `scontrol` in its container.
     """
     from batchgen import slurm
-    from batchgen.types import UserError
+    from batchgen.prepare import check_there
+    from batchgen.types import WHOLE, UserError
 
-    folder, _ = asked_of(context.obj)
+    folder, asked = asked_of(context.obj)
     shards, at_once = array
+    if shards and asked.get("shard", WHOLE) != WHOLE:
+        raise CommandError("--array gives each job its --shard: leave that one out")
     try:
         size = min(shards, slurm.largest_array() or shards) if shards else 0
         site = slurm.load(os.environ, Path.cwd())
@@ -83,6 +86,7 @@ def command(
         if only_print:
             click.echo(script.text(), nl=False)
             return
+        check_there(asked.get("inputs", ()) or [asked["input_file"]], asked["model"])
         jobs = _submit(folder, script, tasks, chain or 1)
     except UserError as error:
         raise fail(error) from error

@@ -16,7 +16,17 @@ from batchgen.models import hub
 from batchgen.models.folder import ModelError, Report, fingerprint, weight_files
 from batchgen.models.packaged import DEFAULT, prepare_default
 
-__all__ = ["DEFAULT", "ModelError", "Report", "ResolvedModel", "cache_folder", "prepare_default", "pull", "resolve"]
+__all__ = [
+    "DEFAULT",
+    "ModelError",
+    "Report",
+    "ResolvedModel",
+    "cache_folder",
+    "check_there",
+    "prepare_default",
+    "pull",
+    "resolve",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,23 @@ def pull(name: str, cache: Path, report: Report) -> Path:
     return prepare_default(cache, report) if name == DEFAULT else hub.pull(name, report)
 
 
+def check_there(name: str | None) -> None:
+    """Whether the model called `name` is on this machine, or comes with batchgen; reads no weights.
+
+    Raises:
+        ModelError: it is not here, or not whole; the message says how to get it.
+    """
+    if name is not None and name != DEFAULT:
+        _there(name)
+
+
+def _there(name: str) -> Path:
+    folder = Path(name).expanduser().resolve() if Path(name).expanduser().is_dir() else hub.find(name)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it holds no config.json")
+    return folder
+
+
 def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
     """The model called `name`, which must be on this machine; the default model is prepared if it is not.
 
@@ -54,14 +81,7 @@ def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
     Raises:
         ModelError: it is not here, or not whole; the message says how to get it.
     """
-    if name is not None and Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser().resolve()
-    elif name is None or name == DEFAULT:
-        folder = prepare_default(cache, report)
-    else:
-        folder = hub.find(name)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: it holds no config.json")
+    folder = prepare_default(cache, report) if name is None or name == DEFAULT else _there(name)
     try:
         split = presplit.read(folder)
     except presplit.SplitError as error:

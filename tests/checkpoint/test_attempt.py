@@ -26,6 +26,7 @@ from batchgen.checkpoint import (
     join,
     status,
 )
+from batchgen.types import Shard
 from batchgen.world import World
 from tests.checkpoint.folders import ALONE, died, edit, elsewhere, made, start
 
@@ -327,3 +328,32 @@ def test_status_never_fails_while_heartbeats_and_claims_are_replaced(tmp_path: P
     over.set()
     thread.join()
     assert set(seen) == {2}
+
+
+def test_shards_are_claimed_side_by_side_and_nobody_gets_rows_that_another_has(tmp_path: Path) -> None:
+    folder = made(tmp_path, 8)
+    for index in range(4):
+        assert claim(folder, ALONE, {}, BEAT, shard=Shard(index, 4)).number == index + 1
+    for shard in (Shard(2, 4), Shard(0, 2), Shard(6, 8), Shard(0, 1), Shard(1, 3)):
+        with pytest.raises(CheckpointError, match=r"in use: attempt \d, process \d+ on .*, shard \d/4 works on it"):
+            claim(folder, ALONE, {}, BEAT, shard=shard)
+    attempts(folder)[2].end("stopped")
+    assert claim(folder, ALONE, {}, BEAT, shard=Shard(6, 8)).number == 5
+    with pytest.raises(CheckpointError, match=r"attempt 5, .*, shard 6/8 works on it"):
+        claim(folder, ALONE, {}, BEAT, shard=Shard(2, 4))
+
+
+def test_many_silent_attempts_elsewhere_are_watched_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = made(tmp_path, 8)
+    for index in range(8):
+        elsewhere(claim(folder, ALONE, {}, BEAT, shard=Shard(index, 8)))
+    assert claim(folder, ALONE, {}, BEAT).number == 9
+    assert caplog.text.count("and 7 more may still work; watching heartbeats") == 1
+
+
+def test_a_rank_finds_its_launch_among_the_other_tasks_of_an_array(tmp_path: Path) -> None:
+    folder = made(tmp_path, 8)
+    for index in range(4):
+        claim(folder, rank(0, launch=f"task {index}"), {}, BEAT, shard=Shard(index, 4))
+    found = join(folder, rank(1, launch="task 1"), patience=5)
+    assert (found.number, found.shard) == (2, Shard(1, 4))

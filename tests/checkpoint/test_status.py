@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from batchgen.checkpoint import CheckpointError, Heartbeat, RunFolder, claim, merge_with, status, write_lines
+from batchgen.types import Shard
 from batchgen.world import World
 from tests.checkpoint.folders import batch, commit, died, edit, elsewhere, made
 
@@ -123,3 +124,24 @@ def test_damage_is_found_where_it_is_looked_for(tmp_path: Path) -> None:
     generations.write_bytes(generations.read_bytes().replace(b"text", b"tent", 1))
     assert status(folder).good == 2
     assert status(folder, verify=True).open == 2
+
+
+def test_shards_are_missing_running_failed_or_finished(tmp_path: Path) -> None:
+    folder = made(tmp_path, 12)
+    assert status(folder).shards == []
+    claims = [claim(folder, World(), {}, 5.0, shard=Shard(index, 4)) for index in (0, 1, 2)]
+    commit(folder, 1, 0, batch([0, 4, 8], failed=[4]))
+    claims[0].end("finished")
+    commit(folder, 2, 1, batch([1]))
+    claims[1].end("ended with open rows: a rank died")
+    found = status(folder)
+    assert found.shards == ["finished", "failed", "running", "missing"]
+    assert (found.state, found.open) == ("running", 8)
+    part = status(folder, Shard(0, 4))
+    assert (part.rows, part.good, part.failed, part.open, part.exit_code) == (3, 2, 1, 0, 3)
+    assert [attempt.number for attempt in part.attempts] == [1]
+    # What is done is a set of rows: they may be spread over another number next time.
+    commit(folder, 4, 0, batch([2, 3, 5]))
+    claims[2].end("stopped")
+    claim(folder, World(), {}, 5.0, shard=Shard(1, 2)).end("stopped")
+    assert status(folder).shards == ["missing", "failed"]

@@ -26,7 +26,7 @@ def test_status_of_a_run_that_works_and_of_the_same_run_killed(tmp_path: Path, r
         process.end()
     assert (text.code, text.err) == (0, "")
     assert text.out.startswith(f"{out}: running\n  rows    ")
-    assert " tokens/s in the last attempt\n  left    about " in text.out
+    assert " tokens/s now\n  left    about " in text.out
     assert f"attempt 1, process {process.pid} on " in text.out
     assert text.out.endswith("1 rank(s): works\n")
     values = json.loads(figures.out)

@@ -100,10 +100,11 @@ def submit(
     out: str = "out",
     setup: tuple[str, ...] = (),
     prompts: str = "prompts.jsonl",
+    more: str = "",
 ) -> Submitted:
     """Submits a run of engine `echo`, in batches of 2 rows that take `seconds` a row."""
     folder.mkdir(parents=True)
-    (folder / prompts).write_text("".join(f'{{"prompt": "row {number}"}}\n' for number in range(rows)))
+    (folder / prompts).write_text("".join(f'{{"prompt": "row {number}"}}\n' for number in range(rows)) + more)
     if setup:
         (folder / "slurm.toml").write_text(f"setup = {json.dumps(setup)}\n")
     words = ["run", prompts, "-o", out, "--engine", "echo", "--batch-size", "2", "--set", f"seconds={seconds}"]
@@ -130,7 +131,8 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     top = tmp_path_factory.mktemp("jobs")
     made = {
         # The warning is due at once, and comes with Slurm's next look at the limits: within half a minute.
-        "limit": submit(cluster, top / "limit", f"{TWO_BY_TWO} --time=1 --signal=USR2@600", 240, 0.6),
+        "limit": submit(cluster, top / "limit", f"{TWO_BY_TWO} --time=1 --signal=USR1@600", 240, 0.6),
+        "warned array": submit(cluster, top / "warned", "--array 2 --time=1 --signal=USR2@600", 100, 0.8),
         "requeue": submit(cluster, top / "requeue", TWO_BY_TWO, 48, 0.6),
         "array": submit(cluster, top / "array", "--array 5%4 --ntasks=2 --time=5", 60, 0.1, setup=ONE_OF_FIVE),
         "large": submit(cluster, top / "large", f"--array {LARGEST_ARRAY + 3} --time=5", 40, 0.05),
@@ -139,6 +141,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             cluster, top / "capped", f"{TWO_BY_TWO} --max-requeues 1", 400, 0.5, setup=dying(top / "capped", 3)
         ),
         "chain": submit(cluster, top / "chain", f"{TWO_BY_TWO} --chain 4", 40, 0.3, setup=dying(top / "chain", 3)),
+        "bad": submit(cluster, top / "bad", "--time=5", 6, 0, more='{"prompt": 5}\n'),
         "cancelled": submit(cluster, top / "cancelled", "--ntasks=2 --time=5 --chain 3", 400, 0.5),
     }
     for number, name in enumerate(NASTY):
@@ -229,6 +232,19 @@ def test_a_job_that_cannot_go_on_is_not_requeued(cluster: Cluster, jobs: dict[st
 
 
 @pytest.mark.slow
+def test_rows_that_have_failed_are_no_reason_to_begin_again(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
+    job = jobs["bad"]
+    cluster.wait(job.job, "FAILED")
+    assert "Restarts=0" in (known := cluster.run("scontrol", "show", "job", job.job))
+    assert "ExitCode=3:0" in known
+    assert len((job.run / "errors.jsonl").read_text().splitlines()) == 1
+    # Submitted again, they are tried again.
+    again = cluster.run("sbatch", "--parsable", job.folder / "out.sbatch")
+    cluster.wait(again, "FAILED")
+    assert job.starts() == 2
+
+
+@pytest.mark.slow
 def test_a_job_is_requeued_only_so_often(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
     job = jobs["capped"]
     cluster.wait(job.job, "FAILED")
@@ -256,6 +272,15 @@ def test_a_job_comes_back_after_its_time_limit(cluster: Cluster, jobs: dict[str,
     assert "requeued, to go on" in job.log
     ends = [json.loads(path.read_text())["ended"] for path in sorted(job.run.glob("attempts/?????.json"))]
     assert set(ends[:-1]) == {"stopped by SIGUSR2"}
+
+
+@pytest.mark.slow
+def test_each_task_of_an_array_comes_back_by_itself(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
+    job = jobs["warned array"]
+    cluster.wait(job.job, "COMPLETED", seconds=200)
+    job.is_whole()
+    claims = [json.loads(path.read_text()) for path in job.run.glob("attempts/?????.json")]
+    assert sorted(claim["shard"] for claim in claims if claim["restarts"] == 1) == ["0/2", "1/2"]
 
 
 @pytest.mark.slow

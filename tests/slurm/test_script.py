@@ -64,7 +64,8 @@ def test_what_is_typed_comes_before_the_working_folder_and_that_before_the_home(
 ) -> None:
     (tmp_path / "config" / "batchgen").mkdir(parents=True)
     (tmp_path / "config" / "batchgen" / "slurm.toml").write_text(
-        'account = "home"\npartition = "home"\nmodules = ["cuda/12.4", "x y"]\n[sbatch]\nconstraint = "a100"\nexclusive = true\n'
+        'account = "home"\npartition = "home"\nmodules = ["cuda/12.4", "x y"]\n'
+        '[sbatch]\nconstraint = "a100"\nexclusive = true\n'
     )
     (tmp_path / "slurm.toml").write_text('partition = "here"\nsetup = ["export A=1"]\nsrun = ["--cpu-bind=none"]\n')
     text = submit(tmp_path, monkeypatch, "--print", "-C", "h100", *RUN).stdout
@@ -138,3 +139,16 @@ def test_sbatch_reads_a_value_as_it_was_typed(value: str, cluster: Cluster, tmp_
     job = cluster.run("sbatch", "--parsable", "--hold", script)
     assert cluster.run("squeue", "-h", "-j", job, "-o", "%j") == value
     cluster.run("scancel", job)
+
+
+def test_what_is_not_there_is_said_before_the_job_waits_for_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for more, sentence in (
+        (("missing.jsonl",), "there is no file missing.jsonl"),
+        (("--model", "no/such"), "batchgen pull"),
+    ):
+        done = submit(tmp_path, monkeypatch, *RUN, *more)
+        assert done.exit_code == 4
+        assert sentence in done.output
+        assert not list(tmp_path.glob("out*"))
