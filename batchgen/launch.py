@@ -26,9 +26,11 @@ _PR_SET_PDEATHSIG = 1  # see prctl(2)
 
 
 def start_ranks(
-    attempt: Attempt, command: Sequence[str], count: int, stop: Stop, environment: Mapping[str, str]
+    attempt: Attempt | None, command: Sequence[str], count: int, stop: Stop, environment: Mapping[str, str]
 ) -> list[int]:
     """Runs `python -m batchgen COMMAND…` as `count` ranks to their end; gives their exit codes, negative for a signal.
+
+    They belong to `attempt`, unless what they do is no run.
 
     If one rank dies, the others get SIGTERM, and `GRACE_SECONDS` later SIGKILL.
     """
@@ -44,7 +46,9 @@ def start_ranks(
             rank.wait()
 
 
-def _variables(attempt: Attempt, rank: int, count: int, port: int, environment: Mapping[str, str]) -> dict[str, str]:
+def _variables(
+    attempt: Attempt | None, rank: int, count: int, port: int, environment: Mapping[str, str]
+) -> dict[str, str]:
     # In a one-process torchrun, that one's store would be taken for that of these ranks.
     variables = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")}
     # As torchrun does, but all cores: N ranks with a thread a core each would get in each other's way.
@@ -56,9 +60,10 @@ def _variables(attempt: Attempt, rank: int, count: int, port: int, environment: 
         LOCAL_WORLD_SIZE=str(count),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        BATCHGEN_ATTEMPT=str(attempt.number),
         BATCHGEN_STARTER=str(os.getpid()),
     )
+    if attempt is not None:
+        variables["BATCHGEN_ATTEMPT"] = str(attempt.number)
     return variables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from batchgen import memory, presplit
 from batchgen.engine import EngineError
 from batchgen.world import World
+
+HOLLOW = "hollow.json"  # in the folder of a model whose weight files are empty: random numbers shall take their place
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -45,10 +48,11 @@ def check_weights(model: str) -> None:
         )
 
 
-def load(model: str, arguments: Mapping[str, Any]) -> Any:
+def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> Any:
     """The model in folder `model`, in eval mode. `arguments` go to `from_pretrained`; those that are None do not.
 
-    A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs.
+    A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs. A hollow
+    model's weights are made here, unless they are not wanted `filled` yet.
 
     Raises:
         EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
@@ -78,7 +82,31 @@ def load(model: str, arguments: Mapping[str, Any]) -> Any:
             f"the weights in {model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
             "copy or download the model again"
         )
+    if filled and (spread := hollow(Path(model))) is not None:
+        for name, parameter in loaded.named_parameters():
+            fill(name, parameter, spread)
     return loaded.eval()
+
+
+def hollow(folder: Path) -> float | None:
+    """The standard deviation of the random weights that the model in `folder` shall get; None: it has its own."""
+    path = folder / HOLLOW
+    return float(json.loads(path.read_text(encoding="utf-8"))["standard_deviation"]) if path.exists() else None
+
+
+def fill(name: str, parameter: torch.Tensor, spread: float) -> None:
+    """Random numbers into a parameter of that name, in place: as large as a new model's, 1 for a norm, 0 for a bias.
+
+    A shard of ZeRO is filled where it lies; one that waits on a disk stays zeros, and its text means nothing at all.
+    """
+    values = getattr(parameter, "ds_tensor", parameter).data
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if not values.is_floating_point() or values.device.type == "meta" or values.numel() == 0:
+        return
+    if len(shape) > 1:
+        values.normal_(0.0, spread)
+    else:
+        values.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def floating_dtype(name: str, config: Any) -> torch.dtype:

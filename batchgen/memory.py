@@ -52,6 +52,16 @@ class SizeLimits:
         return min((max(rows, rows * edge // max(length, 1)) for edge, rows in known), default=None)
 
 
+def cache_bytes_per_token(config: Any, item_bytes: int, ranks: int = 1) -> int:
+    """A key and a value a layer, of one token, on each of the `ranks` that share the model's heads."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    cached_heads = math.ceil((getattr(text, "num_key_value_heads", None) or heads) / ranks)
+    size: int = text.num_hidden_layers * 2 * cached_heads * head_size * item_bytes
+    return size
+
+
 def bytes_per_row(
     config: Any, *, prompt_tokens: int, new_tokens: int, item_bytes: int, eager: bool, ranks: int = 1
 ) -> int:
@@ -63,11 +73,8 @@ def bytes_per_row(
     attention writes its scores out, in the model's type and in float32.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    cached_heads = getattr(text, "num_key_value_heads", None) or heads
-    heads, cached_heads = math.ceil(heads / ranks), math.ceil(cached_heads / ranks)
-    cache = text.num_hidden_layers * 2 * cached_heads * head_size * item_bytes * (prompt_tokens + new_tokens)
+    heads = math.ceil(text.num_attention_heads / ranks)
+    cache = cache_bytes_per_token(config, item_bytes, ranks) * (prompt_tokens + new_tokens)
     logits = text.vocab_size * 4 * 2
     inner = math.ceil((getattr(text, "intermediate_size", None) or 4 * text.hidden_size) / ranks)
     activations = prompt_tokens * (4 * text.hidden_size + 3 * inner) * item_bytes

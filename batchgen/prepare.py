@@ -180,19 +180,20 @@ def facts(ready: Ready, ranks: int) -> dict[str, object]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
         "command": sys.argv,
     }
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of batchgen and the packages that decide what a model says and how fast."""
+    found = {}
     for name in _PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+            found[name] = "not installed"
+    return found
 
 
 def refusals(ready: Ready) -> Iterator[Generation]:

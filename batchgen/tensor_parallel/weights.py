@@ -35,7 +35,7 @@ def mapped(folder: str, attn_implementation: str | None) -> Any:
         EngineError: as `loading.load`.
     """
     arguments = {"dtype": stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
-    return loading.load(folder, arguments)
+    return loading.load(folder, arguments, filled=False)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -84,7 +84,7 @@ def bring(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtyp
     Args:
         dtype: of parameters that are of the files' own type; others were given theirs by Transformers on purpose.
     """
-    maps = _Maps(Path(folder))
+    maps, hollow = _Maps(Path(folder)), loading.hollow(Path(folder))
     kept = _kept_exact(model)
     homes: dict[int, list[tuple[nn.Module, str, str]]] = {}
     sources: dict[int, nn.Parameter] = {}
@@ -102,8 +102,12 @@ def bring(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtyp
         source = sources[key].data
         exact = any(kept(path) for *_, path in homes[key])
         target = dtype if source.dtype == own and not exact else source.dtype
-        here = source.to(device, copy=True)
-        maps.forget(source)
+        if hollow is None:
+            here = source.to(device, copy=True)
+            maps.forget(source)
+        else:
+            here = torch.empty(source.shape, dtype=source.dtype, device=device)
+            loading.fill(homes[key][0][2], here, hollow)
         if eight_bits and all(name == "weight" and _takes_8_bits(module) for module, name, _ in homes[key]):
             return Int8Weight.rounded(here, target)
         return here.to(target)

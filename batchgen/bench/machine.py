@@ -1,0 +1,89 @@
+"""What this machine can do at most, measured on the spot: the floor under the time of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from batchgen import memory
+from batchgen.offload import parameters
+
+_TIMES = 5  # the best of so many
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One device: a GPU, or all cores that this process may use."""
+
+    name: str
+    bandwidth: float  # bytes/s that a copy in its memory reads and writes
+    arithmetic: float  # operations/s of a large matrix product in the model's type, an addition and a product as two
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Measures `device` in about a second."""
+    gpu = device.type == "cuda"
+    source = torch.ones((1 << 30 if gpu else 1 << 27) // dtype.itemsize, dtype=dtype, device=device)
+    target = torch.empty_like(source)
+    copied = _best(lambda: target.copy_(source), device)
+    size = 8192 if gpu else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    multiplied = _best(lambda: left @ right, device)
+    name = torch.cuda.get_device_name(device) if gpu else f"{memory.cores()} CPU cores"
+    return Machine(name, 2 * source.numel() * dtype.itemsize / copied, 2 * size**3 / multiplied)
+
+
+def _best(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of several calls, after one that does not count."""
+    times = []
+    for _ in range(_TIMES + 1):
+        synchronize(device)
+        begun = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Seconds that steps of a model take at least on a machine: the larger of bytes by bandwidth and operations by
+    arithmetic. Weights are read once a step, the cache of each row once a token of its own."""
+
+    machine: Machine
+    weight_bytes: int
+    cache_bytes: int  # a token
+    operations: int  # a token: two a weight, the embedding's aside
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype, machine: Machine) -> Floor:
+        """For the model with this Transformers config."""
+        weights = parameters(config, dtype)
+        elements = weights.read_bytes // dtype.itemsize
+        text = config.get_text_config()
+        # An embedding is looked up; where it is the output matrix too, it is multiplied with once.
+        looked_up = 0 if weights.tied else text.vocab_size * text.hidden_size
+        cache = memory.cache_bytes_per_token(config, dtype.itemsize)
+        return cls(machine, weights.read_bytes, cache, 2 * (elements - looked_up))
+
+    def prefill(self, rows: int, tokens: int) -> float:
+        """One forward over `rows` prompts of `tokens` tokens."""
+        return self._step(rows * tokens, self.weight_bytes)
+
+    def decode(self, rows: int, context: float, steps: int) -> float:
+        """`steps` steps of `rows` rows, with `context` tokens before the first of them."""
+        length = context + (steps - 1) / 2  # on the average
+        return steps * self._step(rows, self.weight_bytes + rows * length * self.cache_bytes)
+
+    def _step(self, tokens: float, size: float) -> float:
+        return max(size / self.machine.bandwidth, tokens * self.operations / self.machine.arithmetic)

@@ -1,0 +1,125 @@
+"""What a bench has found, in a folder that it can go on with.
+
+bench.json         what is measured (a start that asks for something else is refused), machine and versions
+results.jsonl      a line a cell, as soon as it is there
+tables.md, results.csv, throughput.png      made from these (`tables`)
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from batchgen.checkpoint import read_json, to_json, write_atomic
+from batchgen.types import UserError
+
+CountMode = Literal["generated", "seed"]
+
+
+class BenchError(UserError):
+    """The bench cannot be carried out as asked: a sentence for the person at the terminal."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell: a system at a batch size, or on a job."""
+
+    system: str  # an engine and its settings, as typed
+    ranks: int
+    job: str  # "seed", "mixed", or a file's name
+    batch: int | None  # rows of a stream at once; None: the engine's choice
+    outcome: str  # "ok"; "oom", also where it had to be done in smaller batches; else what went wrong
+    load_seconds: float | None = None
+    streams: int = 0
+    rows: int = 0  # of all streams
+    fits: int | None = None  # rows of the largest batch
+    generated: int = 0  # tokens of one cycle and all streams, up to and with the end of sequence
+    counted_by_seed: int = 0  # the same as the seed counts: padding behind a row's end is generated
+    seconds: list[float] = field(default_factory=list)  # of each cycle, tokenising and decoding included
+    prefill_seconds: float | None = None
+    floor_seconds: float | None = None  # what a cycle takes at least on this machine
+    device_bytes: int | None = None  # most on one device
+    host_bytes: int | None = None  # most of one rank, what it shares with others included
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What the cell is, whatever came of it."""
+        return self.system, self.ranks, self.job, self.batch
+
+    @property
+    def median(self) -> float:
+        """Seconds of a cycle."""
+        return statistics.median(self.seconds)
+
+    def tokens(self, mode: CountMode) -> int:
+        """Tokens of a cycle."""
+        return self.counted_by_seed if mode == "seed" else self.generated
+
+    def per_second(self, mode: CountMode = "generated") -> float:
+        """Tokens a second."""
+        return self.tokens(mode) / self.median
+
+    def milliseconds(self, mode: CountMode = "generated") -> float:
+        """Milliseconds a token: the seed's figure."""
+        return 1000 * self.median / self.tokens(mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where a bench is kept."""
+
+    path: Path
+
+    def ask(self, asked: Mapping[str, Any]) -> None:
+        """Records what is measured, or checks that it is what is measured here already.
+
+        Raises:
+            BenchError: it is not.
+        """
+        path = self.path / "bench.json"
+        wanted = json.loads(json.dumps(asked))
+        if path.exists():
+            known = read_json(path)["asked"]
+            differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+            if differing:
+                changes = "; ".join(f"{name} was {known.get(name)}, now {wanted.get(name)}" for name in differing)
+                raise BenchError(f"{self.path} holds another bench: {changes}. Choose another folder with -o")
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, to_json({"asked": wanted}))
+        except OSError as error:
+            raise BenchError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Records what it ran on."""
+        path = self.path / "bench.json"
+        write_atomic(path, to_json({**read_json(path), **facts}))
+
+    def known(self) -> dict[str, Any]:
+        """What is measured, and on what.
+
+        Raises:
+            CheckpointError: this is no bench.
+        """
+        return read_json(self.path / "bench.json")
+
+    def results(self) -> list[Result]:
+        """All cells so far; of one that was measured twice, the last."""
+        path = self.path / "results.jsonl"
+        found: dict[tuple[object, ...], Result] = {}
+        names = {one.name for one in fields(Result)}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            values = json.loads(line)
+            result = Result(**{name: value for name, value in values.items() if name in names})
+            found[result.key] = result
+        return list(found.values())
+
+    def add(self, result: Result) -> None:
+        """Keeps a cell."""
+        with (self.path / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(result)) + "\n")

@@ -1,0 +1,204 @@
+"""A bench's results for people and programs: Markdown, CSV, and the plot of throughput over batch size."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from batchgen.bench.results import CountMode, Folder, Result
+
+_GB = 1e9
+_MEMORY = ("device, GB", "host, GB")  # most of one device; most of one rank
+
+
+def write(folder: Folder, mode: CountMode) -> Path:
+    """Writes tables.md, results.csv and, where Matplotlib is installed, throughput.png; the path of the first."""
+    results = folder.results()
+    text = markdown(folder.known(), results, mode)
+    (folder.path / "tables.md").write_text(text, encoding="utf-8")
+    (folder.path / "results.csv").write_text(_csv(results, mode), encoding="utf-8")
+    _plot(folder.path / "throughput.png", results, mode)
+    return folder.path / "tables.md"
+
+
+def markdown(known: dict[str, Any], results: Sequence[Result], mode: CountMode) -> str:
+    """The tables: load seconds, milliseconds a token over batch sizes, what each cell is made of, and the job."""
+    asked = known["asked"]
+    counted = (
+        "as the seed counts (padding behind a row's end is generated)" if mode == "seed" else "each row to its end"
+    )
+    parts = [
+        f"{asked['model']}, {asked['dtype']}, {asked['tokens']} new tokens, median of {asked['cycles']} cycles; tokens "
+        f"{counted}. {_machine(known)}",
+        _loads(results),
+    ]
+    seeds = [result for result in results if result.job == "seed"]
+    if seeds:
+        parts += ["Milliseconds per token by batch size:", _milliseconds(seeds, mode), _details(seeds, mode)]
+    jobs = [result for result in results if result.job != "seed"]
+    if jobs:
+        parts += ["Jobs of unequal lengths:", _jobs(jobs, mode)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _machine(known: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
+    machine = known.get("machine")
+    measured = ""
+    if machine is not None:
+        speed = f"{machine['bytes_per_second'] / 1e9:,.0f} GB/s, {machine['operations_per_second'] / 1e12:,.2f} TFLOP/s"
+        measured = f"{machine['name']}, measured: {speed}. "
+    return f"{measured}{known.get('date', '')}; {versions}."
+
+
+def _loads(results: Sequence[Result]) -> str:
+    rows: dict[tuple[str, int], float] = {}
+    for result in results:
+        if result.load_seconds is not None:
+            rows.setdefault((result.system, result.ranks), result.load_seconds)
+    return table(
+        ["system", "ranks", "seconds until ready"], [[*key, f"{seconds:.1f}"] for key, seconds in rows.items()]
+    )
+
+
+def _milliseconds(results: Sequence[Result], mode: CountMode) -> str:
+    batches = sorted({result.batch for result in results if result.batch is not None})
+    lines = []
+    for system, ranks in dict.fromkeys((result.system, result.ranks) for result in results):
+        cells = {one.batch: one for one in results if (one.system, one.ranks) == (system, ranks)}
+        lines.append([system, ranks, *(_cell(cells[batch], mode) if batch in cells else "" for batch in batches)])
+    return table(["system", "ranks", *batches], lines)
+
+
+def _cell(result: Result, mode: CountMode) -> str:
+    return f"{result.milliseconds(mode):.3f}" if result.outcome == "ok" else result.outcome
+
+
+def _details(results: Sequence[Result], mode: CountMode) -> str:
+    lines = []
+    for one in results:
+        if one.outcome != "ok" or one.prefill_seconds is None:
+            continue
+        # Of one row, in a cycle; a bench of one token has no decoding.
+        steps = max(one.tokens("seed") // max(one.rows, 1) - 1, 1)
+        share = "" if one.floor_seconds is None else f"{one.floor_seconds / one.median:.0%}"
+        decode = 1000 * (one.median - one.prefill_seconds) / steps
+        lines.append(
+            [
+                one.system,
+                one.ranks,
+                one.batch,
+                f"{one.per_second(mode):,.0f}",
+                f"{1000 * one.prefill_seconds:.1f}",
+                f"{decode:.2f}",
+                share,
+                _gigabytes(one.device_bytes),
+                _gigabytes(one.host_bytes),
+            ]
+        )
+    header = [
+        "system",
+        "ranks",
+        "batch",
+        "tokens/s",
+        "prefill, ms",
+        "decode step, ms",
+        "of the floor",
+        "device, GB",
+        "host, GB",
+    ]
+    return table(header, lines)
+
+
+def _jobs(results: Sequence[Result], mode: CountMode) -> str:
+    lines = []
+    for one in results:
+        if one.outcome == "ok":
+            numbers = [one.rows, f"{one.tokens(mode):,}", f"{one.median:.1f}", f"{one.per_second(mode):,.0f}", one.fits]
+            lines.append(
+                [one.system, one.ranks, one.job, *numbers, _gigabytes(one.device_bytes), _gigabytes(one.host_bytes)]
+            )
+        else:
+            lines.append([one.system, one.ranks, one.job, one.outcome, *[""] * 6])
+    header = [
+        "system",
+        "ranks",
+        "job",
+        "rows",
+        "tokens",
+        "seconds",
+        "tokens/s",
+        "largest batch",
+        "device, GB",
+        "host, GB",
+    ]
+    return table(header, lines)
+
+
+def _gigabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / _GB:.1f}"
+
+
+def table(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown, numbers to the right."""
+    rows = [header, ["--:" if number else "---" for number in range(len(header))], *lines]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def _csv(results: Sequence[Result], mode: CountMode) -> str:
+    text = io.StringIO()
+    names = ("system", "ranks", "job", "batch", "outcome", "fits", "rows", "load_seconds", "prefill_seconds")
+    sizes = ("floor_seconds", "device_bytes", "host_bytes")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, "seconds", "tokens", "tokens_per_second", "ms_per_token", *sizes])
+    for one in results:
+        measured = ["", "", "", ""]
+        if one.outcome == "ok":
+            measured = [
+                f"{one.median:.6f}",
+                str(one.tokens(mode)),
+                f"{one.per_second(mode):.3f}",
+                f"{one.milliseconds(mode):.6f}",
+            ]
+        writer.writerow([*(getattr(one, name) for name in names), *measured, *(getattr(one, name) for name in sizes)])
+    return text.getvalue()
+
+
+def _plot(path: Path, results: Sequence[Result], mode: CountMode) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for system, ranks in dict.fromkeys((one.system, one.ranks) for one in results if one.job == "seed"):
+        mine = [one for one in results if (one.system, one.ranks, one.job) == (system, ranks, "seed")]
+        good = sorted((one.batch or 0, one.per_second(mode)) for one in mine if one.outcome == "ok")
+        label = system if ranks == 1 else f"{system}, {ranks} ranks"
+        axes.plot([batch for batch, _ in good], [speed for _, speed in good], marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="batch, rows of a stream", ylabel="tokens a second")
+    axes.set_xscale("log", base=2)
+    axes.grid(visible=True, which="both", alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def compare(one: Folder, other: Folder, mode: CountMode) -> str:
+    """The cells that both have: tokens a second, and how many times faster the other is."""
+    mine = {result.key: result for result in one.results()}
+    lines = []
+    for result in other.results():
+        known = mine.get(result.key)
+        if known is None:
+            continue
+        cells = [_speed(known, mode), _speed(result, mode)]
+        both = known.outcome == result.outcome == "ok"
+        ratio = f"{result.per_second(mode) / known.per_second(mode):.2f}" if both else ""
+        lines.append([result.system, result.ranks, result.job, result.batch or "", *cells, ratio])
+    return table(["system", "ranks", "job", "batch", f"{one.path}", f"{other.path}", "ratio"], lines)
+
+
+def _speed(result: Result, mode: CountMode) -> str:
+    return f"{result.per_second(mode):,.1f}" if result.outcome == "ok" else result.outcome

@@ -1,0 +1,167 @@
+"""One rank of a bench: loads an engine once, and times it over batch sizes or over a job."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchgen import engine, loading
+from batchgen.bench import workloads
+from batchgen.bench.machine import Floor, measure, synchronize
+from batchgen.engine import Engine, Setup
+from batchgen.types import Batch, Prompt, SamplingParams
+from batchgen.world import World
+
+_BARRIER_SECONDS = 3600.0  # ranks may load for minutes
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the ranks of one process group measure; passed on as JSON."""
+
+    engine: str
+    settings: list[str]
+    model: str
+    dtype: str
+    batches: list[int]  # of the seed's; empty: the job
+    tokens: int  # new ones of the seed's rows
+    cycles: int
+    job: str | None  # a JSON file with [token ids, new tokens] of each row of a job
+    folder: str  # of this task alone: what each rank has found, and their barriers
+    cache: str
+
+    @classmethod
+    def read(cls, path: Path) -> Task:
+        """The task in the file `path`."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+class Worker:
+    """Carries a task out on one rank."""
+
+    def __init__(self, task: Task, world: World) -> None:
+        self._task, self._world = task, world
+        self._kind = engine.find(task.engine)
+        self._options = engine.parse_options(self._kind, task.settings)
+        self._stream = self._kind.stream(world, self._options)
+        self._encoder = self._kind.encoder(task.model)
+        gpu = torch.cuda.is_available()
+        self._device = torch.device("cuda", loading.gpu_of(world)) if gpu else torch.device("cpu")
+        self._barriers = 0
+
+    def work(self) -> None:
+        """Loads the engine, then measures cell after cell; what is found is written at once."""
+        floor = self._floor()
+        task = self._task
+        begun = time.perf_counter()
+        most = max(task.batches) if task.batches else None
+        setup = Setup(
+            task.model, task.dtype, most, self._world, selftest=False, run=task.folder, cache=task.cache, limits={}
+        )
+        with self._kind(setup, self._options) as made:
+            synchronize(self._device)
+            self._say({"load_seconds": time.perf_counter() - begun, "streams": self._stream.count})
+            for rows in task.batches:
+                if not self._seeds_batch(made, rows, floor):
+                    return
+            if task.job is not None:
+                self._job(made, Path(task.job))
+
+    def _floor(self) -> Floor | None:
+        config = getattr(self._encoder, "config", None)
+        if config is None:  # echo
+            return None
+        name = self._task.dtype
+        dtype = getattr(torch, name) if name in loading.FLOATING else config.get_text_config().dtype or torch.float32
+        machine = measure(self._device, dtype)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._say({"machine": [machine.name, machine.bandwidth, machine.arithmetic]})
+        return Floor.of(config, dtype, machine)
+
+    def _seeds_batch(self, made: Engine, rows: int, floor: Floor | None) -> bool:
+        """Measures a batch size; False if it does not fit."""
+        tokens = self._task.tokens
+        _, batches = self._timed(made, self._batch(rows, tokens))  # the warm-up
+        fits = max((len(batch.generations) for batch in batches), default=0)
+        refused = any(g.error is not None for batch in batches for g in batch.generations)
+        if fits < rows or refused:
+            self._say({"batch": rows, "outcome": "oom", "fits": 0 if refused else fits})
+            return False
+        prefill = min(self._timed(made, self._batch(rows, 1))[0] for _ in range(2))
+        seconds = []
+        for _ in range(self._task.cycles):
+            spent, batches = self._timed(made, self._batch(rows, tokens))
+            seconds.append(spent)
+        found = self._found(batches) | {"batch": rows, "outcome": "ok", "fits": fits, "prefill_seconds": prefill}
+        if floor is not None:
+            prompts = self._batch(rows, tokens)()
+            longest = max(len(prompt.tokens) for prompt in prompts)
+            least = floor.prefill(rows, longest) + floor.decode(rows, longest, tokens - 1)
+            found["floor_seconds"] = least * (self._stream.count / self._world.size)
+        self._say(found | {"seconds": seconds})
+        return True
+
+    def _batch(self, rows: int, tokens: int) -> Callable[[], list[Prompt]]:
+        def tokenize(texts: Sequence[str]) -> Any:
+            return self._encoder.tokenize(texts, special=True)
+
+        return lambda: workloads.batch(tokenize, rows, tokens)
+
+    def _job(self, made: Engine, path: Path) -> None:
+        rows = json.loads(path.read_text(encoding="utf-8"))[self._stream.index :: self._stream.count]
+        rows.sort(key=lambda row: (row[1], len(row[0])), reverse=True)  # as a run has them
+        prompts = [workloads.prompt(n, ids, SamplingParams(max_new_tokens=new)) for n, (ids, new) in enumerate(rows)]
+        self._timed(made, lambda: prompts[-min(8, len(prompts)) :])  # the warm-up: the shortest
+        seconds, batches = self._timed(made, lambda: prompts)
+        fits = max((len(batch.generations) for batch in batches), default=0)
+        self._say(self._found(batches) | {"batch": None, "outcome": "ok", "fits": fits, "seconds": [seconds]})
+
+    def _timed(self, made: Engine, prompts: Callable[[], list[Prompt]]) -> tuple[float, list[Batch]]:
+        """Seconds from the texts to the texts, all ranks having begun at once."""
+        self._barrier()
+        synchronize(self._device)
+        begun = time.perf_counter()
+        batches = list(made.generate(iter(prompts()), lambda: False))
+        synchronize(self._device)
+        return time.perf_counter() - begun, batches
+
+    def _found(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """What this rank's stream has generated, and the memory it took for it."""
+        mine = batches if self._stream.writes else []
+        lengths = [[generation.generated_tokens for generation in batch.generations] for batch in mine]
+        peaks = [batch.peak_memory_bytes or 0 for batch in batches]
+        return {
+            "rows": sum(map(len, lengths)),
+            "generated": sum(map(sum, lengths)),
+            "counted_by_seed": sum(len(each) * max(each, default=0) for each in lengths),
+            "device_bytes": max(peaks, default=0) if self._device.type == "cuda" else None,
+            "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts it in KiB
+        }
+
+    def _barrier(self) -> None:
+        """Waits for the other ranks, through files: not all engines have a process group."""
+        if self._world.size == 1:
+            return
+        self._barriers += 1
+        folder = Path(self._task.folder)
+        (folder / f"barrier-{self._barriers}-{self._world.rank}").touch()
+        deadline = time.monotonic() + _BARRIER_SECONDS
+        wanted = [folder / f"barrier-{self._barriers}-{rank}" for rank in range(self._world.size)]
+        while not all(path.exists() for path in wanted):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the other ranks have not come to barrier {self._barriers}")
+            time.sleep(0.001)
+
+    def _say(self, found: dict[str, Any]) -> None:
+        with (Path(self._task.folder) / f"rank-{self._world.rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")

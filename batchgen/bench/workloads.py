@@ -1,0 +1,59 @@
+"""What is measured: the seed's batches, and jobs of unequal lengths. Pure but for the tokenizer.
+
+The seed is "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate": eight short sentences, repeated up to the
+batch size, and 100 new tokens for each row, greedy.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+
+from batchgen.types import Prompt, SamplingParams, Tokens
+
+SENTENCES = (
+    "DeepSpeed is a machine learning framework",
+    "He is working on",
+    "He has a",
+    "He got all",
+    "Everyone is happy and I can",
+    "The new movie that got Oscar this year",
+    "In the far far distance from our galaxy,",
+    "Peace is the only way",
+)
+
+
+def batch(tokenize: Callable[[Sequence[str]], list[Tokens]], rows: int, new_tokens: int) -> list[Prompt]:
+    """The seed's batch of `rows` rows, tokenised anew at each call, as the seed times it."""
+    params = SamplingParams(max_new_tokens=new_tokens)
+    texts = list(islice(cycle(SENTENCES), rows))
+    return [prompt(number, ids, params) for number, ids in enumerate(tokenize(texts))]
+
+
+def mixed(rows: int, vocabulary: int, prompt_tokens: tuple[int, int], new_tokens: tuple[int, int]) -> list[Prompt]:
+    """A job of `rows` rows with prompts of random tokens, the same at every call.
+
+    Args:
+        vocabulary: token ids are below this, and below 32,000.
+        prompt_tokens: the fewest and the most, evenly spread.
+        new_tokens: the fewest and the most; log-normal between them, which are two standard deviations from the middle.
+    """
+    choose = random.Random(1)
+    fewest, most = new_tokens
+    middle, spread = (math.log(fewest) + math.log(most)) / 2, (math.log(most) - math.log(fewest)) / 4
+    sizes = []
+    for _ in range(rows):
+        length = choose.randint(*prompt_tokens)
+        sizes.append((length, int(min(most, max(fewest, round(choose.lognormvariate(middle, spread)))))))
+    made = []
+    for number, (length, new) in enumerate(sizes):
+        ids = [choose.randrange(4, min(vocabulary, 32_000)) for _ in range(length)]
+        made.append(prompt(number, ids, SamplingParams(max_new_tokens=new)))
+    return made
+
+
+def prompt(number: int, ids: Tokens, params: SamplingParams) -> Prompt:
+    """Row `number`."""
+    return Prompt(number, str(number), number + 1, "", ids, params, {})

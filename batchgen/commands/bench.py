@@ -1,0 +1,219 @@
+"""`batchgen bench`: what engines can do with a model on this machine."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchgen.commands import CommandError, fail, log_to_stderr, results_only_on_stdout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_BATCHES = "1,8,16,32,64,128,256,512"  # the seed's
+_MIXED_PROMPT, _MIXED_NEW = (32, 512), (16, 512)  # tokens, the fewest and the most
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> list[int]:
+    try:
+        numbers = sorted({int(part) for part in text.split(",") if part})
+    except ValueError:
+        numbers = [0]
+    if any(number < 1 for number in numbers):
+        raise click.BadParameter("must be whole numbers with commas between them, like 1,8,64")
+    return numbers
+
+
+@click.group("bench", invoke_without_command=True)
+@click.option("-o", "--out", default="bench", show_default=True, metavar="FOLDER", help="Where results are kept.")
+@click.option(
+    "--engines",
+    default="accelerate",
+    show_default=True,
+    metavar="E,…",
+    help="Engines with settings: ds-zero:offload=cpu, accelerate:dtype=int8.",
+)
+@click.option("--model", metavar="MODEL", help="As of `run`.")
+@click.option(
+    "--random-weights", metavar="SHAPE", help="Instead of --model: a config.json, or a name, made on the spot."
+)
+@click.option(
+    "--dtype", default="auto", show_default=True, help="Of the weights; of random ones, bfloat16 unless given."
+)
+@click.option(
+    "--batch-sizes", default=_BATCHES, show_default=True, callback=_numbers, metavar="N,…", help="The seed's."
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="New ones of each row.")
+@click.option("--cycles", type=click.IntRange(min=1), default=5, show_default=True, help="Timed, after a warm-up.")
+@click.option("--mixed", type=click.IntRange(min=0), default=0, metavar="ROWS", help="Also a job of unequal lengths.")
+@click.option("--input", "input_file", metavar="INPUT", help="Also a job of your own prompts.")
+@click.option("--sample", type=click.IntRange(min=1), metavar="ROWS", help="Of the input, drawn once and for all.")
+@click.option(
+    "--count-mode",
+    type=click.Choice(["generated", "seed"]),
+    default="generated",
+    show_default=True,
+    help="The seed counts padding behind a row's end as generated.",
+)
+@click.option(
+    "--ranks", "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one a GPU."
+)
+@click.pass_context
+def command(context: click.Context, /, **options: Any) -> None:
+    """Measure engines on this machine, by the seed's table and by jobs of unequal lengths.
+
+    Load seconds, milliseconds a token over batch sizes, memory, and the share of what the machine allows at most.
+
+    What is measured is kept, and the same command goes on with what is missing; an engine, a batch size or a number of
+    ranks may be added. The path of the tables is printed. Shapes with a name: bloom-560m, bloom-7b1, bloom-176b,
+    llama-8b, llama-70b, qwen3-0.6b.
+
+    The conventions are those of "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate": eight short sentences
+    repeated up to the batch size, greedy, tokenising and decoding included.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from batchgen.bench import tables
+    from batchgen.bench.results import Folder
+    from batchgen.stop import Stop
+    from batchgen.types import UserError
+
+    log_to_stderr(0, 1)
+    folder, stop = Folder(Path(options["out"])), Stop()
+    try:
+        with results_only_on_stdout(), stop.on_signals():
+            _measure(folder, stop, options)
+            path = tables.write(folder, options["count_mode"])
+    except UserError as error:
+        raise fail(error) from error
+    click.echo(path)
+    sys.exit(75 if stop() else 0)
+
+
+def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
+    from batchgen import bench, models
+    from batchgen.prepare import versions
+
+    if options["model"] is not None and options["random_weights"] is not None:
+        raise CommandError("--model and --random-weights name two models; leave one of them out")
+    systems = [bench.System.parse(text) for text in options["engines"].split(",")]
+    dtype = options["dtype"]
+    if options["random_weights"] is not None and dtype == "auto":
+        dtype = "bfloat16"
+    cache = models.cache_folder(os.environ)
+    with tempfile.TemporaryDirectory(prefix="batchgen-shape-") as scratch:
+        model, name = _model(options, dtype, Path(scratch))
+        job, rows = _job(options, model, systems)
+        asked = bench.Bench(
+            systems,
+            str(model),
+            dtype,
+            options["batch_sizes"],
+            options["tokens"],
+            options["cycles"],
+            job,
+            rows,
+            options["ranks"],
+            str(cache),
+        )
+        folder.ask(bench.asked(asked, name))
+        folder.describe({"versions": versions(), "date": time.strftime("%Y-%m-%d"), "command": sys.argv})
+        bench.run(asked, folder, os.environ, stop)
+
+
+def _model(options: dict[str, Any], dtype: str, scratch: Path) -> tuple[Path, str]:
+    """The model's folder, and what it is."""
+    from batchgen import models
+
+    if options["random_weights"] is None:
+        resolved = models.resolve(options["model"], models.cache_folder(os.environ), lambda sentence: None)
+        return resolved.folder, resolved.name
+    import torch
+
+    from batchgen.loading import FLOATING
+    from batchgen.models import shapes
+
+    if dtype not in FLOATING:
+        raise CommandError(
+            f"random weights are {', '.join(FLOATING)}; an engine rounds them further with :dtype={dtype}"
+        )
+    shape = options["random_weights"]
+    return shapes.make(shape, getattr(torch, dtype), scratch / "model"), f"random weights of {shape}"
+
+
+def _job(
+    options: dict[str, Any], model: Path, systems: Sequence[Any]
+) -> tuple[str | None, list[tuple[Sequence[int], int]]]:
+    """The job's name, and tokens and new tokens of its rows."""
+    from batchgen import engine
+    from batchgen.bench import workloads
+
+    if options["mixed"] and options["input_file"]:
+        raise CommandError("--mixed and --input name two jobs; leave one of them out")
+    encoder = engine.find(systems[0].engine).encoder(str(model))
+    if options["mixed"]:
+        prompts = workloads.mixed(options["mixed"], encoder.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
+        return f"mixed, {options['mixed']} rows", [(one.tokens, one.params.max_new_tokens) for one in prompts]
+    if not options["input_file"]:
+        return None, []
+    from batchgen.input import Input
+    from batchgen.prompts import PromptReader, Recipe
+    from batchgen.types import Prompt
+
+    with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
+        source = Input.open([options["input_file"]], Path(scratch), scan=True)
+        count = min(options["sample"] or len(source), len(source))
+        chosen = sorted(random.Random(1).sample(range(len(source)), count))
+        outcomes = PromptReader(Recipe(), encoder, {}).read(list(source.rows(chosen)))
+    rows = [(one.tokens, one.params.max_new_tokens) for one in outcomes if isinstance(one, Prompt)]
+    if not rows:
+        raise CommandError(f"no row of {options['input_file']} can become a prompt")
+    return f"{Path(options['input_file']).name}, {len(rows)} rows", rows
+
+
+@command.command("compare")
+@click.argument("one", metavar="A")
+@click.argument("other", metavar="B")
+@click.option("--count-mode", type=click.Choice(["generated", "seed"]), default="generated", show_default=True)
+def compare(one: str, other: str, count_mode: Any) -> None:
+    """Put two benches beside each other: tokens a second of each cell, and B by A."""
+    from batchgen.bench import tables
+    from batchgen.bench.results import Folder
+    from batchgen.types import UserError
+
+    folders = Folder(Path(one)), Folder(Path(other))
+    try:
+        for folder in folders:
+            folder.known()
+        click.echo(tables.compare(*folders, count_mode))
+    except UserError as error:
+        raise fail(error) from error
+
+
+@command.command("worker", hidden=True)
+@click.argument("task", metavar="TASK")
+def worker(task: str) -> None:
+    """One rank of a bench; `bench` starts it."""
+    from batchgen import launch
+    from batchgen.bench.worker import Task, Worker
+    from batchgen.engine import Died, OutOfStep
+    from batchgen.types import UserError
+    from batchgen.world import from_environment
+
+    world = from_environment(os.environ)
+    launch.die_with(int(os.environ["BATCHGEN_STARTER"]))
+    log_to_stderr(world.rank, world.size)
+    try:
+        Worker(Task.read(Path(task)), world).work()
+    except (Died, OutOfStep) as error:
+        click.echo(f"batchgen: {error}", err=True)
+        sys.exit(75)
+    except UserError as error:
+        raise fail(error) from error
