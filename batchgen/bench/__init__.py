@@ -115,13 +115,15 @@ def _measured(
         path = Path(scratch, "task.json")
         path.write_text(json.dumps(task), encoding="utf-8")
         codes = launch.start_ranks(None, ["bench", "worker", str(path)], bench.ranks, stop, environment)
+        if stop.signal is None:
+            stop.reason = None  # that a rank died is a finding
         found = [_lines(Path(scratch, f"rank-{rank}.jsonl")) for rank in range(bench.ranks)]
     if 4 in codes:
         raise BenchError(f"{system.text} cannot run here; it says above why")
-    if stop():
-        return
     _describe(folder, found)
-    yield from _cells(system, bench.ranks, batches, job, found, codes)
+    for result in _cells(system, bench.ranks, batches, job, found, codes):
+        if result.outcome == "ok" or not stop():  # what is missing, since we have ended the ranks, is no finding
+            yield result
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

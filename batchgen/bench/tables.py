@@ -27,13 +27,14 @@ def write(folder: Folder, mode: CountMode) -> Path:
 def markdown(known: dict[str, Any], results: Sequence[Result], mode: CountMode) -> str:
     """The tables: load seconds, milliseconds a token over batch sizes, what each cell is made of, and the job."""
     asked = known["asked"]
+    random = asked["model"].startswith("random weights")
     counted = (
         "as the seed counts (padding behind a row's end is generated)" if mode == "seed" else "each row to its end"
     )
     parts = [
         f"{asked['model']}, {asked['dtype']}, {asked['tokens']} new tokens, median of {asked['cycles']} cycles; tokens "
         f"{counted}. {_machine(known)}",
-        _loads(results),
+        _loads(results) + ("\n\nRandom weights are made, not read: loading real ones takes longer." if random else ""),
     ]
     seeds = [result for result in results if result.job == "seed"]
     if seeds:

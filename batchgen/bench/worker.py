@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class Worker:
         _, batches = self._timed(made, self._batch(rows, tokens))  # the warm-up
         fits = max((len(batch.generations) for batch in batches), default=0)
         refused = any(g.error is not None for batch in batches for g in batch.generations)
-        if fits < rows or refused:
+        if not self._all(fits >= rows and not refused):
             self._say({"batch": rows, "outcome": "oom", "fits": 0 if refused else fits})
             return False
         prefill = min(self._timed(made, self._batch(rows, 1))[0] for _ in range(2))
@@ -128,7 +129,7 @@ class Worker:
 
     def _timed(self, made: Engine, prompts: Callable[[], list[Prompt]]) -> tuple[float, list[Batch]]:
         """Seconds from the texts to the texts, all ranks having begun at once."""
-        self._barrier()
+        self._all(True)
         synchronize(self._device)
         begun = time.perf_counter()
         batches = list(made.generate(iter(prompts()), lambda: False))
@@ -148,19 +149,21 @@ class Worker:
             "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts it in KiB
         }
 
-    def _barrier(self) -> None:
-        """Waits for the other ranks, through files: not all engines have a process group."""
-        if self._world.size == 1:
-            return
+    def _all(self, mine: bool) -> bool:
+        """Whether it is true on every rank; waits for all of them. Through files: not all engines have a group."""
         self._barriers += 1
-        folder = Path(self._task.folder)
-        (folder / f"barrier-{self._barriers}-{self._world.rank}").touch()
+        world, folder = self._world, Path(self._task.folder)
+        (folder / f"barrier-{self._barriers}-{world.rank}-{mine}").touch()
+        waits = [folder / f"barrier-{self._barriers}-{rank}-" for rank in range(world.size)]
+        said: dict[Path, bool] = {}
         deadline = time.monotonic() + _BARRIER_SECONDS
-        wanted = [folder / f"barrier-{self._barriers}-{rank}" for rank in range(self._world.size)]
-        while not all(path.exists() for path in wanted):
+        while len(said) < world.size:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the other ranks have not come to barrier {self._barriers}")
+            every = product(waits, (True, False))
+            said |= {path: word for path, word in every if Path(f"{path}{word}").exists()}
             time.sleep(0.001)
+        return all(said.values())
 
     def _say(self, found: dict[str, Any]) -> None:
         with (Path(self._task.folder) / f"rank-{self._world.rank}.jsonl").open("a", encoding="utf-8") as file:

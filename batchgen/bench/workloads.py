@@ -43,12 +43,10 @@ def mixed(rows: int, vocabulary: int, prompt_tokens: tuple[int, int], new_tokens
     choose = random.Random(1)
     fewest, most = new_tokens
     middle, spread = (math.log(fewest) + math.log(most)) / 2, (math.log(most) - math.log(fewest)) / 4
-    sizes = []
-    for _ in range(rows):
-        length = choose.randint(*prompt_tokens)
-        sizes.append((length, int(min(most, max(fewest, round(choose.lognormvariate(middle, spread)))))))
     made = []
-    for number, (length, new) in enumerate(sizes):
+    for number in range(rows):
+        length = choose.randint(*prompt_tokens)
+        new = int(min(most, max(fewest, round(choose.lognormvariate(middle, spread)))))
         ids = [choose.randrange(4, min(vocabulary, 32_000)) for _ in range(length)]
         made.append(prompt(number, ids, SamplingParams(max_new_tokens=new)))
     return made

@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -87,6 +88,10 @@ _SUMMARIES = {
 @click.version_option(package_name="batchgen", message="%(prog)s %(version)s")
 def main() -> None:
     """Offline batch generation: every prompt of a file through a model, exactly once, whatever dies on the way."""
+    # Slurm's warning kills a process that has no handler, and a run has one only when its modules are imported.
+    # `batchgen job` sends it again.
+    if "SLURM_JOB_ID" in os.environ:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def fail(error: Exception) -> CommandError:

@@ -124,7 +124,8 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
             str(cache),
         )
         folder.ask(bench.asked(asked, name))
-        folder.describe({"versions": versions(), "date": time.strftime("%Y-%m-%d"), "command": sys.argv})
+        typed = ["batchgen", *sys.argv[1:]]
+        folder.describe({"versions": versions(), "date": time.strftime("%Y-%m-%d"), "command": typed})
         bench.run(asked, folder, os.environ, stop)
 
 
@@ -176,6 +177,22 @@ def _job(
     if not rows:
         raise CommandError(f"no row of {options['input_file']} can become a prompt")
     return f"{Path(options['input_file']).name}, {len(rows)} rows", rows
+
+
+@command.command("show")
+@click.argument("one", metavar="FOLDER")
+@click.option("--count-mode", type=click.Choice(["generated", "seed"]), default="generated", show_default=True)
+def show(one: str, count_mode: Any) -> None:
+    """Print the tables of a bench, and write them and the plot again."""
+    from batchgen.bench import tables
+    from batchgen.bench.results import Folder
+    from batchgen.types import UserError
+
+    try:
+        path = tables.write(Folder(Path(one)), count_mode)
+    except UserError as error:
+        raise fail(error) from error
+    click.echo(path.read_text(encoding="utf-8"), nl=False)
 
 
 @command.command("compare")

@@ -25,6 +25,8 @@ _LLAMA = {
     "head_dim": 128,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500_000.0,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
     "tie_word_embeddings": False,
 }
 

@@ -25,6 +25,7 @@ from batchgen.types import WHOLE, Shard
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 60.0  # for the ranks to end after the warning; then the job is requeued all the same
+_AGAIN_SECONDS = 5.0  # a rank that is just starting does not hear the first one
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # what --signal may be
 # Preemption, a lost node, scancel: Slurm decides what comes next.
 _ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -110,7 +111,9 @@ class Supervisor:
             self._child.send_signal(signal.SIGUSR2)
         while True:
             with suppress(subprocess.TimeoutExpired):
-                return self._child.wait(timeout=1.0)
+                return self._child.wait(timeout=_AGAIN_SECONDS)
+            if self._warned_at is not None:
+                self._child.send_signal(signal.SIGUSR2)
             if self._warned_at is not None and time.monotonic() - self._warned_at > self.grace and not self._ended:
                 logger.warning("the ranks have not ended in %.0f s; what is finished is recorded", self.grace)
                 return _RESUMABLE

@@ -1,0 +1,113 @@
+"""The whole bench on tiny models: every engine, two ranks, a cell that runs out of memory, and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engines.runs import OUT_OF_MEMORY, ROOT
+from tests.test_models_shapes import TINY
+
+
+def bench(folder: Path, *words: str, site: str | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{site}:{ROOT}" if site else str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "batchgen", "bench", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        timeout=280,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def cells(folder: Path) -> dict[tuple[str, str, int | None], dict[str, object]]:
+    lines = (folder / "bench" / "results.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in lines]
+    found = {(one["system"], one["job"], one["batch"]): one for one in results}
+    assert len(found) == len(lines), "a cell was measured twice"
+    return found
+
+
+@pytest.mark.slow
+def test_a_cell_that_runs_out_of_memory_is_a_cell_and_the_bench_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    site = tmp_path / "site"
+    site.mkdir()
+    # Rank 1 has no room for more than 3 rows: a batch of 4 is an end for ranks that step together.
+    (site / "sitecustomize.py").write_text(OUT_OF_MEMORY)
+    words = ["--random-weights", "tiny.json", "--dtype", "float32", "--ranks", "2", "--tokens", "5", "--cycles", "2"]
+    first = [*words, "--engines", "accelerate,ds-zero", "--batch-sizes", "1,2,4,8"]
+    assert bench(tmp_path, *first, site=str(site)).stdout == "bench/tables.md\n"
+    found = cells(tmp_path)
+    for system in ("accelerate", "ds-zero"):
+        assert [found[system, "seed", batch]["outcome"] for batch in (1, 2)] == ["ok", "ok"]
+        assert found[system, "seed", 2]["generated"] == 2 * 2 * 5
+        assert len(found[system, "seed", 2]["seconds"]) == 2  # type: ignore[arg-type]
+        assert found[system, "seed", 4]["outcome"] == "oom"
+        assert (system, "seed", 8) not in found, "the seed leaves larger ones out, too"
+    assert found["accelerate", "seed", 4]["fits"] == 2
+
+    # The same again has nothing to do; another system and a job are added, in the same folder.
+    more = ["--engines", "accelerate,ds-inference:tp=2,echo", "--batch-sizes", "1,2"]
+    done = bench(tmp_path, *words, *more)
+    assert "accelerate: batches" not in done.stderr
+    found = cells(tmp_path)
+    assert found["ds-inference:tp=2", "seed", 2]["generated"] == 2 * 5, "a group is one stream"
+    assert found["echo", "seed", 2]["outcome"] == "ok"
+    tables = (tmp_path / "bench" / "tables.md").read_text()
+    assert "random weights of tiny.json, float32, 5 new tokens, median of 2 cycles" in tables
+    assert "CPU cores, measured: " in tables
+    assert "| accelerate | 2 |" in tables
+    assert "| oom |" in tables
+    assert (tmp_path / "bench" / "throughput.png").stat().st_size > 5000
+    wrong = bench(tmp_path, *words, *more, "--tokens", "6", code=4)
+    assert "holds another bench: tokens was 5, now 6" in wrong.stderr
+    assert "| echo | 2 | seed | 2 |" in bench(tmp_path, "compare", "bench", "bench").stdout
+
+
+@pytest.mark.slow
+def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_path: Path) -> None:
+    with (tmp_path / "p.jsonl").open("w") as file:
+        for number in range(30):
+            file.write(json.dumps({"prompt": "abcdefgh " * (number % 4 + 1), "max_new_tokens": 3 + number % 5}) + "\n")
+        file.write('{"prompt": 5}\n')
+    words = ["--model", str(tiny_llama), "--batch-sizes", "", "-o", "bench", "--input", "p.jsonl", "--sample", "10"]
+    bench(tmp_path, *words)
+    (result,) = cells(tmp_path).values()
+    assert result["outcome"] == "ok"
+    assert 9 <= int(str(result["rows"])) <= 10
+    known = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert int(str(result["generated"])) <= known["asked"]["job_tokens"][1] <= 70
+    assert known["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--engines", "fast"], "there is no engine"),
+        (["--engines", "accelerate:no=1"], "has no setting 'no'"),
+        (["--random-weights", "gpt-5"], "there is no shape gpt-5"),
+        (["--random-weights", "x", "--model", "y"], "name two models"),
+        (["--mixed", "3", "--input", "p"], "name two jobs"),
+        (["compare", "a", "b"], "a is not a run folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from batchgen.commands import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        done = CliRunner().invoke(main, ["bench", *words])
+    assert done.exit_code == 4
+    assert sentence in done.output
+    assert not (tmp_path / "bench" / "results.jsonl").exists()

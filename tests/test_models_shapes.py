@@ -1,0 +1,69 @@
+"""Models of a shape: as large as the real ones, and hollow files that every engine takes for a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchgen import loading
+from batchgen.engine import Setup, find, parse_options
+from batchgen.models import ModelError, shapes
+from batchgen.types import Prompt, SamplingParams
+from batchgen.world import World
+
+# Parameters as the hub counts them.
+PARAMETERS = {
+    "bloom-560m": 559_214_592,
+    "bloom-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+    "llama-8b": 8_030_261_248,
+    "llama-70b": 70_553_706_496,
+    "qwen3-0.6b": 596_049_920,
+}
+
+TINY = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_a_shape_has_the_parameters_of_the_real_model_and_takes_no_room(name: str, tmp_path: Path) -> None:
+    folder = shapes.make(name, torch.bfloat16, tmp_path / "model")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * PARAMETERS[name]
+    assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 20 << 20
+    assert shapes.SHAPES.keys() == PARAMETERS.keys()
+
+
+def test_a_shape_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"there is no shape gpt-5: name a config.json, or one of bloom-560m, .*"):
+        shapes.config_of("gpt-5")
+    (tmp_path / "config.json").write_text('{"model_type": "no such"}')
+    with pytest.raises(ModelError, match="is no config that Transformers knows"):
+        shapes.config_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["accelerate", "ds-inference", "ds-zero"])
+def test_engines_fill_a_hollow_model_with_numbers_that_mean_something(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    folder = shapes.make(str(tmp_path / "config.json"), torch.float32, tmp_path / "model")
+    assert loading.hollow(folder) == 0.3
+    kind = find(name)
+    setup = Setup(str(folder), "float32", 8, World(), run=str(tmp_path), cache=str(tmp_path / "cache"))
+    prompts = [Prompt(n, str(n), n + 1, "", [n + 1], SamplingParams(max_new_tokens=6), {}) for n in range(8)]
+    with kind(setup, parse_options(kind, [])) as engine:
+        batches = list(engine.generate(iter(prompts), lambda: False))
+    texts = {generation.text for batch in batches for generation in batch.generations}
+    assert len(texts) == 8, "zeros would say the same after every prompt"
