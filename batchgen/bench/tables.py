@@ -179,7 +179,9 @@ def _plot(path: Path, results: Sequence[Result], mode: CountMode) -> None:
         label = system if ranks == 1 else f"{system}, {ranks} ranks"
         axes.plot([batch for batch, _ in good], [speed for _, speed in good], marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel="batch, rows of a stream", ylabel="tokens a second")
-    axes.set_xscale("log", base=2)
+    batches = sorted({one.batch for one in results if one.batch is not None})
+    axes.set_xticks(batches, labels=list(map(str, batches)))
+    axes.set_xticks([], minor=True)
     axes.grid(visible=True, which="both", alpha=0.3)
     if axes.lines:
         axes.legend()
