@@ -184,9 +184,15 @@ def test_task_that_comes_when_rank_0_has_no_work_left_still_does_its_own(tmp_pat
     assert texts(out) == [row["prompt"] for row in prompts(4)]
 
 
-def test_batch_script_outside_srun_is_alone(tmp_path: Path, rows: Path) -> None:
+def test_batch_script_outside_srun_is_alone_and_refused_where_it_would_leave_tasks_idle(
+    tmp_path: Path, rows: Path
+) -> None:
     script = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
-    assert call(tmp_path, *echo(rows, "-o", "out"), environment=script).code == 0
+    refused = call(tmp_path, *echo(rows, "-o", "out"), environment=script)
+    assert refused.code == 4
+    assert "job 7 has 1 node(s) and 8 tasks" in refused.err
+    assert not (tmp_path / "out").exists()
+    assert call(tmp_path, *echo(rows, "-o", "out"), environment=script | {"SLURM_NTASKS": "1"}).code == 0
     assert texts(tmp_path / "out") == WANTED
 
 

@@ -130,9 +130,9 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """All jobs of this module."""
     top = tmp_path_factory.mktemp("jobs")
     made = {
-        # The warning is due at once, and comes with Slurm's next look at the limits: within half a minute.
-        "limit": submit(cluster, top / "limit", f"{TWO_BY_TWO} --time=1 --signal=USR1@600", 240, 0.6),
-        "warned array": submit(cluster, top / "warned", "--array 2 --time=1 --signal=USR2@600", 100, 0.8),
+        # Slurm looks at limits every half minute, and warns half a minute early: 30 to 60 s after the start.
+        "limit": submit(cluster, top / "limit", f"{TWO_BY_TWO} --time=2 --signal=USR1@60", 480, 0.6),
+        "warned array": submit(cluster, top / "warned", "--array 2 --time=2 --signal=USR2@60", 160, 0.8),
         "requeue": submit(cluster, top / "requeue", TWO_BY_TWO, 160, 0.6),
         "array": submit(cluster, top / "array", "--array 5%4 --ntasks=2 --time=5", 60, 0.1, setup=ONE_OF_FIVE),
         "large": submit(cluster, top / "large", f"--array {LARGEST_ARRAY + 3} --time=5", 40, 0.05),
