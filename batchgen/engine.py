@@ -29,6 +29,23 @@ class Stream:
     writes: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One way for an engine to hold a model over the GPUs of a node. Sizes in bytes."""
+
+    settings: tuple[str, ...]  # of the engine, `name=value`
+    ranks: int
+    streams: int
+    device: int  # weights that lie on each device
+    gathered: int = 0  # room for more of them, that a forward brings there
+    host: int = 0  # weights in the host's memory, of all ranks
+    disk: int = 0  # weights on a disk
+    moved: int = 0  # weights that each rank waits for in a step
+    path: str = ""  # what they come over: gpus, host or disk
+    sharing: int = 1  # devices that the rows of a batch are spread over
+    in_turn: bool = False  # these compute one after the other
+
+
 class Encoder(Protocol):
     """The part of a model that turns rows into tokens. Needs no weights and no device."""
 
@@ -94,6 +111,16 @@ class Engine(ABC):
     def stream(cls, world: World, options: Any) -> Stream:
         """This rank's part: by default every rank is a stream of its own."""
         return Stream(world.rank, world.size, writes=True)
+
+    @classmethod
+    def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
+        """The ways to hold a model over `gpus` GPUs, whatever their memory; none: this kind of model cannot be had.
+
+        Args:
+            config: the model's Transformers config.
+            weights: its `batchgen.offload.Parameters`.
+        """
+        return []
 
     @classmethod
     @abstractmethod

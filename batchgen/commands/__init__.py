@@ -75,6 +75,7 @@ _SUMMARIES = {
     "cancel": "Cancel the Slurm jobs of a run; what is finished stays.",
     "job": "Carry a command out as the batch process of a Slurm job, requeued until it is done.",
     "merge": "Write the output files of a run folder again, or of an unfinished run.",
+    "plan": "Say what fits, how large a batch and how long, before any weight is loaded.",
     "pull": "Prepare a model on a machine with internet; print its local path.",
     "run": "Generate for every prompt of the input files, exactly once.",
     "run-batch": "Answer an OpenAI batch file, with the flags of `vllm run-batch`.",

@@ -19,7 +19,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from batchgen import loading, memory
-from batchgen.engine import Encoder, Engine, EngineError, Setup
+from batchgen.engine import Encoder, Engine, EngineError, Placement, Setup
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
@@ -66,6 +66,13 @@ class Accelerate(Engine):
             local_size=setup.world.local_size,
             count=self._count,
         )
+
+    @classmethod
+    def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
+        size = weights.read_bytes
+        whole = Placement((), gpus, gpus, device=size)
+        spread = Placement((), 1, 1, device=-(-size // gpus), sharing=gpus, in_turn=True)
+        return [whole, spread] if gpus > 1 else [whole]
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:

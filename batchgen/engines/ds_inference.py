@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from batchgen import loading, presplit, ranks, tensor_parallel
-from batchgen.engine import Encoder, Engine, EngineError, Setup, Stream
+from batchgen.engine import Encoder, Engine, EngineError, Placement, Setup, Stream
 from batchgen.hf import HfEncoder, Peers, StaticBatches
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
@@ -46,6 +46,19 @@ class DsInference(Engine):
         group = tensor_parallel.ranks_of_group(world, options.tp)
         size = len(group)
         return Stream(group.start // size, world.size // size, writes=world.rank == group.start)
+
+    @classmethod
+    def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
+        found = []
+        for tp in (size for size in range(1, gpus + 1) if gpus % size == 0):
+            try:
+                if tp > 1:
+                    tensor_parallel.check_split(config, tp)
+            except EngineError:
+                continue
+            share = -(-weights.read_bytes // tp)
+            found.append(Placement((f"tp={tp}",), gpus, gpus // tp, device=share, sharing=tp))
+        return found
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:

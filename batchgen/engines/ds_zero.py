@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from batchgen import extensions, loading, memory, offload, ranks, zero
-from batchgen.engine import Encoder, Engine, EngineError, OutOfStep, Setup
+from batchgen.engine import Encoder, Engine, EngineError, OutOfStep, Placement, Setup
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
 
@@ -68,6 +68,19 @@ class DsZero(Engine):
                 raise EngineError(f"offload={self.offload}: must be cpu, or nvme=FOLDER")
             if self.weight_bits not in (None, 4, 8):
                 raise EngineError(f"weight_bits={self.weight_bits}: must be 4 or 8")
+
+    @classmethod
+    def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
+        size, shard, gathered = weights.read_bytes, weights.shard_bytes(gpus), zero.gathered_bytes(weights)
+        held = Placement((), gpus, gpus, device=size)
+        if gpus > 1:
+            moved = size - size // gpus
+            held = Placement((), gpus, gpus, device=shard, gathered=gathered, moved=moved, path="gpus")
+        host = Placement(("offload=cpu",), gpus, gpus, 0, gathered, host=shard * gpus, moved=size // gpus, path="host")
+        disk = Placement(
+            ("offload=nvme=FOLDER",), gpus, gpus, 0, gathered, disk=shard * gpus, moved=size // gpus, path="disk"
+        )
+        return [held, host, disk]
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from batchgen import loading
+from batchgen.models import hub
 from batchgen.models.folder import ModelError
 
 _FILE_BYTES = 5 << 30  # of weights a file, as the hub's are
@@ -85,6 +86,21 @@ def config_of(shape: str) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path} is no config that Transformers knows: {error}") from error
+
+
+def find(name: str) -> tuple[Any, Path | None]:
+    """The config of a model on this machine or of a shape, and the folder of its tokenizer; None: it has none.
+
+    Raises:
+        ModelError: as `config_of`, or `models.resolve`.
+    """
+    if name in SHAPES or Path(name).is_file():
+        return config_of(name), None
+    folder = Path(name) if Path(name).is_dir() else hub.find(name)
+    has_tokenizer = any(
+        (folder / one).exists() for one in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    )
+    return config_of(str(folder)), folder if has_tokenizer else None
 
 
 def make(shape: str, dtype: torch.dtype, folder: Path) -> Path:

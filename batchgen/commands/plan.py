@@ -1,0 +1,168 @@
+"""`batchgen plan`: a forecast from a model's config and an input's lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
+from batchgen.commands.run import recipe_of, sampling_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from batchgen import plan as plans
+
+_SAMPLE = 20_000  # rows whose lengths are looked at
+_BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
+
+
+@click.command("plan")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
+@click.option(
+    "--model", required=True, metavar="MODEL|SHAPE", help="As of `run`; a config.json; or a name like llama-70b."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the weights.",
+)
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Of one node.")
+@click.option("--gpu", metavar="NAME", help="H100, H200, A100-80, A100-40, A6000, L40S or V100.")
+@click.option("--gpu-memory", type=click.FloatRange(min=1), metavar="GB", help="Of each, as it is sold.")
+@click.option("--host-memory", type=click.FloatRange(min=1), metavar="GB", help="Of the node.")
+@click.option("--bench", "bench_folder", metavar="FOLDER", help="Of `batchgen bench`, of this model on such a GPU.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@sampling_options
+@click.option("--prompt-column", metavar="NAME", help="As of `run`.")
+@click.option("--template", metavar="TEXT", help="As of `run`.")
+def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Say what fits, how large a batch and how long, before any weight is loaded.
+
+    For each engine: whether the model fits, the largest batch of the longest rows, the memory it takes, tokens a second
+    and the time of the whole input if every row generates as much as it may. Needs no GPU and no weights: a model's
+    config, or a shape with a name (bloom-560m, bloom-7b1, bloom-176b, llama-8b, llama-70b, qwen3-0.6b).
+    """
+    from batchgen.types import UserError
+
+    log_to_stderr(0, 1)
+    recipe = recipe_of(options)
+    try:
+        with results_only_on_stdout():
+            work, note, found, node = _planned(inputs, recipe, options)
+    except UserError as error:
+        raise fail(error) from error
+    if as_json:
+        values = [dataclasses.asdict(one) for one in found]
+        click.echo(json.dumps({"rows": work.rows, "lengths": note, "forecasts": values}, indent=1))
+    else:
+        click.echo("\n".join(_text(inputs, work, note, found, node, options)))
+
+
+def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any:
+    import torch
+
+    from batchgen import plan
+    from batchgen.models import shapes
+
+    config, folder = shapes.find(options["model"])
+    work, note = _work(inputs, recipe, folder)
+    host = options["host_memory"]
+    card = plan.card_of(options["gpu"], options["gpu_memory"])
+    node = plan.Node(card, options["gpus"], None if host is None else int(host * 1e9))
+    model = plan.Model.of(config, getattr(torch, options["dtype"]))
+    measured = _measured(options["bench_folder"], options["gpus"])
+    return work, note, plan.forecasts(model, work, node, measured), node
+
+
+def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plans.Work, str]:
+    """The lengths of the rows, and how they were found."""
+    from batchgen import plan
+    from batchgen.engine import find
+    from batchgen.input import Input
+    from batchgen.prompts import PromptReader
+    from batchgen.types import Prompt
+
+    encoder = find("accelerate").encoder(str(folder)) if folder is not None else find("echo").encoder("")
+    with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
+        source = Input.open(inputs, Path(scratch), scan=True)
+        count = min(len(source), _SAMPLE)
+        chosen = sorted(random.Random(1).sample(range(len(source)), count))
+        outcomes = PromptReader(recipe, encoder, {}).read(list(source.rows(chosen)))
+    prompts = [one for one in outcomes if isinstance(one, Prompt)]
+    if not prompts:
+        raise plan.PlanError("no row of the input can become a prompt; batchgen run --dry-run says why")
+    scale = 1 if folder is not None else _BYTES_PER_TOKEN
+    lengths = [(-(-len(one.tokens) // scale), one.params.max_new_tokens) for one in prompts]
+    note = (
+        "as the model's tokenizer has them" if folder is not None else "estimated at 4 bytes a token: no tokenizer here"
+    )
+    if count < len(source):
+        note += f"; of {count:,} rows drawn from {len(source):,}"
+    return plan.Work(lengths, round(len(source) * len(prompts) / count)), note
+
+
+def _measured(name: str | None, gpus: int) -> dict[str, dict[int, float]]:
+    """Seconds of a decode step by system and batch, of a bench."""
+    if name is None:
+        return {}
+    from batchgen.bench.results import Folder
+
+    folder = Folder(Path(name))
+    folder.known()
+    found: dict[str, dict[int, float]] = {}
+    for one in folder.results():
+        steps = one.counted_by_seed // max(one.rows, 1) - 1
+        if one.outcome == "ok" and one.ranks == gpus and one.batch and one.prefill_seconds is not None and steps > 0:
+            found.setdefault(one.system, {})[one.batch] = (one.median - one.prefill_seconds) / steps
+    return found
+
+
+def _text(
+    inputs: Sequence[str],
+    work: plans.Work,
+    note: str,
+    found: Sequence[plans.Forecast],
+    node: plans.Node,
+    options: dict[str, Any],
+) -> Iterator[str]:
+    from batchgen.progress import duration
+
+    prompts, new = (sum(one[place] for one in work.lengths) / len(work.lengths) for place in (0, 1))
+    yield f"{work.rows:,} rows of {prompts:,.0f} prompt tokens and up to {new:,.0f} new ones, on the average ({note})"
+    yield f"{options['model']} in {options['dtype']} on {node.gpus} GPU(s) of {node.card.memory / 1e9:,.0f} GB"
+    if not node.card.measured:
+        yield "the speeds of this GPU are its maker's, less a tenth: expect less"
+    for one in found:
+        place = one.placement
+        name = " ".join([one.engine, *place.settings]) + f", {place.ranks} rank(s)"
+        if one.why_not:
+            yield f"  {name}: does not fit: {one.why_not}"
+            continue
+        where = f", {place.host / 1e9:,.0f} GB of host memory" if place.host else ""
+        where += f", {place.disk / 1e9:,.0f} GB of disk" if place.disk else ""
+        speed = f"{one.tokens_per_second:,.0f} tokens/s, {duration(one.seconds)}, most of it {one.bound}"
+        size = f"{one.device_bytes / 1e9:,.1f} GB a GPU{where}"
+        yield f"  {name}, {place.streams} stream(s): batches of up to {one.batch} rows, {speed}; {size}"
+    if found and not found[0].why_not:
+        yield f"the fastest that fits: {_command(inputs, found[0], options)}"
+    else:
+        yield "nothing fits: more GPUs, GPUs with more memory, or shorter rows"
+
+
+def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any]) -> str:
+    words = ["batchgen", "run", *inputs, "--model", options["model"], "--dtype", options["dtype"]]
+    words += ["--engine", best.engine]
+    for setting in best.placement.settings:
+        words += ["--set", setting]
+    words += ["--gpus", str(best.placement.ranks)] if best.placement.ranks > 1 else []
+    return shlex.join(words)

@@ -1,0 +1,132 @@
+"""Forecasts: beside what was measured on a GPU, and beside the article's own table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from batchgen import plan
+from batchgen.bench.results import Folder
+from batchgen.commands import main
+from batchgen.engine import Placement
+from batchgen.models import shapes
+
+ROOT = Path(__file__).parents[1]
+H100 = ROOT / "benchmarks" / "h100"
+
+
+def model(shape: str) -> plan.Model:
+    return plan.Model.of(shapes.config_of(shape), torch.bfloat16)
+
+
+def best(found: list[plan.Forecast], engine: str) -> plan.Forecast:
+    return next(one for one in found if one.engine == engine)
+
+
+@pytest.mark.parametrize("shape", ["bloom-560m", "bloom-7b1"])
+def test_the_memory_of_a_batch_is_within_five_percent_of_what_was_measured(shape: str) -> None:
+    sized = model(shape)
+    checked = 0
+    for result in Folder(H100 / shape).results():
+        if ":" in result.system or result.batch is None or result.device_bytes is None:
+            continue
+        prompt = 8  # words of the seed's longest sentence
+        predicted = sized.weights.read_bytes + result.batch * sized.row_bytes(prompt, 100, 1)
+        assert predicted == pytest.approx(result.device_bytes, rel=0.05), result
+        checked += 1
+    assert checked >= 10
+
+
+def test_a_bench_of_the_model_comes_before_the_formulas() -> None:
+    work = plan.Work([(8, 100)] * 512, 5120)
+    node = plan.Node(plan.CARDS["H100"], 1)
+    found = plan.forecasts(model("bloom-7b1"), work, node, {"accelerate": {128: 0.02, 512: 0.08}})
+    measured = best(found, "accelerate")
+    assert measured.measured
+    # 100 steps of 0.08 s for 512 rows, ten times; and the prompts.
+    assert measured.seconds == pytest.approx(10 * 100 * 0.08, rel=0.05)
+    assert not best(found, "ds-zero").measured
+
+
+# The article's largest batches on eight A100s of 80 GB: what ran must fit.
+@pytest.mark.parametrize(
+    ("engine", "setting", "ran"), [("accelerate", (), 32), ("ds-inference", ("tp=8",), 128), ("ds-zero", (), 8)]
+)
+def test_the_articles_batches_fit(engine: str, setting: tuple[str, ...], ran: int) -> None:
+    work = plan.Work([(8, 100)] * 64, 64)
+    found = plan.forecasts(model("bloom-176b"), work, plan.Node(plan.CARDS["A100-80"], 8), {})
+    fits = [one for one in found if one.engine == engine and one.placement.settings == setting and not one.why_not]
+    assert max(one.batch for one in fits) >= ran
+    whole = next(one for one in found if one.engine == "accelerate" and one.placement.ranks == 8)
+    assert whole.why_not.startswith("352.5 GB of weights are more than the 84.0 GB of a GPU")
+
+
+def test_weights_that_wait_elsewhere_are_what_a_step_waits_for() -> None:
+    sized = model("llama-70b")
+    node = plan.Node(plan.CARDS["H100"], 1, host_memory=100 * 10**9, disk_bandwidth=1e9)
+    found = {
+        one.placement.settings: one
+        for one in plan.forecasts(sized, plan.Work([(8, 10)], 1), node, {})
+        if one.engine == "ds-zero"
+    }
+    assert "more than the" in found[()].why_not
+    assert "more than the host's memory" in found["offload=cpu",].why_not
+    disk = found["offload=nvme=FOLDER",]
+    assert disk.bound == "weights from the disk"
+    assert disk.seconds == pytest.approx(10 * sized.weights.read_bytes / 1e9, rel=0.01)
+
+
+def test_a_row_that_does_not_fit_is_said_with_its_size() -> None:
+    found = plan.forecasts(model("bloom-7b1"), plan.Work([(200_000, 8)], 1), plan.Node(plan.CARDS["V100"], 1), {})
+    assert "and a row takes" in best(found, "accelerate").why_not
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "memory"), [("H100", None, 85e9), (None, 24, 25.5e9), ("A100-80", 40, 42.5e9)]
+)
+def test_a_card_is_named_or_has_so_much_memory(name: str | None, gigabytes: float | None, memory: float) -> None:
+    assert plan.card_of(name, gigabytes).memory == pytest.approx(memory, rel=0.01)
+    with pytest.raises(plan.PlanError, match="the GPU B200 is not known: H100, "):
+        plan.card_of("B200", None)
+
+
+def test_every_placement_of_every_engine_is_whole() -> None:
+    from batchgen import engine
+
+    sized = model("llama-8b")
+    size = sized.weights.read_bytes
+    for name in engine.names():
+        for one in engine.find(name).placements(sized.config, sized.weights, 4):
+            held: Placement = one
+            everywhere = held.device * (held.sharing if held.sharing > 1 else 1)
+            assert max(everywhere, held.device * held.ranks, held.host, held.disk) >= size, (name, held)
+            assert held.ranks % held.streams == 0
+
+
+def test_the_command_says_lengths_forecasts_and_a_command_line(tiny_llama: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "p q.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{"abc " * number}"}}\n' for number in range(1, 9)))
+    done = CliRunner().invoke(
+        main, ["plan", str(prompts), "--model", str(tiny_llama), "--gpus", "2", "--max-new-tokens", "10"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "8 rows of " in done.stdout
+    assert "up to 10 new ones, on the average (as the model's tokenizer has them)" in done.stdout
+    assert (
+        f"the fastest that fits: batchgen run '{prompts}' --model {tiny_llama} --dtype bfloat16 --engine "
+        in done.stdout
+    )
+    shape = ["plan", str(prompts), "--model", "bloom-176b", "--gpu-memory", "80", "--gpus", "8", "--json"]
+    values = json.loads(CliRunner().invoke(main, shape).stdout)
+    assert values["rows"] == 8
+    assert "estimated at 4 bytes a token" in values["lengths"]
+    assert {one["engine"] for one in values["forecasts"]} == {"accelerate", "ds-inference", "ds-zero"}
+    nothing = CliRunner().invoke(main, ["plan", str(prompts), "--model", "bloom-176b", "--gpu", "V100"])
+    assert "ds-zero offload=nvme=FOLDER" in nothing.stdout
+    wrong = CliRunner().invoke(main, ["plan", str(prompts), "--model", "no/such"])
+    assert wrong.exit_code == 4
+    assert "batchgen pull no/such" in wrong.output
