@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from batchgen.checkpoint import Attempt
 from batchgen.stop import Stop
@@ -32,7 +33,8 @@ def start_ranks(
 
     They belong to `attempt`, unless what they do is no run.
 
-    If one rank dies, the others get SIGTERM, and `GRACE_SECONDS` later SIGKILL.
+    If one rank dies, the others get SIGTERM, and `GRACE_SECONDS` later SIGKILL; at once if those that are left are
+    frozen.
     """
     port = _free_port()
     ranks: list[subprocess.Popen[bytes]] = []
@@ -100,10 +102,18 @@ def _wait(ranks: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
                 stop.request(reason)
             _send(ranks, signal.SIGTERM)
             deadline = time.monotonic() + GRACE_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None and (time.monotonic() > deadline or all(map(_is_frozen, _alive(ranks)))):
             _send(ranks, signal.SIGKILL)
         time.sleep(0.05)
     return [rank.returncode for rank in ranks]
+
+
+def _is_frozen(rank: subprocess.Popen[bytes]) -> bool:
+    """Whether it is stopped (SIGSTOP): it will not hear SIGTERM however long one waits. See proc(5)."""
+    try:
+        return Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _send(ranks: list[subprocess.Popen[bytes]], number: int) -> None:

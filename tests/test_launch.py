@@ -159,3 +159,20 @@ def test_rank_whose_starter_is_gone_already_does_not_start() -> None:
     command = [sys.executable, "-c", DIES_WITH_ITS_PARENT, str(other.pid)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (75, "")
+
+
+def test_a_frozen_rank_is_not_waited_for(ranks: Path, attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 3600.0)
+    (ranks / "rank.py").write_text(
+        "import signal, time\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    while open('/proc/' + pathlib.Path('frozen').read_text() + '/stat').read().split()[2] != 'T':\n"
+        "        time.sleep(0.01)\n"
+        "    sys.exit(9)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "pathlib.Path('mine').write_text(str(os.getpid()))\n"
+        "os.rename('mine', 'frozen')\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    (ranks / "frozen").write_text("self")
+    assert start_ranks(attempt, [], 2, Stop(), ENVIRONMENT) == [9, -signal.SIGKILL]

@@ -68,16 +68,16 @@ def test_a_pickled_checkpoint_is_read_too(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_its_group_and_the_run_goes_on_over_another_number(llama: Path, tmp_path: Path) -> None:
-    prompts, out = rows(tmp_path / "p.jsonl", 120, bad=(5, 7)), tmp_path / "out"
+    prompts, out = rows(tmp_path / "p.jsonl", 60, bad=(5, 7)), tmp_path / "out"
     words = command(prompts, out, llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", engine="ds-inference")
     starter = subprocess.Popen([*words, "--tp", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, starter, 40), signal.SIGKILL)
+    os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
     _, said = starter.communicate(timeout=60)
     assert starter.returncode == 75, said
     assert "rank 1 died" in said
     # Now two groups of two, and a stop that reaches a rank of one group alone.
     two = subprocess.Popen([*words, "--tp", "2", "--ranks", "4"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, two, 20, attempt=2), signal.SIGUSR2)
+    os.kill(process_of_rank_1(out, two, 10, attempt=2), signal.SIGUSR2)
     _, said = two.communicate(timeout=120)
     assert two.returncode == 75, said
     ends = [json.loads(path.read_bytes()) for path in sorted(out.glob("attempts/00002-*.json"))]

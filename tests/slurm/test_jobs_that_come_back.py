@@ -142,6 +142,7 @@ def jobs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ),
         "chain": submit(cluster, top / "chain", f"{TWO_BY_TWO} --chain 4", 40, 0.3, setup=dying(top / "chain", 3)),
         "bad": submit(cluster, top / "bad", "--time=5", 6, 0, more='{"prompt": 5}\n'),
+        "lost": submit(cluster, top / "lost", f"{TWO_BY_TWO} --chain 3", 40, 0.5, setup=dying(top / "lost", 0)),
         "cancelled": submit(cluster, top / "cancelled", "--ntasks=2 --time=5 --chain 3", 400, 0.5),
     }
     for number, name in enumerate(NASTY):
@@ -261,6 +262,15 @@ def test_the_jobs_of_a_chain_follow_each_other_until_all_is_done(cluster: Cluste
     assert states == ["FAILED"] * done + ["COMPLETED"] + ["CANCELLED"] * (3 - done), job.log
     assert 1 <= done == job.starts() - 1
     job.is_whole()
+
+
+@pytest.mark.slow
+def test_a_chain_gives_up_as_a_whole(cluster: Cluster, jobs: dict[str, Submitted]) -> None:
+    job = jobs["lost"]
+    for one in job.jobs:
+        cluster.wait(one, "FAILED")
+    assert job.starts() <= 1, "the others have not even tried"
+    assert job.log.count("not starting again: this start has finished no row") == 3
 
 
 @pytest.mark.slow
