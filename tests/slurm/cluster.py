@@ -21,6 +21,8 @@ PACKAGES = "slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel")
 NODES = ("node1", "node2")
 CPUS, GPUS, LARGEST_ARRAY = 32, 4, 8
+# Where nodes have no namespaces, their names shall resolve all the same: ranks meet on the first of them.
+HOSTS, LINE = Path("/etc/hosts"), f"127.0.0.1 {' '.join(NODES)} # batchgen's tests of jobs\n"
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 CONF = """\
@@ -83,7 +85,8 @@ class Cluster:
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": f"{folder}/slurm.conf"}
         # Jobs inherit it: two ranks' threads on two cores would stand in each other's way.
         self.environment["OMP_NUM_THREADS"] = "1"
-        self.has_namespaces = os.getuid() == 0 and not self._fails("unshare", "-mupf", "--mount-proc", "true")
+        able = os.getuid() == 0 and not self._fails("unshare", "-mupf", "--mount-proc", "true")
+        self.has_namespaces = able and "SLURM_PLAIN" not in os.environ
         self._daemons: list[int] = []
         self._inits: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -95,6 +98,8 @@ class Cluster:
         own = [f"--{option}={self.folder / name}" for option, name in files.items()]
         self._daemon("munged", "--force", *own, "--num-threads=2")
         self._daemon("slurmctld", "-c")
+        if not self.has_namespaces and os.access(HOSTS, os.W_OK):
+            HOSTS.write_text(HOSTS.read_text() + LINE)
         for node in NODES:
             self.power_on(node)
         self.until(lambda: self.nodes("idle") == len(NODES), 60)
@@ -162,6 +167,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Cancels all jobs and ends all daemons."""
+        if LINE in HOSTS.read_text():
+            HOSTS.write_text(HOSTS.read_text().replace(LINE, ""))
         with suppress(subprocess.SubprocessError):
             self.run("scancel", "--full", "-u", str(os.getuid()), check=False)
         for init in self._inits.values():
