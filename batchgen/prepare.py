@@ -10,8 +10,10 @@ import importlib.metadata
 import json
 import logging
 import platform
+import random
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +21,13 @@ from typing import Any
 
 from batchgen import engine, formats, models
 from batchgen.checkpoint import CheckpointError, read_json, to_json, write_atomic
-from batchgen.engine import Engine
+from batchgen.engine import Encoder, Engine
 from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
 from batchgen.prompts import PromptReader, Recipe, own_id
 from batchgen.schedule import windows
-from batchgen.types import Generation, RowError, UserError
+from batchgen.types import Generation, Prompt, RowError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,25 @@ def check_there(inputs: Sequence[str], model: str | None) -> None:
     for path in files_of(inputs):
         formats.find(path)
     models.check_there(model)
+
+
+def sample(inputs: Sequence[str], recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int, int]:
+    """Prompts of rows drawn from the input, always the same ones; how many rows were drawn, and of how many.
+
+    Rows that cannot become a prompt are left out.
+
+    Args:
+        most: rows to draw; None: all.
+
+    Raises:
+        InputError: a sentence.
+    """
+    with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
+        source = Input.open(inputs, Path(scratch), scan=True)
+        count = len(source) if most is None else min(most, len(source))
+        chosen = sorted(random.Random(1).sample(range(len(source)), count))
+        outcomes = PromptReader(recipe, encoder, {}).read(list(source.rows(chosen)))
+    return [one for one in outcomes if isinstance(one, Prompt)], count, len(source)
 
 
 def _duplicates(source: Input, path: Path, scan: bool) -> dict[int, str]:

@@ -55,6 +55,16 @@ class Result:
         """Seconds of a cycle."""
         return statistics.median(self.seconds)
 
+    @property
+    def decode_steps(self) -> int:
+        """Of a row, in a cycle, behind its first token; 0 where prefill was not timed by itself."""
+        return 0 if self.prefill_seconds is None else self.counted_by_seed // max(self.rows, 1) - 1
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a decode step."""
+        return (self.median - (self.prefill_seconds or 0.0)) / max(self.decode_steps, 1)
+
     def tokens(self, mode: CountMode) -> int:
         """Tokens of a cycle."""
         return self.counted_by_seed if mode == "seed" else self.generated

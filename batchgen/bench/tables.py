@@ -83,10 +83,7 @@ def _details(results: Sequence[Result], mode: CountMode) -> str:
     for one in results:
         if one.outcome != "ok" or one.prefill_seconds is None:
             continue
-        # Of one row, in a cycle; a bench of one token has no decoding.
-        steps = max(one.tokens("seed") // max(one.rows, 1) - 1, 1)
         share = "" if one.floor_seconds is None else f"{one.floor_seconds / one.median:.0%}"
-        decode = 1000 * (one.median - one.prefill_seconds) / steps
         lines.append(
             [
                 one.system,
@@ -94,7 +91,7 @@ def _details(results: Sequence[Result], mode: CountMode) -> str:
                 one.batch,
                 f"{one.per_second(mode):,.0f}",
                 f"{1000 * one.prefill_seconds:.1f}",
-                f"{decode:.2f}",
+                f"{1000 * one.step_seconds:.2f}",
                 share,
                 _gigabytes(one.device_bytes),
                 _gigabytes(one.host_bytes),

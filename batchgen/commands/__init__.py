@@ -64,7 +64,8 @@ def asked_of(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     if not words or words[0] not in ("run", "run-batch"):
         raise CommandError(f"{' '.join(words[:1]) or 'nothing'} makes no run: it must be run …, or run-batch …")
     module = importlib.import_module(f"{__name__}.{words[0].replace('-', '_')}")
-    context = module.command.make_context(words[0], list(words[1:]))
+    # With the settings of the real one: Click makes a command's -h once, and keeps it.
+    context = module.command.make_context(words[0], list(words[1:]), **main.context_settings)
     folder: Path = module.folder_of(context.params)
     return folder, context.params
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 import tempfile
 import time
@@ -164,16 +163,11 @@ def _job(
         return f"mixed, {options['mixed']} rows", [(one.tokens, one.params.max_new_tokens) for one in prompts]
     if not options["input_file"]:
         return None, []
-    from batchgen.input import Input
-    from batchgen.prompts import PromptReader, Recipe
-    from batchgen.types import Prompt
+    from batchgen.prepare import sample
+    from batchgen.prompts import Recipe
 
-    with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
-        source = Input.open([options["input_file"]], Path(scratch), scan=True)
-        count = min(options["sample"] or len(source), len(source))
-        chosen = sorted(random.Random(1).sample(range(len(source)), count))
-        outcomes = PromptReader(Recipe(), encoder, {}).read(list(source.rows(chosen)))
-    rows = [(one.tokens, one.params.max_new_tokens) for one in outcomes if isinstance(one, Prompt)]
+    prompts, _, _ = sample([options["input_file"]], Recipe(), encoder, options["sample"])
+    rows = [(one.tokens, one.params.max_new_tokens) for one in prompts]
     if not rows:
         raise CommandError(f"no row of {options['input_file']} can become a prompt")
     return f"{Path(options['input_file']).name}, {len(rows)} rows", rows

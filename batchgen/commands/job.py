@@ -9,11 +9,16 @@ from pathlib import PurePath
 import click
 
 from batchgen.commands import CommandError, asked_of, fail, log_to_stderr
+from batchgen.slurm import MAX_REQUEUES
 
 
 @click.command("job", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option(
-    "--max-requeues", type=click.IntRange(min=0), default=100, show_default=True, help="How often it may begin again."
+    "--max-requeues",
+    type=click.IntRange(min=0),
+    default=MAX_REQUEUES,
+    show_default=True,
+    help="How often it may begin again.",
 )
 @click.option("--chained", is_flag=True, help="Others follow by dependency: do not requeue; end well if all is done.")
 @click.argument("words", nargs=-1, required=True, metavar="-- COMMAND…")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shlex
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,17 +86,10 @@ def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plan
     """The lengths of the rows, and how they were found."""
     from batchgen import plan
     from batchgen.engine import find
-    from batchgen.input import Input
-    from batchgen.prompts import PromptReader
-    from batchgen.types import Prompt
+    from batchgen.prepare import sample
 
     encoder = find("accelerate").encoder(str(folder)) if folder is not None else find("echo").encoder("")
-    with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
-        source = Input.open(inputs, Path(scratch), scan=True)
-        count = min(len(source), _SAMPLE)
-        chosen = sorted(random.Random(1).sample(range(len(source)), count))
-        outcomes = PromptReader(recipe, encoder, {}).read(list(source.rows(chosen)))
-    prompts = [one for one in outcomes if isinstance(one, Prompt)]
+    prompts, count, total = sample(inputs, recipe, encoder, _SAMPLE)
     if not prompts:
         raise plan.PlanError("no row of the input can become a prompt; batchgen run --dry-run says why")
     scale = 1 if folder is not None else _BYTES_PER_TOKEN
@@ -106,9 +97,9 @@ def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plan
     note = (
         "as the model's tokenizer has them" if folder is not None else "estimated at 4 bytes a token: no tokenizer here"
     )
-    if count < len(source):
-        note += f"; of {count:,} rows drawn from {len(source):,}"
-    return plan.Work(lengths, round(len(source) * len(prompts) / count)), note
+    if count < total:
+        note += f"; of {count:,} rows drawn from {total:,}"
+    return plan.Work(lengths, round(total * len(prompts) / count)), note
 
 
 def _measured(name: str | None, gpus: int) -> dict[str, dict[int, float]]:
@@ -121,9 +112,8 @@ def _measured(name: str | None, gpus: int) -> dict[str, dict[int, float]]:
     folder.known()
     found: dict[str, dict[int, float]] = {}
     for one in folder.results():
-        steps = one.counted_by_seed // max(one.rows, 1) - 1
-        if one.outcome == "ok" and one.ranks == gpus and one.batch and one.prefill_seconds is not None and steps > 0:
-            found.setdefault(one.system, {})[one.batch] = (one.median - one.prefill_seconds) / steps
+        if one.outcome == "ok" and one.ranks == gpus and one.batch and one.decode_steps > 0:
+            found.setdefault(one.system, {})[one.batch] = one.step_seconds
     return found
 
 

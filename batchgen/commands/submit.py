@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from batchgen.commands import CommandError, asked_of, fail
+from batchgen.slurm import MAX_REQUEUES
 
 if TYPE_CHECKING:
     from batchgen.slurm import Array, Script
@@ -45,7 +46,7 @@ def _array(context: click.Context, parameter: click.Parameter, text: str | None)
 @click.option(
     "--max-requeues",
     type=click.IntRange(min=0),
-    default=100,
+    default=MAX_REQUEUES,
     show_default=True,
     help="How often it may begin again.",
 )

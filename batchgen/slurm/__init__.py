@@ -3,12 +3,13 @@
 from batchgen.slurm.directives import Directive, parse
 from batchgen.slurm.queue import GONE, SlurmError, Task, cancel, is_there, largest_array, sbatch, tasks
 from batchgen.slurm.records import Job, end_of, jobs, log_pattern, prepare, remember
-from batchgen.slurm.script import SHARD, SRUN, Array, Script, ranges, retries, submitted
+from batchgen.slurm.script import MAX_REQUEUES, SHARD, SRUN, Array, Script, ranges, retries, submitted
 from batchgen.slurm.site import Site, load
 from batchgen.slurm.supervise import Supervisor
 
 __all__ = [
     "GONE",
+    "MAX_REQUEUES",
     "SHARD",
     "SRUN",
     "Array",
