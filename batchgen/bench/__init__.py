@@ -72,10 +72,9 @@ def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop
     for system in bench.systems:
         known = {result.key: result for result in folder.results()}
         wanted = [batch for batch in bench.batches if (system.text, bench.ranks, "seed", batch) not in known]
-        failed = [
-            one for one in known.values() if one.system == system.text and one.job == "seed" and one.outcome != "ok"
-        ]
-        if wanted and not failed and not stop():
+        mine = [one for one in known.values() if one.key[:3] == (system.text, bench.ranks, "seed")]
+        ended = any(one.outcome != "ok" for one in mine)
+        if wanted and not ended and not stop():
             logger.info("%s: batches of %s", system.text, ", ".join(map(str, wanted)))
             for result in _measured(bench, system, wanted, None, environment, stop, folder):
                 folder.add(result)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from batchgen.bench.results import Folder, Result
 from tests.engines.runs import OUT_OF_MEMORY, ROOT
 from tests.test_models_shapes import TINY
 
@@ -111,3 +112,12 @@ def test_what_cannot_be_measured_is_a_sentence(words: list[str], sentence: str, 
     assert done.exit_code == 4
     assert sentence in done.output
     assert not (tmp_path / "bench" / "results.jsonl").exists()
+
+
+def test_what_two_ranks_had_no_room_for_is_tried_by_one(tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    words = ["--random-weights", "tiny.json", "--dtype", "float32", "--tokens", "5", "--cycles", "1"]
+    bench(tmp_path, *words, "--engines", "accelerate", "--batch-sizes", "")
+    Folder(tmp_path / "bench").add(Result("echo", 2, "seed", 1, "oom"))
+    bench(tmp_path, *words, "--engines", "echo", "--batch-sizes", "1")
+    assert {(one.ranks, one.outcome) for one in Folder(tmp_path / "bench").results()} == {(2, "oom"), (1, "ok")}
