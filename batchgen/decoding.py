@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from batchgen.types import Prompt
 
 _STEPS_DRAWN = 64  # random numbers a row that travel to the device together
-_ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 64 MiB for each float64 tensor
+ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 64 MiB for each float64 tensor
 
 # A tail of tokens can begin in the middle of a character and may hold tokens without text (special ones).
 _TAIL_MARGIN = 8
@@ -103,7 +103,7 @@ class Sampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniform = self._draw()
-        size = max(1, _ELEMENTS_AT_ONCE // scores.shape[-1])
+        size = max(1, ELEMENTS_AT_ONCE // scores.shape[-1])
         for begin in range(0, len(self._random), size):
             part = slice(begin, begin + size)
             tokens = choose(

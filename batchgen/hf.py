@@ -157,7 +157,7 @@ class StaticBatches:
             length = sum(_lengths(part))
             most = self._limits.most(length)
             if most == 0:
-                yield Batch([_refuse(prompt) for prompt in part], 0, memory.take_peak_bytes(self._devices))
+                yield Batch([memory.refuse(prompt) for prompt in part], 0, memory.take_peak_bytes(self._devices))
                 continue
             if most is not None and len(part) > most:
                 parts.extendleft(reversed([part[i : i + most] for i in range(0, len(part), most)]))
@@ -166,7 +166,7 @@ class StaticBatches:
             if finished is not None:
                 yield finished
             elif len(part) == 1:
-                yield Batch([_refuse(part[0])], 0, memory.take_peak_bytes(self._devices))
+                yield Batch([memory.refuse(part[0])], 0, memory.take_peak_bytes(self._devices))
             else:
                 self._limits.remember(length, (len(part) + 1) // 2)
                 parts.appendleft(part)
@@ -275,13 +275,3 @@ class StaticBatches:
 def _lengths(batch: Sequence[Prompt]) -> tuple[int, int]:
     """Tokens of the longest prompt, and the most new ones: what every row of `batch` can come to."""
     return max(len(p.tokens) for p in batch), max(p.params.max_new_tokens for p in batch)
-
-
-def _refuse(prompt: Prompt) -> Generation:
-    return Generation.failed(
-        prompt,
-        "out_of_memory",
-        f"line {prompt.line}: {len(prompt.tokens)} prompt tokens and up to {prompt.params.max_new_tokens} new ones "
-        "do not fit into memory, even alone in a batch. Lower max_new_tokens, shorten the prompt, "
-        "or use a machine with more memory or a smaller --dtype",
-    )

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from batchgen.types import Generation, Prompt
+
 _MOST_ROWS = 512
 _MOST_ROWS_ON_CPU = 32  # beyond this a CPU gains nothing, and one batch would take minutes to commit
 _SHARE = 0.8  # of free memory; the rest is for fragmentation and what the estimate leaves out
@@ -127,6 +129,17 @@ def host_free_bytes(
             if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
                 left = min(left, int(most) - int(used.read_text()))
     return max(left, 0)
+
+
+def refuse(prompt: Prompt) -> Generation:
+    """What becomes of a prompt for which there is not enough memory, even with nothing beside it."""
+    return Generation.failed(
+        prompt,
+        "out_of_memory",
+        f"line {prompt.line}: {len(prompt.tokens)} prompt tokens and up to {prompt.params.max_new_tokens} new ones "
+        "do not fit into memory, even alone in a batch. Lower max_new_tokens, shorten the prompt, "
+        "or use a machine with more memory or a smaller --dtype",
+    )
 
 
 def take_peak_bytes(devices: Sequence[torch.device]) -> int:

@@ -1,0 +1,182 @@
+"""Engine `paged`: continuous batching over a paged cache, on one GPU a rank or on the CPU.
+
+Rows enter and leave the batch one by one, so that a short row never waits for a long one and nothing is padded. Every
+rank holds a whole model and is a stream of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from batchgen import loading, memory, selftest
+from batchgen.decoding import StopTexts, cut
+from batchgen.encoder import HfEncoder
+from batchgen.engine import Encoder, Engine, EngineError, Placement, Setup
+from batchgen.paged import models
+from batchgen.paged.loop import Finished, Loop
+from batchgen.paged.pages import SIZE
+from batchgen.paged.runner import Runner
+from batchgen.paged.scheduler import Scheduler
+from batchgen.types import Batch, FinishReason, Generation, Prompt
+
+_YIELD_SECONDS = 1.0
+_FEED = 256  # prompts tokenised and handed in at once
+_SLOTS_ON_CPU = 64
+_MOST_SLOTS = 4096
+_TYPICAL_TOKENS = 128  # of a row: what the number of slots is worked out from, not a limit
+_WIDEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
+_STEP_OPERATIONS = 20e12  # of a step with parts of prompts: some 30 ms of an H100, which hides the work of the CPU
+
+
+class Paged(Engine):
+    """A whole model a rank, its rows in flight all the time."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of engine `paged`."""
+
+        step_tokens: int | None = (
+            None  # most tokens of a forward with parts of prompts in it; None: by the model's size
+        )
+        cache_tokens: int | None = None  # of the cache; None: as many as fit
+        expected_share: float | None = None  # of its max_new_tokens that a row generates; None: learnt as rows end
+
+    def __init__(self, setup: Setup, options: Options) -> None:
+        self._loop: Loop | None = None
+        self._encoder = HfEncoder(setup.model)
+        models.check(self._encoder.config)
+        loading.check_weights(setup.model)
+        loading.quieten()
+        dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
+        gpu = torch.cuda.is_available()
+        self._device = torch.device("cuda", loading.gpu_of(setup.world)) if gpu else torch.device("cpu")
+        self._check = setup.selftest
+        self._model = loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
+        self._make(setup, options)
+
+    def _make(self, setup: Setup, options: Options) -> None:
+        """Runner and scheduler, in the memory that there is."""
+        token = memory.cache_bytes_per_token(self._encoder.config, self._model.dtype.itemsize)
+        slots = setup.batch_size or _slots(
+            memory.free_bytes([self._device], setup.world.local_size), token, self._device
+        )
+        parameters = sum(one.numel() for one in self._model.parameters())
+        budget = options.step_tokens or min(8192, max(2048, int(_STEP_OPERATIONS / 2 / parameters)))
+        width = min(self._encoder.context or _WIDEST, options.cache_tokens or _WIDEST)
+        runner = Runner(self._model, slots=slots, columns=-(-width // SIZE), budget=budget)
+        free = runner.free_bytes() if self._device.type == "cuda" else self._host_bytes(setup, slots, width)
+        pages = free // runner.bytes_per_page()
+        if options.cache_tokens is not None:
+            pages = min(pages, -(-options.cache_tokens // SIZE))
+        if pages < 1:
+            raise EngineError(
+                "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), or "
+                "--engine accelerate, which can put weights elsewhere"
+            )
+        runner.allocate(int(pages))
+        self._runner = runner
+        self._scheduler = Scheduler(
+            slots=slots, pages=int(pages), width=width, budget=budget, expected=options.expected_share
+        )
+
+    def _host_bytes(self, setup: Setup, slots: int, width: int) -> int:
+        """Half of what is free, or what all slots can need."""
+        token = memory.cache_bytes_per_token(self._encoder.config, self._model.dtype.itemsize)
+        return min(memory.host_free_bytes() // 2 // setup.world.local_size, slots * width * token)
+
+    @classmethod
+    def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
+        return [Placement((), gpus, gpus, device=weights.read_bytes)] if models.covers(config) else []
+
+    @classmethod
+    def encoder(cls, model: str) -> Encoder:
+        return HfEncoder(model)
+
+    def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        self._loop = loop = Loop(
+            self._scheduler,
+            self._runner,
+            device=self._device,
+            end_tokens=frozenset(self._encoder.end_tokens),
+            watch=self._watch,
+            check=self._selftest if self._check else None,
+            count=self._count,
+        )
+        loop.start()
+        try:
+            yield from self._drive(loop, prompts, stop)
+        finally:
+            loop.stop()
+            self._loop = None
+
+    def _drive(self, loop: Loop, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        """Feeds the loop and hands over what has finished, about once a second."""
+        ahead = 2 * self._runner.slots + _FEED
+        more = True
+        collected: list[Finished] = []
+        handed = time.monotonic()
+        while not stop():
+            while more and loop.waiting < ahead and not stop():
+                fed = list(islice(prompts, _FEED))
+                fitting = [prompt for prompt in fed if self._fits(prompt)]
+                if len(fitting) < len(fed):
+                    refused = [memory.refuse(prompt) for prompt in fed if not self._fits(prompt)]
+                    yield Batch(refused, 0, memory.take_peak_bytes([self._device]))
+                more = bool(fed)
+                if fitting or not more:
+                    loop.give(fitting)
+            found = loop.finished(timeout=0.05)
+            collected += found or []
+            if collected and (found is None or time.monotonic() - handed >= _YIELD_SECONDS):
+                yield self._batch(collected)
+                collected, handed = [], time.monotonic()
+            if found is None:
+                return
+
+    def _fits(self, prompt: Prompt) -> bool:
+        return len(prompt.tokens) + prompt.params.max_new_tokens <= self._scheduler.capacity
+
+    def _batch(self, rows: list[Finished]) -> Batch:
+        generations = []
+        for row in rows:
+            text = self._encoder.decode(row.tokens)
+            before = cut(text, row.prompt.params.stop)
+            reason: FinishReason = "stop" if row.stopped or before != text else "length"
+            generations.append(Generation.of(row.prompt, before, reason, len(row.tokens)))
+        return Batch(generations, 0, memory.take_peak_bytes([self._device]))
+
+    def _selftest(self, rows: list[Finished]) -> None:
+        for place in selftest.choose([row.prompt for row in rows]):
+            prompt, tokens = rows[place].prompt, rows[place].tokens
+            selftest.check(self._model, prompt, tokens, self._runner.slots, self._device, self._encoder.decode)
+
+    def _watch(self, prompt: Prompt) -> StopTexts:
+        encoder = self._encoder
+        return StopTexts([prompt], encoder.end_tokens, encoder.decode, encoder.special_tokens)
+
+    def _count(self, tokens: int) -> None:
+        self.generated_tokens += tokens
+        self.steps += 1
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.stop()
+        self._loop = self._model = self._runner = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _slots(free: int, token: int, device: torch.device) -> int:
+    """Most rows at once, when nobody has said."""
+    if device.type == "cpu":
+        return _SLOTS_ON_CPU
+    slots = min(_MOST_SLOTS, free // (token * _TYPICAL_TOKENS))
+    return max(64, slots // 64 * 64)

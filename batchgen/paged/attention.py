@@ -1,0 +1,185 @@
+"""Keys and values into pages, and attention over them: the function that takes the place of a model's own.
+
+The tokens of all sequences of a step lie in one row. Where each belongs does not travel through the model: it is the
+`Layout` that the runner has set, which the operator finds when it runs. To the compiler the operator is opaque.
+
+Without a layout, attention is plain and causal over the given tokens alone: what a model is checked against.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from batchgen.paged.pages import SIZE
+from batchgen.paged.step import Part
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of the current step belong."""
+
+    caches: Sequence[torch.Tensor]  # of each layer, [2 (keys, values), pages, heads, SIZE, head size]
+    table: torch.Tensor  # [slots + 1, columns], the pages of each sequence; int32
+    slots: torch.Tensor  # [tokens], int32
+    positions: torch.Tensor  # [tokens], int32; below 0: padding
+    decoding: int  # the first tokens, one of each sequence
+    parts: Sequence[Part] = ()  # all others
+    blocks: torch.Tensor | None = None  # [blocks, 2] of the parts: first token, tokens; int32, for the kernels
+    splits: int = 1  # programs that share a decoding sequence, for the kernels
+
+
+class _Current(threading.local):
+    layout: Layout | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def over(layout: Layout) -> Iterator[None]:
+    """Models that this thread runs inside have their tokens laid out so."""
+    before, _current.layout = _current.layout, layout
+    try:
+        yield
+    finally:
+        _current.layout = before
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: torch.Tensor,
+    scale: float,
+    window: int,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of all tokens of the step, whose keys and values are kept.
+
+    Args:
+        query: [1, heads, tokens, head size].
+        key, value: [1, key heads, tokens, head size]; each serves `heads / key heads` heads of the query in turn.
+        layer: its number, [1], on the CPU.
+        scale: of the scores.
+        window: tokens that each looks back at, itself included; 0: all.
+        slopes: of ALiBi, [heads] in float32; None: no bias.
+
+    Returns:
+        [1, tokens, heads, head size].
+    """
+    found: torch.Tensor = torch.ops.batchgen.paged_attention(query, key, value, layer, scale, window, slopes)
+    return found
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: torch.Tensor,
+    scale: float,
+    window: int,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    layout = _current.layout
+    if layout is None:
+        return _plain(query, key, value, scale, window, slopes)
+    cache = layout.caches[int(layer)]
+    if query.device.type == "cuda":
+        from batchgen.paged import kernels  # Triton comes with a torch for GPUs alone
+
+        return kernels.attend(query, key, value, cache, layout, scale, window, slopes)
+    return reference(query, key, value, cache, layout, scale, window, slopes)
+
+
+def _shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
+
+
+_library = torch.library.Library("batchgen", "DEF")
+_library.define(
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor layer, float scale, int window, Tensor? slopes)"
+    " -> Tensor"
+)
+_library.impl("paged_attention", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("batchgen::paged_attention", _shape, lib=_library)
+
+
+def reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    window: int,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `attend`, in plain torch on any device."""
+    real = layout.positions >= 0
+    slots, positions = layout.slots[real].long(), layout.positions[real].long()
+    pages = layout.table[slots, positions // SIZE].long()
+    cache[0, pages, :, positions % SIZE] = key[0].transpose(0, 1)[real]
+    cache[1, pages, :, positions % SIZE] = value[0].transpose(0, 1)[real]
+    out = torch.zeros_like(query.transpose(1, 2).contiguous())
+    if layout.decoding:
+        rows = query[0, :, : layout.decoding].transpose(0, 1)[:, :, None]  # [sequences, heads, 1, head size]
+        lengths = layout.positions[: layout.decoding].long() + 1
+        kept = _read(cache, layout.table[layout.slots[: layout.decoding].long()], int(lengths.max()))
+        found = _masked(rows, *kept, lengths - 1, scale, window, slopes)
+        out[0, : layout.decoding] = torch.where((lengths > 0)[:, None, None], found[:, :, 0], 0)
+    for part in layout.parts:
+        those = slice(part.first, part.first + part.count)
+        kept = _read(cache, layout.table[part.slot : part.slot + 1], part.length)
+        begin = torch.tensor([part.length - part.count], device=query.device)
+        out[0, those] = _masked(query[:, :, those], *kept, begin, scale, window, slopes)[0].transpose(0, 1)
+    return out
+
+
+def _read(cache: torch.Tensor, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of sequences with rows `table`, [sequences, heads, length, head size] each."""
+    pages = table[:, : -(-length // SIZE)].long()
+    both = cache[:, pages].transpose(2, 3).flatten(3, 4)[..., :length, :]
+    return both[0], both[1]
+
+
+def _masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    begin: torch.Tensor,
+    scale: float,
+    window: int,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention of [sequences, heads, tokens, head size], whose first tokens are at places `begin`."""
+    places = begin[:, None] + torch.arange(query.shape[2], device=query.device)  # [sequences, tokens]
+    others = torch.arange(key.shape[2], device=query.device)
+    seen = others <= places[..., None]
+    if window:
+        seen &= others > places[..., None] - window
+    mask = seen[:, None]
+    if slopes is not None:
+        # Relative to the token itself: softmax does not see the difference, and the numbers stay small.
+        bias = slopes[:, None, None] * (others - places[:, None, :, None])
+        mask = bias.masked_fill(~mask, -torch.inf).to(query.dtype)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+
+
+def _plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    begin = torch.zeros(query.shape[0], dtype=torch.long, device=query.device)
+    return _masked(query, key, value, begin, scale, window, slopes).transpose(1, 2).contiguous()

@@ -1,0 +1,253 @@
+"""Attention over pages on a GPU, in Triton: the same function as `attention.reference`.
+
+A decoding sequence is memory: its keys and values are read once, by one program a key head and split, which serves all
+heads of the query that share them. A part of a prompt is arithmetic: one program a block of tokens and head. Scores and
+sums are float32; products take the model's own type.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from batchgen.paged.pages import SIZE
+
+if TYPE_CHECKING:
+    from batchgen.paged.attention import Layout
+
+QUERIES = 64
+"""Tokens of a block of a part, most."""
+
+_KEYS = 64  # tokens whose keys a program looks at at once
+_LOG2_E = 1.4426950408889634  # exp2 is the one the hardware has
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    window: int,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `attention.reference`. Head sizes are powers of two from 16 to 256."""
+    _, heads, tokens, size = query.shape
+    key_heads = key.shape[1]
+    out = torch.empty((1, tokens, heads, size), dtype=query.dtype, device=query.device)
+    _write[(tokens, key_heads)](
+        key,
+        value,
+        cache,
+        layout.table,
+        layout.slots,
+        layout.positions,
+        key.stride(2),
+        key.stride(1),
+        value.stride(2),
+        value.stride(1),
+        cache.stride(0),
+        cache.stride(1),
+        layout.table.stride(0),
+        SIZE=size,
+        PAGE=SIZE,
+        num_warps=1,
+    )
+    shared: dict[str, Any] = {
+        "SCALE": scale * _LOG2_E,
+        "GROUP": heads // key_heads,
+        "SIZE": size,
+        "PAGE": SIZE,
+        "KEYS": _KEYS,
+        "WINDOW": window,
+        "ALIBI": slopes is not None,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
+    common = (cache, layout.table, layout.slots, layout.positions, slopes)
+    strides = (query.stride(2), query.stride(1), cache.stride(0), cache.stride(1), layout.table.stride(0))
+    if layout.decoding:
+        _decode_all(query, out, common, strides, layout, key_heads, shared)
+    if layout.blocks is not None and len(layout.blocks):
+        _prefill[(len(layout.blocks), heads)](
+            query, out, layout.blocks, *common, *strides, heads * size, QUERIES=QUERIES, num_warps=4, **shared
+        )
+    return out
+
+
+def _decode_all(
+    query: torch.Tensor,
+    out: torch.Tensor,
+    common: tuple[Any, ...],
+    strides: tuple[int, ...],
+    layout: Layout,
+    key_heads: int,
+    shared: dict[str, Any],
+) -> None:
+    rows, splits = layout.decoding, layout.splits
+    _, _, heads, size = out.shape
+    if splits == 1:
+        _decode[(rows, key_heads, 1)](
+            query, out, out, *common, *strides, heads * size, 0, SPLITS=1, num_warps=4, **shared
+        )
+        return
+    parts = torch.empty((rows, heads, splits, size), dtype=torch.float32, device=out.device)
+    sums = torch.empty((rows, heads, splits), dtype=torch.float32, device=out.device)
+    _decode[(rows, key_heads, splits)](
+        query, parts, sums, *common, *strides, heads * splits * size, heads * splits, SPLITS=splits, num_warps=4,
+        **shared,
+    )  # fmt: skip
+    _join[(rows, heads)](parts, sums, out, heads * size, SPLITS=splits, SIZE=size, num_warps=1)
+
+
+@triton.jit
+def _write(
+    key, value, cache, table, slots, positions, key_token, key_head, value_token, value_head, half, page_size, columns,
+    SIZE: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """A token's key and value of one head into its page."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions + token)
+    if position >= 0:
+        page = tl.load(table + tl.load(slots + token) * columns + position // PAGE).to(tl.int64)
+        each = tl.arange(0, SIZE)
+        to = cache + page * page_size + (head * PAGE + position % PAGE) * SIZE + each
+        tl.store(to, tl.load(key + token * key_token + head * key_head + each))
+        tl.store(to + half, tl.load(value + token * value_token + head * value_head + each))
+
+
+@triton.jit
+def _step(
+    query, best, total, mixed, begin, end, first_seen, places, slope, pages, keys, page_size, half,
+    SCALE: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
+    ALIBI: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys from `begin` on: the running maximum, sum and mix of values of each query."""
+    others = begin + tl.arange(0, KEYS)
+    there = (others < end) & (others >= first_seen)
+    page = tl.load(pages + others // PAGE, mask=there, other=0).to(tl.int64)
+    each = tl.arange(0, SIZE)
+    at = keys + page[:, None] * page_size + (others % PAGE)[:, None] * SIZE + each[None, :]
+    key = tl.load(at, mask=there[:, None], other=0.0)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * SCALE
+    if ALIBI:
+        scores += slope[:, None] * (others[None, :] - places[:, None]).to(tl.float32)
+    seen = there[None, :]
+    if CAUSAL:
+        seen = seen & (others[None, :] <= places[:, None])
+    if WINDOW:
+        seen = seen & (others[None, :] > places[:, None] - WINDOW)
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    # While a query has seen no key at all, its maximum is -inf, and -inf - -inf is no number.
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp2(best - base)
+    weights = tl.exp2(scores - base[:, None])
+    value = tl.load(at + half, mask=there[:, None], other=0.0)
+    mixed = mixed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+    return higher, total * shrink + tl.sum(weights, 1), mixed
+
+
+@triton.jit
+def _decode(
+    queries, out, sums, cache, table, slots, positions, slopes, query_token, query_head, half, page_size, columns,
+    out_token, sums_token,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The query heads of one key head, of one decoding sequence, over one of `SPLITS` equal parts of its keys."""
+    token, key_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place = tl.load(positions + token)
+    first = tl.maximum(place + 1 - WINDOW, 0) if WINDOW else 0
+    share = tl.cdiv(tl.cdiv(place + 1 - first, SPLITS), KEYS) * KEYS
+    begin = first + split * share
+    end = tl.minimum(begin + share, place + 1)
+    group: tl.constexpr = 16 if GROUP < 16 else GROUP  # matrix units take 16 rows or more
+    rows = tl.arange(0, group)
+    each = tl.arange(0, SIZE)
+    heads = key_head * GROUP + rows
+    mine = rows < GROUP
+    query = tl.load(
+        queries + token * query_token + heads[:, None] * query_head + each[None, :], mask=mine[:, None], other=0.0
+    )
+    slope = tl.zeros([group], tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes + heads, mask=mine, other=0.0) * 1.4426950408889634
+    best = tl.full([group], float("-inf"), tl.float32)
+    total = tl.zeros([group], tl.float32)
+    mixed = tl.zeros([group, SIZE], tl.float32)
+    places = tl.zeros([group], tl.int32) + place
+    pages = table + tl.load(slots + token) * columns
+    keys = cache + key_head * PAGE * SIZE
+    for start in range(begin, end, KEYS):
+        best, total, mixed = _step(
+            query, best, total, mixed, start, end, first, places, slope, pages, keys, page_size, half,
+            SCALE, SIZE, PAGE, KEYS, 0, ALIBI, False, PRECISION,
+        )  # fmt: skip
+    result = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    if SPLITS == 1:
+        to = out + token * out_token + heads[:, None] * SIZE + each[None, :]
+        tl.store(to, result.to(out.dtype.element_ty), mask=mine[:, None])
+    else:
+        to = out + token * out_token + (heads[:, None] * SPLITS + split) * SIZE + each[None, :]
+        tl.store(to, result, mask=mine[:, None])
+        weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+        tl.store(sums + token * sums_token + heads * SPLITS + split, weight, mask=mine)
+
+
+@triton.jit
+def _join(parts, sums, out, out_token, SPLITS: tl.constexpr, SIZE: tl.constexpr):
+    """The parts of a head, each as much as its sum of exponentials says."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    row = token * tl.num_programs(1) + head
+    splits = tl.arange(0, SPLITS)
+    each = tl.arange(0, SIZE)
+    weight = tl.load(sums + row * SPLITS + splits)
+    most = tl.max(weight, 0)
+    weight = tl.exp2(weight - tl.where(most == float("-inf"), 0.0, most))
+    part = tl.load(parts + (row * SPLITS + splits)[:, None] * SIZE + each[None, :])
+    total = tl.sum(weight, 0)
+    mixed = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + token * out_token + head * SIZE + each, mixed.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _prefill(
+    queries, out, blocks, cache, table, slots, positions, slopes, query_token, query_head, half, page_size, columns,
+    out_token,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """One head of a block of consecutive tokens of a sequence, over all keys up to theirs."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    token, count = tl.load(blocks + 2 * block), tl.load(blocks + 2 * block + 1)
+    rows = tl.arange(0, QUERIES)
+    each = tl.arange(0, SIZE)
+    mine = rows < count
+    query = tl.load(
+        queries + (token + rows)[:, None] * query_token + head * query_head + each[None, :], mask=mine[:, None],
+        other=0.0,
+    )  # fmt: skip
+    place = tl.load(positions + token)
+    places = place + rows
+    end = place + count
+    first = tl.maximum(place + 1 - WINDOW, 0) // KEYS * KEYS if WINDOW else 0
+    slope = tl.zeros([QUERIES], tl.float32)
+    if ALIBI:
+        slope += tl.load(slopes + head) * 1.4426950408889634
+    best = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    mixed = tl.zeros([QUERIES, SIZE], tl.float32)
+    pages = table + tl.load(slots + token) * columns
+    keys = cache + (head // GROUP) * PAGE * SIZE
+    for start in range(first, end, KEYS):
+        best, total, mixed = _step(
+            query, best, total, mixed, start, end, first, places, slope, pages, keys, page_size, half,
+            SCALE, SIZE, PAGE, KEYS, WINDOW, ALIBI, True, PRECISION,
+        )  # fmt: skip
+    to = out + (token + rows)[:, None] * out_token + head * SIZE + each[None, :]
+    result = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(to, result.to(out.dtype.element_ty), mask=mine[:, None])

@@ -1,0 +1,169 @@
+"""The thread that keeps the device busy: while one step runs, the step before it is read and the next one planned."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from batchgen.decoding import StopTexts
+from batchgen.paged.runner import Flight, Runner
+from batchgen.paged.scheduler import Scheduler
+from batchgen.paged.step import Sequence
+from batchgen.types import Prompt
+
+_IDLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A row that has ended."""
+
+    prompt: Prompt
+    tokens: list[int]  # generated, up to and including the one that ended it
+    stopped: bool  # by an end of sequence or a stop text, not by its length
+
+
+class Loop:
+    """Prompts in, finished rows out, in a thread of its own.
+
+    Args:
+        end_tokens: that end a row.
+        watch: makes what finds the stop texts of a prompt.
+        check: is shown the first rows that finish, in the thread that runs the model.
+        count: is told how many tokens each step has generated.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        device: torch.device,
+        end_tokens: frozenset[int],
+        watch: Callable[[Prompt], StopTexts],
+        check: Callable[[list[Finished]], None] | None,
+        count: Callable[[int], None],
+    ) -> None:
+        self._scheduler, self._runner, self._device = scheduler, runner, device
+        self._end, self._watch, self._count = end_tokens, watch, count
+        self._check = check
+        self._inbox: queue.SimpleQueue[list[Prompt] | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[list[Finished] | BaseException | None] = queue.SimpleQueue()
+        self._watched: dict[Sequence, StopTexts] = {}
+        self._all_in = False
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="paged", daemon=True)
+        self._pending = 0  # prompts given and not finished
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that have been given and do not run yet; an estimate, from another thread."""
+        return self._pending - self._scheduler.running
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def give(self, prompts: list[Prompt]) -> None:
+        """More prompts; none: there are no more."""
+        self._pending += len(prompts)
+        self._inbox.put(prompts or None)
+
+    def finished(self, timeout: float) -> list[Finished] | None:
+        """Rows that have finished since the last call, after at most `timeout` seconds; None: all have.
+
+        Raises:
+            BaseException: what the thread has died of.
+        """
+        rows: list[Finished] = []
+        until = time.monotonic() + timeout
+        while True:
+            try:
+                found = self._outbox.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return rows
+            if found is None:
+                if not rows:
+                    return None
+                self._outbox.put(None)
+                return rows
+            if isinstance(found, BaseException):
+                raise found
+            self._pending -= len(found)
+            rows += found
+
+    def stop(self) -> None:
+        """Ends the thread after the current step; what runs is dropped."""
+        self._leave.set()
+        self._inbox.put([])
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            self._work()
+            self._outbox.put(None)
+        except BaseException as error:  # it belongs to whoever waits for the rows
+            self._outbox.put(error)
+
+    def _work(self) -> None:
+        flight: Flight | None = None
+        while not self._leave.is_set():
+            self._take(wait=flight is None and not self._scheduler.running)
+            if flight is not None and self._scheduler.short_of_pages():
+                self._read(flight)
+                flight = None
+            step = self._scheduler.plan()
+            following = self._runner.launch(step) if step is not None else None
+            if flight is not None:
+                self._read(flight)
+            flight = following
+            if flight is None and self._all_in and not self._scheduler.running and not self._scheduler.waiting:
+                return
+
+    def _take(self, wait: bool) -> None:
+        """What has come in; if there is nothing else to do, waits for it."""
+        while not self._all_in:
+            try:
+                wait = wait and not self._scheduler.waiting
+                prompts = self._inbox.get(block=wait, timeout=_IDLE_SECONDS if wait else None)
+            except queue.Empty:
+                return
+            if prompts is None:
+                self._all_in = True
+            else:
+                self._scheduler.add(prompts)
+                wait = False
+
+    def _read(self, flight: Flight) -> None:
+        """The tokens of a step, and what they end."""
+        tokens = flight.read()
+        ended: list[Finished] = []
+        for sequence, token in zip(flight.step.sequences, tokens, strict=True):
+            if sequence.slot < 0:
+                continue  # it ended in the step before, when this one had begun
+            sequence.tokens.append(token)
+            done = len(sequence.tokens) - len(sequence.prompt.tokens)
+            stopped = token in self._end or (bool(sequence.prompt.params.stop) and self._stops(sequence, token))
+            if stopped or done == sequence.prompt.params.max_new_tokens:
+                self._scheduler.ended(sequence)
+                self._watched.pop(sequence, None)
+                ended.append(Finished(sequence.prompt, sequence.generated, stopped))
+        self._count(len(tokens))
+        if ended and self._check is not None:
+            self._check(ended)
+            self._check = None
+        if ended:
+            self._outbox.put(ended)
+
+    def _stops(self, sequence: Sequence, token: int) -> bool:
+        texts = self._watched.get(sequence)
+        if texts is None:
+            texts = self._watched[sequence] = self._watch(sequence.prompt)
+        return bool(texts.append([token]))

@@ -1,0 +1,92 @@
+"""Which models are covered, and how their attention is exchanged.
+
+Models of Transformers ask its attention interface for a function by the name in their config, so most are covered by
+registering one. Each kind in `COVERED` is tested against `generate`; any other is refused, since an attention with a
+detail that ours does not know (a cap on scores, sinks, several kinds of layers) would give wrong text in silence.
+BLOOM does not use the interface: its attention modules become our own class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bloom.modeling_bloom import BloomAttention
+
+from batchgen.engine import EngineError
+from batchgen.paged.attention import attend
+
+NAME = "batchgen_paged"
+COVERED = ("bloom", "llama", "mistral", "qwen2", "qwen3")
+
+
+def covers(config: Any) -> bool:
+    """Whether models of this config are covered."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return str(config.model_type) in COVERED and kinds <= {"full_attention", "sliding_attention"}
+
+
+def check(config: Any) -> None:
+    """Raises EngineError if models of this config are not covered; the message says what to use instead."""
+    if not covers(config):
+        raise EngineError(
+            f"--engine paged does not cover models of type {config.model_type} (it does {', '.join(COVERED)}); "
+            "use --engine accelerate"
+        )
+
+
+def exchange(model: Any) -> list[torch.nn.Module]:
+    """Gives the attention of a loaded, covered model to `attention.attend`; its layers, in order."""
+    text = model.config.get_text_config()
+    layers = list(model.transformer.h if text.model_type == "bloom" else model.model.layers)
+    if text.model_type == "bloom":
+        slopes = alibi_slopes(text.num_attention_heads)
+        for layer in layers:
+            layer.self_attention.__class__ = _PagedBloomAttention
+            layer.self_attention.slopes = slopes.to(layer.self_attention.dense.weight.device)
+            # The same function; theirs comes with a backward pass, and rounds after each of its eight operations.
+            layer.mlp.gelu_impl = torch.nn.GELU(approximate="tanh")
+    for number, layer in enumerate(layers):
+        module = layer.self_attention if text.model_type == "bloom" else layer.self_attn
+        # A number would be a constant to the compiler, which would then compile each layer anew.
+        module.layer_number = torch.tensor([number])
+    model.config._attn_implementation = NAME
+    return layers
+
+
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """[heads], of "Train Short, Test Long" (Press et al., 2022): a geometric sequence from 2^(-8/n) down by the same
+    factor for n a power of two; for other counts, every second one of the next longer sequence follows."""
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (place + 1) / power) for place in range(power)]
+    slopes += [2 ** (-4 * (2 * place + 1) / power) for place in range(heads - power)]
+    return torch.tensor(slopes)
+
+
+def _interface(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    return attend(query, key, value, module.layer_number, scaling, sliding_window or 0, None), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _interface)
+
+
+class _PagedBloomAttention(BloomAttention):
+    """BLOOM's attention with its biases worked out where the scores are."""
+
+    layer_number: torch.Tensor
+    slopes: torch.Tensor
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        query, key, value = self._reshape(self.query_key_value(hidden_states))
+        context = attend(query, key, value, self.layer_number, self.inv_norm_factor, 0, self.slopes)
+        return residual + self.dense(context.flatten(2)), None

@@ -1,0 +1,113 @@
+"""What a forward computes, and of which sequences. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchgen.types import Prompt
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt on its way."""
+
+    prompt: Prompt
+    tokens: list[int]  # of the prompt, and generated
+    slot: int = -1  # its row in the table of pages; -1: it is waiting
+    planned: int = 0  # tokens whose keys and values are in the cache once the planned steps have run
+    left: int = 0  # tokens still to be planned
+    shared: int = 0  # tokens in pages that others had computed
+    node: int = 0  # of `Pages`, of the prompt's pages so far
+    pages: list[int] = field(default_factory=list)
+    admitted: int = 0  # its number in the order of admission
+    random: Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = Random(self.prompt.row_seed)
+
+    @property
+    def generated(self) -> list[int]:
+        """The generated tokens that are known."""
+        return self.tokens[len(self.prompt.tokens) :]
+
+
+@dataclass(slots=True)
+class Part:
+    """Consecutive tokens of one sequence in a step."""
+
+    first: int  # of the step's tokens
+    count: int
+    slot: int
+    length: int  # of the sequence, these tokens included
+
+
+@dataclass(slots=True)
+class Step:
+    """One forward. First come sequences that decode, a token each, then parts of prompts."""
+
+    slots: Ints  # [tokens], the sequence of each
+    positions: Ints  # [tokens], its place in the sequence
+    ids: Ints  # [tokens]; -1: the token that the step before has chosen for this slot
+    decoding: int  # tokens of the first kind
+    parts: list[Part]
+    rows: Ints  # [rows], the tokens whose logits are wanted
+    sequences: list[Sequence]  # of those rows
+    table_at: NDArray[np.int64]  # places of the table of pages, counted through, that change before this step
+    table_to: Ints  # the pages there
+
+
+class Draft:
+    """A step in the making."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._decoding = 0
+        self._slots: list[Ints] = []
+        self._positions: list[Ints] = []
+        self._ids: list[Ints] = []
+        self._parts: list[Part] = []
+        self._rows: list[int] = []
+        self._sequences: list[Sequence] = []
+
+    def decode(self, sequences: list[Sequence], slots: Ints, positions: Ints) -> None:
+        """The next token of each."""
+        self._append(slots, positions, np.full(len(slots), -1, np.int32))
+        self._decoding = self.count
+        self._rows += range(self.count)
+        self._sequences += sequences
+
+    def prefill(self, sequence: Sequence, begin: int, end: int) -> None:
+        """Tokens `begin` to `end` of a sequence; behind its last one the next token is wanted."""
+        count = end - begin
+        self._parts.append(Part(self.count, count, sequence.slot, end))
+        ids = np.array(sequence.tokens[begin:end], np.int32)
+        self._append(np.full(count, sequence.slot, np.int32), np.arange(begin, end, dtype=np.int32), ids)
+        if end == len(sequence.tokens):
+            self._rows.append(self.count - 1)
+            self._sequences.append(sequence)
+
+    def _append(self, slots: Ints, positions: Ints, ids: Ints) -> None:
+        self._slots.append(slots)
+        self._positions.append(positions)
+        self._ids.append(ids)
+        self.count += len(slots)
+
+    def made(self, table_at: list[int], table_to: list[int]) -> Step:
+        """The step, with changes of the table of pages."""
+        return Step(
+            np.concatenate(self._slots),
+            np.concatenate(self._positions),
+            np.concatenate(self._ids),
+            self._decoding,
+            self._parts,
+            np.array(self._rows, np.int32),
+            self._sequences,
+            np.array(table_at, np.int64),
+            np.array(table_to, np.int32),
+        )
