@@ -1,8 +1,10 @@
 """What a bench has found, in a folder that it can go on with.
 
-bench.json         what is measured (a start that asks for something else is refused), machine and versions
-results.jsonl      a line a cell, as soon as it is there
-tables.md, results.csv, throughput.png      made from these (`tables`)
+In the folder:
+
+    bench.json         what is measured (a start that asks for something else is refused), machine and versions
+    results.jsonl      a line a cell, as soon as it is there
+    tables.md, results.csv, throughput.png      made from these (`tables`)
 """
 
 from __future__ import annotations

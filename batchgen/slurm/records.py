@@ -1,8 +1,10 @@
 """What a run folder remembers of its jobs, since a queue forgets a job minutes after its end.
 
-jobs/12.json          a job of this run: what was submitted, and when
-jobs/12.out           its output (12_3.out of task 3 of an array)
-jobs/12.ended.json    why it has ended by itself (12_3.ended.json)
+In the run folder:
+
+    jobs/12.json          a job of this run: what was submitted, and when
+    jobs/12.out           its output (12_3.out of task 3 of an array)
+    jobs/12.ended.json    why it has ended by itself (12_3.ended.json)
 """
 
 from __future__ import annotations

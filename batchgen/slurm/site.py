@@ -1,11 +1,13 @@
 """What every job of a site needs: `~/.config/batchgen/slurm.toml`, or slurm.toml in the working folder.
 
-account = "abc"
-partition = "gpu"
-modules = ["cuda/12.4"]                           # module load …
-setup = ["export HF_HOME=/scratch/me/hf"]         # lines of bash, before anything starts
-srun = ["--cpu-bind=none"]                        # options of srun
-sbatch = { constraint = "a100", exclusive = true }
+For example:
+
+    account = "abc"
+    partition = "gpu"
+    modules = ["cuda/12.4"]                           # module load …
+    setup = ["export HF_HOME=/scratch/me/hf"]         # lines of bash, before anything starts
+    srun = ["--cpu-bind=none"]                        # options of srun
+    sbatch = { constraint = "a100", exclusive = true }
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,13 +160,10 @@ class Supervisor:
             )
             return _RESUMABLE
         logger.info("requeued, to go on")
-        self._until(lambda: self._ended, 120.0)  # Slurm ends us
-        return _RESUMABLE
-
-    def _until(self, happened: Callable[[], bool], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not happened() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 120.0
+        while not self._ended and time.monotonic() < deadline:  # Slurm ends us
             time.sleep(0.2)
+        return _RESUMABLE
 
     def _code_of(self, finished: Status) -> int:
         # The next job of a chain waits for a failure of this one.
