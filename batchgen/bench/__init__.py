@@ -191,11 +191,8 @@ def _together(batch: int | None, lines: Sequence[Mapping[str, Any]], general: Ma
 
 
 def asked(bench: Bench, model: str) -> dict[str, Any]:
-    """What two starts of one bench must have in common; systems, batches and ranks may be added."""
+    """What two starts of one bench must have in common; systems, batches, ranks and jobs may be added."""
     values = dataclasses.asdict(dataclasses.replace(bench, job_rows=()))
-    for name in ("systems", "batches", "ranks", "cache", "job_rows"):
+    for name in ("systems", "batches", "ranks", "cache", "job", "job_rows"):
         del values[name]
-    return values | {
-        "model": model,
-        "job_tokens": [sum(len(ids) for ids, _ in bench.job_rows), sum(n for _, n in bench.job_rows)],
-    }
+    return values | {"model": model}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +26,19 @@ class BenchError(UserError):
     """The bench cannot be carried out as asked: a sentence for the person at the terminal."""
 
 
+def job_name(name: str, rows: Sequence[tuple[Sequence[int], int]]) -> str:
+    """What tells a job of unequal lengths from others: its name, its rows, and their tokens."""
+    prompts, new = sum(len(ids) for ids, _ in rows), sum(new for _, new in rows)
+    return f"{name}, {len(rows)} rows, {prompts:,} + {new:,} tokens"
+
+
 @dataclass(frozen=True)
 class Result:
     """One cell: a system at a batch size, or on a job."""
 
     system: str  # an engine and its settings, as typed
     ranks: int
-    job: str  # "seed", "mixed", or a file's name
+    job: str  # "seed", or what `job_name` says
     batch: int | None  # rows of a stream at once; None: the engine's choice
     outcome: str  # "ok"; "oom", also where it had to be done in smaller batches; else what went wrong
     load_seconds: float | None = None
@@ -111,6 +117,11 @@ class Folder:
         """Records what it ran on."""
         path = self.path / "bench.json"
         write_atomic(path, to_json({**read_json(path), **facts}))
+
+    def remember(self, command: str) -> None:
+        """Records a command that has added to it."""
+        commands = self.known().get("commands", [])
+        self.describe({"commands": [*(one for one in commands if one != command), command]})
 
     def known(self) -> dict[str, Any]:
         """What is measured, and on what.

@@ -37,6 +37,8 @@ def markdown(known: dict[str, Any], results: Sequence[Result], mode: CountMode) 
         _loads(results) + ("\n\nRandom weights are made, not read: loading real ones takes longer." if random else ""),
     ]
     seeds = [result for result in results if result.job == "seed"]
+    systems = list(dict.fromkeys((result.system, result.ranks) for result in seeds))
+    seeds.sort(key=lambda one: (systems.index((one.system, one.ranks)), one.batch or 0))
     if seeds:
         parts += ["Milliseconds per token by batch size:", _milliseconds(seeds, mode), _details(seeds, mode)]
     jobs = [result for result in results if result.job != "seed"]
@@ -52,7 +54,8 @@ def _machine(known: dict[str, Any]) -> str:
     if machine is not None:
         speed = f"{machine['bytes_per_second'] / 1e9:,.0f} GB/s, {machine['operations_per_second'] / 1e12:,.2f} TFLOP/s"
         measured = f"{machine['name']}, measured: {speed}. "
-    return f"{measured}{known.get('date', '')}; {versions}."
+    typed = "".join(f"\n    {command}" for command in known.get("commands", []))
+    return f"{measured}{known.get('date', '')}; {versions}." + (f"\n\nMeasured by\n{typed}" if typed else "")
 
 
 def _loads(results: Sequence[Result]) -> str:

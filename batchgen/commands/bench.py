@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -123,8 +124,8 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
             str(cache),
         )
         folder.ask(bench.asked(asked, name))
-        typed = ["batchgen", *sys.argv[1:]]
-        folder.describe({"versions": versions(), "date": time.strftime("%Y-%m-%d"), "command": typed})
+        folder.describe({"versions": versions(), "date": time.strftime("%Y-%m-%d")})
+        folder.remember(shlex.join(["batchgen", *sys.argv[1:]]))
         bench.run(asked, folder, os.environ, stop)
 
 
@@ -154,13 +155,15 @@ def _job(
     """The job's name, and tokens and new tokens of its rows."""
     from batchgen import engine
     from batchgen.bench import workloads
+    from batchgen.bench.results import job_name
 
     if options["mixed"] and options["input_file"]:
         raise CommandError("--mixed and --input name two jobs; leave one of them out")
     encoder = engine.find(systems[0].engine).encoder(str(model))
     if options["mixed"]:
         prompts = workloads.mixed(options["mixed"], encoder.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
-        return f"mixed, {options['mixed']} rows", [(one.tokens, one.params.max_new_tokens) for one in prompts]
+        rows = [(one.tokens, one.params.max_new_tokens) for one in prompts]
+        return job_name("mixed", rows), rows
     if not options["input_file"]:
         return None, []
     from batchgen.prepare import sample
@@ -170,7 +173,7 @@ def _job(
     rows = [(one.tokens, one.params.max_new_tokens) for one in prompts]
     if not rows:
         raise CommandError(f"no row of {options['input_file']} can become a prompt")
-    return f"{Path(options['input_file']).name}, {len(rows)} rows", rows
+    return job_name(Path(options["input_file"]).name, rows), rows
 
 
 @command.command("show")
