@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -82,8 +83,13 @@ class Paged(Engine):
             )
         runner.allocate(int(pages))
         self._runner = runner
-        self._scheduler = Scheduler(
-            slots=slots, pages=int(pages), width=width, budget=budget, expected=options.expected_share
+        self._schedule = partial(
+            Scheduler,
+            slots=slots,
+            pages=int(pages),
+            width=width,
+            budget=budget,
+            expected=options.expected_share,
         )
 
     def _host_bytes(self, setup: Setup, slots: int, width: int) -> int:
@@ -100,6 +106,7 @@ class Paged(Engine):
         return HfEncoder(model)
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        self._scheduler = self._schedule()
         self._loop = loop = Loop(
             self._scheduler,
             self._runner,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
 
 class Graphs:
-    """Graphs that share their memory, since only one runs at a time and its result is used before the next.
+    """Graphs that share their memory, since only one runs at a time and leaves nothing there.
 
     Args:
         most: sequences of a step.
@@ -16,7 +16,7 @@ class Graphs:
 
     def __init__(self, most: int, device: torch.device) -> None:
         self._sizes = sorted({min(size, most) for size in _sizes(most)})
-        self._made: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._made: dict[tuple[Hashable, ...], torch.cuda.CUDAGraph] = {}
         self._pool: tuple[int, int] | None = None
         self._device = device
 
@@ -25,30 +25,24 @@ class Graphs:
         return next(size for size in self._sizes if size >= sequences)
 
     def find(
-        self, size: int, compute: Callable[[], torch.Tensor], pad: Callable[[], None]
-    ) -> Callable[[], torch.Tensor]:
-        """What replays `compute` on whatever its arrays hold then, and gives its result.
+        self, key: tuple[Hashable, ...], compute: Callable[[], None], pad: Callable[[], None]
+    ) -> torch.cuda.CUDAGraph:
+        """The graph of `compute`, which works on whatever its arrays hold when the graph is replayed.
 
         Args:
             pad: makes the arrays harmless: to capture is to compute, once.
         """
-        if size not in self._made:
+        graph = self._made.get(key)
+        if graph is None:
             pad()
             compute()  # what compiles or allocates at the first call must not do so in a graph
             torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
+            graph = self._made[key] = torch.cuda.CUDAGraph()
             # Other threads may copy meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = compute()
+                compute()
             self._pool = self._pool or graph.pool()  # type: ignore[no-untyped-call]
-            self._made[size] = graph, result
-        graph, result = self._made[size]
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return result
-
-        return replay
+        return graph
 
 
 def _sizes(most: int) -> list[int]:

@@ -24,6 +24,7 @@ from batchgen.paged.step import Part, Step
 _RING = 3  # steps whose arrays may be on their way at once: one runs, one waits, one is being filled
 _PROGRAMS = 528  # that keep a large GPU busy: four on each of an H100's 132 multiprocessors
 _MOST_SPLITS = 16
+_SPLIT_TOKENS = 128  # fewer are not worth the kernel that joins them
 _ROUND = 64  # to which the tokens of a step are filled up
 
 
@@ -67,6 +68,7 @@ class Runner:
         self._chosen = [_pinned((slots,), torch.long, gpu) for _ in range(_RING)]
         self._turn = 0
         self._caches: list[torch.Tensor] = []
+        self._logits: torch.Tensor | None = None
         self._graphs = Graphs(slots, self._device) if gpu else None
         if gpu:
             for layer in self._layers:
@@ -113,18 +115,17 @@ class Runner:
         tokens, rows = len(step.slots), len(step.rows)
         decoding = tokens == step.decoding
         with torch.inference_mode():
+            sampled = any(sequence.prompt.params.temperature > 0 for sequence in step.sequences)
             if decoding and self._graphs is not None:
-                size = self._graphs.size(tokens)
-                graph = self._graphs.find(size, lambda: self._decode(size), lambda: self._pad(0, size))
-                self._put(step, turn, size)
-                logits = graph()
+                logits = self._replay(step, turn, sampled)
             else:
                 size = tokens if self._graphs is None else -(-tokens // _ROUND) * _ROUND
                 self._put(step, turn, size)
                 at = None if decoding else self._send(torch.from_numpy(step.rows.astype(np.int64)))
-                logits = self._forward(size, step.decoding, step.parts, self._blocks(step.parts), at)
+                splits = self._splits(step.decoding, int(step.positions.max()) + 1)
+                logits = self._forward(size, step.decoding, step.parts, self._blocks(step.parts), at, splits)
                 self._choose(logits, self._arrays[0, :tokens] if at is None else self._arrays[0, at])
-            if any(sequence.prompt.params.temperature > 0 for sequence in step.sequences):
+            if sampled:
                 sampling.draw(logits, step.sequences, self._next)
                 slots = self._arrays[0, :tokens] if decoding else self._arrays[0, at]
                 self._last[slots.long()] = self._next[:rows]
@@ -170,12 +171,26 @@ class Runner:
         ]
         return self._send(torch.tensor(pieces, dtype=torch.int32))
 
-    def _decode(self, size: int) -> torch.Tensor:
-        """A step of `size` decoding sequences, as a graph has it."""
-        self._arrays[2, :size] = -1
-        logits = self._forward(size, size, (), None, None)
-        self._choose(logits, self._arrays[0, :size])
-        return logits
+    def _replay(self, step: Step, turn: int, sampled: bool) -> torch.Tensor:
+        """A pure decode step, as a graph; its logits, which are kept only if a row of the step is sampled."""
+        assert self._graphs is not None
+        size = self._graphs.size(len(step.slots))
+        splits = self._splits(size, int(step.positions.max()) + 1)
+        if sampled and self._logits is None:
+            text = self._model.config.get_text_config()
+            self._logits = torch.empty((len(self._next), text.vocab_size), dtype=self._model.dtype, device=self._device)
+
+        def decode() -> None:
+            self._arrays[2, :size] = -1
+            logits = self._forward(size, size, (), None, None, splits)
+            self._choose(logits, self._arrays[0, :size])
+            if sampled:
+                self._logits[:size] = logits  # type: ignore[index]
+
+        graph = self._graphs.find((size, splits, sampled), decode, lambda: self._pad(0, size))
+        self._put(step, turn, size)
+        graph.replay()
+        return self._logits  # type: ignore[return-value]
 
     def _choose(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
         best = logits.argmax(-1)
@@ -183,7 +198,13 @@ class Runner:
         self._last[slots.long()] = best
 
     def _forward(
-        self, tokens: int, decoding: int, parts: Rows[Part], blocks: torch.Tensor | None, rows: torch.Tensor | None
+        self,
+        tokens: int,
+        decoding: int,
+        parts: Rows[Part],
+        blocks: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        splits: int = 1,
     ) -> torch.Tensor:
         """Logits, [rows, vocabulary], of `rows` or of all tokens."""
         slots, positions, ids = self._arrays[:, :tokens]
@@ -193,15 +214,15 @@ class Runner:
             arguments["position_ids"] = positions.clamp(min=0).long()[None]
         if rows is not None:
             arguments["logits_to_keep"] = rows
-        layout = Layout(self._caches, self._table, slots, positions, decoding, parts, blocks, self._splits(decoding))
+        layout = Layout(self._caches, self._table, slots, positions, decoding, parts, blocks, splits)
         with over(layout):
             logits: torch.Tensor = self._model(input_ids=ids[None], **arguments).logits[0]
         return logits
 
-    def _splits(self, decoding: int) -> int:
+    def _splits(self, decoding: int, longest: int) -> int:
         """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""
         heads, _ = self._heads()
-        wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * heads))
+        wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * heads), longest // _SPLIT_TOKENS)
         return 1 << max(0, wanted.bit_length() - 1)
 
     def _heads(self) -> tuple[int, int]:

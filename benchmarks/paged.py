@@ -1,0 +1,173 @@
+"""Engine `paged` on one GPU: `python benchmarks/paged.py MODEL JOB…`; random weights made on the spot.
+
+MODEL is a shape (`bloom-7b1`, `llama-8b`, `qwen3-0.6b`); JOB one of `seed:ROWS` (prompts of 8 tokens, 100 new ones),
+`mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `short` (8,192 prompts of 16 to 64, 16 to 128 new
+ones), each timed three times after a warm-up; and last, `check` (tokens against a float32 model). PROFILE=1 prints
+the kernels that take most time, TRACE=1 the steps. Lengths are those of `batchgen.bench.workloads`, and no row ends
+before its length.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchgen.bench import workloads
+from batchgen.engine import Setup, find, parse_options
+from batchgen.models import shapes
+from batchgen.types import Prompt
+from batchgen.world import from_environment
+
+JOBS = {"mixed": (1024, (32, 512), (16, 512)), "short": (8192, (16, 64), (16, 128))}
+
+
+def job(name: str) -> list[Prompt]:
+    """The prompts of a job."""
+    if name.startswith("seed:"):
+        return workloads.mixed(int(name.partition(":")[2]), 32_000, (8, 8), (100, 100))
+    rows, prompt_tokens, new_tokens = JOBS[name]
+    return workloads.mixed(rows, 32_000, prompt_tokens, new_tokens)
+
+
+def timed(engine: Any, prompts: list[Prompt]) -> tuple[float, int]:
+    """Seconds, and tokens generated."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    generated = 0
+    for batch in engine.generate(iter(prompts), lambda: False):
+        generated += sum(generation.generated_tokens for generation in batch.generations)
+    return time.perf_counter() - begun, generated
+
+
+def check(engine: Any, prompts: list[Prompt]) -> dict[str, float]:
+    """How far the chosen tokens are from the best of a float32 forward of each row alone, in standard deviations of
+    the logits, and what share of them is the best."""
+    from batchgen.paged.loop import Loop
+
+    rows: dict[int, list[int]] = {}
+    kept = Loop.finished
+
+    def keep(self: Loop, timeout: float) -> Any:
+        found = kept(self, timeout)
+        rows.update({row.prompt.index: row.tokens for row in found or []})
+        return found
+
+    Loop.finished = keep  # type: ignore[method-assign]
+    list(engine.generate(iter(prompts), lambda: False))
+    Loop.finished = kept  # type: ignore[method-assign]
+    engine._runner.allocate(0)  # room for float32
+    torch.cuda.empty_cache()
+    model = engine._model.float()
+    behind, best, logs = [], [], []
+    for prompt in prompts:
+        tokens = rows[prompt.index]
+        whole = torch.tensor([[*prompt.tokens, *tokens[:-1]]], device="cuda")
+        with torch.inference_mode():
+            logits = model(input_ids=whole, use_cache=False, logits_to_keep=len(tokens)).logits[0]
+        at = torch.tensor(tokens, device="cuda")[:, None]
+        behind.append((logits.max(1).values - logits.gather(1, at)[:, 0]) / logits.std(1))
+        best.append(logits.argmax(1) == at[:, 0])
+        logs.append(logits.log_softmax(1).gather(1, at)[:, 0])
+    gaps = torch.cat(behind)
+    return {
+        "tokens": len(gaps),
+        "most behind": gaps.max().item(),
+        "99 % behind less than": gaps.quantile(0.99).item(),
+        "share that is the best": torch.cat(best).float().mean().item(),
+    }
+
+
+def trace(engine: Any, prompts: list[Prompt]) -> None:
+    """Where the time of a job's steps goes: those with parts of prompts, and pure decode steps by their size."""
+    runner = engine._runner
+    launch = runner.launch
+    steps: list[tuple[int, int, float, float, Any, Any]] = []
+
+    def timed_launch(step: Any) -> Any:
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begun = time.perf_counter()
+        before.record()
+        flight = launch(step)
+        after.record()
+        steps.append((len(step.slots), step.decoding, begun, time.perf_counter() - begun, before, after))
+        return flight
+
+    runner.launch = timed_launch
+    seconds, tokens = timed(engine, prompts)
+    runner.launch = launch
+    print(f"{seconds:.2f} s, {tokens} tokens, preempted {engine._scheduler.preemptions}")
+    kinds: dict[str, list[list[float]]] = {}
+    for at, (count, decoding, begun, launching, before, after) in enumerate(steps):
+        kind = f"decode <= {1 << (count - 1).bit_length()}" if count == decoding else "mixed"
+        gap = steps[at - 1][5].elapsed_time(before) / 1e3 if at else 0.0
+        planning = begun - steps[at - 1][2] - steps[at - 1][3] if at else 0.0
+        spent = before.elapsed_time(after) / 1e3
+        kinds.setdefault(kind, []).append([count, decoding, spent, gap, launching, planning])
+    for kind, rows in kinds.items():
+        sums = [sum(column) for column in zip(*rows, strict=True)]
+        count, decoding, spent, gap, launching, planning = sums
+        print(
+            f"{kind:15} {len(rows):5} steps, {count / len(rows):6.0f} tokens, {decoding / len(rows):6.0f} decoding; "
+            f"device {spent:.2f} s and {gap:.2f} s between; launching {launching:.2f} s, reading and planning "
+            f"{planning:.2f} s"
+        )
+
+
+def main() -> None:
+    """Makes the model, loads it, does the jobs."""
+    shape, *jobs = sys.argv[1:]
+    begun = time.perf_counter()
+    folder = shapes.make(shape, torch.bfloat16, Path(tempfile.mkdtemp()) / "model")
+    kind = find(os.environ.get("ENGINE", "paged"))
+    settings = os.environ.get("SETTINGS", "").split()
+    rows = int(os.environ["ROWS"]) if "ROWS" in os.environ else None
+    setup = Setup(str(folder), "bfloat16", rows, from_environment({}), selftest=False)
+    with kind(setup, parse_options(kind, settings)) as engine:
+        torch.cuda.synchronize()
+        found: dict[str, object] = {"shape": shape, "ready_seconds": round(time.perf_counter() - begun, 1)}
+        first = time.perf_counter()
+        timed(engine, job("seed:8"))
+        found["first_batch_seconds"] = round(time.perf_counter() - first, 1)
+        if "_scheduler" in vars(engine):
+            found["allocated_GB"] = round(torch.cuda.memory_allocated() / 1e9, 2)
+            found["slots"], found["cache_tokens"] = engine._runner.slots, engine._scheduler._pages.count * 16
+        print(json.dumps(found), flush=True)
+        for name in jobs:
+            if os.environ.get("TRACE"):
+                trace(engine, job(name))
+                continue
+            prompts = job(name) if name != "check" else workloads.mixed(64, 32_000, (8, 700), (16, 100))
+            if name == "check":
+                print(json.dumps({"shape": shape, **check(engine, prompts)}), flush=True)
+                continue
+            runs = [timed(engine, prompts) for _ in range(4)][1:]
+            seconds = statistics.median(run[0] for run in runs)
+            tokens = runs[0][1]
+            figures = {"seconds": [round(run[0], 3) for run in runs], "tokens": tokens}
+            figures |= {"tokens_per_second": round(tokens / seconds), "ms_per_token": round(seconds / tokens * 1e3, 5)}
+            print(json.dumps({"shape": shape, "job": name, **figures}), flush=True)
+            if os.environ.get("PROFILE"):
+                profile(engine, prompts, name)
+
+
+def profile(engine: Any, prompts: list[Prompt], name: str) -> None:
+    """The kernels that a run of the job takes most time in."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        seconds, _ = timed(engine, prompts)
+    averages = seen.key_averages()
+    busy = sum(entry.self_device_time_total for entry in averages) / 1e6
+    print(f"{name}: {seconds:.2f} s with the profiler, the device busy for {busy:.2f} s")
+    for entry in sorted(averages, key=lambda entry: -entry.self_device_time_total)[:14]:
+        print(f"  {entry.self_device_time_total / 1e6:7.3f} s {entry.count:7d} x  {entry.key[:100]}")
+
+
+if __name__ == "__main__":
+    main()
