@@ -44,6 +44,21 @@ class Placement:
     path: str = ""  # what they come over: gpus, host or disk
     sharing: int = 1  # devices that the rows of a batch are spread over
     in_turn: bool = False  # these compute one after the other
+    most_rows: int | None = None  # of a batch whose size the engine chooses; None: as `memory.rows_that_fit` has it
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a decode step takes besides matrix products: what `plan` knows of an engine's speed. The figures here are
+    those of Transformers' `generate` on an H100 (benchmarks/README.md)."""
+
+    layer_seconds: float = 0.0010  # of Python's work for each layer, however few the rows
+    shared_layer_seconds: float | None = None  # the same where several ranks share each layer; None: as alone
+    # How often a step moves the cache: `generate` copies it to make it longer, and attention that writes its scores
+    # out (BLOOM's) moves them in several types besides. The first is a count, not measured.
+    cache_passes: float = 5.0
+    cache_passes_eager: float = 10.0
+    continuous: bool = False  # a row that ends makes room for another at once
 
 
 class Encoder(Protocol):
@@ -91,6 +106,12 @@ class Engine(ABC):
         """Settings of this engine alone, set with `--set name=value`. An engine with settings defines its own."""
 
     needs_model: ClassVar[bool] = True
+    serves_cpu: ClassVar[bool] = False
+    """Is meant for machines without a GPU too: there `--engine auto` chooses among these."""
+    reads_split: ClassVar[bool] = False
+    """Takes models whose files are split by rank."""
+    dtypes: ClassVar[Sequence[str]] = ("auto", "float32", "bfloat16", "float16")
+    pace: ClassVar[Pace] = Pace()
     calls_together: ClassVar[bool] = False
     """Ranks take part in each other's steps, so that each is needed even when its own queue is empty."""
 

@@ -31,9 +31,11 @@ from batchgen.checkpoint import (
     merge_with,
     write_lines,
 )
+from batchgen.choice import AUTO
+from batchgen.description import asked, facts
 from batchgen.input import Input
 from batchgen.output import ErrorFormat, renderer
-from batchgen.prepare import Ready, RunError, asked, check_all, facts, prepare
+from batchgen.prepare import Ready, RunError, check_all, prepare
 from batchgen.prompts import Recipe
 from batchgen.stop import Stop
 from batchgen.types import WHOLE, Shard, UserError
@@ -72,7 +74,7 @@ def run(
     *,
     recipe: Recipe | None = None,
     model: str | None = None,
-    engine: str = "accelerate",
+    engine: str = AUTO,
     settings: Sequence[str] = (),
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -93,7 +95,8 @@ def run(
         out: the run folder; None: in the working folder, named after the first input.
         recipe: how rows become prompts, and the sampling for what they do not set themselves.
         model: a folder, `ORG/NAME[@REVISION]` of the hub on this machine, or None for the default model.
-        engine, settings: a name of `batchgen.engine.names()`, and `name=value` for its `Options`.
+        engine, settings: a name of `batchgen.engine.names()`, and `name=value` for its `Options`; auto: of those that
+            know these settings and fit, the one that a forecast says is the fastest (`batchgen.choice`).
         dtype: auto, float32, bfloat16, float16, int8 or nf4.
         batch_size: most prompts in a batch; None: as many as fit.
         selftest: compare rows of the first batch with themselves alone, and stop if the batch has changed them.
@@ -116,7 +119,7 @@ def run(
     chosen = (recipe or Recipe(), host.environment, model, engine, settings, dtype, batch_size)
     stop = Stop()
     with stop.on_signals():
-        opened = partial(prepare, files, folder.input_cache, *chosen, selftest=selftest)
+        opened = partial(prepare, files, folder.input_cache, *chosen, selftest=selftest, ranks=host.ranks)
         ready, attempt = _begun(folder, opened, world, host, strict, error_format)
         with _end_if_it_fails(attempt, world):
             attempt = _carry_out(ready, attempt, world, host, stop, max_error_rate, error_format)
@@ -138,7 +141,7 @@ def _begun(
     """The opened input, and the attempt: one process claims it on behalf of all ranks, the others find it."""
     if world.rank > 0 or world.attempt is not None:
         attempt = checkpoint.join(folder, world)
-        return opened(scan=False), attempt
+        return opened(scan=False, begun=attempt.claim), attempt
     folder.make()
     try:
         before = checkpoint.check_free(folder, world, host.shard)

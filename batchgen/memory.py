@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +119,35 @@ def host_free_bytes(
 
     Beyond a cgroup's limit there is no error to learn from: the kernel kills the process.
     """
+    left = _meminfo(meminfo, "MemAvailable")
+    for most, used in _cgroup_limits(membership, cgroups):
+        left = min(left, most - used)
+    return max(left, 0)
+
+
+def host_bytes(
+    meminfo: Path = Path("/proc/meminfo"),
+    membership: Path = Path("/proc/self/cgroup"),
+    cgroups: Path = Path("/sys/fs/cgroup"),
+) -> int:
+    """Memory that this host has, or that the job's cgroup (version 2) may have, whichever is less; used or not."""
+    return min([_meminfo(meminfo, "MemTotal"), *(most for most, _ in _cgroup_limits(membership, cgroups))])
+
+
+def _meminfo(meminfo: Path, name: str) -> int:
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    left = int(lines["MemAvailable"].split()[0]) * 1024
+    return int(lines[name].split()[0]) * 1024
+
+
+def _cgroup_limits(membership: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
+    """Bytes that may be used and are, of each cgroup that this process is in."""
     for line in membership.read_text().splitlines() if membership.exists() else []:
         number, _, path = line.split(":", 2)
         own = cgroups / path.lstrip("/")
         for folder in (own, *own.parents) if number == "0" else ():
             limit, used = folder / "memory.max", folder / "memory.current"
             if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-                left = min(left, int(most) - int(used.read_text()))
-    return max(left, 0)
+                yield int(most), int(used.read_text())
 
 
 def refuse(prompt: Prompt) -> Generation:

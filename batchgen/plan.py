@@ -1,37 +1,33 @@
 """What fits, how large a batch, how long: from a model's config and the lengths of an input. No weights, no GPU.
 
-Memory is counted as the engines count it (`memory.bytes_per_row`, `zero.gathered_bytes`). A decode step takes the
-largest of three times: Python's work around the layers; matrix products and the cache; weights that come from far.
-The constants were measured on one H100 (benchmarks/README.md), or are a maker's figures where the table says so; cells
-of a bench of the same model come before all of that.
+Memory is counted as the engines count it (`memory.bytes_per_row`, `zero.gathered_bytes`). A decode step is made of
+Python's work around the layers, of products and the cache, and of weights that come from far. These overlap in part, so
+that a step takes less than their sum and more than the longest. What an engine is slow at is in its own file (`Pace`);
+the constants here were fitted to the cells in benchmarks/h100, and hosts of the same kind differ by a factor of 1.5 in
+Python's part. Cells of a bench of the same model come before all of that.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from batchgen import engine, memory, offload
-from batchgen.engine import Placement
+from batchgen.cards import Card
+from batchgen.engine import Pace, Placement
 from batchgen.types import UserError
 
-_GIB = 1 << 30
 _CONTEXT_BYTES = int(1.0e9)  # of a CUDA context, cuBLAS's workspaces and a reserve
-_FULL = 0.99  # what a card has of the memory that it is sold with, in GiB
 _PRODUCTS = 0.8  # of the arithmetic that one large product reaches: those of a step are many, and some are small
-
-# Seconds of a step that Python takes for each layer, however few the rows: 20 to 31, 27, and 43 to 55 ms for the 30
-# layers of BLOOM-7b1; 12, 13 and 24 to 28 ms for the 24 of BLOOM-560m.
-_LAYER_SECONDS = {"accelerate": 0.0008, "ds-inference": 0.0009, "ds-zero": 0.0013}
-# How often a step moves the cache: `generate` copies it to make it longer, and attention that writes its scores out
-# moves them in several types besides (69 ms at 512 rows of BLOOM-7b1). The other is a count, not measured.
-_CACHE_PASSES_EAGER, _CACHE_PASSES = 12.0, 5.0
+_READ = 0.5  # of the bandwidth that the weights of a step are read at, being many matrices and some of them small
+_LINK = 0.87  # of the host's link that DeepSpeed's copies reach
+_GROUP = 64  # weights that share a scale, where they are rounded
+_OVERLAP = 1.75  # the parts of a step add up as numbers to this power do: 1 is a plain sum, infinity the longest alone
 
 
 class PlanError(UserError):
@@ -39,41 +35,24 @@ class PlanError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """A kind of GPU."""
-
-    memory: int  # bytes
-    bandwidth: float  # bytes/s of its memory
-    operations: float  # operations/s of a large product in 16 bits
-    host_link: float  # bytes/s from pinned host memory
-    gpu_link: float  # bytes/s to another GPU of the host
-    measured: bool = False  # else nine tenths of what the maker says
-
-
-CARDS: Mapping[str, Card] = {
-    "H100": Card(int(80 * _GIB * _FULL), 2.94e12, 760e12, 52e9, 300e9, measured=True),
-    "H200": Card(int(141 * 1e9), 4.3e12, 760e12, 52e9, 300e9),
-    "A100-80": Card(int(80 * _GIB * _FULL), 1.8e12, 280e12, 23e9, 200e9),
-    "A100-40": Card(int(40 * _GIB * _FULL), 1.4e12, 280e12, 23e9, 200e9),
-    "A6000": Card(int(48 * _GIB * _FULL), 0.69e12, 140e12, 23e9, 40e9),
-    "L40S": Card(int(48 * _GIB * _FULL), 0.78e12, 330e12, 23e9, 20e9),
-    "V100": Card(int(32 * _GIB * _FULL), 0.81e12, 112e12, 11e9, 100e9),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Node:
-    """The machine that the run is for."""
+    """The machine that the run is for, or several like it."""
 
     card: Card
-    gpus: int
-    host_memory: int | None = None  # bytes; None: not known
+    gpus: int  # of all hosts; where there are none, ranks
+    host_memory: int | None = None  # bytes, of all hosts; None: not known
     disk_bandwidth: float = 2e9  # bytes/s of a local disk's reads
+    hosts: int = 1
 
     @property
     def room(self) -> int:
-        """Bytes of a GPU that a run can use."""
+        """Bytes of a device that a run can use."""
         return self.card.memory - _CONTEXT_BYTES
+
+    @property
+    def device(self) -> str:
+        """What a rank computes on."""
+        return "GPU" if self.card.gpu else "rank's share of the host"
 
 
 @dataclass(frozen=True)
@@ -93,9 +72,10 @@ class Model:
     weights: offload.Parameters = field(repr=False)
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype) -> Model:
-        """With weights of type `dtype`."""
-        return cls(config, dtype, offload.parameters(config, dtype))
+    def of(cls, config: Any, dtype: torch.dtype, bits: Literal[0, 4, 8] = 0) -> Model:
+        """With weights of type `dtype`, or those of matrices rounded to so many bits."""
+        weights = offload.parameters(config, dtype)
+        return cls(config, dtype, offload.quantized(weights, bits, _GROUP) if bits else weights)
 
     @property
     def layers(self) -> int:
@@ -138,109 +118,158 @@ class Forecast:
     measured: bool = False  # from a bench of this model, instead of the formulas
 
 
-def forecasts(model: Model, work: Work, node: Node, measured: Mapping[str, Mapping[int, float]]) -> list[Forecast]:
+def forecasts(
+    model: Model,
+    work: Work,
+    node: Node,
+    measured: Mapping[str, Mapping[int, float]],
+    engines: Collection[str] | None = None,
+) -> list[Forecast]:
     """Every engine's placements, the fastest that fits first.
 
     Args:
         measured: by system as `bench` names it, seconds of a decode step by batch, of this model on this kind of card.
+        engines: those that matter; None: all.
     """
     found = []
-    for name in engine.names():
+    for name in engine.names() if engines is None else engines:
         kind = engine.find(name)
         for placement in kind.placements(model.config, model.weights, node.gpus):
             system = ":".join([name, *placement.settings])
             # Without a setting, all ranks share a model.
             short = name if placement.sharing == placement.ranks == node.gpus else system
             known = measured.get(system) or measured.get(short) or {}
-            found.append(_forecast(name, placement, model, work, node, known))
+            found.append(Expected(kind.pace, placement, model, node, known).forecast(name, work))
     return sorted(found, key=lambda one: (bool(one.why_not), one.seconds, -one.batch))
 
 
-def _forecast(
-    name: str, placement: Placement, model: Model, work: Work, node: Node, known: Mapping[int, float]
-) -> Forecast:
-    longest = max(prompt for prompt, _ in work.lengths), max(new for _, new in work.lengths)
-    fixed = placement.device + placement.gathered
-    if fixed > node.room:
-        return Forecast(name, placement, f"{_gb(fixed)} of weights are more than the {_gb(node.room)} of a GPU")
-    batch = _most(placement, model, node, longest)
-    if batch == 0:
-        row = model.row_bytes(*longest, placement.sharing)
-        left = _gb(node.room - fixed)
-        return Forecast(name, placement, f"beside {_gb(fixed)} of weights, {left} are left, and a row takes {_gb(row)}")
-    if node.host_memory is not None and placement.host > node.host_memory:
-        return Forecast(name, placement, f"{_gb(placement.host)} of weights are more than the host's memory")
-    seconds, tokens, bounds = 0.0, 0, dict[str, float]()
-    for rows, prompt, new in _batches(placement, model, node, work):
-        step, bound = _step(name, placement, model, node, rows, prompt + new / 2, known)
-        spent = new * step + _products(placement, model, node, rows * prompt)
-        seconds, tokens = seconds + spent, tokens + rows * new
-        bounds[bound] = bounds.get(bound, 0.0) + spent
-    scale = work.rows / len(work.lengths) / placement.streams
-    return Forecast(
-        name,
-        placement,
-        "",
-        batch,
-        fixed + batch * model.row_bytes(*longest, placement.sharing),
-        placement.streams * tokens / seconds,
-        seconds * scale,
-        max(bounds, key=lambda bound: bounds[bound]),
-        bool(known),
-    )
+@dataclass(frozen=True)
+class Expected:
+    """A placement of an engine on a node."""
 
+    pace: Pace
+    placement: Placement
+    model: Model
+    node: Node
+    known: Mapping[int, float]  # measured seconds of a step by rows
 
-def _most(placement: Placement, model: Model, node: Node, length: tuple[int, int]) -> int:
-    """Rows of that length that fit."""
-    room = node.room - placement.device - placement.gathered
-    return max(0, room // model.row_bytes(*length, placement.sharing))
+    def forecast(self, name: str, work: Work) -> Forecast:
+        """What is expected for this work."""
+        placement = self.placement
+        longest = max(prompt for prompt, _ in work.lengths), max(new for _, new in work.lengths)
+        why_not = self._why_not(longest)
+        if why_not:
+            return Forecast(name, placement, why_not)
+        seconds, bounds = 0.0, dict[str, float]()
+        for times, rows, prompt, new in self._in_flight(work) if self.pace.continuous else self._batches(work):
+            step, bound = self.step(rows, prompt + new / 2)
+            spent = times * (new * step + self._products(rows * prompt))
+            seconds += spent
+            bounds[bound] = bounds.get(bound, 0.0) + spent
+        batch = self.most(longest)
+        return Forecast(
+            name,
+            placement,
+            "",
+            batch,
+            self._fixed + batch * self._row_bytes(longest),
+            sum(new for _, new in work.lengths) * work.rows / len(work.lengths) / seconds,
+            seconds,
+            max(bounds, key=lambda bound: bounds[bound]),
+            bool(self.known),
+        )
 
+    def _why_not(self, longest: tuple[int, int]) -> str:
+        placement, node = self.placement, self.node
+        if placement.sharing > 1 and placement.sharing > node.gpus // node.hosts:
+            return f"{placement.sharing} ranks would share each step over the network between hosts"
+        if self._fixed > node.room:
+            return f"{_gb(self._fixed)} of weights are more than the {_gb(node.room)} of a {node.device}"
+        if self.most(longest) == 0:
+            left, row = _gb(node.room - self._fixed), _gb(self._row_bytes(longest))
+            return f"beside {_gb(self._fixed)} of weights, {left} are left, and a row takes {row}"
+        if node.host_memory is not None and placement.host > node.host_memory:
+            return f"{_gb(placement.host)} of weights are more than the host's memory"
+        return ""
 
-def _batches(placement: Placement, model: Model, node: Node, work: Work) -> list[tuple[int, int, int]]:
-    """Rows, prompt tokens and new tokens of the batches of all rows: like lengths together, as a run has them."""
-    ordered = sorted(work.lengths, key=lambda one: (one[1], one[0]), reverse=True)
-    made = []
-    place = 0
-    while place < len(ordered):
-        prompt, new = ordered[place]
-        rows = max(1, _most(placement, model, node, (prompt, new)))
-        part = ordered[place : place + rows]
-        # A sample stands for more rows than it has: its last batch would be full.
-        made.append((len(part), max(length for length, _ in part), new))
-        place += rows
-    return made
+    @property
+    def _fixed(self) -> int:
+        """Bytes of weights on a device."""
+        return self.placement.device + self.placement.gathered
 
+    def _row_bytes(self, length: tuple[int, int]) -> int:
+        return self.model.row_bytes(*length, self.placement.sharing)
 
-def _step(
-    name: str, placement: Placement, model: Model, node: Node, rows: int, context: float, known: Mapping[int, float]
-) -> tuple[float, str]:
-    """Seconds of a decode step, and what they go to."""
-    if known:
-        return _between(known, rows), "what was measured"
-    card, together = node.card, 1 if placement.in_turn else placement.sharing
-    size = model.weights.read_bytes / together
-    products = max(size / card.bandwidth, _products(placement, model, node, rows))
-    passes = _CACHE_PASSES_EAGER if model.eager else _CACHE_PASSES
-    cache = passes * rows * context * model.cache_bytes() / together / card.bandwidth
-    moved = 0.0
-    if placement.path == "disk":
-        moved = placement.moved * placement.ranks / node.disk_bandwidth  # all ranks read the same disk
-    elif placement.path:
-        moved = placement.moved / (card.host_link if placement.path == "host" else card.gpu_link)
-    times = {
-        "Python's work": _LAYER_SECONDS.get(name, max(_LAYER_SECONDS.values())) * model.layers,
-        "products and cache": products + cache,
-        f"weights from the {placement.path}": moved,
-    }
-    bound = max(times, key=lambda one: times[one])
-    return times[bound], bound
+    def most(self, length: tuple[int, int]) -> int:
+        """Rows of that length, in prompt and new tokens, that fit."""
+        return max(0, self.node.room - self._fixed) // self._row_bytes(length)
 
+    def _chosen(self, length: tuple[int, int]) -> int:
+        """Rows of that length that a run takes where no batch size is given."""
+        device = torch.device("cuda" if self.node.card.gpu else "cpu")
+        free = self.node.room - self._fixed
+        return memory.rows_that_fit(free, self._row_bytes(length), device, self.placement.most_rows)
 
-def _products(placement: Placement, model: Model, node: Node, tokens: int) -> float:
-    """Seconds of all matrix products over so many tokens."""
-    operations = 2 * model.weights.read_bytes / model.dtype.itemsize * tokens
-    together = 1 if placement.in_turn else placement.sharing
-    return operations / together / (_PRODUCTS * node.card.operations)
+    def _batches(self, work: Work) -> Iterator[tuple[float, int, int, int]]:
+        """A stream's batches as `StaticBatches.pull` makes them, like lengths together: how many there are of a kind,
+        and its rows, prompt tokens and new tokens."""
+        ordered = sorted(work.lengths, key=lambda one: (one[1], one[0]), reverse=True)
+        each = work.rows / len(ordered) / self.placement.streams  # rows of a stream that one of these stands for
+        place = 0
+        while place < len(ordered):
+            prompt, new = ordered[place]
+            taken = 1
+            rows = self._chosen((prompt, new))
+            while place + taken < len(ordered) and (taken + 1) * each <= rows:
+                longer = max(prompt, ordered[place + taken][0])
+                if longer > prompt and (taken + 1) * each > (rows := self._chosen((longer, new))):
+                    break
+                prompt, taken = longer, taken + 1
+            inside = taken * each
+            yield max(1.0, inside / rows), max(1, round(min(inside, rows))), prompt, new
+            place += taken
+
+    def _in_flight(self, work: Work) -> Iterator[tuple[float, int, int, int]]:
+        """The same where rows come and go: as if all rows in flight were the average one."""
+        total = sum(new for _, new in work.lengths)
+        mean_prompt = sum(prompt for prompt, _ in work.lengths) // len(work.lengths)
+        mean_new = max(1, total // len(work.lengths))
+        stream = work.rows / self.placement.streams
+        # A row in flight has half of its new tokens on the average.
+        rows = max(1, min(self.most((mean_prompt, -(-mean_new // 2))), round(stream)))
+        longest = max(new for _, new in work.lengths)
+        # No row ends sooner than its own steps, however many are in flight.
+        yield max(stream / rows, longest / mean_new), rows, mean_prompt, mean_new
+
+    def step(self, rows: int, context: float) -> tuple[float, str]:
+        """Seconds of a decode step of so many rows of `context` tokens, and what most of it goes to."""
+        if self.known:
+            return _between(self.known, rows), "what was measured"
+        placement, card, pace = self.placement, self.node.card, self.pace
+        together = 1 if placement.in_turn else placement.sharing
+        products = max(self.model.weights.read_bytes / together / (_READ * card.bandwidth), self._products(rows))
+        passes = pace.cache_passes_eager if self.model.eager else pace.cache_passes
+        cache = passes * rows * context * self.model.cache_bytes() / together / card.bandwidth
+        moved = 0.0
+        if placement.path == "disk":
+            moved = placement.moved * placement.ranks / self.node.disk_bandwidth  # all ranks read the same disk
+        elif placement.path:
+            moved = placement.moved / (_LINK * card.host_link if placement.path == "host" else card.gpu_link)
+        shared = together > 1 and pace.shared_layer_seconds is not None
+        work = (pace.shared_layer_seconds or 0.0) if shared else pace.layer_seconds
+        times = {
+            "Python's work": work * self.model.layers,
+            "products and cache": products + cache,
+            f"weights from the {placement.path}": moved,
+        }
+        bound = max(times, key=lambda one: times[one])
+        return sum(seconds**_OVERLAP for seconds in times.values()) ** (1 / _OVERLAP), bound
+
+    def _products(self, tokens: int) -> float:
+        """Seconds of all matrix products over so many tokens."""
+        operations = 2 * self.model.weights.read_bytes / self.model.dtype.itemsize * tokens
+        together = 1 if self.placement.in_turn else self.placement.sharing
+        return operations / together / (_PRODUCTS * self.node.card.operations)
 
 
 def _between(known: Mapping[int, float], rows: int) -> float:
@@ -254,22 +283,6 @@ def _between(known: Mapping[int, float], rows: int) -> float:
     (low, high), *_ = [pair for pair in pairwise(batches) if pair[1] == batches[place]]
     share = (rows - low) / (high - low)
     return known[low] + share * (known[high] - known[low])
-
-
-def card_of(name: str | None, gigabytes: float | None) -> Card:
-    """The card called `name`, or the first that has as much memory; with other memory if both are given.
-
-    Raises:
-        PlanError: it is not known.
-    """
-    if name is not None and name not in CARDS:
-        raise PlanError(f"the GPU {name} is not known: {', '.join(CARDS)}; or give --gpu-memory")
-    if gigabytes is None:
-        return CARDS[name or "H100"]
-    size = int(gigabytes * _GIB * _FULL)
-    near = min(CARDS.values(), key=lambda card: abs(math.log(card.memory / size)))
-    card = CARDS[name] if name is not None else near
-    return Card(size, card.bandwidth, card.operations, card.host_link, card.gpu_link, card.measured)
 
 
 def _gb(size: int) -> str:

@@ -5,22 +5,18 @@ What is wrong with the settings shows here, in seconds, on a machine without a G
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import json
 import logging
-import platform
 import random
-import socket
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchgen import engine, formats, models
+from batchgen import choice, formats, models
 from batchgen.checkpoint import CheckpointError, read_json, to_json, write_atomic
+from batchgen.choice import AUTO, Choice
 from batchgen.engine import Encoder, Engine
 from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
@@ -28,15 +24,16 @@ from batchgen.openai import is_request
 from batchgen.prompts import PromptReader, Recipe, own_id
 from batchgen.schedule import windows
 from batchgen.types import Generation, Prompt, RowError, UserError
+from batchgen.world import World, from_environment
 
 logger = logging.getLogger(__name__)
-
-_PACKAGES = ("batchgen", "torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "tokenizers")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
 # Bad rows that `--strict` names; of more, it says how many.
 _NAMED = 20
+
+_SAMPLE = 2_000  # rows whose lengths are looked at to choose an engine
 
 
 class RunError(UserError):
@@ -51,14 +48,27 @@ class Ready:
     recipe: Recipe
     reader: PromptReader
     model: ResolvedModel
-    engine: str
-    kind: type[Engine]  # of that name
-    options: Any  # of that kind
+    choice: Choice
     dtype: str
     batch_size: int | None
     selftest: bool
     cache: Path  # batchgen's own, not the run's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
+
+    @property
+    def engine(self) -> str:
+        """Its name."""
+        return self.choice.name
+
+    @property
+    def kind(self) -> type[Engine]:
+        """The engine of that name."""
+        return self.choice.kind
+
+    @property
+    def options(self) -> Any:
+        """The engine's."""
+        return self.choice.options
 
 
 _NO_MODEL = ResolvedModel(Path(), "none", "")
@@ -77,14 +87,24 @@ def prepare(
     *,
     scan: bool,
     selftest: bool = True,
+    ranks: int = 1,
+    begun: Mapping[str, Any] | None = None,
 ) -> Ready:
-    """Opens the input and finds engine and model; `scan` reads the input once and leaves an index in `cache`.
+    """Opens the input and finds engine and model.
+
+    Args:
+        scan: read the input once and leave an index in `cache`.
+        ranks: that this process will start.
+        begun: what is recorded of the attempt that this process joins, which has chosen the engine if none was named.
 
     Raises:
         RunError, InputError, EngineError, ModelError: a sentence each.
     """
-    kind = engine.find(engine_name)
-    options = engine.parse_options(kind, settings)
+    chosen = None
+    if engine_name != AUTO:
+        chosen = choice.named(engine_name, settings)
+    elif begun is not None:
+        chosen = choice.recorded(begun)
     if dtype not in DTYPES:
         raise RunError(f"there is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if batch_size is not None and batch_size < 1:
@@ -92,13 +112,16 @@ def prepare(
     source = Input.open(inputs, cache, scan=scan)
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
-    if kind.needs_model:
+    if chosen is None or chosen.kind.needs_model:
         if model is None and scan:
             logger.info("no --model given: using the default model, %s", models.DEFAULT)
         resolved = models.resolve(model, own_cache, logger.info)
+    if chosen is None:
+        world = from_environment(environment)
+        chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
     duplicates = _duplicates(source, cache / "duplicates.json", scan)
     try:
-        reader = PromptReader(recipe, kind.encoder(str(resolved.folder)), duplicates)
+        reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates)
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
     answers_requests = recipe.model is not None or _begins_with_request(source)
@@ -107,15 +130,28 @@ def prepare(
         recipe,
         reader,
         resolved,
-        engine_name,
-        kind,
-        options,
+        chosen,
         dtype,
         batch_size,
         selftest,
         own_cache,
         answers_requests,
     )
+
+
+def _chosen(
+    model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: choice.Lengths, world: World, ranks: int
+) -> Choice:
+    """The engine of a run for which none was named; says which, and why."""
+    from batchgen.cards import Machine  # imports torch, and a run whose engine is named may need none
+
+    several = world.size > 1  # else this process starts the ranks
+    local_size = max(1, world.local_size) if several else ranks
+    hosts = max(1, world.size // local_size) if several else 1
+    machine = Machine.here(local_size)
+    found = choice.automatic(model.folder, dtype, settings, lengths, machine, world.size if several else ranks, hosts)
+    logger.info("engine %s: %s", found, found.why)
+    return found
 
 
 def check_there(inputs: Sequence[str], model: str | None) -> None:
@@ -142,10 +178,25 @@ def sample(inputs: Sequence[str], recipe: Recipe, encoder: Encoder, most: int | 
     """
     with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
         source = Input.open(inputs, Path(scratch), scan=True)
-        count = len(source) if most is None else min(most, len(source))
-        chosen = sorted(random.Random(1).sample(range(len(source)), count))
-        outcomes = PromptReader(recipe, encoder, {}).read(list(source.rows(chosen)))
-    return [one for one in outcomes if isinstance(one, Prompt)], count, len(source)
+        prompts, count = _draw(source, recipe, encoder, most)
+    return prompts, count, len(source)
+
+
+def _draw(source: Input, recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int]:
+    count = len(source) if most is None else min(most, len(source))
+    drawn = sorted(random.Random(1).sample(range(len(source)), count))
+    try:
+        outcomes = PromptReader(recipe, encoder, {}).read(list(source.rows(drawn)))
+    except ValueError as error:  # the template is none
+        raise RunError(str(error)) from error
+    return [one for one in outcomes if isinstance(one, Prompt)], count
+
+
+def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tuple[int, int]], int]:
+    """Prompt and new tokens of rows drawn from the input, and how many rows they stand for."""
+    prompts, count = _draw(source, recipe, encoder, _SAMPLE)
+    lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in prompts]
+    return lengths, round(len(source) * len(prompts) / max(count, 1))
 
 
 def _duplicates(source: Input, path: Path, scan: bool) -> dict[int, str]:
@@ -168,53 +219,6 @@ def _begins_with_request(source: Input) -> bool:
         if not isinstance(row.value, RowError):
             return is_request(row.value)
     return False
-
-
-def asked(ready: Ready, error_format: str) -> dict[str, object]:
-    """What decides the text of a run: compared at every start."""
-    recipe = ready.recipe
-    return {
-        "input": ready.source.digest,
-        "rows": len(ready.source),
-        "model": ready.model.name if ready.model.revision == "" else ready.model.revision,
-        "dtype": ready.dtype,
-        **{f"sampling.{name}": value for name, value in dataclasses.asdict(recipe.sampling).items()},
-        "prompt_column": recipe.prompt_column,
-        "template": recipe.template,
-        "chat_template_kwargs": dict(recipe.chat_template_kwargs),
-        "truncate": recipe.truncate,
-        "request_model": recipe.model,
-        "error_format": error_format,
-    }
-
-
-def facts(ready: Ready, ranks: int) -> dict[str, object]:
-    """What a run runs on: recorded with every attempt, never compared."""
-    return {
-        "model": ready.model.name,
-        "model_folder": str(ready.model.folder),
-        "input_files": [str(source.path.absolute()) for source in ready.source.sources],
-        "engine": ready.engine,
-        "settings": engine.settings_of(ready.options),
-        "batch_size": ready.batch_size,
-        "ranks": ranks,
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "command": sys.argv,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of batchgen and the packages that decide what a model says and how fast."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def refusals(ready: Ready) -> Iterator[Generation]:
@@ -244,26 +248,3 @@ def check_all(ready: Ready) -> None:
             + "\n".join(named)
             + more
         )
-
-
-def describe(ready: Ready, ranks: int) -> str:
-    """The plan of a dry run, with the first rendered prompt."""
-    lines = [
-        f"input:    {len(ready.source)} rows in {len(ready.source.sources)} file(s)",
-        f"model:    {ready.model.name} {ready.model.revision}".rstrip(),
-        f"engine:   {ready.engine} {json.dumps(engine.settings_of(ready.options))}",
-        f"dtype:    {ready.dtype}",
-        f"batch:    {'as large as fits' if ready.batch_size is None else f'at most {ready.batch_size} prompts'}",
-        f"ranks:    {ranks}",
-        f"sampling: {json.dumps(dataclasses.asdict(ready.recipe.sampling), ensure_ascii=False)}",
-    ]
-    window = list(ready.source.rows(range(min(len(ready.source), 100))))
-    outcomes = ready.reader.read(window)
-    for outcome in outcomes:
-        if isinstance(outcome, Generation):
-            assert outcome.error is not None
-            lines.append(f"bad row:  {outcome.error.message}")
-    first = next((outcome for outcome in outcomes if not isinstance(outcome, Generation)), None)
-    if first is not None:
-        lines += [f"first prompt ({first.id}, {len(first.tokens)} tokens):", first.text]
-    return "\n".join(lines)

@@ -1,8 +1,10 @@
 """A model folder whose weights are split by rank already: what its `split.json` says. Standard library only.
 
-split.json                             of which model, over how many ranks, which files
-rank-00000-00001.safetensors …         of each rank; as many as it takes
-config.json, tokenizer.json …          as the model has them
+In the folder:
+
+    split.json                             of which model, over how many ranks, which files
+    rank-00000-00001.safetensors …         of each rank; as many as it takes
+    config.json, tokenizer.json …          as the model has them
 """
 
 from __future__ import annotations

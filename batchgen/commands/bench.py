@@ -99,7 +99,7 @@ def command(context: click.Context, /, **options: Any) -> None:
 
 def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
     from batchgen import bench, models
-    from batchgen.prepare import versions
+    from batchgen.description import versions
 
     if options["model"] is not None and options["random_weights"] is not None:
         raise CommandError("--model and --random-weights name two models; leave one of them out")

@@ -69,13 +69,13 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
 def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any:
     import torch
 
-    from batchgen import plan
+    from batchgen import cards, plan
     from batchgen.models import shapes
 
     config, folder = shapes.find(options["model"])
     work, note = _work(inputs, recipe, folder)
     host = options["host_memory"]
-    card = plan.card_of(options["gpu"], options["gpu_memory"])
+    card = cards.card_of(options["gpu"], options["gpu_memory"])
     node = plan.Node(card, options["gpus"], None if host is None else int(host * 1e9))
     model = plan.Model.of(config, getattr(torch, options["dtype"]))
     measured = _measured(options["bench_folder"], options["gpus"])

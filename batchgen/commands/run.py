@@ -14,6 +14,7 @@ import click
 
 from batchgen import engine as engines
 from batchgen.checkpoint import HEARTBEAT_SECONDS
+from batchgen.choice import AUTO
 from batchgen.commands import carry_out, conclude, fail, log_to_stderr, results_only_on_stdout
 from batchgen.types import WHOLE, SamplingParams, Shard, UserError
 
@@ -85,10 +86,10 @@ _SHORT_FORMS = ("offload", "tp")  # flags that are `--set NAME=VALUE`: the engin
 _ENGINE_OPTIONS = (
     click.option(
         "--engine",
-        type=click.Choice(engines.names()),
-        default="accelerate",
+        type=click.Choice([AUTO, *engines.names()]),
+        default=AUTO,
         show_default=True,
-        help="What generates.",
+        help="What generates; auto: the fastest that fits, by forecast.",
     ),
     click.option(
         "--set",
@@ -262,7 +263,8 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
 
 
 def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> None:
-    from batchgen.prepare import check_all, describe, prepare
+    from batchgen.description import describe
+    from batchgen.prepare import check_all, prepare
 
     log_to_stderr(0, 1)
     try:
@@ -270,7 +272,13 @@ def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> N
             names = ("recipe", "model", "settings", "dtype", "batch_size")
             chosen = {name: options[name] for name in names}
             ready = prepare(
-                inputs, Path(scratch), engine_name=options["engine"], environment=os.environ, scan=True, **chosen
+                inputs,
+                Path(scratch),
+                engine_name=options["engine"],
+                environment=os.environ,
+                scan=True,
+                ranks=ranks,
+                **chosen,
             )
             if options["strict"]:
                 check_all(ready)

@@ -19,7 +19,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from batchgen import loading, memory
-from batchgen.engine import Encoder, Engine, EngineError, Placement, Setup
+from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
@@ -31,6 +31,10 @@ _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # the maps th
 
 class Accelerate(Engine):
     """A whole model a rank, or one model over everything there is."""
+
+    serves_cpu = True
+    dtypes = (*Engine.dtypes, "int8", "nf4")
+    pace = Pace(layer_seconds=0.00062)
 
     @dataclass(frozen=True)
     class Options:

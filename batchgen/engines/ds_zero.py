@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from batchgen import extensions, loading, memory, offload, ranks, zero
-from batchgen.engine import Encoder, Engine, EngineError, OutOfStep, Placement, Setup
+from batchgen.engine import Encoder, Engine, EngineError, OutOfStep, Pace, Placement, Setup
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
 
@@ -43,6 +43,7 @@ class DsZero(Engine):
     """A share of the weights and a stream of its own on every rank."""
 
     calls_together = True
+    pace = Pace(layer_seconds=0.00104)
 
     @dataclass(frozen=True)
     class Options:
@@ -76,10 +77,9 @@ class DsZero(Engine):
         if gpus > 1:
             moved = size - size // gpus
             held = Placement((), gpus, gpus, device=shard, gathered=gathered, moved=moved, path="gpus")
-        host = Placement(("offload=cpu",), gpus, gpus, 0, gathered, host=shard * gpus, moved=size // gpus, path="host")
-        disk = Placement(
-            ("offload=nvme=FOLDER",), gpus, gpus, 0, gathered, disk=shard * gpus, moved=size // gpus, path="disk"
-        )
+        away = Placement(("offload=cpu",), gpus, gpus, 0, gathered, moved=size // gpus, most_rows=_MOST_ROWS)
+        host = replace(away, host=shard * gpus, path="host")
+        disk = replace(away, settings=("offload=nvme=FOLDER",), disk=shard * gpus, path="disk")
         return [held, host, disk]
 
     @classmethod

@@ -1,0 +1,88 @@
+"""What is said of a run before it begins: compared at every start, recorded, or shown by a dry run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import socket
+import sys
+
+from batchgen import engine
+from batchgen.prepare import Ready
+from batchgen.types import Generation
+
+_PACKAGES = ("batchgen", "torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "tokenizers")
+
+
+def asked(ready: Ready, error_format: str) -> dict[str, object]:
+    """What decides the text of a run: compared at every start."""
+    recipe = ready.recipe
+    return {
+        "input": ready.source.digest,
+        "rows": len(ready.source),
+        "model": ready.model.name if ready.model.revision == "" else ready.model.revision,
+        "dtype": ready.dtype,
+        **{f"sampling.{name}": value for name, value in dataclasses.asdict(recipe.sampling).items()},
+        "prompt_column": recipe.prompt_column,
+        "template": recipe.template,
+        "chat_template_kwargs": dict(recipe.chat_template_kwargs),
+        "truncate": recipe.truncate,
+        "request_model": recipe.model,
+        "error_format": error_format,
+    }
+
+
+def facts(ready: Ready, ranks: int) -> dict[str, object]:
+    """What a run runs on: recorded with every attempt, never compared."""
+    return {
+        "model": ready.model.name,
+        "model_folder": str(ready.model.folder),
+        "input_files": [str(source.path.absolute()) for source in ready.source.sources],
+        "engine": ready.engine,
+        "settings": engine.settings_of(ready.options),
+        "engine_reason": ready.choice.why,
+        "batch_size": ready.batch_size,
+        "ranks": ranks,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "command": sys.argv,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of batchgen and the packages that decide what a model says and how fast."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe(ready: Ready, ranks: int) -> str:
+    """The plan of a dry run, with the first rendered prompt."""
+    lines = [
+        f"input:    {len(ready.source)} rows in {len(ready.source.sources)} file(s)",
+        f"model:    {ready.model.name} {ready.model.revision}".rstrip(),
+        f"engine:   {ready.engine} {json.dumps(engine.settings_of(ready.options))}",
+        *([f"because:  {ready.choice.why}"] if ready.choice.why else []),
+        f"dtype:    {ready.dtype}",
+        f"batch:    {'as large as fits' if ready.batch_size is None else f'at most {ready.batch_size} prompts'}",
+        f"ranks:    {ranks}",
+        f"sampling: {json.dumps(dataclasses.asdict(ready.recipe.sampling), ensure_ascii=False)}",
+    ]
+    window = list(ready.source.rows(range(min(len(ready.source), 100))))
+    outcomes = ready.reader.read(window)
+    for outcome in outcomes:
+        if isinstance(outcome, Generation):
+            assert outcome.error is not None
+            lines.append(f"bad row:  {outcome.error.message}")
+    first = next((outcome for outcome in outcomes if not isinstance(outcome, Generation)), None)
+    if first is not None:
+        lines += [f"first prompt ({first.id}, {len(first.tokens)} tokens):", first.text]
+    return "\n".join(lines)
