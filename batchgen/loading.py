@@ -101,12 +101,24 @@ def fill(name: str, parameter: torch.Tensor, spread: float) -> None:
     """
     values = getattr(parameter, "ds_tensor", parameter).data
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    if not values.is_floating_point() or values.device.type == "meta" or values.numel() == 0:
+    if values.device.type == "meta" or values.numel() == 0:
         return
-    if len(shape) > 1:
+    if not values.is_floating_point():
+        _fill_rounded(parameter, values, spread)
+    elif len(shape) > 1:
         values.normal_(0.0, spread)
     else:
         values.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _fill_rounded(parameter: Any, values: torch.Tensor, spread: float) -> None:
+    """The same into a weight that bitsandbytes has rounded: any numbers, with scales that give them that spread."""
+    if getattr(parameter, "SCB", None) is not None:  # 8 bits: the largest number of a row stands for its scale
+        values.random_(-127, 128)
+        parameter.SCB.fill_(spread * 3**0.5)
+    elif getattr(parameter, "quant_state", None) is not None:  # 4 bits, two of them a byte: places in a table
+        values.random_(0, 256)
+        parameter.quant_state.absmax.fill_(spread / parameter.quant_state.code.std())
 
 
 def floating_dtype(name: str, config: Any) -> torch.dtype:

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from batchgen import loading
+from batchgen.engine import Setup
+from batchgen.engines.accelerate import Accelerate
 from batchgen.models import ModelError, shapes
+from batchgen.world import World
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,3 +85,20 @@ def test_engines_fill_a_hollow_model_with_numbers_that_mean_something(name: str,
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "8", "zeros would say the same after every prompt"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_rounded_weights_of_a_hollow_model_are_filled_too(dtype: str, tmp_path: Path) -> None:
+    rounding = pytest.importorskip("bitsandbytes.functional")
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "intermediate_size": 128}))
+    folder = shapes.make(str(tmp_path / "config.json"), torch.bfloat16, tmp_path / "model")
+    with Accelerate(Setup(str(folder), dtype, 1, World()), Accelerate.Options()) as engine:
+        assert engine._batches is not None
+        weight = engine._batches._model.model.layers[1].mlp.down_proj.weight
+        if dtype == "int8":
+            values = weight.data.float() * weight.SCB[:, None] / 127
+        else:
+            values = rounding.dequantize_4bit(weight.data, weight.quant_state).float()
+        assert values.shape == (64, 128)
+        assert values.std().item() == pytest.approx(0.3, rel=0.1)
+        assert len(values.unique()) > 10
