@@ -100,11 +100,7 @@ def prepare(
     Raises:
         RunError, InputError, EngineError, ModelError: a sentence each.
     """
-    chosen = None
-    if engine_name != AUTO:
-        chosen = choice.named(engine_name, settings)
-    elif begun is not None:
-        chosen = choice.recorded(begun)
+    chosen = _known(engine_name, settings, begun)
     if dtype not in DTYPES:
         raise RunError(f"there is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if batch_size is not None and batch_size < 1:
@@ -137,6 +133,13 @@ def prepare(
         own_cache,
         answers_requests,
     )
+
+
+def _known(name: str, settings: Sequence[str], begun: Mapping[str, Any] | None) -> Choice | None:
+    """The engine that was named or is recorded; None: it is to be chosen."""
+    if name != AUTO:
+        return choice.named(name, settings)
+    return None if begun is None else choice.recorded(begun)
 
 
 def _chosen(
