@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -134,6 +135,19 @@ def floating_dtype(name: str, config: Any) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def device_of(world: World) -> torch.device:
+    """Where this rank computes: its own GPU; where there is none, the CPU, whose cores the ranks of a host share.
+
+    Raises:
+        EngineError: there are fewer GPUs than ranks.
+    """
+    if torch.cuda.is_available() and torch.cuda.device_count():
+        return torch.device("cuda", gpu_of(world))
+    if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, memory.cores() // world.local_size))
+    return torch.device("cpu")
 
 
 def gpu_of(world: World) -> int:

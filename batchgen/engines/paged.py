@@ -56,8 +56,7 @@ class Paged(Engine):
         loading.check_weights(setup.model)
         loading.quieten()
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
-        gpu = torch.cuda.is_available()
-        self._device = torch.device("cuda", loading.gpu_of(setup.world)) if gpu else torch.device("cpu")
+        self._device = loading.device_of(setup.world)
         self._check = setup.selftest
         self._model = loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
         self._make(setup, options)
@@ -132,13 +131,8 @@ class Paged(Engine):
         while not stop():
             while more and loop.waiting < ahead and not stop():
                 fed = list(islice(prompts, _FEED))
-                fitting = [prompt for prompt in fed if self._fits(prompt)]
-                if len(fitting) < len(fed):
-                    refused = [memory.refuse(prompt) for prompt in fed if not self._fits(prompt)]
-                    yield Batch(refused, 0, memory.take_peak_bytes([self._device]))
+                loop.give(fed)
                 more = bool(fed)
-                if fitting or not more:
-                    loop.give(fitting)
             found = loop.finished(timeout=0.05)
             collected += found or []
             if collected and (found is None or time.monotonic() - handed >= _YIELD_SECONDS):
@@ -146,13 +140,15 @@ class Paged(Engine):
                 collected, handed = [], time.monotonic()
             if found is None:
                 return
-
-    def _fits(self, prompt: Prompt) -> bool:
-        return len(prompt.tokens) + prompt.params.max_new_tokens <= self._scheduler.capacity
+        if collected:
+            yield self._batch(collected)
 
     def _batch(self, rows: list[Finished]) -> Batch:
         generations = []
         for row in rows:
+            if row.tokens is None:
+                generations.append(memory.refuse(row.prompt))
+                continue
             text = self._encoder.decode(row.tokens)
             before = cut(text, row.prompt.params.stop)
             reason: FinishReason = "stop" if row.stopped or before != text else "length"
@@ -161,7 +157,7 @@ class Paged(Engine):
 
     def _selftest(self, rows: list[Finished]) -> None:
         for place in selftest.choose([row.prompt for row in rows]):
-            prompt, tokens = rows[place].prompt, rows[place].tokens
+            prompt, tokens = rows[place].prompt, rows[place].tokens or []
             selftest.check(self._model, prompt, tokens, self._runner.slots, self._device, self._encoder.decode)
 
     def _watch(self, prompt: Prompt) -> StopTexts:
@@ -175,7 +171,8 @@ class Paged(Engine):
     def close(self) -> None:
         if self._loop is not None:
             self._loop.stop()
-        self._loop = self._model = self._runner = None
+        self._loop = self._model = None
+        vars(self).pop("_runner", None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

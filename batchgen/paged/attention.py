@@ -29,10 +29,12 @@ class Layout:
     table: torch.Tensor  # [slots + 1, columns], the pages of each sequence; int32
     slots: torch.Tensor  # [tokens], int32
     positions: torch.Tensor  # [tokens], int32; below 0: padding
-    decoding: int  # the first tokens, one of each sequence
+    decoding: int  # the first tokens, one of each sequence; for the kernels, as many or more
     parts: Sequence[Part] = ()  # all others
-    blocks: torch.Tensor | None = None  # [blocks, 2] of the parts: first token, tokens; int32, for the kernels
-    splits: int = 1  # programs that share a decoding sequence, for the kernels
+    # For the kernels alone. A graph has fixed sizes, so what differs between its replays lies on the device.
+    count: torch.Tensor | None = None  # [1], the tokens that decode; int32
+    blocks: torch.Tensor | None = None  # [blocks, 2] of the parts: first token, tokens (0: none); int32
+    splits: int = 1  # programs that share a decoding sequence
 
 
 class _Current(threading.local):
@@ -102,12 +104,12 @@ def _shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
 
 
-_library = torch.library.Library("batchgen", "DEF")
-_library.define(
+_library = torch.library.Library("batchgen", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "paged_attention(Tensor query, Tensor key, Tensor value, Tensor layer, float scale, int window, Tensor? slopes)"
     " -> Tensor"
 )
-_library.impl("paged_attention", _attend, "CompositeExplicitAutograd")
+_library.impl("paged_attention", _attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("batchgen::paged_attention", _shape, lib=_library)
 
 

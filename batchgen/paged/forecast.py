@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from batchgen.paged.pages import SIZE
+from batchgen.paged.step import Ints
 
+_LAST_PAGE = 0.5  # of a sequence: half of it is empty
 _CHECKS = 16  # of the peak by one forecast, each of which sorts all sequences
 
 
@@ -20,33 +20,39 @@ class Forecast:
         rests: tokens that each is expected to generate yet.
     """
 
-    def __init__(self, pages: int, lengths: Sequence[int], rests: Sequence[int]) -> None:
+    def __init__(self, pages: int, lengths: Ints, rests: Ints) -> None:
         self._pages = pages
-        self._lengths, self._rests = list(lengths), list(rests)
-        self._most = sum(self._lengths) + sum(self._rests)
+        self._lengths, self._rests = lengths, rests
+        self._sequences = len(lengths)
+        self._most = int(lengths.sum() + rests.sum())
+        self._added: list[tuple[int, int]] = []
         self._checks = 0
 
     def fits(self, length: int, rest: int) -> bool:
         """Whether a sequence of `length` tokens and `rest` expected ones fits beside them; if so, it runs too."""
         # All at their longest at once: cheap, and enough while the cache is far from full.
-        holds = self._in_pages(self._most + length + rest, len(self._lengths) + 1) <= self._pages
+        holds = _in_pages(self._most + length + rest, self._sequences + 1) <= self._pages
         if not holds and self._checks < _CHECKS:
             self._checks += 1
             holds = self._peak(length, rest) <= self._pages
         if holds:
-            self._lengths.append(length)
-            self._rests.append(rest)
+            self._added.append((length, rest))
+            self._sequences += 1
             self._most += length + rest
         return holds
 
     def _peak(self, length: int, rest: int) -> float:
         """The cache is fullest just before some sequence ends: those that end later have grown by as much, those that
         end sooner are gone."""
-        rests = np.array([*self._rests, rest])
-        order = np.argsort(-rests, kind="stable")
+        more = np.array([*self._added, (length, rest)], np.int32)
+        self._lengths, self._rests = np.append(self._lengths, more[:, 0]), np.append(self._rests, more[:, 1])
+        order = np.argsort(-self._rests, kind="stable")
         there = np.arange(1, len(order) + 1)
-        tokens = np.array([*self._lengths, length])[order].cumsum() + there * rests[order]
-        return float(self._in_pages(tokens, there).max())
+        tokens = self._lengths[order].cumsum() + there * self._rests[order]
+        self._lengths, self._rests = self._lengths[:-1], self._rests[:-1]
+        self._added = []
+        return float((tokens / SIZE + _LAST_PAGE * there).max())
 
-    def _in_pages(self, tokens: np.ndarray | float, sequences: np.ndarray | float) -> np.ndarray | float:
-        return tokens / SIZE + 0.5 * sequences  # the last page of each is half full
+
+def _in_pages(tokens: int, sequences: int) -> float:
+    return tokens / SIZE + _LAST_PAGE * sequences

@@ -52,14 +52,12 @@ def attend(
     }
     new = (key, value, key.stride(2), key.stride(1), value.stride(2), value.stride(1))
     common = (cache, layout.table, layout.slots, layout.positions, slopes)
+    assert layout.count is not None
     strides = (query.stride(2), query.stride(1), cache.stride(0), cache.stride(1), layout.table.stride(0))
     if layout.decoding:
         _decode_all(query, out, new, common, strides, layout, key_heads, shared)
-    if tokens > layout.decoding:
-        _write[(tokens - layout.decoding, key_heads)](
-            *new, *common[:4], *strides[2:], layout.decoding, SIZE=size, PAGE=SIZE, num_warps=1
-        )
-    if layout.blocks is not None and len(layout.blocks):
+    if layout.blocks is not None:
+        _write[(tokens, key_heads)](*new, *common[:4], *strides[2:], layout.count, SIZE=size, PAGE=SIZE, num_warps=1)
         _prefill[(len(layout.blocks), heads)](
             query, out, layout.blocks, *common, *strides, heads * size, QUERIES=QUERIES, num_warps=4, **shared
         )
@@ -81,24 +79,24 @@ def _decode_all(
     grid = (rows, key_heads, splits)
     options = {**_DECODE, **shared}
     if splits == 1:
-        _decode[grid](query, out, out, *new, *common, *strides, heads * size, 0, SPLITS=1, **options)
+        _decode[grid](query, out, out, layout.count, *new, *common, *strides, heads * size, 0, SPLITS=1, **options)
         return
     parts = torch.empty((rows, heads, splits, size), dtype=torch.float32, device=out.device)
     sums = torch.empty((rows, heads, splits), dtype=torch.float32, device=out.device)
     widths = heads * splits * size, heads * splits
-    _decode[grid](query, parts, sums, *new, *common, *strides, *widths, SPLITS=splits, **options)
+    _decode[grid](query, parts, sums, layout.count, *new, *common, *strides, *widths, SPLITS=splits, **options)
     _join[(rows, heads)](parts, sums, out, heads * size, SPLITS=splits, SIZE=size, num_warps=1)
 
 
 @triton.jit
 def _write(
     key, value, key_token, key_head, value_token, value_head, cache, table, slots, positions, half, page_size, columns,
-    begin, SIZE: tl.constexpr, PAGE: tl.constexpr,
+    count, SIZE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """A token's key and value of one head into its page, for the tokens from `begin` on."""
-    token, head = begin + tl.program_id(0), tl.program_id(1)
+    """A token's key and value of one head into its page, for the tokens behind those that decode."""
+    token, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + token)
-    if position >= 0:
+    if (position >= 0) & (token >= tl.load(count)):
         page = tl.load(table + tl.load(slots + token) * columns + position // PAGE).to(tl.int64)
         each = tl.arange(0, SIZE)
         to = cache + page * page_size + (head * PAGE + position % PAGE) * SIZE + each
@@ -139,8 +137,26 @@ def _step(
 
 
 @triton.jit
+def _newest(
+    query, best, total, mixed, new_key, new_value, place, pages, keys, page_size, half,
+    SCALE: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """As `_step`, for the one key at `place`, which is written into its page. A query has no bias towards itself."""
+    each = tl.arange(0, SIZE)
+    key, value = tl.load(new_key + each), tl.load(new_value + each)
+    to = keys + tl.load(pages + place // PAGE).to(tl.int64) * page_size + (place % PAGE) * SIZE + each
+    tl.store(to, key)
+    tl.store(to + half, value)
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
+    higher = tl.maximum(best, score)
+    shrink, weight = tl.exp2(best - higher), tl.exp2(score - higher)
+    mixed = mixed * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+    return higher, total * shrink + weight, mixed
+
+
+@triton.jit
 def _decode(
-    queries, out, sums, new_keys, new_values, key_token, key_head_size, value_token, value_head_size,
+    queries, out, sums, count, new_keys, new_values, key_token, key_head_size, value_token, value_head_size,
     cache, table, slots, positions, slopes, query_token, query_head, half, page_size, columns, out_token, sums_token,
     SCALE: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
@@ -150,6 +166,8 @@ def _decode(
     The newest key and value come from the model, and go into their page here.
     """
     token, key_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if token >= tl.load(count):
+        return
     place = tl.load(positions + token)
     first = tl.maximum(place + 1 - WINDOW, 0) if WINDOW else 0
     share = tl.cdiv(tl.cdiv(place + 1 - first, SPLITS), KEYS) * KEYS
@@ -178,17 +196,11 @@ def _decode(
             SCALE, SIZE, PAGE, KEYS, 0, ALIBI, False, PRECISION,
         )  # fmt: skip
     if (begin <= place) & (place < begin + share):
-        key = tl.load(new_keys + token * key_token + key_head * key_head_size + each)
-        value = tl.load(new_values + token * value_token + key_head * value_head_size + each)
-        to = keys + tl.load(pages + place // PAGE).to(tl.int64) * page_size + (place % PAGE) * SIZE + each
-        tl.store(to, key)
-        tl.store(to + half, value)
-        score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
-        higher = tl.maximum(best, score)
-        shrink, weight = tl.exp2(best - higher), tl.exp2(score - higher)
-        mixed = mixed * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
-        total = total * shrink + weight
-        best = higher
+        best, total, mixed = _newest(
+            query, best, total, mixed, new_keys + token * key_token + key_head * key_head_size,
+            new_values + token * value_token + key_head * value_head_size, place, pages, keys, page_size, half,
+            SCALE, SIZE, PAGE,
+        )  # fmt: skip
     result = mixed / tl.where(total > 0, total, 1.0)[:, None]
     if SPLITS == 1:
         to = out + token * out_token + heads[:, None] * SIZE + each[None, :]
@@ -226,6 +238,8 @@ def _prefill(
     """One head of a block of consecutive tokens of a sequence, over all keys up to theirs."""
     block, head = tl.program_id(0), tl.program_id(1)
     token, count = tl.load(blocks + 2 * block), tl.load(blocks + 2 * block + 1)
+    if count == 0:
+        return
     rows = tl.arange(0, QUERIES)
     each = tl.arange(0, SIZE)
     mine = rows < count

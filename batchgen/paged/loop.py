@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -10,13 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
+from batchgen import memory
 from batchgen.decoding import StopTexts
+from batchgen.engine import EngineError
+from batchgen.paged.pages import SIZE
 from batchgen.paged.runner import Flight, Runner
 from batchgen.paged.scheduler import Scheduler
 from batchgen.paged.step import Sequence
 from batchgen.types import Prompt
 
+logger = logging.getLogger(__name__)
+
 _IDLE_SECONDS = 0.05
+_SHRINK = 0.85  # of the cache, after a forward that has run out of memory
+_MOST_SHRINKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +32,7 @@ class Finished:
     """A row that has ended."""
 
     prompt: Prompt
-    tokens: list[int]  # generated, up to and including the one that ended it
+    tokens: list[int] | None  # generated, up to and including the one that ended it; None: there is no room for it
     stopped: bool  # by an end of sequence or a stop text, not by its length
 
 
@@ -58,6 +66,7 @@ class Loop:
         self._all_in = False
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="paged", daemon=True)
+        self._shrunk = 0
         self._pending = 0  # prompts given and not finished
 
     @property
@@ -116,16 +125,47 @@ class Loop:
         flight: Flight | None = None
         while not self._leave.is_set():
             self._take(wait=flight is None and not self._scheduler.running)
-            if flight is not None and self._scheduler.short_of_pages():
-                self._read(flight)
+            try:
+                flight = self._advance(flight)
+                continue_smaller = False
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                continue_smaller = True
+            if continue_smaller:  # only here: while the exception is handled, it holds the tensors of the failed call
                 flight = None
-            step = self._scheduler.plan()
-            following = self._runner.launch(step) if step is not None else None
-            if flight is not None:
-                self._read(flight)
-            flight = following
+                self._shrink()
             if flight is None and self._all_in and not self._scheduler.running and not self._scheduler.waiting:
                 return
+
+    def _advance(self, flight: Flight | None) -> Flight | None:
+        """The next step is on its way when the one before it is read."""
+        if flight is not None and self._scheduler.short_of_pages():
+            self._read(flight)
+            flight = None
+        step = self._scheduler.plan()
+        following = self._runner.launch(step) if step is not None else None
+        if flight is not None:
+            self._read(flight)
+        return following
+
+    def _shrink(self) -> None:
+        """Goes on with a smaller cache, and whatever ran begins again: a forward has found no memory beside it."""
+        self._shrunk += 1
+        pages = int(self._scheduler.pages * _SHRINK)
+        if self._shrunk > _MOST_SHRINKS or pages == 0:
+            raise EngineError(
+                "out of memory in a forward, however small the cache; use a smaller --batch-size, "
+                "--set step_tokens=1024, or a smaller --dtype"
+            )
+        logger.warning("out of memory in a forward; going on with a cache of %d tokens", pages * SIZE)
+        refused = self._scheduler.restart(pages)
+        self._runner.allocate(pages)
+        self._refuse(refused)
+
+    def _refuse(self, prompts: list[Prompt]) -> None:
+        if prompts:
+            self._outbox.put([Finished(prompt, None, False) for prompt in prompts])
 
     def _take(self, wait: bool) -> None:
         """What has come in; if there is nothing else to do, waits for it."""
@@ -138,23 +178,24 @@ class Loop:
             if prompts is None:
                 self._all_in = True
             else:
-                self._scheduler.add(prompts)
+                self._scheduler.add([prompt for prompt in prompts if self._scheduler.holds(prompt)])
+                self._refuse([prompt for prompt in prompts if not self._scheduler.holds(prompt)])
                 wait = False
 
     def _read(self, flight: Flight) -> None:
         """The tokens of a step, and what they end."""
         tokens = flight.read()
         ended: list[Finished] = []
+        ends = self._end
         for sequence, token in zip(flight.step.sequences, tokens, strict=True):
             if sequence.slot < 0:
                 continue  # it ended in the step before, when this one had begun
             sequence.tokens.append(token)
-            done = len(sequence.tokens) - len(sequence.prompt.tokens)
-            stopped = token in self._end or (bool(sequence.prompt.params.stop) and self._stops(sequence, token))
-            if stopped or done == sequence.prompt.params.max_new_tokens:
+            stopped = token in ends or (bool(sequence.prompt.params.stop) and self._stops(sequence, token))
+            if stopped or len(sequence.tokens) == sequence.begin + sequence.most:
                 self._scheduler.ended(sequence)
                 self._watched.pop(sequence, None)
-                ended.append(Finished(sequence.prompt, sequence.generated, stopped))
+                ended.append(Finished(sequence.prompt, sequence.tokens[sequence.begin :], stopped))
         self._count(len(tokens))
         if ended and self._check is not None:
             self._check(ended)

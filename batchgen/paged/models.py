@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bloom.modeling_bloom import BloomAttention
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
 
 from batchgen.engine import EngineError
 from batchgen.paged.attention import attend
@@ -41,6 +42,7 @@ def exchange(model: Any) -> list[torch.nn.Module]:
     text = model.config.get_text_config()
     layers = list(model.transformer.h if text.model_type == "bloom" else model.model.layers)
     if text.model_type == "bloom":
+        model.transformer.__class__ = _PagedBloomModel
         slopes = alibi_slopes(text.num_attention_heads)
         for layer in layers:
             layer.self_attention.__class__ = _PagedBloomAttention
@@ -80,13 +82,25 @@ def _interface(
 ALL_ATTENTION_FUNCTIONS.register(NAME, _interface)
 
 
+class _PagedBloomModel(BloomModel):  # type: ignore[no-untyped-call]
+    """BLOOM without the tensor of position biases, which `attention` has no use for."""
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        hidden = self.word_embeddings_layernorm(self.word_embeddings(input_ids))
+        for layer in self.h:
+            hidden = layer(hidden, alibi=None, attention_mask=None)[0]
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.ln_f(hidden))
+
+
 class _PagedBloomAttention(BloomAttention):
     """BLOOM's attention with its biases worked out where the scores are."""
 
     layer_number: torch.Tensor
     slopes: torch.Tensor
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor, None]:
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         context = attend(query, key, value, self.layer_number, self.inv_norm_factor, 0, self.slopes)
         return residual + self.dense(context.flatten(2)), None

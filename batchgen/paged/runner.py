@@ -1,8 +1,8 @@
 """Steps through a model: their arrays on the device, the forward, the next tokens, and how they come back.
 
 On a GPU nothing here waits for the device. What a step needs goes there from pinned memory, the tokens it chooses stay
-there for the next step, and a copy of them is read when it has arrived. A step in which every sequence takes one token
-is a CUDA graph, replayed; others run layer by layer, each compiled once for all shapes.
+there for the next step, and a copy of them is read when it has arrived. Forwards are CUDA graphs, replayed, of layers
+that are compiled once for all shapes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from batchgen.paged import models, sampling
 from batchgen.paged.attention import Layout, over
 from batchgen.paged.graphs import Graphs
+from batchgen.paged.graphs import size as graph_size
 from batchgen.paged.pages import SIZE
 from batchgen.paged.step import Part, Step
 
@@ -25,7 +27,8 @@ _RING = 3  # steps whose arrays may be on their way at once: one runs, one waits
 _PROGRAMS = 528  # that keep a large GPU busy: four on each of an H100's 132 multiprocessors
 _MOST_SPLITS = 16
 _SPLIT_TOKENS = 128  # fewer are not worth the kernel that joins them
-_ROUND = 64  # to which the tokens of a step are filled up
+_ROUND = 64  # to which the tokens of a step without a graph are filled up
+_TOKENS_OF_A_BLOCK = 16  # on average, at least, in a graph of parts of prompts; the others run without one
 
 
 @dataclass
@@ -55,34 +58,43 @@ class Runner:
 
     def __init__(self, model: Any, *, slots: int, columns: int, budget: int) -> None:
         self._model, self._device = model, model.device
+        self._body, self._head = model.base_model, model.get_output_embeddings()
         self._layers = models.exchange(model)
         self.slots, self.columns = slots, columns
-        self.most = -(-max(slots, budget) // _ROUND) * _ROUND
-        self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+        self.most = -(-max(2, slots, budget) // _ROUND) * _ROUND
+        self._takes_positions = "position_ids" in inspect.signature(type(self._body).forward).parameters
         gpu = self._device.type == "cuda"
         self._table = torch.zeros((slots + 1, columns), dtype=torch.int32, device=self._device)
         self._last = torch.zeros(slots + 1, dtype=torch.long, device=self._device)
         self._next = torch.zeros(max(2, slots), dtype=torch.long, device=self._device)
-        self._arrays = torch.zeros((3, self.most), dtype=torch.int32, device=self._device)
-        self._host = [_pinned((3, self.most), torch.int32, gpu) for _ in range(_RING)]
+        # A row each of slots, positions and token ids; and the number of tokens that decode.
+        self._arrays = torch.zeros((4, self.most), dtype=torch.int32, device=self._device)
+        self._blocks = torch.zeros((self.most // _TOKENS_OF_A_BLOCK, 2), dtype=torch.int32, device=self._device)
+        self._host = [_pinned((4, self.most), torch.int32, gpu) for _ in range(_RING)]
         self._chosen = [_pinned((slots,), torch.long, gpu) for _ in range(_RING)]
         self._turn = 0
         self._caches: list[torch.Tensor] = []
-        self._logits: torch.Tensor | None = None
-        self._graphs = Graphs(slots, self._device) if gpu else None
+        self._logits: torch.Tensor | None = None  # of decode steps with sampled rows
+        self._graphs: Graphs | None = None
         if gpu:
+            size = model.config.get_text_config().hidden_size
+            self._hidden = torch.zeros((self.most, size), dtype=model.dtype, device=self._device)
             for layer in self._layers:
                 layer.compile(dynamic=True)
 
     def bytes_per_page(self) -> int:
         """Of all layers together."""
         heads, size = self._heads()
-        return len(self._layers) * 2 * heads * SIZE * size * self._model.dtype.itemsize
+        return len(self._layers) * 2 * heads * SIZE * size * int(self._model.dtype.itemsize)
 
     def allocate(self, pages: int) -> None:
-        """Makes the cache."""
+        """Makes the cache, in the place of one that there may be."""
         heads, size = self._heads()
         shape = (2, pages, heads, SIZE, size)
+        gpu = self._device.type == "cuda"
+        self._caches, self._logits, self._graphs = [], None, Graphs(self._device) if gpu else None
+        if gpu:
+            torch.cuda.empty_cache()
         self._caches = [torch.zeros(shape, dtype=self._model.dtype, device=self._device) for _ in self._layers]
 
     def free_bytes(self) -> int:
@@ -94,11 +106,10 @@ class Runner:
             for tokens in (min(1000, self.most), self.most):
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
-                self._pad(0, tokens)
-                rows = torch.arange(min(self.slots, tokens), device=device)
-                logits = self._forward(tokens, 0, (), None, rows)
-                logits.argmax(-1)
-                del logits
+                self._pad(tokens)
+                hidden = self._forward(self._layout(tokens, 0, blocks=self._blocks[:1]))
+                self._choose(self._head(hidden[: self.slots]), self._arrays[0, : self.slots])
+                del hidden
         torch.cuda.synchronize(device)
         forward = torch.cuda.max_memory_allocated(device) - before
         self._caches = []
@@ -112,22 +123,20 @@ class Runner:
         if len(step.table_at):
             at = self._send(torch.from_numpy(step.table_at))
             self._table.view(-1)[at] = self._send(torch.from_numpy(step.table_to))
-        tokens, rows = len(step.slots), len(step.rows)
-        decoding = tokens == step.decoding
+        rows, decoding = len(step.rows), len(step.slots) == step.decoding
+        sampled = any(sequence.prompt.params.temperature > 0 for sequence in step.sequences)
         with torch.inference_mode():
-            sampled = any(sequence.prompt.params.temperature > 0 for sequence in step.sequences)
             if decoding and self._graphs is not None:
-                logits = self._replay(step, turn, sampled)
+                slots = self._arrays[0, :rows]
+                logits = self._decode(step, turn, sampled)
             else:
-                size = tokens if self._graphs is None else -(-tokens // _ROUND) * _ROUND
-                self._put(step, turn, size)
-                at = None if decoding else self._send(torch.from_numpy(step.rows.astype(np.int64)))
-                splits = self._splits(step.decoding, int(step.positions.max()) + 1)
-                logits = self._forward(size, step.decoding, step.parts, self._blocks(step.parts), at, splits)
-                self._choose(logits, self._arrays[0, :tokens] if at is None else self._arrays[0, at])
+                hidden = self._mixed(step, turn)
+                at = self._send(torch.from_numpy(step.rows.astype(np.int64)))
+                slots = self._arrays[0, at]
+                logits = self._head(hidden[at])
+                self._choose(logits, slots)
             if sampled:
                 sampling.draw(logits, step.sequences, self._next)
-                slots = self._arrays[0, :tokens] if decoding else self._arrays[0, at]
                 self._last[slots.long()] = self._next[:rows]
         chosen = self._chosen[turn]
         chosen[:rows].copy_(self._next[:rows], non_blocking=True)
@@ -137,87 +146,103 @@ class Runner:
         if self._graphs is None:
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def _put(self, step: Step, turn: int, size: int) -> None:
         """The step's arrays, filled up to `size` tokens."""
         host, tokens = self._host[turn].numpy(), len(step.slots)
+        host[3, 0] = step.decoding
+        self._arrays[3, :1].copy_(self._host[turn][3, :1], non_blocking=True)
         for row, values, rest in ((0, step.slots, self.slots), (1, step.positions, -1), (2, step.ids, 0)):
             host[row, :tokens] = values
             host[row, tokens:size] = rest
             self._arrays[row, :size].copy_(self._host[turn][row, :size], non_blocking=True)
 
-    def _pad(self, begin: int, end: int) -> None:
+    def _pad(self, size: int) -> None:
         """Tokens that belong to no sequence."""
-        self._arrays[0, begin:end] = self.slots
-        self._arrays[1, begin:end] = -1
-        self._arrays[2, begin:end] = 0
+        for row, value in enumerate((self.slots, -1, 0)):
+            self._arrays[row, :size] = value
+        self._arrays[3, 0] = 0
+        self._blocks.zero_()
 
     def _send(self, values: torch.Tensor) -> torch.Tensor:
         return values if self._graphs is None else values.pin_memory().to(self._device, non_blocking=True)
 
-    def _blocks(self, parts: Rows[Part]) -> torch.Tensor | None:
-        """The parts in pieces as the kernels take them, the longest way back first."""
-        if self._graphs is None or not parts:
-            return None
-        from batchgen.paged.kernels import QUERIES
-
-        ordered = sorted(parts, key=lambda part: -part.length)
-        pieces = [
-            (part.first + begin, min(QUERIES, part.count - begin))
-            for part in ordered
-            for begin in range(0, part.count, QUERIES)
-        ]
-        return self._send(torch.tensor(pieces, dtype=torch.int32))
-
-    def _replay(self, step: Step, turn: int, sampled: bool) -> torch.Tensor:
-        """A pure decode step, as a graph; its logits, which are kept only if a row of the step is sampled."""
+    def _decode(self, step: Step, turn: int, sampled: bool) -> torch.Tensor:
+        """A step in which every sequence takes one token, its tokens chosen; its logits, if a row is sampled."""
         assert self._graphs is not None
-        size = self._graphs.size(len(step.slots))
+        size = graph_size(len(step.slots), self.most)
         splits = self._splits(size, int(step.positions.max()) + 1)
-        if sampled and self._logits is None:
+        if self._logits is None and sampled:
             text = self._model.config.get_text_config()
             self._logits = torch.empty((len(self._next), text.vocab_size), dtype=self._model.dtype, device=self._device)
+        kept = self._logits if sampled else None
 
-        def decode() -> None:
+        def compute() -> None:
             self._arrays[2, :size] = -1
-            logits = self._forward(size, size, (), None, None, splits)
-            self._choose(logits, self._arrays[0, :size])
-            if sampled:
-                self._logits[:size] = logits  # type: ignore[index]
+            rows = min(size, self.slots)
+            logits = self._head(self._forward(self._layout(size, size, splits=splits))[:rows])
+            self._choose(logits, self._arrays[0, :rows])
+            if kept is not None:
+                kept[:rows] = logits
 
-        graph = self._graphs.find((size, splits, sampled), decode, lambda: self._pad(0, size))
+        graph = self._graphs.find((size, splits, sampled), compute, lambda: self._pad(size))
         self._put(step, turn, size)
         graph.replay()
-        return self._logits  # type: ignore[return-value]
+        return self._logits if self._logits is not None else self._hidden
+
+    def _mixed(self, step: Step, turn: int) -> torch.Tensor:
+        """What the model makes of all tokens of a step, [tokens or more, hidden size]."""
+        if self._graphs is None:
+            self._put(step, turn, len(step.slots))
+            return self._forward(self._layout(len(step.slots), step.decoding, step.parts))
+        pieces = _pieces(step.parts)
+        size = graph_size(len(step.slots), self.most)
+        most = size // _TOKENS_OF_A_BLOCK
+        if len(pieces) > most:
+            size = -(-len(step.slots) // _ROUND) * _ROUND
+            self._put(step, turn, size)
+            return self._forward(self._layout(size, step.decoding, blocks=self._send(pieces)))
+
+        def compute() -> None:
+            layout = self._layout(size, min(size, self.slots), blocks=self._blocks[:most])
+            self._hidden[:size] = self._forward(layout)
+
+        graph = self._graphs.find(("mixed", size), compute, lambda: self._pad(size))
+        self._put(step, turn, size)
+        self._blocks[:most] = self._send(F.pad(pieces, (0, 0, 0, most - len(pieces))))
+        graph.replay()
+        return self._hidden
 
     def _choose(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
         best = logits.argmax(-1)
         self._next[: len(best)] = best
         self._last[slots.long()] = best
 
-    def _forward(
+    def _layout(
         self,
         tokens: int,
         decoding: int,
-        parts: Rows[Part],
-        blocks: torch.Tensor | None,
-        rows: torch.Tensor | None,
+        parts: Rows[Part] = (),
+        *,
+        blocks: torch.Tensor | None = None,
         splits: int = 1,
-    ) -> torch.Tensor:
-        """Logits, [rows, vocabulary], of `rows` or of all tokens."""
-        slots, positions, ids = self._arrays[:, :tokens]
-        ids = torch.where(ids < 0, self._last[slots.long()], ids.long())
-        arguments: dict[str, Any] = {"use_cache": False}
+    ) -> Layout:
+        slots, positions = self._arrays[:2, :tokens]
+        count = self._arrays[3, :1]
+        return Layout(self._caches, self._table, slots, positions, decoding, parts, count, blocks, splits)
+
+    def _forward(self, layout: Layout) -> torch.Tensor:
+        """What the model makes of these tokens, [tokens, hidden size]."""
+        ids = self._arrays[2, : len(layout.slots)]
+        ids = torch.where(ids < 0, self._last[layout.slots.long()], ids.long())
+        arguments: dict[str, Any] = {}
         if self._takes_positions:
-            arguments["position_ids"] = positions.clamp(min=0).long()[None]
-        if rows is not None:
-            arguments["logits_to_keep"] = rows
-        layout = Layout(self._caches, self._table, slots, positions, decoding, parts, blocks, splits)
+            arguments["position_ids"] = layout.positions.clamp(min=0).long()[None]
         with over(layout):
-            logits: torch.Tensor = self._model(input_ids=ids[None], **arguments).logits[0]
-        return logits
+            hidden: torch.Tensor = self._body(input_ids=ids[None], use_cache=False, **arguments).last_hidden_state[0]
+        return hidden
 
     def _splits(self, decoding: int, longest: int) -> int:
         """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""
@@ -231,6 +256,19 @@ class Runner:
         heads = text.num_attention_heads
         kept = getattr(text, "num_key_value_heads", None) or heads
         return kept, getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
+def _pieces(parts: Rows[Part]) -> torch.Tensor:
+    """The parts as the kernels take them, [pieces, 2]: first token, tokens; those with the longest way back first."""
+    from batchgen.paged.kernels import QUERIES
+
+    ordered = sorted(parts, key=lambda part: -part.length)
+    pieces = [
+        (part.first + begin, min(QUERIES, part.count - begin))
+        for part in ordered
+        for begin in range(0, part.count, QUERIES)
+    ]
+    return torch.tensor(pieces, dtype=torch.int32)
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype, gpu: bool) -> torch.Tensor:

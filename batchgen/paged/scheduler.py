@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchgen.paged import pages as paging
 from batchgen.paged.forecast import Forecast
@@ -45,9 +46,16 @@ class Scheduler:
         self._free = list(range(slots - 1, -1, -1))
         self._prefilling: list[Sequence] = []
         self._decoding: list[Sequence] = []
-        self._length = np.zeros(slots, np.int32)  # `planned` of the sequences that decode
-        self._left = np.zeros(slots, np.int32)
         self._ending: set[Sequence] = set()  # nothing left to plan, the last token not read yet
+        # Of each slot, so that a step of thousands of sequences is planned at once. Tokens that are or will be in the
+        # cache without another one being generated; those that others had computed; the most to generate, and how many
+        # of them are left.
+        self._length = np.zeros(slots, np.int32)
+        self._shared = np.zeros(slots, np.int32)
+        self._most = np.zeros(slots, np.int32)
+        self._left = np.zeros(slots, np.int32)
+        self._runs = np.zeros(slots, np.bool_)
+        self._rows: Ints | None = None  # slots of `_decoding`; None: they have changed
         self._number = 0
         self._blocked = 0
         self._expected, self._learn = expected if expected is not None else 1.0, expected is None
@@ -61,6 +69,15 @@ class Scheduler:
         return min(self._pages.count, self.columns) * paging.SIZE
 
     @property
+    def pages(self) -> int:
+        """Of the cache."""
+        return self._pages.count
+
+    def holds(self, prompt: Prompt) -> bool:
+        """Whether the cache has room for it and all that it may generate."""
+        return len(prompt.tokens) + prompt.params.max_new_tokens <= self.capacity
+
+    @property
     def waiting(self) -> int:
         """Sequences that have no place yet."""
         return len(self._waiting) + len(self._again)
@@ -71,23 +88,23 @@ class Scheduler:
         return self.slots - len(self._free)
 
     def add(self, prompts: Iterable[Prompt]) -> None:
-        """These prompts wait. None of them may be longer than `capacity`, with all it may generate."""
+        """These prompts wait. The cache `holds` each of them."""
         for prompt in prompts:
-            tokens = list(prompt.tokens)
+            sequence = Sequence(prompt)
             self._number += 1
-            sequence = Sequence(prompt, tokens, left=prompt.params.max_new_tokens)
-            self._waiting.append(((sequence.left, tokens), self._number, sequence))
+            self._waiting.append(((sequence.most, sequence.tokens), self._number, sequence))
         self._waiting.sort(key=lambda entry: entry[:2])
 
     def short_of_pages(self) -> bool:
         """Whether the next step has to put a sequence back. All steps must have been read then: its tokens are what
         is computed again."""
-        return bool(self._decoding) and int(self._needing().size) > self._pages.available
+        return len(self._full()) > self._pages.available
 
     def plan(self) -> Step | None:
         """The next step; None: there is nothing to compute until a step in flight has been read, or at all."""
-        while self._decoding and self._needing().size > self._pages.available:
-            self._put_back()
+        while self.short_of_pages():
+            self._put_back(max([*self._decoding, *self._prefilling], key=lambda sequence: sequence.admitted))
+            self.preemptions += 1
         step = Draft()
         self._plan_decoding(step)
         self._plan_prompts(step)
@@ -104,49 +121,71 @@ class Scheduler:
             self._ending.discard(sequence)
         else:
             self._decoding.remove(sequence)
+            self._rows = None
         self._release(sequence)
         self._ended += 1
-        self._ended_tokens += len(sequence.tokens) - len(sequence.prompt.tokens)
-        self._ended_most += sequence.prompt.params.max_new_tokens
+        self._ended_tokens += len(sequence.tokens) - sequence.begin
+        self._ended_most += sequence.most
         if self._learn and self._ended >= _LEARNT_FROM:
             self._expected = max(_SMALLEST_SHARE, min(1.0, self._ended_tokens / self._ended_most))
+
+    def restart(self, pages: int) -> list[Prompt]:
+        """All that runs waits again, for a new cache of so many pages; no step is in flight.
+
+        Returns:
+            Prompts that do not fit into that cache even alone; they wait no more.
+        """
+        running = sorted([*self._decoding, *self._prefilling, *self._ending], key=lambda one: -one.admitted)
+        for sequence in running:
+            self._put_back(sequence)
+            sequence.rewind()  # the tokens of steps that were lost are drawn again
+        self._pages = Pages(pages)
+        self._table_at, self._table_to = [], []
+        all_waiting = [*self._again, *(entry[2] for entry in self._waiting)]
+        self._again = deque(one for one in self._again if self.holds(one.prompt))
+        self._waiting = [entry for entry in self._waiting if self.holds(entry[2].prompt)]
+        return [one.prompt for one in all_waiting if not self.holds(one.prompt)]
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """A sequence waits again, before all others, to be computed from its tokens so far."""
+        for where in (self._decoding, self._prefilling):
+            if sequence in where:
+                where.remove(sequence)
+        self._ending.discard(sequence)
+        self._rows = None
+        self._release(sequence)
+        self._again.appendleft(sequence)
+        self._blocked = _BLOCKED_STEPS
 
     def _release(self, sequence: Sequence) -> None:
         self._pages.give(sequence.pages)
         self._free.append(sequence.slot)
+        self._runs[sequence.slot] = False
         sequence.pages, sequence.slot = [], -1
 
-    def _put_back(self) -> None:
-        """The sequence that was admitted last waits again, to be computed from its tokens so far."""
-        last = max([*self._decoding, *self._prefilling], key=lambda sequence: sequence.admitted)
-        (self._prefilling if last in self._prefilling else self._decoding).remove(last)
-        done = len(last.tokens) - len(last.prompt.tokens)
-        last.left = last.prompt.params.max_new_tokens - done
-        self._release(last)
-        self._again.appendleft(last)
-        self._blocked = _BLOCKED_STEPS
-        self.preemptions += 1
+    def _slots(self) -> Ints:
+        if self._rows is None:
+            self._rows = np.fromiter((one.slot for one in self._decoding), np.int32, len(self._decoding))
+        return self._rows
 
-    def _needing(self) -> Ints:
-        """Slots of the decoding sequences whose next token begins a page."""
-        slots = np.fromiter((sequence.slot for sequence in self._decoding), np.int32, len(self._decoding))
-        return slots[self._length[slots] % paging.SIZE == 0]
+    def _full(self) -> NDArray[np.int64]:
+        """Places in `_decoding` of the sequences whose next token begins a page."""
+        return np.flatnonzero(self._length[self._slots()] % paging.SIZE == 0)
 
     def _plan_decoding(self, step: Draft) -> None:
         if not self._decoding:
             return
-        slots = np.fromiter((sequence.slot for sequence in self._decoding), np.int32, len(self._decoding))
-        positions = self._length[slots]
-        full = np.flatnonzero(positions % paging.SIZE == 0)
-        for place, page in zip(full.tolist(), self._pages.take(len(full)), strict=True):
+        full, slots = self._full().tolist(), self._slots()
+        for place, page in zip(full, self._pages.take(len(full)), strict=True):
             self._append_page(self._decoding[place], page)
-        step.decode(self._decoding, slots, positions)
+        step.decode(self._decoding, slots, self._length[slots])
         self._length[slots] += 1
         self._left[slots] -= 1
-        if (self._left[slots] == 0).any():
-            last = [sequence for sequence in self._decoding if self._left[sequence.slot] == 0]
-            self._ending.update(last)
-            self._decoding = [sequence for sequence in self._decoding if self._left[sequence.slot] > 0]
+        last = np.flatnonzero(self._left[slots] == 0)
+        if len(last):
+            self._ending.update(self._decoding[place] for place in last.tolist())
+            self._decoding = [self._decoding[place] for place in np.flatnonzero(self._left[slots]).tolist()]
+            self._rows = None
 
     def _append_page(self, sequence: Sequence, page: int) -> None:
         self._table_at.append(sequence.slot * self.columns + len(sequence.pages))
@@ -161,14 +200,19 @@ class Scheduler:
             self._blocked -= 1
             return
         self._blocked = 0
+        if not self.waiting or step.count >= self.budget:
+            return
         forecast = self._forecast()
-        while step.count < self.budget and (sequence := self._next()) is not None:
+        while step.count < self.budget and (following := self._next()) is not None:
+            sequence = following
             pages, node = self._pages.find(sequence.tokens)
             own = len(sequence.tokens) - len(pages) * paging.SIZE
             first = min(own, self.budget - step.count)
             enough = self._free and -(-first // paging.SIZE) <= self._pages.available
-            alone = not (self._decoding or self._prefilling or self._ending)
-            if not enough or not (alone or forecast.fits(own, self._rest(sequence))):
+            alone = self.running == 0
+            done = len(sequence.tokens) - sequence.begin
+            rest = int(self._rest(np.array([sequence.most]), np.array([sequence.most - done]))[0])
+            if not enough or not (alone or forecast.fits(own, rest)):
                 self._pages.give(pages)
                 self._blocked = _BLOCKED_STEPS
                 return
@@ -176,18 +220,16 @@ class Scheduler:
             self._plan_part(step, sequence)
 
     def _forecast(self) -> Forecast:
-        running = [*self._decoding, *self._prefilling]
+        slots = np.flatnonzero(self._runs)
         # What another had computed already is counted there.
-        lengths = [len(sequence.tokens) - sequence.shared for sequence in running]
-        ending = [len(sequence.tokens) - sequence.shared for sequence in self._ending]
-        rests = [self._rest(sequence) for sequence in running]
-        return Forecast(self._pages.count, lengths + ending, rests + [0] * len(ending))
+        lengths = self._length[slots] - self._shared[slots]
+        return Forecast(self._pages.count, lengths, self._rest(self._most[slots], self._left[slots]))
 
-    def _rest(self, sequence: Sequence) -> int:
-        """Tokens that the sequence is expected to generate from now on."""
-        most = sequence.prompt.params.max_new_tokens
-        done = len(sequence.tokens) - len(sequence.prompt.tokens)
-        return max(min(paging.SIZE, most - done), round(most * self._expected) - done)
+    def _rest(self, most: Ints, left: Ints) -> Ints:
+        """Tokens that sequences are expected to generate from now on, of `most` in all, of which `left` are left."""
+        expected = np.rint(most * self._expected).astype(np.int32) - (most - left)
+        rest: Ints = np.clip(expected, np.minimum(left, paging.SIZE), left)
+        return rest
 
     def _next(self) -> Sequence | None:
         if self._again:
@@ -200,10 +242,14 @@ class Scheduler:
         else:
             self._waiting.pop()
         self._number += 1
-        sequence.slot, sequence.admitted, sequence.node = self._free.pop(), self._number, node
+        slot = sequence.slot = self._free.pop()
+        sequence.admitted, sequence.node = self._number, node
         for page in pages:
             self._append_page(sequence, page)
-        sequence.planned = sequence.shared = len(pages) * paging.SIZE
+        sequence.planned = len(pages) * paging.SIZE
+        self._length[slot], self._shared[slot] = len(sequence.tokens), sequence.planned
+        self._most[slot], self._left[slot] = sequence.most, sequence.most - (len(sequence.tokens) - sequence.begin)
+        self._runs[slot] = True
         self._prefilling.append(sequence)
 
     def _plan_part(self, step: Draft, sequence: Sequence) -> bool:
@@ -218,13 +264,15 @@ class Scheduler:
             self._append_page(sequence, page)
         step.prefill(sequence, begin, end)
         sequence.planned = end
-        prompt = len(sequence.prompt.tokens)
-        for page in range(begin // paging.SIZE, min(end, prompt) // paging.SIZE):
+        for page in range(begin // paging.SIZE, min(end, sequence.begin) // paging.SIZE):
             tokens = sequence.tokens[page * paging.SIZE : (page + 1) * paging.SIZE]
             sequence.node = self._pages.remember(sequence.node, tokens, sequence.pages[page])
         if end == len(sequence.tokens):
             self._prefilling.remove(sequence)
-            sequence.left -= 1
-            (self._decoding.append if sequence.left else self._ending.add)(sequence)
-            self._length[sequence.slot], self._left[sequence.slot] = end, sequence.left
+            self._left[sequence.slot] -= 1
+            if self._left[sequence.slot]:
+                self._decoding.append(sequence)
+                self._rows = None
+            else:
+                self._ending.add(sequence)
         return True

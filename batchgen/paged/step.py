@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
@@ -13,28 +13,28 @@ from batchgen.types import Prompt
 Ints = NDArray[np.int32]
 
 
-@dataclass(slots=True, eq=False)
 class Sequence:
     """One prompt on its way."""
 
-    prompt: Prompt
-    tokens: list[int]  # of the prompt, and generated
-    slot: int = -1  # its row in the table of pages; -1: it is waiting
-    planned: int = 0  # tokens whose keys and values are in the cache once the planned steps have run
-    left: int = 0  # tokens still to be planned
-    shared: int = 0  # tokens in pages that others had computed
-    node: int = 0  # of `Pages`, of the prompt's pages so far
-    pages: list[int] = field(default_factory=list)
-    admitted: int = 0  # its number in the order of admission
-    random: Random = field(init=False)
+    __slots__ = ("admitted", "begin", "most", "node", "pages", "planned", "prompt", "random", "slot", "tokens")
 
-    def __post_init__(self) -> None:
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.tokens = list(prompt.tokens)  # of the prompt, and generated
+        self.begin = len(prompt.tokens)  # of the generated ones
+        self.most = prompt.params.max_new_tokens
+        self.slot = -1  # its row in the table of pages; -1: it has none
+        self.pages: list[int] = []
+        self.planned = 0  # tokens of the prompt that are in the cache once the planned steps have run
+        self.node = 0  # of `Pages`, of those of them that fill pages
+        self.admitted = 0  # its number in the order of admission
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Draws the next random number for the token behind those that are known."""
         self.random = Random(self.prompt.row_seed)
-
-    @property
-    def generated(self) -> list[int]:
-        """The generated tokens that are known."""
-        return self.tokens[len(self.prompt.tokens) :]
+        for _ in self.tokens[self.begin :]:
+            self.random.random()
 
 
 @dataclass(slots=True)
