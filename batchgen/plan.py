@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ _CONTEXT_BYTES = int(1.0e9)  # of a CUDA context, cuBLAS's workspaces and a rese
 _PRODUCTS = 0.8  # of the arithmetic that one large product reaches: those of a step are many, and some are small
 _READ = 0.5  # of the bandwidth that the weights of a step are read at, being many matrices and some of them small
 _LINK = 0.87  # of the host's link that DeepSpeed's copies reach
+_STAGES = 16  # in which rows that come and go become fewer
 _GROUP = 64  # weights that share a scale, where they are rounded
 _OVERLAP = 1.75  # the parts of a step add up as numbers to this power do: 1 is a plain sum, infinity the longest alone
 
@@ -118,6 +119,16 @@ class Forecast:
     measured: bool = False  # from a bench of this model, instead of the formulas
 
 
+class _Part(NamedTuple):
+    """A part of a stream's work: a kind of batch, or a stretch of steps."""
+
+    times: float  # that it is there
+    rows: int
+    context: float  # tokens of a row, on the average
+    steps: float
+    prompts: float  # tokens of prefill
+
+
 def forecasts(
     model: Model,
     work: Work,
@@ -161,23 +172,16 @@ class Expected:
         if why_not:
             return Forecast(name, placement, why_not)
         seconds, bounds = 0.0, dict[str, float]()
-        for times, rows, prompt, new in self._in_flight(work) if self.pace.continuous else self._batches(work):
-            step, bound = self.step(rows, prompt + new / 2)
-            spent = times * (new * step + self._products(rows * prompt))
+        for part in self._in_flight(work) if self.pace.continuous else self._batches(work):
+            step, bound = self.step(part.rows, part.context)
+            spent = part.times * (part.steps * step + self._products(part.prompts))
             seconds += spent
             bounds[bound] = bounds.get(bound, 0.0) + spent
         batch = self.most(longest)
-        return Forecast(
-            name,
-            placement,
-            "",
-            batch,
-            self._fixed + batch * self._row_bytes(longest),
-            sum(new for _, new in work.lengths) * work.rows / len(work.lengths) / seconds,
-            seconds,
-            max(bounds, key=lambda bound: bounds[bound]),
-            bool(self.known),
-        )
+        size = self._fixed + batch * self._row_bytes(longest)
+        speed = sum(new for _, new in work.lengths) * work.rows / len(work.lengths) / seconds
+        bound = max(bounds, key=lambda bound: bounds[bound])
+        return Forecast(name, placement, "", batch, size, speed, seconds, bound, bool(self.known))
 
     def _why_not(self, longest: tuple[int, int]) -> str:
         placement, node = self.placement, self.node
@@ -210,9 +214,8 @@ class Expected:
         free = self.node.room - self._fixed
         return memory.rows_that_fit(free, self._row_bytes(length), device, self.placement.most_rows)
 
-    def _batches(self, work: Work) -> Iterator[tuple[float, int, int, int]]:
-        """A stream's batches as `StaticBatches.pull` makes them, like lengths together: how many there are of a kind,
-        and its rows, prompt tokens and new tokens."""
+    def _batches(self, work: Work) -> Iterator[_Part]:
+        """A stream's batches as `StaticBatches.pull` makes them, like lengths together."""
         ordered = sorted(work.lengths, key=lambda one: (one[1], one[0]), reverse=True)
         each = work.rows / len(ordered) / self.placement.streams  # rows of a stream that one of these stands for
         place = 0
@@ -226,20 +229,26 @@ class Expected:
                     break
                 prompt, taken = longer, taken + 1
             inside = taken * each
-            yield max(1.0, inside / rows), max(1, round(min(inside, rows))), prompt, new
+            size = max(1, round(min(inside, rows)))
+            yield _Part(max(1.0, inside / rows), size, prompt + new / 2, new, size * prompt)
             place += taken
 
-    def _in_flight(self, work: Work) -> Iterator[tuple[float, int, int, int]]:
-        """The same where rows come and go: as if all rows in flight were the average one."""
-        total = sum(new for _, new in work.lengths)
-        mean_prompt = sum(prompt for prompt, _ in work.lengths) // len(work.lengths)
-        mean_new = max(1, total // len(work.lengths))
+    def _in_flight(self, work: Work) -> Iterator[_Part]:
+        """The same where rows come and go: as many as fit, all of the average length; or all of them, ever fewer."""
+        ends = sorted(new for _, new in work.lengths)
+        prompt, new = sum(prompt for prompt, _ in work.lengths) / len(ends), sum(ends) / len(ends)
         stream = work.rows / self.placement.streams
-        # A row in flight has half of its new tokens on the average.
-        rows = max(1, min(self.most((mean_prompt, -(-mean_new // 2))), round(stream)))
-        longest = max(new for _, new in work.lengths)
-        # No row ends sooner than its own steps, however many are in flight.
-        yield max(stream / rows, longest / mean_new), rows, mean_prompt, mean_new
+        fit = self.most((round(prompt), max(1, round(new / 2))))  # a row in flight has half of its new tokens
+        if 0 < fit < stream:
+            yield _Part(1.0, fit, prompt + new / 2, stream * new / fit, stream * prompt)
+            return
+        yield _Part(1.0, 1, 0.0, 0.0, stream * prompt)
+        before, each = 0, max(1, len(ends) // _STAGES)
+        for place in range(0, len(ends), each):
+            end = ends[min(place + each, len(ends)) - 1]
+            rows = max(1, round(stream * (len(ends) - place) / len(ends)))
+            yield _Part(1.0, rows, prompt + (before + end) / 2, end - before, 0.0)
+            before = end
 
     def step(self, rows: int, context: float) -> tuple[float, str]:
         """Seconds of a decode step of so many rows of `context` tokens, and what most of it goes to."""
@@ -265,7 +274,7 @@ class Expected:
         bound = max(times, key=lambda one: times[one])
         return sum(seconds**_OVERLAP for seconds in times.values()) ** (1 / _OVERLAP), bound
 
-    def _products(self, tokens: int) -> float:
+    def _products(self, tokens: float) -> float:
         """Seconds of all matrix products over so many tokens."""
         operations = 2 * self.model.weights.read_bytes / self.model.dtype.itemsize * tokens
         together = 1 if self.placement.in_turn else self.placement.sharing

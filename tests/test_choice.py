@@ -153,3 +153,15 @@ def test_a_run_records_what_was_chosen_and_its_ranks_read_it(tiny_llama: Path, t
     assert done.err.count("batchgen: engine ") == 1, "the ranks do not choose again"
     timing = [json.loads(line) for line in (tmp_path / "out" / "timing.jsonl").read_text().splitlines()]
     assert {line["rank"] for line in timing} == {0, 1}
+
+
+def test_engines_for_gpus_that_settings_ask_for_are_compared_without_one(tiny_llama: Path) -> None:
+    here = Machine.here(2)
+    if here.gpus:
+        pytest.skip("there is a GPU here")
+    assert not here.card.gpu
+    assert here.card.memory == here.host_memory // 2
+    found = chosen(tiny_llama, here, ranks=2, settings=["timeout_seconds=5"])
+    assert found.name in ("ds-inference", "ds-zero")
+    assert found.options.timeout_seconds == 5
+    assert "tokens/s are forecast; " in found.why
