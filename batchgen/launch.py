@@ -1,7 +1,7 @@
 """Starts the ranks of `batchgen run --ranks N` on this host, and sees to it that none outlives the starter.
 
-The starter claims the run folder, starts its own command N times, passes signals on, waits, and merges; it imports
-neither torch nor a model. The variables it sets are torchrun's, so that an engine cannot tell the difference.
+The starter claims the run folder, starts its own command N times, passes signals on, waits, and merges; it loads no
+model. The variables it sets are torchrun's, so that an engine cannot tell the difference.
 """
 
 from __future__ import annotations

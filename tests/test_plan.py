@@ -109,6 +109,10 @@ def test_rows_that_come_and_go_are_faster_than_batches() -> None:
         seconds[continuous] = forecast.seconds
         assert forecast.tokens_per_second == pytest.approx(sum(new for _, new in work.lengths) / forecast.seconds)
     assert seconds[True] < seconds[False]
+    # All of these fit at once: the longest row's steps are left, with fewer and fewer rows beside it.
+    few = plan.Work([(100, 10)] * 31 + [(100, 500)], 32)
+    spent = expected.forecast("accelerate", few).seconds
+    assert 500 * expected.step(1, 100)[0] < spent < 500 * expected.step(8, 600)[0]
 
 
 def test_a_bench_of_the_model_comes_before_the_formulas() -> None:
