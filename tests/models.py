@@ -20,8 +20,12 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from batchgen.hf import HfEncoder, StaticBatches
@@ -67,22 +71,7 @@ def sentencepiece_like_tokenizer() -> PreTrainedTokenizerFast:
 
 def llama(vocabulary: int, **settings: Any) -> PreTrainedModel:
     """Two layers, four heads of which two are cached."""
-    config = LlamaConfig(
-        **{
-            "vocab_size": vocabulary,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "initializer_range": 0.3,
-            "bos_token_id": BEGIN,
-            "eos_token_id": END,
-            "pad_token_id": PAD,
-        }
-        | settings
-    )
+    config = LlamaConfig(**SMALL | {"vocab_size": vocabulary} | settings)
     return LlamaForCausalLM(config)
 
 
@@ -102,6 +91,30 @@ def bloom(vocabulary: int, **settings: Any) -> PreTrainedModel:
         | settings
     )
     return BloomForCausalLM(config)
+
+
+def qwen3(vocabulary: int, **settings: Any) -> PreTrainedModel:
+    """Two layers with norms of queries and keys, and heads that are wider than their share."""
+    return Qwen3ForCausalLM(Qwen3Config(**SMALL | {"vocab_size": vocabulary, "head_dim": 16} | settings))
+
+
+def mistral(vocabulary: int, **settings: Any) -> PreTrainedModel:
+    """Two layers that look back at 24 tokens only."""
+    return MistralForCausalLM(MistralConfig(**SMALL | {"vocab_size": vocabulary, "sliding_window": 24} | settings))
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": BEGIN,
+    "eos_token_id": END,
+    "pad_token_id": PAD,
+}
 
 
 def save(

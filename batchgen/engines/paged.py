@@ -19,7 +19,7 @@ import torch
 from batchgen import loading, memory, selftest
 from batchgen.decoding import StopTexts, cut
 from batchgen.encoder import HfEncoder
-from batchgen.engine import Encoder, Engine, EngineError, Placement, Setup
+from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
 from batchgen.paged import models
 from batchgen.paged.loop import Finished, Loop
 from batchgen.paged.pages import SIZE
@@ -38,6 +38,10 @@ _STEP_OPERATIONS = 20e12  # of a step with parts of prompts: some 30 ms of an H1
 
 class Paged(Engine):
     """A whole model a rank, its rows in flight all the time."""
+
+    serves_cpu = True
+    # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
+    pace = Pace(layer_seconds=0.00003, cache_passes=1.0, cache_passes_eager=1.0, continuous=True)
 
     @dataclass(frozen=True)
     class Options:
@@ -95,6 +99,11 @@ class Paged(Engine):
         """Half of what is free, or what all slots can need."""
         token = memory.cache_bytes_per_token(self._encoder.config, self._model.dtype.itemsize)
         return min(memory.host_free_bytes() // 2 // setup.world.local_size, slots * width * token)
+
+    @property
+    def preemptions(self) -> int:
+        """Rows that were put back, since too many had been let in, by the last `generate`."""
+        return self._scheduler.preemptions
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:

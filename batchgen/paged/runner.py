@@ -197,13 +197,13 @@ class Runner:
         if self._graphs is None:
             self._put(step, turn, len(step.slots))
             return self._forward(self._layout(len(step.slots), step.decoding, step.parts))
-        pieces = _pieces(step.parts)
+        blocks = pieces(step.parts)
         size = graph_size(len(step.slots), self.most)
         most = size // _TOKENS_OF_A_BLOCK
-        if len(pieces) > most:
+        if len(blocks) > most:
             size = -(-len(step.slots) // _ROUND) * _ROUND
             self._put(step, turn, size)
-            return self._forward(self._layout(size, step.decoding, blocks=self._send(pieces)))
+            return self._forward(self._layout(size, step.decoding, blocks=self._send(blocks)))
 
         def compute() -> None:
             layout = self._layout(size, min(size, self.slots), blocks=self._blocks[:most])
@@ -211,7 +211,7 @@ class Runner:
 
         graph = self._graphs.find(("mixed", size), compute, lambda: self._pad(size))
         self._put(step, turn, size)
-        self._blocks[:most] = self._send(F.pad(pieces, (0, 0, 0, most - len(pieces))))
+        self._blocks[:most] = self._send(F.pad(blocks, (0, 0, 0, most - len(blocks))))
         graph.replay()
         return self._hidden
 
@@ -258,17 +258,17 @@ class Runner:
         return kept, getattr(text, "head_dim", None) or text.hidden_size // heads
 
 
-def _pieces(parts: Rows[Part]) -> torch.Tensor:
+def pieces(parts: Rows[Part]) -> torch.Tensor:
     """The parts as the kernels take them, [pieces, 2]: first token, tokens; those with the longest way back first."""
     from batchgen.paged.kernels import QUERIES
 
     ordered = sorted(parts, key=lambda part: -part.length)
-    pieces = [
+    found = [
         (part.first + begin, min(QUERIES, part.count - begin))
         for part in ordered
         for begin in range(0, part.count, QUERIES)
     ]
-    return torch.tensor(pieces, dtype=torch.int32)
+    return torch.tensor(found, dtype=torch.int32)
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype, gpu: bool) -> torch.Tensor:

@@ -1,0 +1,140 @@
+"""Random steps for attention over pages, and what comes out of them.
+
+As a program (`python -m tests.paged.attention_cases [cuda]`) it compares the kernels with `attention.reference` in
+float64: on a GPU, or, where Triton is told to interpret them, on the CPU. Outputs are poisoned before they are written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from batchgen.paged import attention
+from batchgen.paged.attention import Layout
+from batchgen.paged.pages import SIZE
+from batchgen.paged.step import Part
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step over one layer, on the CPU."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    layout: Layout
+    slopes: torch.Tensor | None
+    window: int
+
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and cache, in float64."""
+        cache = self.layout.caches[0].to(torch.float64, copy=True)
+        tensors = (self.query.double(), self.key.double(), self.value.double(), cache)
+        slopes = None if self.slopes is None else self.slopes.double()
+        return attention.reference(*tensors, self.layout, self.query.shape[-1] ** -0.5, self.window, slopes), cache
+
+
+DECODING = (1, 5, 16, 17, 64, 65, 200)  # tokens of each sequence
+PARTS = ((3, 3), (70, 70), (20, 90), (130, 131), (1, 33))  # tokens of the part, and of its sequence with them
+
+
+def case(
+    heads: int, key_heads: int, size: int, dtype: torch.dtype, *, window: int = 0, alibi: bool = False, seed: int = 0
+) -> Case:
+    """Sequences that decode and parts of prompts, in pages in no order; one token is padding."""
+    source = torch.Generator().manual_seed(seed)
+    sequences = len(DECODING) + len(PARTS)
+    columns = max(*DECODING, *(length for _, length in PARTS)) // SIZE + 1
+    pages = torch.randperm(sequences * columns, generator=source).view(sequences, columns)
+    cache = torch.randn(2, pages.numel(), key_heads, SIZE, size, generator=source).to(dtype)
+    slots, positions = [*range(len(DECODING)), sequences], [*(length - 1 for length in DECODING), -1]
+    decoding = len(slots)
+    parts = []
+    for slot, (count, length) in enumerate(PARTS, len(DECODING)):
+        parts.append(Part(len(slots), count, slot, length))
+        slots += [slot] * count
+        positions += range(length - count, length)
+    table = torch.cat([pages, torch.zeros(1, columns, dtype=torch.long)]).int()
+    ints = {"dtype": torch.int32}
+    layout = Layout(
+        [cache], table, torch.tensor(slots, **ints), torch.tensor(positions, **ints), decoding, parts,
+        torch.tensor([decoding], **ints),
+    )  # fmt: skip
+    mixed = torch.randn(1, len(slots), heads + 2 * key_heads, size, generator=source).to(dtype)
+    query, key, value = (part.transpose(1, 2) for part in mixed.split([heads, key_heads, key_heads], dim=2))
+    slopes = torch.rand(heads, generator=source) if alibi else None
+    return Case(query, key, value, layout, slopes, window)
+
+
+def errors(of: Case, device: str, splits: int) -> tuple[float, float]:
+    """Of the kernels: the output's relative error, and the largest difference of a value in the cache."""
+    from batchgen.paged import kernels
+    from batchgen.paged.runner import pieces
+
+    expected, kept = of.reference()
+    layout = of.layout
+    assert layout.count is not None
+    moved = replace(
+        layout,
+        caches=[layout.caches[0].clone().to(device)],
+        table=layout.table.to(device),
+        slots=layout.slots.to(device),
+        positions=layout.positions.to(device),
+        decoding=layout.decoding + 3,  # as a graph has it: more programs than sequences
+        count=layout.count.to(device),
+        blocks=torch.cat([pieces(layout.parts), torch.zeros(2, 2, dtype=torch.int32)]).to(device),
+        splits=splits,
+    )
+    tensors = [tensor.to(device) for tensor in (of.query, of.key, of.value)]
+    slopes = None if of.slopes is None else of.slopes.to(device)
+    with poisoned():
+        out = kernels.attend(*tensors, moved.caches[0], moved, of.query.shape[-1] ** -0.5, of.window, slopes)
+    real = layout.positions >= 0
+    difference = (out.cpu().double() - expected)[:, real].norm() / expected[:, real].norm()
+    return difference.item(), (moved.caches[0].cpu().double() - kept).abs().max().item()
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is not written shows."""
+    empty = torch.empty
+
+    def poison(*sizes: object, **options: object) -> torch.Tensor:
+        return empty(*sizes, **options).fill_(torch.nan)  # type: ignore[call-overload,no-any-return]
+
+    torch.empty = poison
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def main(device: str) -> None:
+    """Writes a line a case; the last one says whether all are right."""
+    # The interpreter has no bfloat16, and takes seconds for a case.
+    dtypes = [torch.float32, torch.float16, torch.bfloat16] if device == "cuda" else [torch.float32]
+    shapes = [(4, 4, 64), (9, 3, 64), (32, 8, 128), (32, 32, 128)] if device == "cuda" else [(6, 2, 16)]
+    wrong = 0
+    for number, dtype in enumerate(dtypes):
+        for heads, key_heads, size in shapes:
+            for window, alibi in ((0, False), (0, True), (37, False)):
+                for splits in (1, 4):
+                    of = case(heads, key_heads, size, dtype, window=window, alibi=alibi, seed=number)
+                    output, cache = errors(of, device, splits)
+                    right = output < TOLERANCES[dtype] and cache == 0
+                    wrong += not right
+                    what = f"{dtype} {heads}/{key_heads}x{size} window={window} alibi={alibi} splits={splits}"
+                    sys.stdout.write(f"{what}: {output:.1e}, cache {cache:.1e} {'' if right else 'WRONG'}\n")
+                    sys.stdout.flush()
+    sys.stdout.write(f"{wrong} wrong\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:] or ["cpu"])
