@@ -36,7 +36,7 @@ class Graphs:
 
 
 def size(tokens: int, most: int) -> int:
-    """That of the graph for so many tokens: one of some forty up to `most`, at most an eighth larger beyond 256.
+    """That of the graph for so many tokens: one of some forty up to `most`, at most a quarter larger beyond 256.
 
     Up to a hundred tokens the time of a step is that of its weights, whatever their number.
     """

@@ -106,16 +106,20 @@ class Runner:
             for tokens in (min(1000, self.most), self.most):
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
-                self._pad(tokens)
-                hidden = self._forward(self._layout(tokens, 0, blocks=self._blocks[:1]))
-                self._choose(self._head(hidden[: self.slots]), self._arrays[0, : self.slots])
-                del hidden
+                self.rehearse(tokens)
         torch.cuda.synchronize(device)
         forward = torch.cuda.max_memory_allocated(device) - before
         self._caches = []
         torch.cuda.empty_cache()
         # As much again for the graphs, whose memory is their own, and something for drawing tokens and cuBLAS.
         return int(torch.cuda.mem_get_info(device)[0]) - 2 * forward - (1 << 30)
+
+    def rehearse(self, tokens: int) -> None:
+        """A forward of tokens that belong to no sequence, and the next token of as many rows as there may be."""
+        self._pad(tokens)
+        hidden = self._forward(self._layout(tokens, 0, blocks=self._blocks[:1]))
+        rows = min(tokens, self.slots)
+        self._choose(self._head(hidden[:rows]), self._arrays[0, :rows])
 
     def launch(self, step: Step) -> Flight:
         """Starts a step; on a GPU it is only queued."""
