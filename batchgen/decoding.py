@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from batchgen.types import Prompt
+from batchgen.types import FinishReason, Generation, Prompt
 
 _STEPS_DRAWN = 64  # random numbers a row that travel to the device together
-ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 64 MiB for each float64 tensor
+_ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 64 MiB for each float64 tensor
 
 # A tail of tokens can begin in the middle of a character and may hold tokens without text (special ones).
 _TAIL_MARGIN = 8
@@ -76,6 +76,32 @@ def _keep_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Ten
     return probabilities.masked_fill(torch.empty_like(dropped).scatter(-1, order, dropped), 0)
 
 
+def choose_rows(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    uniform: torch.Tensor,
+    temperature: torch.Tensor,
+    *,
+    top_k: torch.Tensor,
+    most_k: int,
+    top_p: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `choose`, for the `rows` of `logits`, [chosen rows], and in parts, since float64 takes much memory."""
+    size = max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])
+    tokens = torch.empty_like(rows)
+    for begin in range(0, len(rows), size):
+        part = slice(begin, begin + size)
+        tokens[part] = choose(
+            logits[rows[part]],
+            uniform[part],
+            temperature[part],
+            top_k=top_k[part],
+            most_k=most_k,
+            top_p=None if top_p is None else top_p[part],
+        )
+    return tokens
+
+
 class Sampler(LogitsProcessor):
     """Makes the token that each sampled row draws the only possible one; greedy rows are left as they are.
 
@@ -103,18 +129,16 @@ class Sampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniform = self._draw()
-        size = max(1, ELEMENTS_AT_ONCE // scores.shape[-1])
-        for begin in range(0, len(self._random), size):
-            part = slice(begin, begin + size)
-            tokens = choose(
-                scores[self._rows[part]],
-                uniform[part],
-                self._temperature[part],
-                top_k=self._top_k[part],
-                most_k=self._most_k,
-                top_p=self._top_p[part] if self._nucleus else None,
-            )
-            scores[self._rows[part], tokens] = torch.inf
+        tokens = choose_rows(
+            scores,
+            self._rows,
+            uniform,
+            self._temperature,
+            top_k=self._top_k,
+            most_k=self._most_k,
+            top_p=self._top_p if self._nucleus else None,
+        )
+        scores[self._rows, tokens] = torch.inf
         return scores
 
     def _draw(self) -> torch.Tensor:
@@ -194,6 +218,20 @@ def cut(text: str, stops: Sequence[str]) -> str:
     """`text` up to the first of `stops`."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text
+
+
+def generation(
+    prompt: Prompt, tokens: Sequence[int], stopped: bool, decode: Callable[[Sequence[int]], str]
+) -> Generation:
+    """What became of `prompt`: the text of its generated `tokens`, before the first of its stop texts.
+
+    Args:
+        stopped: an end of sequence or a stop text has ended it, not its length.
+    """
+    text = decode(tokens)
+    kept = cut(text, prompt.params.stop)
+    reason: FinishReason = "stop" if stopped or kept != text else "length"
+    return Generation.of(prompt, kept, reason, len(tokens))
 
 
 class Stopper(StoppingCriteria):

@@ -16,10 +16,10 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from batchgen import memory, selftest
-from batchgen.decoding import Agreed, Sampler, Stopper, StopTexts, cut
+from batchgen.decoding import Agreed, Sampler, Stopper, StopTexts, generation
 from batchgen.encoder import HfEncoder
 from batchgen.engine import OutOfStep
-from batchgen.types import Batch, FinishReason, Generation, Prompt
+from batchgen.types import Batch, Prompt
 
 __all__ = ["HfEncoder", "Peers", "StaticBatches"]
 
@@ -264,10 +264,7 @@ class StaticBatches:
         for prompt, row, length, stopped in zip(
             batch, rows, stopper.lengths.tolist(), stopper.stopped.tolist(), strict=True
         ):
-            text = self._encoder.decode(row[:length])
-            text_before_stop = cut(text, prompt.params.stop)
-            reason: FinishReason = "stop" if stopped or text_before_stop != text else "length"
-            generations.append(Generation.of(prompt, text_before_stop, reason, length))
+            generations.append(generation(prompt, row[:length], stopped, self._encoder.decode))
             padded += width - len(prompt.tokens) + stopper.steps - length
         return Batch(generations, padded, memory.take_peak_bytes(self._devices))
 

@@ -56,12 +56,17 @@ class SizeLimits:
 
 def cache_bytes_per_token(config: Any, item_bytes: int, ranks: int = 1) -> int:
     """A key and a value a layer, of one token, on each of the `ranks` that share the model's heads."""
+    heads, head_size = cached_heads(config)
+    size: int = config.get_text_config().num_hidden_layers * 2 * math.ceil(heads / ranks) * head_size * item_bytes
+    return size
+
+
+def cached_heads(config: Any) -> tuple[int, int]:
+    """Heads of keys, or of values, that a layer's cache holds; and the size of one."""
     text = config.get_text_config()
     heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    cached_heads = math.ceil((getattr(text, "num_key_value_heads", None) or heads) / ranks)
-    size: int = text.num_hidden_layers * 2 * cached_heads * head_size * item_bytes
-    return size
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return getattr(text, "num_key_value_heads", None) or heads, size
 
 
 def bytes_per_row(

@@ -26,7 +26,11 @@ from batchgen.models import shapes
 from batchgen.types import Prompt
 from batchgen.world import from_environment
 
-JOBS = {"mixed": (1024, (32, 512), (16, 512)), "short": (8192, (16, 64), (16, 128))}
+JOBS = {
+    "mixed": (1024, (32, 512), (16, 512)),
+    "short": (8192, (16, 64), (16, 128)),
+    "check": (64, (8, 700), (16, 100)),
+}
 
 
 def job(name: str) -> list[Prompt]:
@@ -66,7 +70,7 @@ def check(engine: Any, prompts: list[Prompt]) -> dict[str, float]:
     engine._runner.allocate(0)  # room for float32
     torch.cuda.empty_cache()
     model = engine._model.float()
-    behind, best, logs = [], [], []
+    behind, best = [], []
     for prompt in prompts:
         tokens = rows[prompt.index]
         whole = torch.tensor([[*prompt.tokens, *tokens[:-1]]], device="cuda")
@@ -75,7 +79,6 @@ def check(engine: Any, prompts: list[Prompt]) -> dict[str, float]:
         at = torch.tensor(tokens, device="cuda")[:, None]
         behind.append((logits.max(1).values - logits.gather(1, at)[:, 0]) / logits.std(1))
         best.append(logits.argmax(1) == at[:, 0])
-        logs.append(logits.log_softmax(1).gather(1, at)[:, 0])
     gaps = torch.cat(behind)
     return {
         "tokens": len(gaps),
@@ -141,10 +144,10 @@ def main() -> None:
             found["slots"], found["cache_tokens"] = engine._runner.slots, engine._scheduler._pages.count * 16
         print(json.dumps(found), flush=True)
         for name in jobs:
+            prompts = job(name)
             if os.environ.get("TRACE"):
-                trace(engine, job(name))
+                trace(engine, prompts)
                 continue
-            prompts = job(name) if name != "check" else workloads.mixed(64, 32_000, (8, 700), (16, 100))
             if name == "check":
                 print(json.dumps({"shape": shape, **check(engine, prompts)}), flush=True)
                 continue

@@ -116,7 +116,7 @@ def test_a_row_draws_the_same_wherever_it_stands_and_whatever_the_chunk(monkeypa
     together = tokens([0, 1, 2, 3, 4])
     assert len(set(map(tuple, together.values()))) == 5
     assert tokens([3, 0]) == {n: together[n] for n in (3, 0)}
-    monkeypatch.setattr("batchgen.decoding.ELEMENTS_AT_ONCE", 128)
+    monkeypatch.setattr("batchgen.decoding._ELEMENTS_AT_ONCE", 128)
     assert tokens([4, 3, 2, 1, 0]) == together
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from batchgen import loading, memory
+from batchgen import loading
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
@@ -135,12 +134,7 @@ def _own_device(options: Accelerate.Options, world: World) -> str:
             "max_memory and offload_folder spread one model over several devices; under several ranks each rank holds "
             "a whole model on its own device. Leave them out, or start one rank"
         )
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus == 0:
-        if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, memory.cores() // world.local_size))
-        return "cpu"
-    return f"cuda:{loading.gpu_of(world)}"
+    return str(loading.device_of(world))
 
 
 def _parse_max_memory(text: str | None) -> dict[int | str, str] | None:

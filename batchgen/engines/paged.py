@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from batchgen import loading, memory, selftest
-from batchgen.decoding import StopTexts, cut
+from batchgen.decoding import StopTexts, generation
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
 from batchgen.paged import models
@@ -25,7 +25,7 @@ from batchgen.paged.loop import Finished, Loop
 from batchgen.paged.pages import SIZE
 from batchgen.paged.runner import Runner
 from batchgen.paged.scheduler import Scheduler
-from batchgen.types import Batch, FinishReason, Generation, Prompt
+from batchgen.types import Batch, Prompt
 
 _YIELD_SECONDS = 1.0
 _FEED = 256  # prompts tokenised and handed in at once
@@ -47,14 +47,13 @@ class Paged(Engine):
     class Options:
         """Settings of engine `paged`."""
 
-        step_tokens: int | None = (
-            None  # most tokens of a forward with parts of prompts in it; None: by the model's size
-        )
+        step_tokens: int | None = None  # most tokens of a forward with parts of prompts; None: by the model's size
         cache_tokens: int | None = None  # of the cache; None: as many as fit
         expected_share: float | None = None  # of its max_new_tokens that a row generates; None: learnt as rows end
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._loop: Loop | None = None
+        self._runner: Runner | None = None
         self._encoder = HfEncoder(setup.model)
         models.check(self._encoder.config)
         loading.check_weights(setup.model)
@@ -75,8 +74,11 @@ class Paged(Engine):
         budget = options.step_tokens or min(8192, max(2048, int(_STEP_OPERATIONS / 2 / parameters)))
         width = min(self._encoder.context or _WIDEST, options.cache_tokens or _WIDEST)
         runner = Runner(self._model, slots=slots, columns=-(-width // SIZE), budget=budget)
-        free = runner.free_bytes() if self._device.type == "cuda" else self._host_bytes(setup, slots, width)
-        pages = free // runner.bytes_per_page()
+        if self._device.type == "cuda":
+            free = runner.free_bytes()
+        else:  # half of what is free, or what all slots can need
+            free = min(memory.host_free_bytes() // 2 // setup.world.local_size, slots * width * token)
+        pages = free // (token * SIZE)
         if options.cache_tokens is not None:
             pages = min(pages, -(-options.cache_tokens // SIZE))
         if pages < 1:
@@ -84,21 +86,16 @@ class Paged(Engine):
                 "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), or "
                 "--engine accelerate, which can put weights elsewhere"
             )
-        runner.allocate(int(pages))
-        self._runner = runner
+        runner.allocate(pages)
+        self._runner, self._rows = runner, slots
         self._schedule = partial(
             Scheduler,
             slots=slots,
-            pages=int(pages),
+            pages=pages,
             width=width,
             budget=budget,
             expected=options.expected_share,
         )
-
-    def _host_bytes(self, setup: Setup, slots: int, width: int) -> int:
-        """Half of what is free, or what all slots can need."""
-        token = memory.cache_bytes_per_token(self._encoder.config, self._model.dtype.itemsize)
-        return min(memory.host_free_bytes() // 2 // setup.world.local_size, slots * width * token)
 
     @property
     def preemptions(self) -> int:
@@ -114,6 +111,8 @@ class Paged(Engine):
         return HfEncoder(model)
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        if self._runner is None:
+            raise EngineError("this engine is closed")
         self._scheduler = self._schedule()
         self._loop = loop = Loop(
             self._scheduler,
@@ -133,7 +132,7 @@ class Paged(Engine):
 
     def _drive(self, loop: Loop, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         """Feeds the loop and hands over what has finished, about once a second."""
-        ahead = 2 * self._runner.slots + _FEED
+        ahead = 2 * self._rows + _FEED
         more = True
         collected: list[Finished] = []
         handed = time.monotonic()
@@ -153,21 +152,17 @@ class Paged(Engine):
             yield self._batch(collected)
 
     def _batch(self, rows: list[Finished]) -> Batch:
-        generations = []
-        for row in rows:
-            if row.tokens is None:
-                generations.append(memory.refuse(row.prompt))
-                continue
-            text = self._encoder.decode(row.tokens)
-            before = cut(text, row.prompt.params.stop)
-            reason: FinishReason = "stop" if row.stopped or before != text else "length"
-            generations.append(Generation.of(row.prompt, before, reason, len(row.tokens)))
+        decode = self._encoder.decode
+        generations = [
+            memory.refuse(row.prompt) if row.tokens is None else generation(row.prompt, row.tokens, row.stopped, decode)
+            for row in rows
+        ]
         return Batch(generations, 0, memory.take_peak_bytes([self._device]))
 
     def _selftest(self, rows: list[Finished]) -> None:
         for place in selftest.choose([row.prompt for row in rows]):
             prompt, tokens = rows[place].prompt, rows[place].tokens or []
-            selftest.check(self._model, prompt, tokens, self._runner.slots, self._device, self._encoder.decode)
+            selftest.check(self._model, prompt, tokens, self._rows, self._device, self._encoder.decode)
 
     def _watch(self, prompt: Prompt) -> StopTexts:
         encoder = self._encoder
@@ -180,8 +175,7 @@ class Paged(Engine):
     def close(self) -> None:
         if self._loop is not None:
             self._loop.stop()
-        self._loop = self._model = None
-        vars(self).pop("_runner", None)
+        self._loop = self._model = self._runner = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from batchgen import memory
 from batchgen.paged import models, sampling
 from batchgen.paged.attention import Layout, over
 from batchgen.paged.graphs import Graphs
@@ -82,14 +83,9 @@ class Runner:
             for layer in self._layers:
                 layer.compile(dynamic=True)
 
-    def bytes_per_page(self) -> int:
-        """Of all layers together."""
-        heads, size = self._heads()
-        return len(self._layers) * 2 * heads * SIZE * size * int(self._model.dtype.itemsize)
-
     def allocate(self, pages: int) -> None:
         """Makes the cache, in the place of one that there may be."""
-        heads, size = self._heads()
+        heads, size = memory.cached_heads(self._model.config)
         shape = (2, pages, heads, SIZE, size)
         gpu = self._device.type == "cuda"
         self._caches, self._logits, self._graphs = [], None, Graphs(self._device) if gpu else None
@@ -140,7 +136,8 @@ class Runner:
                 logits = self._head(hidden[at])
                 self._choose(logits, slots)
             if sampled:
-                sampling.draw(logits, step.sequences, self._next)
+                assert logits is not None
+                sampling.draw(logits, step.sequences, self._next, self._send)
                 self._last[slots.long()] = self._next[:rows]
         chosen = self._chosen[turn]
         chosen[:rows].copy_(self._next[:rows], non_blocking=True)
@@ -173,8 +170,8 @@ class Runner:
     def _send(self, values: torch.Tensor) -> torch.Tensor:
         return values if self._graphs is None else values.pin_memory().to(self._device, non_blocking=True)
 
-    def _decode(self, step: Step, turn: int, sampled: bool) -> torch.Tensor:
-        """A step in which every sequence takes one token, its tokens chosen; its logits, if a row is sampled."""
+    def _decode(self, step: Step, turn: int, sampled: bool) -> torch.Tensor | None:
+        """A step in which every sequence takes one token, its tokens chosen; its logits, if a row is `sampled`."""
         assert self._graphs is not None
         size = graph_size(len(step.slots), self.most)
         splits = self._splits(size, int(step.positions.max()) + 1)
@@ -194,7 +191,7 @@ class Runner:
         graph = self._graphs.find((size, splits, sampled), compute, lambda: self._pad(size))
         self._put(step, turn, size)
         graph.replay()
-        return self._logits if self._logits is not None else self._hidden
+        return kept
 
     def _mixed(self, step: Step, turn: int) -> torch.Tensor:
         """What the model makes of all tokens of a step, [tokens or more, hidden size]."""
@@ -250,16 +247,9 @@ class Runner:
 
     def _splits(self, decoding: int, longest: int) -> int:
         """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""
-        heads, _ = self._heads()
+        heads, _ = memory.cached_heads(self._model.config)
         wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * heads), longest // _SPLIT_TOKENS)
         return 1 << max(0, wanted.bit_length() - 1)
-
-    def _heads(self) -> tuple[int, int]:
-        """Of keys and values: heads, and the size of one."""
-        text = self._model.config.get_text_config()
-        heads = text.num_attention_heads
-        kept = getattr(text, "num_key_value_heads", None) or heads
-        return kept, getattr(text, "head_dim", None) or text.hidden_size // heads
 
 
 def pieces(parts: Rows[Part]) -> torch.Tensor:

@@ -124,7 +124,7 @@ class Scheduler:
             self._rows = None
         self._release(sequence)
         self._ended += 1
-        self._ended_tokens += len(sequence.tokens) - sequence.begin
+        self._ended_tokens += sequence.done
         self._ended_most += sequence.most
         if self._learn and self._ended >= _LEARNT_FROM:
             self._expected = max(_SMALLEST_SHARE, min(1.0, self._ended_tokens / self._ended_most))
@@ -193,8 +193,8 @@ class Scheduler:
         sequence.pages.append(page)
 
     def _plan_prompts(self, step: Draft) -> None:
-        for sequence in list(self._prefilling):
-            if step.count >= self.budget or not self._plan_part(step, sequence):
+        for begun in list(self._prefilling):
+            if step.count >= self.budget or not self._plan_part(step, begun):
                 return
         if self._blocked and step.count:
             self._blocked -= 1
@@ -203,15 +203,13 @@ class Scheduler:
         if not self.waiting or step.count >= self.budget:
             return
         forecast = self._forecast()
-        while step.count < self.budget and (following := self._next()) is not None:
-            sequence = following
+        while step.count < self.budget and (sequence := self._next()) is not None:
             pages, node = self._pages.find(sequence.tokens)
             own = len(sequence.tokens) - len(pages) * paging.SIZE
             first = min(own, self.budget - step.count)
             enough = self._free and -(-first // paging.SIZE) <= self._pages.available
             alone = self.running == 0
-            done = len(sequence.tokens) - sequence.begin
-            rest = int(self._rest(np.array([sequence.most]), np.array([sequence.most - done]))[0])
+            rest = int(self._rest(np.array([sequence.most]), np.array([sequence.most - sequence.done]))[0])
             if not enough or not (alone or forecast.fits(own, rest)):
                 self._pages.give(pages)
                 self._blocked = _BLOCKED_STEPS
@@ -248,7 +246,7 @@ class Scheduler:
             self._append_page(sequence, page)
         sequence.planned = len(pages) * paging.SIZE
         self._length[slot], self._shared[slot] = len(sequence.tokens), sequence.planned
-        self._most[slot], self._left[slot] = sequence.most, sequence.most - (len(sequence.tokens) - sequence.begin)
+        self._most[slot], self._left[slot] = sequence.most, sequence.most - sequence.done
         self._runs[slot] = True
         self._prefilling.append(sequence)
 

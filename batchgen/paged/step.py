@@ -30,6 +30,11 @@ class Sequence:
         self.admitted = 0  # its number in the order of admission
         self.rewind()
 
+    @property
+    def done(self) -> int:
+        """Generated tokens that are known."""
+        return len(self.tokens) - self.begin
+
     def rewind(self) -> None:
         """Draws the next random number for the token behind those that are known."""
         self.random = Random(self.prompt.row_seed)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from batchgen.bench import workloads
 from batchgen.engine import EngineError, Setup, find, parse_options
 from batchgen.engines.accelerate import Accelerate
 from batchgen.types import Generation, Prompt, SamplingParams
@@ -38,14 +39,10 @@ def load(
 def prompts(count: int = 6) -> list[Prompt]:
     source = random.Random(5)
     return [
-        Prompt(
+        workloads.prompt(
             number,
-            str(number),
-            number + 1,
-            "",
             [models.BEGIN, *(source.randrange(4, 260) for _ in range(source.randrange(1, 30)))],
             SamplingParams(max_new_tokens=8 + number),
-            {},
         )
         for number in range(count)
     ]

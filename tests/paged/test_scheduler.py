@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import pytest
 
+from batchgen.bench import workloads
 from batchgen.paged.pages import SIZE
 from batchgen.paged.scheduler import Scheduler
 from batchgen.paged.step import Step
@@ -18,14 +19,8 @@ def prompts(lengths: Sequence[tuple[int, int]], begin: Sequence[int] = ()) -> li
     """Rows of prompt and new tokens; the prompts begin with `begin`."""
     source = random.Random(1)
     return [
-        Prompt(
-            number,
-            str(number),
-            number + 1,
-            "",
-            [*begin, *(source.randrange(50) for _ in range(length))],
-            SamplingParams(max_new_tokens=new),
-            {},
+        workloads.prompt(
+            number, [*begin, *(source.randrange(50) for _ in range(length))], SamplingParams(max_new_tokens=new)
         )
         for number, (length, new) in enumerate(lengths)
     ]
