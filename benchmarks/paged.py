@@ -2,9 +2,9 @@
 
 MODEL is a shape (`bloom-7b1`, `llama-8b`, `qwen3-0.6b`); JOB one of `seed:ROWS` (prompts of 8 tokens, 100 new ones),
 `mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `short` (8,192 prompts of 16 to 64, 16 to 128 new
-ones), each timed three times after a warm-up; and last, `check` (tokens against a float32 model). PROFILE=1 prints
-the kernels that take most time, TRACE=1 the steps. Lengths are those of `batchgen.bench.workloads`, and no row ends
-before its length.
+ones), each timed three times (RUNS) after a warm-up; and last, `check` (tokens against a float32 model). PROFILE=1
+prints the kernels that take most time, TRACE=1 the steps. Lengths are those of `batchgen.bench.workloads`, and no row
+ends before its length.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the command line does
 
 import torch
 
@@ -151,7 +153,8 @@ def main() -> None:
             if name == "check":
                 print(json.dumps({"shape": shape, **check(engine, prompts)}), flush=True)
                 continue
-            runs = [timed(engine, prompts) for _ in range(4)][1:]
+            timed(engine, prompts)
+            runs = [timed(engine, prompts) for _ in range(int(os.environ.get("RUNS", "3")))]
             seconds = statistics.median(run[0] for run in runs)
             tokens = runs[0][1]
             figures = {"seconds": [round(run[0], 3) for run in runs], "tokens": tokens}
