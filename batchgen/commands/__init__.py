@@ -94,6 +94,9 @@ def main() -> None:
     # `batchgen job` sends it again.
     if "SLURM_JOB_ID" in os.environ:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # Before torch looks at it. A cache that grows at every step leaves holes that nothing else fits into: without this,
+    # 560 rows of BLOOM-7b1 were the most on a GPU that holds 1,240 of them (benchmarks/README.md).
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def fail(error: Exception) -> CommandError:

@@ -177,6 +177,7 @@ class Loop:
                 return
             if prompts is None:
                 self._all_in = True
+                self._scheduler.complete()
             else:
                 self._scheduler.add([prompt for prompt in prompts if self._scheduler.holds(prompt)])
                 self._refuse([prompt for prompt in prompts if not self._scheduler.holds(prompt)])

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
 
 from batchgen.engine import EngineError
+from batchgen.paged import products
 from batchgen.paged.attention import attend
 
 NAME = "batchgen_paged"
@@ -38,7 +39,10 @@ def check(config: Any) -> None:
 
 
 def exchange(model: Any) -> list[torch.nn.Module]:
-    """Gives the attention of a loaded, covered model to `attention.attend`; its layers, in order."""
+    """Gives the attention of a loaded, covered model to `attention.attend`; its layers, in order.
+
+    Their products of the same input become one.
+    """
     text = model.config.get_text_config()
     layers = list(model.transformer.h if text.model_type == "bloom" else model.model.layers)
     if text.model_type == "bloom":
@@ -53,6 +57,8 @@ def exchange(model: Any) -> list[torch.nn.Module]:
         module = layer.self_attention if text.model_type == "bloom" else layer.self_attn
         # A number would be a constant to the compiler, which would then compile each layer anew.
         module.layer_number = torch.tensor([number])
+        products.join(module, ("q_proj", "k_proj", "v_proj"))
+        products.join(layer.mlp, ("gate_proj", "up_proj"))
     model.config._attn_implementation = NAME
     return layers
 

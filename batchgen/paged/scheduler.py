@@ -3,7 +3,8 @@
 All prompts are known and nobody waits for an answer, so the order is chosen for the whole: those with the most tokens
 to generate first, that the end is short; among equals those that begin alike together, that the beginning is computed
 once. A sequence is admitted if all that run are expected to fit into the cache until they end; where that was too
-hopeful, the one admitted last is put back, and computed again later.
+hopeful, the one admitted last is put back, and computed again later. Once all prompts are known, those that wait are
+spread over the steps that the longest sequence needs anyhow.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from batchgen.paged import pages as paging
 from batchgen.paged.forecast import Forecast
 from batchgen.paged.pages import Pages
+from batchgen.paged.spread import Spread
 from batchgen.paged.step import Draft, Ints, Sequence, Step
 from batchgen.types import Prompt
 
@@ -42,6 +44,7 @@ class Scheduler:
         self.preemptions = 0
         self._pages = Pages(pages)
         self._waiting: list[tuple[tuple[int, list[int]], int, Sequence]] = []  # sorted, the next one last
+        self._spread: Spread | None = None  # of those that wait; None: more may come
         self._again: deque[Sequence] = deque()  # put back, before all that wait
         self._free = list(range(slots - 1, -1, -1))
         self._prefilling: list[Sequence] = []
@@ -95,6 +98,12 @@ class Scheduler:
             self._waiting.append(((sequence.most, sequence.tokens), self._number, sequence))
         self._waiting.sort(key=lambda entry: entry[:2])
 
+    def complete(self) -> None:
+        """No more prompts will be added."""
+        sizes = [(len(entry[2].tokens), entry[2].most) for entry in self._waiting]
+        lengths, most = np.array(sizes, np.int32).reshape(-1, 2).T
+        self._spread = Spread(lengths, most, self._pages.count * paging.SIZE)
+
     def short_of_pages(self) -> bool:
         """Whether the next step has to put a sequence back. All steps must have been read then: its tokens are what
         is computed again."""
@@ -144,6 +153,8 @@ class Scheduler:
         all_waiting = [*self._again, *(entry[2] for entry in self._waiting)]
         self._again = deque(one for one in self._again if self.holds(one.prompt))
         self._waiting = [entry for entry in self._waiting if self.holds(entry[2].prompt)]
+        if self._spread is not None:
+            self.complete()
         return [one.prompt for one in all_waiting if not self.holds(one.prompt)]
 
     def _put_back(self, sequence: Sequence) -> None:
@@ -194,19 +205,19 @@ class Scheduler:
 
     def _plan_prompts(self, step: Draft) -> None:
         for begun in list(self._prefilling):
-            if step.count >= self.budget or not self._plan_part(step, begun):
+            if step.count >= self.budget or not self._plan_part(step, begun, self.budget):
                 return
         if self._blocked and step.count:
             self._blocked -= 1
             return
         self._blocked = 0
-        if not self.waiting or step.count >= self.budget:
+        if not self.waiting or step.count >= (budget := self._most_tokens(step)):
             return
         forecast = self._forecast()
-        while step.count < self.budget and (sequence := self._next()) is not None:
+        while step.count < budget and (sequence := self._next()) is not None:
             pages, node = self._pages.find(sequence.tokens)
             own = len(sequence.tokens) - len(pages) * paging.SIZE
-            first = min(own, self.budget - step.count)
+            first = min(own, budget - step.count)
             enough = self._free and -(-first // paging.SIZE) <= self._pages.available
             alone = self.running == 0
             rest = int(self._rest(np.array([sequence.most]), np.array([sequence.most - sequence.done]))[0])
@@ -215,7 +226,16 @@ class Scheduler:
                 self._blocked = _BLOCKED_STEPS
                 return
             self._admit(sequence, pages, node)
-            self._plan_part(step, sequence)
+            self._plan_part(step, sequence, budget)
+
+    def _most_tokens(self, step: Draft) -> int:
+        """Of a step that may admit sequences; they can wait, if they will end in time nevertheless."""
+        if self._spread is None or self._again:
+            return self.budget
+        most = self._spread.most[: len(self._waiting)]
+        slots = np.flatnonzero(self._runs)
+        running = self._length[slots], self._rest(self._most[slots], self._left[slots])
+        return min(self.budget, self._spread.tokens(self._rest(most, most), *running, step.count) or self.budget)
 
     def _forecast(self) -> Forecast:
         slots = np.flatnonzero(self._runs)
@@ -250,11 +270,11 @@ class Scheduler:
         self._runs[slot] = True
         self._prefilling.append(sequence)
 
-    def _plan_part(self, step: Draft, sequence: Sequence) -> bool:
+    def _plan_part(self, step: Draft, sequence: Sequence, budget: int) -> bool:
         """As much of the sequence's prompt as the step and the cache have room for; False: none."""
         begin = sequence.planned
         room = (self._pages.available + len(sequence.pages)) * paging.SIZE - begin
-        count = min(len(sequence.tokens) - begin, self.budget - step.count, room)
+        count = min(len(sequence.tokens) - begin, budget - step.count, room)
         if count <= 0:
             return False
         end = begin + count

@@ -183,6 +183,45 @@ def test_those_with_the_most_to_generate_come_first() -> None:
     assert list(machine.texts) == [1, 2, 0]
 
 
+def test_prompts_are_spread_over_the_steps_that_the_longest_row_needs() -> None:
+    rows = prompts([(100, 400)] * 10 + [(100, 20)] * 600)
+    sizes = {}
+    for known in (False, True):
+        machine = Machine(Scheduler(slots=700, pages=6000, width=512, budget=2048))
+        machine.scheduler.add(rows)
+        if known:
+            machine.scheduler.complete()
+        machine.run()
+        assert sorted(machine.texts) == list(range(len(rows)))
+        sizes[known] = machine.sizes
+    # Unspread, 30 full steps are followed by hundreds with ten rows in them.
+    assert sum(size <= 10 for size in sizes[False]) > 300
+    assert sum(size <= 10 for size in sizes[True]) < 280
+    assert len(sizes[True]) <= len(sizes[False]) + 1
+    assert max(sizes[True][2:]) <= 512 < max(sizes[False][2:])
+
+
+def test_prompts_do_not_wait_where_the_cache_is_what_a_job_waits_for() -> None:
+    sizes = []
+    for known in (False, True):
+        machine = Machine(Scheduler(slots=700, pages=400, width=512, budget=2048))
+        machine.scheduler.add(prompts([(100, 400)] * 10 + [(100, 20)] * 600))
+        if known:
+            machine.scheduler.complete()
+        machine.run()
+        sizes.append(machine.sizes)
+    assert sizes[0] == sizes[1]
+
+
+def test_rows_of_one_length_all_begin_at_once() -> None:
+    machine = Machine(Scheduler(slots=200, pages=2000, width=512, budget=2048))
+    machine.scheduler.add(prompts([(20, 50)] * 100))
+    machine.scheduler.complete()
+    machine.run()
+    assert machine.sizes[0] == 2000
+    assert len(machine.sizes) == 50
+
+
 def test_what_rows_generate_is_learnt() -> None:
     def most_at_once(ends: Callable[[int], bool]) -> int:
         scheduler = Scheduler(slots=256, pages=100, width=1000, budget=256)
