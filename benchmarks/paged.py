@@ -53,9 +53,10 @@ def timed(engine: Any, prompts: list[Prompt]) -> tuple[float, int]:
     return time.perf_counter() - begun, generated
 
 
-def check(engine: Any, prompts: list[Prompt]) -> dict[str, float]:
+def check(engine: Any, prompts: list[Prompt]) -> dict[str, Any]:
     """How far the chosen tokens are from the best of a float32 forward of each row alone, in standard deviations of
-    the logits, and what share of them is the best."""
+    the logits, and what share of them is the best; beside them the choice of the same model's own forward, which
+    differs by rounding alone."""
     from batchgen.paged.loop import Loop
 
     rows: dict[int, list[int]] = {}
@@ -63,7 +64,7 @@ def check(engine: Any, prompts: list[Prompt]) -> dict[str, float]:
 
     def keep(self: Loop, timeout: float) -> Any:
         found = kept(self, timeout)
-        rows.update({row.prompt.index: row.tokens for row in found or []})
+        rows.update({row.prompt.index: row.tokens or [] for row in found or []})
         return found
 
     Loop.finished = keep  # type: ignore[method-assign]
@@ -71,22 +72,33 @@ def check(engine: Any, prompts: list[Prompt]) -> dict[str, float]:
     Loop.finished = kept  # type: ignore[method-assign]
     engine._runner.allocate(0)  # room for float32
     torch.cuda.empty_cache()
+    own = {prompt.index: logits_of(engine._model, prompt, rows[prompt.index]).argmax(1) for prompt in prompts}
     model = engine._model.float()
-    behind, best = [], []
+    behind: dict[str, list[torch.Tensor]] = {"paged": [], "the model's own": []}
     for prompt in prompts:
-        tokens = rows[prompt.index]
-        whole = torch.tensor([[*prompt.tokens, *tokens[:-1]]], device="cuda")
-        with torch.inference_mode():
-            logits = model(input_ids=whole, use_cache=False, logits_to_keep=len(tokens)).logits[0]
-        at = torch.tensor(tokens, device="cuda")[:, None]
-        behind.append((logits.max(1).values - logits.gather(1, at)[:, 0]) / logits.std(1))
-        best.append(logits.argmax(1) == at[:, 0])
-    gaps = torch.cat(behind)
+        logits = logits_of(model, prompt, rows[prompt.index])
+        for who, tokens in zip(
+            behind, (torch.tensor(rows[prompt.index], device="cuda"), own[prompt.index]), strict=True
+        ):
+            behind[who].append((logits.max(1).values - logits.gather(1, tokens[:, None])[:, 0]) / logits.std(1))
+    return {who: gaps(torch.cat(found)) for who, found in behind.items()}
+
+
+def logits_of(model: Any, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
+    """Of each generated token, in a forward of the whole row."""
+    whole = torch.tensor([[*prompt.tokens, *tokens[:-1]]], device="cuda")
+    with torch.inference_mode():
+        found: torch.Tensor = model(input_ids=whole, use_cache=False, logits_to_keep=len(tokens)).logits[0]
+    return found
+
+
+def gaps(behind: torch.Tensor) -> dict[str, float]:
+    """Those of all tokens."""
     return {
-        "tokens": len(gaps),
-        "most behind": gaps.max().item(),
-        "99 % behind less than": gaps.quantile(0.99).item(),
-        "share that is the best": torch.cat(best).float().mean().item(),
+        "tokens": len(behind),
+        "most behind": round(behind.max().item(), 4),
+        "99 % behind less than": round(behind.quantile(0.99).item(), 4),
+        "share that is the best": round((behind == 0).float().mean().item(), 4),
     }
 
 

@@ -28,6 +28,7 @@ _RING = 3  # steps whose arrays may be on their way at once: one runs, one waits
 _PROGRAMS = 528  # that keep a large GPU busy: four on each of an H100's 132 multiprocessors
 _MOST_SPLITS = 16
 _SPLIT_TOKENS = 128  # fewer are not worth the kernel that joins them
+_RESERVED = 0.02  # of a GPU's memory
 _ROUND = 64  # to which the tokens of a step without a graph are filled up
 _TOKENS_OF_A_BLOCK = 16  # on average, at least, in a graph of parts of prompts; the others run without one
 
@@ -107,8 +108,11 @@ class Runner:
         forward = torch.cuda.max_memory_allocated(device) - before
         self._caches = []
         torch.cuda.empty_cache()
-        # As much again for the graphs, whose memory is their own, and something for drawing tokens and cuBLAS.
-        return int(torch.cuda.mem_get_info(device)[0]) - 2 * forward - (1 << 30)
+        free, total = torch.cuda.mem_get_info(device)
+        # As much again for the graphs, whose memory is their own; the logits that tokens are drawn from; and something
+        # for the graphs themselves, drawing, and cuBLAS.
+        logits = self.slots * self._model.config.get_text_config().vocab_size * self._model.dtype.itemsize
+        return int(free - 2 * forward - logits - _RESERVED * total)
 
     def rehearse(self, tokens: int) -> None:
         """A forward of tokens that belong to no sequence, and the next token of as many rows as there may be."""

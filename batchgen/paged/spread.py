@@ -7,13 +7,14 @@ wait, but not so long that they would end later than the longest, and the sequen
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from batchgen.paged.step import Ints
 
 _FULL = 0.5  # of the cache, on the average over the steps that are left: beyond it, waiting would leave a part unused
 _LEAST = 512  # tokens of a step: an H100 multiplies 43,000 a second of so many, and 48,000 of 2,048
-_STRIDE = 128  # steps of a multiple of it are computed without padding
 
 
 class Spread:
@@ -47,7 +48,9 @@ class Spread:
         # All prompts down to each one, in the steps that are left until it has to begin.
         waiting = self._before[len(rests)] - self._before[: len(rests)]
         needed = planned + float((waiting / np.maximum(1, steps - rests)).max())
-        return max(_LEAST, int(np.ceil(needed / _STRIDE)) * _STRIDE)
+        # The nearest power of two: its products come in tiles that fill whole rounds of a GPU's multiprocessors. 1,024
+        # tokens take 128 of an H100's 132 in Llama-8B's products of 4,096 columns, 1,280 take it two rounds.
+        return max(_LEAST, 1 << round(math.log2(max(1.0, needed))))
 
 
 def _held(lengths: Ints, rests: Ints) -> float:
