@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
+from batchgen.encoder import HfEncoder
 from batchgen.types import FinishReason, Generation, Prompt
 
 _STEPS_DRAWN = 64  # random numbers a row that travel to the device together
@@ -221,17 +222,19 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def generation(
-    prompt: Prompt, tokens: Sequence[int], stopped: bool, decode: Callable[[Sequence[int]], str]
+    prompt: Prompt, tokens: Sequence[int], stopped: bool, encoder: HfEncoder, logprobs: Sequence[float] | None
 ) -> Generation:
     """What became of `prompt`: the text of its generated `tokens`, before the first of its stop texts.
 
     Args:
         stopped: an end of sequence or a stop text has ended it, not its length.
+        logprobs: of each of `tokens`, if the prompt asks for them.
     """
-    text = decode(tokens)
+    text = encoder.decode(tokens)
     kept = cut(text, prompt.params.stop)
     reason: FinishReason = "stop" if stopped or kept != text else "length"
-    return Generation.of(prompt, kept, reason, len(tokens))
+    texts = None if logprobs is None or prompt.request is None else [encoder.token_text(token) for token in tokens]
+    return Generation.of(prompt, kept, reason, len(tokens), logprobs, texts)
 
 
 class Stopper(StoppingCriteria):

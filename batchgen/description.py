@@ -11,7 +11,7 @@ import sys
 
 from batchgen import engine
 from batchgen.prepare import Ready
-from batchgen.types import Generation
+from batchgen.types import Generation, SamplingParams
 
 _PACKAGES = ("batchgen", "torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "tokenizers")
 
@@ -24,7 +24,7 @@ def asked(ready: Ready, error_format: str) -> dict[str, object]:
         "rows": len(ready.source),
         "model": ready.model.name if ready.model.revision == "" else ready.model.revision,
         "dtype": ready.dtype,
-        **{f"sampling.{name}": value for name, value in dataclasses.asdict(recipe.sampling).items()},
+        **_sampling(recipe.sampling),
         "prompt_column": recipe.prompt_column,
         "template": recipe.template,
         "chat_template_kwargs": dict(recipe.chat_template_kwargs),
@@ -32,6 +32,12 @@ def asked(ready: Ready, error_format: str) -> dict[str, object]:
         "request_model": recipe.model,
         "error_format": error_format,
     }
+
+
+def _sampling(params: SamplingParams) -> dict[str, object]:
+    # Folders of runs from before there were logprobs do not have them: they go on, without.
+    values = dataclasses.asdict(params)
+    return {f"sampling.{name}": value for name, value in values.items() if name != "logprobs" or value}
 
 
 def facts(ready: Ready, ranks: int) -> dict[str, object]:

@@ -44,6 +44,7 @@ class HfEncoder:
         # Sentencepiece-like decoders drop the first token's leading space; after another token it stays.
         self._anchor: list[int] = self._tokenizer("a", add_special_tokens=False)["input_ids"]
         self._anchor_text = self._plain_decode(self._anchor)
+        self._token_texts: dict[int, str] = {}
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
         """The conversation through the model's chat template, ready for the assistant's turn.
@@ -85,8 +86,17 @@ class HfEncoder:
             return text[len(self._anchor_text) :]
         return self._plain_decode(tokens)
 
-    def _plain_decode(self, tokens: Tokens) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def token_text(self, token: int) -> str:
+        """The text of one token behind another, a special one's name included; U+FFFD for a part of a character."""
+        text = self._token_texts.get(token)
+        if text is None:
+            text = self._plain_decode([*self._anchor, token], special=True).removeprefix(self._anchor_text)
+            self._token_texts[token] = text
+        return text
+
+    def _plain_decode(self, tokens: Tokens, special: bool = False) -> str:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return str(text)
 
     def _choose_pad_token(self, config: Any) -> int:
         known = (self._tokenizer.pad_token_id, config.pad_token_id, self._tokenizer.unk_token_id)

@@ -19,6 +19,7 @@ from batchgen import memory, selftest
 from batchgen.decoding import Agreed, Sampler, Stopper, StopTexts, generation
 from batchgen.encoder import HfEncoder
 from batchgen.engine import OutOfStep
+from batchgen.likelihood import Recorder
 from batchgen.types import Batch, Prompt
 
 __all__ = ["HfEncoder", "Peers", "StaticBatches"]
@@ -217,6 +218,7 @@ class StaticBatches:
         choosers: list[Any] = [sampler] if sampler.needed else []
         if self._peers is not None:
             choosers.append(Agreed(self._peers.tokens))
+        recorder = Recorder(batch, choosers, self._device)
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max(prompt.params.max_new_tokens for prompt in batch),
             do_sample=False,
@@ -228,7 +230,7 @@ class StaticBatches:
             output = self._model.generate(
                 **inputs,
                 generation_config=config,
-                logits_processor=LogitsProcessorList(choosers),
+                logits_processor=LogitsProcessorList([recorder] if recorder.needed else choosers),
                 stopping_criteria=StoppingCriteriaList([stopper]),
                 **self._generate_kwargs,
             )
@@ -237,7 +239,7 @@ class StaticBatches:
         rows = output[:, width:].tolist()
         if self._unchecked:
             self._check(batch, rows, stopper.lengths.tolist())
-        return self._collect(batch, rows, stopper, width)
+        return self._collect(batch, rows, stopper, width, recorder.read())
 
     def _check(self, batch: Sequence[Prompt], rows: list[list[int]], lengths: list[int]) -> None:
         for row in selftest.choose(batch):
@@ -258,13 +260,21 @@ class StaticBatches:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
-    def _collect(self, batch: Sequence[Prompt], rows: list[list[int]], stopper: Stopper, width: int) -> Batch:
+    def _collect(
+        self,
+        batch: Sequence[Prompt],
+        rows: list[list[int]],
+        stopper: Stopper,
+        width: int,
+        logprobs: Mapping[int, Sequence[float]],
+    ) -> Batch:
         generations = []
         padded = 0
-        for prompt, row, length, stopped in zip(
-            batch, rows, stopper.lengths.tolist(), stopper.stopped.tolist(), strict=True
+        for number, (prompt, row, length, stopped) in enumerate(
+            zip(batch, rows, stopper.lengths.tolist(), stopper.stopped.tolist(), strict=True)
         ):
-            generations.append(generation(prompt, row[:length], stopped, self._encoder.decode))
+            asked = logprobs[number][:length] if number in logprobs else None
+            generations.append(generation(prompt, row[:length], stopped, self._encoder, asked))
             padded += width - len(prompt.tokens) + stopper.steps - length
         return Batch(generations, padded, memory.take_peak_bytes(self._devices))
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from batchgen import logprobs
 from batchgen.refusal import Refused, shown
 from batchgen.template import conversation, template_kwargs
 from batchgen.types import Generation, RowError
@@ -42,7 +43,7 @@ _SAMPLING = {
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("n", "best_of", "repetition_penalty", "length_penalty"), (1,)),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs", "min_p", "min_tokens"), (0,)),
-    **dict.fromkeys(("logprobs", "echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
+    **dict.fromkeys(("echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
     **dict.fromkeys(("include_stop_str_in_output", "return_token_ids", "return_tokens_as_token_ids"), (False,)),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
     **dict.fromkeys(("tools", "functions", "documents", "stop_token_ids", "bad_words", "allowed_token_ids"), ([],)),
@@ -70,7 +71,7 @@ _HARMLESS = frozenset(
     }
 )
 _READ_AT = {CHAT: frozenset({"messages", "chat_template_kwargs"}), COMPLETIONS: frozenset({"prompt"})}
-_READ = frozenset({"model", "stream"})
+_READ = frozenset({"model", "stream", "logprobs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
         raise Refused("stream", _STREAMED)
     _check_model(body.get("model"), model)
     ignored = _check_keys(body, url)
-    sampling, spelled = _sampling(body)
+    sampling, spelled = _sampling(body, url)
     if url == CHAT:
         messages = conversation(body.get("messages"), "body.messages", whole=False)
         kwargs = template_kwargs(body.get("chat_template_kwargs"), "body.chat_template_kwargs")
@@ -160,7 +161,7 @@ def _check_keys(body: Mapping[str, object], url: str) -> list[str]:
     return ignored
 
 
-def _sampling(body: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
+def _sampling(body: Mapping[str, object], url: str) -> tuple[dict[str, object], dict[str, str]]:
     sampling: dict[str, object] = {}
     spelled: dict[str, str] = {}
     for key, name in _SAMPLING.items():
@@ -175,6 +176,9 @@ def _sampling(body: Mapping[str, object]) -> tuple[dict[str, object], dict[str, 
         # -1 is vLLM's "off".
         sampling[name] = 0 if name == "top_k" and value == -1 else value
         spelled[name] = f"body.{key}"
+    asked = logprobs.asked(body.get("logprobs"), url == CHAT)
+    if asked is not None:
+        sampling["logprobs"] = asked
     return sampling, spelled
 
 
@@ -241,13 +245,18 @@ def _custom_id(generation: Generation) -> str:
 
 def _body(generation: Generation, digest: str, model: str, created: int, shape: Shape) -> dict[str, object]:
     choice: dict[str, object] = {"index": 0}
-    if (generation.request or {}).get("url") == COMPLETIONS:
+    is_completion = (generation.request or {}).get("url") == COMPLETIONS
+    if is_completion:
         name, kind = "cmpl-", "text_completion"
         choice["text"] = generation.text
     else:
         name, kind = "chatcmpl-", "chat.completion"
         choice["message"] = {"role": "assistant", "content": generation.text, "refusal": None}
-    choice |= {"logprobs": None, "finish_reason": generation.finish_reason}
+    shown_logprobs = None
+    if generation.logprobs is not None and generation.token_texts is not None:
+        show = logprobs.of_completion if is_completion else logprobs.of_chat
+        shown_logprobs = show(generation.token_texts, generation.logprobs)
+    choice |= {"logprobs": shown_logprobs, "finish_reason": generation.finish_reason}
     if shape == "vllm":
         choice["stop_reason"] = None
     usage = {

@@ -19,7 +19,11 @@ ErrorFormat = Literal["openai", "vllm"]
 RESULT = ("id", "index", "text", "finish_reason", "prompt_tokens", "generated_tokens", "error")
 """What batchgen adds to a row, in this order."""
 
-_CLASHES = frozenset(RESULT) - {"id"}  # a row's own id is the result's
+LOGPROBS = "logprobs"
+"""Comes behind these, in rows that ask for it alone: the others are as they always were."""
+
+_NAMES = (*RESULT, LOGPROBS)
+_CLASHES = frozenset(_NAMES) - {"id"}  # a row's own id is the result's
 
 # JSON lets these stand, but str.splitlines and its like in other languages take them for the end of a line.
 _LINE_ENDS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
@@ -50,7 +54,8 @@ def renderer(
 
 
 def _plain(generation: Generation) -> str:
-    """The merged row: the result, then the row's own columns. Its names are those of `RESULT`, in their order.
+    """The merged row: the result, then the row's own columns. Its names are those of `RESULT`, in their order, and
+    `LOGPROBS`.
 
     Put together by hand, since the encoder takes half as long again for the same object.
     """
@@ -60,12 +65,13 @@ def _plain(generation: Generation) -> str:
         columns = {names[name]: value for name, value in columns.items()}
     error = generation.error
     own = "".join(f",{_quoted(name)}:{_any(value)}" for name, value in columns.items() if name != "id")
+    logprobs = "" if generation.logprobs is None else f',"{LOGPROBS}":{_json(generation.logprobs)}'
     return (
         f'{{"id":{_quoted(generation.id)},"index":{generation.index},'
         f'"text":{"null" if generation.text is None else _quoted(generation.text)},'
         f'"finish_reason":{"null" if generation.finish_reason is None else _quoted(generation.finish_reason)},'
         f'"prompt_tokens":{generation.prompt_tokens},"generated_tokens":{generation.generated_tokens},'
-        f'"error":{"null" if error is None else _json(dataclasses.asdict(error))}{own}}}'
+        f'"error":{"null" if error is None else _json(dataclasses.asdict(error))}{logprobs}{own}}}'
     )
 
 
@@ -79,7 +85,7 @@ def carried(columns: Iterable[str]) -> dict[str, str]:
     A column with the name of a result gets `input_` in front, as often as no other column has that name.
     """
     names = {name: name for name in columns}
-    for name in RESULT:
+    for name in _NAMES:
         if name in names and name != "id":
             other = f"input_{name}"
             while other in names:

@@ -148,7 +148,10 @@ class PromptReader:
             text = _text(value, self._recipe.prompt_column)
         params = self._recipe.sampling
         if not _PARAMS.isdisjoint(value):
-            params = sampling_params(params, {name: value[name] for name in _PARAMS if value.get(name) is not None}, {})
+            given = {name: value[name] for name in _PARAMS if value.get(name) is not None}
+            if isinstance(given.get("logprobs"), list):
+                del given["logprobs"]  # what another run has put out, which is the input of this one
+            params = sampling_params(params, given, {})
         if not text.isascii():
             check_encodable(text)
         id = f"{row.source}:{row.line}" if own is None else own

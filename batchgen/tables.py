@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from batchgen.checkpoint import CheckpointError
 from batchgen.input import Input
-from batchgen.output import carried
+from batchgen.output import LOGPROBS, RESULT, carried
 
 Format = Literal["parquet", "arrow"]
 
@@ -34,6 +34,7 @@ _RESULT_TYPES: dict[str, pa.DataType] = {
     "generated_tokens": pa.int64(),
     "error": pa.struct([("type", pa.string()), ("message", pa.string()), ("line", pa.int64())]),
 }
+_LOGPROBS_TYPE = pa.list_(pa.float64())  # of a column that is there if a row of the run has asked for it
 _ERROR_KEYS = {field.name for field in _RESULT_TYPES["error"]}
 
 
@@ -72,7 +73,10 @@ def _typed(typed: pa.Schema, lines: Lines, source: Input, format: Format) -> tup
     if format == "arrow":
         # A dictionary differs from block to block, and an Arrow file may hold but one for a column.
         own = [field.with_type(_without_dictionaries(field.type)) for field in own]
-    fields = [pa.field(name, kind) for name, kind in _RESULT_TYPES.items()]
+    kinds = dict(_RESULT_TYPES)
+    if any(_has_logprobs(line) for _, line in lines()):
+        kinds[LOGPROBS] = _LOGPROBS_TYPE
+    fields = [pa.field(name, kind) for name, kind in kinds.items()]
     merged = pa.schema(fields + [field.with_name(names[field.name]) for field in own])
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -86,7 +90,7 @@ def _typed(typed: pa.Schema, lines: Lines, source: Input, format: Format) -> tup
                 ahead = next(found, None)
             # Not every type can be taken from, and nearly always all rows are there.
             kept = batch if len(rows) == batch.num_rows else batch.take(pa.array(list(rows), pa.int64()))
-            results = [pa.array([row[name] for row in rows.values()], kind) for name, kind in _RESULT_TYPES.items()]
+            results = [pa.array([row.get(name) for row in rows.values()], kind) for name, kind in kinds.items()]
             columns = [_as(kept.column(field.name), field.type) for field in own]
             if rows:
                 yield pa.RecordBatch.from_arrays([*results, *columns], schema=merged)
@@ -101,6 +105,11 @@ def _plain_row(line: bytes) -> dict[str, Any]:
     if "index" not in row:
         raise pa.ArrowInvalid(f"{row.get('custom_id')} is an answer to an OpenAI request among plain rows")
     return row
+
+
+def _has_logprobs(line: bytes) -> bool:
+    # Nearly all lines end the question without being parsed: within a text, the quotes are escaped.
+    return b'"logprobs":[' in line and isinstance(json.loads(line).get(LOGPROBS), list)
 
 
 def _as(column: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -143,6 +152,9 @@ def _inferred(lines: Lines) -> tuple[pa.Schema, Iterator[pa.Table]]:
     types = {name: _RESULT_TYPES.get(name) or _type(found - {"null"}) for name, found in kinds.items()}
     if "error" in types and ("index" not in types or not kinds["error"] <= {"error", "null"}):
         types["error"] = pa.string()  # that of an OpenAI answer is another one
+    if "index" in types and "floats" in (found := kinds.get(LOGPROBS, set())) and found <= {"floats", "null"}:
+        types[LOGPROBS] = _LOGPROBS_TYPE
+        types = {name: types[name] for name in (*RESULT, LOGPROBS)} | types  # the first row may not have asked
     types = types or _RESULT_TYPES
     schema = pa.schema([pa.field(name, kind) for name, kind in types.items()])
 
@@ -171,6 +183,8 @@ def _kind(value: object) -> str:
         return "float"
     if isinstance(value, str):
         return "text"
+    if isinstance(value, list) and value and all(part is None or type(part) is float for part in value):
+        return "floats"
     return "error" if isinstance(value, dict) and value.keys() == _ERROR_KEYS else "json"
 
 

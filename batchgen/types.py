@@ -94,6 +94,7 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     seed: int = 0
     stop: tuple[str, ...] = ()  # the text ends before the first of these
+    logprobs: bool = False  # give the log-probability of every generated token (`likelihood`)
 
     def __post_init__(self) -> None:
         _check(
@@ -110,6 +111,7 @@ class SamplingParams:
             isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),
             "stop must be a text or a list of texts, none of them empty",
         )
+        _check(isinstance(self.logprobs, bool), "logprobs must be true or false")
 
 
 def _check(holds: bool, rule: str) -> None:
@@ -181,9 +183,19 @@ class Generation:
     error: RowError | None
     columns: Mapping[str, object]
     request: Mapping[str, object] | None = None
+    logprobs: Sequence[float] | None = None  # of each generated token, see `likelihood`; None: nobody asked
+    token_texts: Sequence[str] | None = None  # of each, beside the logprobs of an OpenAI request, whose answer has them
 
     @classmethod
-    def of(cls, prompt: Prompt, text: str, finish_reason: FinishReason, generated_tokens: int) -> Generation:
+    def of(
+        cls,
+        prompt: Prompt,
+        text: str,
+        finish_reason: FinishReason,
+        generated_tokens: int,
+        logprobs: Sequence[float] | None = None,
+        token_texts: Sequence[str] | None = None,
+    ) -> Generation:
         """The finished generation of `prompt`."""
         return cls(
             prompt.index,
@@ -195,6 +207,8 @@ class Generation:
             None,
             prompt.columns,
             prompt.request,
+            logprobs,
+            token_texts,
         )
 
     @classmethod

@@ -112,7 +112,7 @@ def test_faulty_line_is_refused(value: dict[str, object], type: str, complaint: 
     [
         ("n", [1, None], 2),
         ("best_of", [1], 2),
-        ("logprobs", [False, None, 0], True),
+        ("logprobs", [False, None, 0, True], 5),
         ("top_logprobs", [0], 3),
         ("presence_penalty", [0, 0.0], 0.5),
         ("frequency_penalty", [0], -1),

@@ -74,6 +74,12 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--stop", multiple=True, metavar="TEXT", help="End a text before this; may be given several times."
             ),
+            click.option(
+                "--logprobs",
+                is_flag=True,
+                default=defaults.logprobs,
+                help="Give the log-probability of every generated token.",
+            ),
         )
     ):
         command = option(command)
@@ -252,7 +258,7 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
     """
     from batchgen.prompts import Recipe
 
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
     try:
         sampling = SamplingParams(**{name: options.pop(name) for name in names})
         columns = {name: options.pop(name, None) for name in ("prompt_column", "template", "truncate")}

@@ -29,7 +29,10 @@ class _Bytes:
 
 
 class Echo(Engine):
-    """Answers with the first `max_new_tokens` bytes of the prompt."""
+    """Answers with the first `max_new_tokens` bytes of the prompt.
+
+    It could say nothing else, so each of them has probability 1.
+    """
 
     needs_model = False
 
@@ -79,8 +82,11 @@ class Echo(Engine):
 
 def _echo(prompt: Prompt) -> Generation:
     room = prompt.params.max_new_tokens
+    said = bytes(prompt.tokens[:room])
+    logprobs = texts = None
+    if prompt.params.logprobs:
+        logprobs, texts = [0.0] * len(said), [bytes([byte]).decode("utf-8", "replace") for byte in said]
     if len(prompt.tokens) <= room:
-        return Generation.of(
-            prompt, prompt.text or bytes(prompt.tokens).decode("utf-8", "replace"), "stop", len(prompt.tokens)
-        )
-    return Generation.of(prompt, bytes(prompt.tokens[:room]).decode("utf-8", "replace"), "length", room)
+        text = prompt.text or said.decode("utf-8", "replace")
+        return Generation.of(prompt, text, "stop", len(said), logprobs, texts)
+    return Generation.of(prompt, said.decode("utf-8", "replace"), "length", room, logprobs, texts)

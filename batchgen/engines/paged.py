@@ -152,9 +152,10 @@ class Paged(Engine):
             yield self._batch(collected)
 
     def _batch(self, rows: list[Finished]) -> Batch:
-        decode = self._encoder.decode
         generations = [
-            memory.refuse(row.prompt) if row.tokens is None else generation(row.prompt, row.tokens, row.stopped, decode)
+            memory.refuse(row.prompt)
+            if row.tokens is None
+            else generation(row.prompt, row.tokens, row.stopped, self._encoder, row.logprobs)
             for row in rows
         ]
         return Batch(generations, 0, memory.take_peak_bytes([self._device]))

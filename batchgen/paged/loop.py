@@ -34,6 +34,7 @@ class Finished:
     prompt: Prompt
     tokens: list[int] | None  # generated, up to and including the one that ended it; None: there is no room for it
     stopped: bool  # by an end of sequence or a stop text, not by its length
+    logprobs: list[float] | None = None  # of `tokens`, if the prompt asks for them
 
 
 class Loop:
@@ -186,6 +187,9 @@ class Loop:
     def _read(self, flight: Flight) -> None:
         """The tokens of a step, and what they end."""
         tokens = flight.read()
+        for sequence, logprob in flight.logprobs():
+            if sequence.slot >= 0 and sequence.logprobs is not None:
+                sequence.logprobs.append(logprob)
         ended: list[Finished] = []
         ends = self._end
         for sequence, token in zip(flight.step.sequences, tokens, strict=True):
@@ -196,7 +200,7 @@ class Loop:
             if stopped or len(sequence.tokens) == sequence.begin + sequence.most:
                 self._scheduler.ended(sequence)
                 self._watched.pop(sequence, None)
-                ended.append(Finished(sequence.prompt, sequence.tokens[sequence.begin :], stopped))
+                ended.append(Finished(sequence.prompt, sequence.tokens[sequence.begin :], stopped, sequence.logprobs))
         self._count(len(tokens))
         if ended and self._check is not None:
             self._check(ended)

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from batchgen import memory
+from batchgen.likelihood import log_probabilities
 from batchgen.paged import models, sampling
 from batchgen.paged.attention import Layout, over
 from batchgen.paged.graphs import Graphs
 from batchgen.paged.graphs import size as graph_size
 from batchgen.paged.pages import SIZE
-from batchgen.paged.step import Part, Step
+from batchgen.paged.step import Part, Sequence, Step
 
 _RING = 3  # steps whose arrays may be on their way at once: one runs, one waits, one is being filled
 _PROGRAMS = 528  # that keep a large GPU busy: four on each of an H100's 132 multiprocessors
@@ -39,6 +40,8 @@ class Flight:
 
     step: Step
     _tokens: torch.Tensor
+    _logprobs: torch.Tensor  # of the tokens of the rows in `_asked`
+    _asked: Rows[int]
     _arrived: torch.cuda.Event | None
 
     def read(self) -> list[int]:
@@ -46,6 +49,12 @@ class Flight:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tokens[: len(self.step.rows)].tolist()
+
+    def logprobs(self) -> list[tuple[Sequence, float]]:
+        """Those of the tokens that have been `read`, of the sequences that ask for them."""
+        sequences = self.step.sequences
+        values = self._logprobs[: len(self._asked)].tolist()
+        return [(sequences[row], value) for row, value in zip(self._asked, values, strict=True)]
 
 
 class Runner:
@@ -74,9 +83,10 @@ class Runner:
         self._blocks = torch.zeros((self.most // _TOKENS_OF_A_BLOCK, 2), dtype=torch.int32, device=self._device)
         self._host = [_pinned((4, self.most), torch.int32, gpu) for _ in range(_RING)]
         self._chosen = [_pinned((slots,), torch.long, gpu) for _ in range(_RING)]
+        self._logprobs = [_pinned((slots,), torch.float32, gpu) for _ in range(_RING)]
         self._turn = 0
         self._caches: list[torch.Tensor] = []
-        self._logits: torch.Tensor | None = None  # of decode steps with sampled rows
+        self._logits: torch.Tensor | None = None  # of decode steps with rows that are sampled or ask for logprobs
         self._graphs: Graphs | None = None
         if gpu:
             size = model.config.get_text_config().hidden_size
@@ -129,10 +139,11 @@ class Runner:
             self._table.view(-1)[at] = self._send(torch.from_numpy(step.table_to))
         rows, decoding = len(step.rows), len(step.slots) == step.decoding
         sampled = any(sequence.prompt.params.temperature > 0 for sequence in step.sequences)
+        asked = [row for row, sequence in enumerate(step.sequences) if sequence.logprobs is not None]
         with torch.inference_mode():
             if decoding and self._graphs is not None:
                 slots = self._arrays[0, :rows]
-                logits = self._decode(step, turn, sampled)
+                logits = self._decode(step, turn, sampled or bool(asked))
             else:
                 hidden = self._mixed(step, turn)
                 at = self._send(torch.from_numpy(step.rows.astype(np.int64)))
@@ -143,9 +154,14 @@ class Runner:
                 assert logits is not None
                 sampling.draw(logits, step.sequences, self._next, self._send)
                 self._last[slots.long()] = self._next[:rows]
+            if asked:
+                assert logits is not None
+                at = self._send(torch.tensor(asked))
+                found = log_probabilities(logits, at, self._next[at])
+                self._logprobs[turn][: len(asked)].copy_(found, non_blocking=True)
         chosen = self._chosen[turn]
         chosen[:rows].copy_(self._next[:rows], non_blocking=True)
-        return Flight(step, chosen, self._mark())
+        return Flight(step, chosen, self._logprobs[turn], asked, self._mark())
 
     def _mark(self) -> torch.cuda.Event | None:
         if self._graphs is None:
@@ -174,15 +190,15 @@ class Runner:
     def _send(self, values: torch.Tensor) -> torch.Tensor:
         return values if self._graphs is None else values.pin_memory().to(self._device, non_blocking=True)
 
-    def _decode(self, step: Step, turn: int, sampled: bool) -> torch.Tensor | None:
-        """A step in which every sequence takes one token, its tokens chosen; its logits, if a row is `sampled`."""
+    def _decode(self, step: Step, turn: int, wanted: bool) -> torch.Tensor | None:
+        """A step in which every sequence takes one token, its tokens chosen; its logits, if they are `wanted`."""
         assert self._graphs is not None
         size = graph_size(len(step.slots), self.most)
         splits = self._splits(size, int(step.positions.max()) + 1)
-        if self._logits is None and sampled:
+        if self._logits is None and wanted:
             text = self._model.config.get_text_config()
             self._logits = torch.empty((len(self._next), text.vocab_size), dtype=self._model.dtype, device=self._device)
-        kept = self._logits if sampled else None
+        kept = self._logits if wanted else None
 
         def compute() -> None:
             self._arrays[2, :size] = -1
@@ -192,7 +208,7 @@ class Runner:
             if kept is not None:
                 kept[:rows] = logits
 
-        graph = self._graphs.find((size, splits, sampled), compute, lambda: self._pad(size))
+        graph = self._graphs.find((size, splits, wanted), compute, lambda: self._pad(size))
         self._put(step, turn, size)
         graph.replay()
         return kept

@@ -16,12 +16,25 @@ Ints = NDArray[np.int32]
 class Sequence:
     """One prompt on its way."""
 
-    __slots__ = ("admitted", "begin", "most", "node", "pages", "planned", "prompt", "random", "slot", "tokens")
+    __slots__ = (
+        "admitted",
+        "begin",
+        "logprobs",
+        "most",
+        "node",
+        "pages",
+        "planned",
+        "prompt",
+        "random",
+        "slot",
+        "tokens",
+    )
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
         self.tokens = list(prompt.tokens)  # of the prompt, and generated
         self.begin = len(prompt.tokens)  # of the generated ones
+        self.logprobs: list[float] | None = [] if prompt.params.logprobs else None  # of the generated ones, if asked
         self.most = prompt.params.max_new_tokens
         self.slot = -1  # its row in the table of pages; -1: it has none
         self.pages: list[int] = []
