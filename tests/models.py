@@ -6,8 +6,9 @@ generating agree.
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from batchgen.decoding import choose, cut
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Generation, Prompt, SamplingParams
 
@@ -135,6 +137,7 @@ class Model:
         self.encoder = HfEncoder(str(folder))
         self.device = torch.device(device)
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
+        self._exact: PreTrainedModel | None = None
         self.counted = 0
         self.batches = StaticBatches(
             self.model, self.encoder, device=self.device, batch_size=batch_size, count=self._count
@@ -157,6 +160,60 @@ class Model:
         )
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, pad_token_id=0)
         return output[0, len(prompt.tokens) :].tolist()
+
+    def chosen(self, prompt: Prompt) -> list[int]:
+        """The tokens of one prompt, greedy or sampled, past its stop texts. A whole forward each, without a cache."""
+        params, numbers = prompt.params, random.Random(prompt.row_seed)
+        tokens: list[int] = []
+        while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in self.encoder.end_tokens):
+            with torch.inference_mode():
+                ids = torch.tensor([[*prompt.tokens, *tokens]], device=self.device)
+                logits = self.model(ids, use_cache=False).logits[:, -1].float()
+            token = int(logits.argmax())
+            if params.temperature > 0:
+                numbers_of_row = [[numbers.random()], [params.temperature], [params.top_p]]
+                drawn, temperature, top_p = torch.tensor(numbers_of_row, dtype=torch.float64, device=self.device)
+                top_k = torch.tensor([params.top_k], device=self.device)
+                token = int(choose(logits, drawn, temperature, top_k=top_k, most_k=params.top_k, top_p=top_p))
+            tokens.append(token)
+        return tokens
+
+    def logprobs(self, prompt: Prompt, tokens: Sequence[int]) -> list[float]:
+        """Those of `tokens` behind `prompt`, in one forward of float64: float32 can be off by more than 1e-4."""
+        if self._exact is None:
+            self._exact = copy.deepcopy(self.model).double()
+        with torch.inference_mode():
+            ids = torch.tensor([[*prompt.tokens, *tokens]], device=self.device)
+            logits = self._exact(ids, use_cache=False).logits[0, len(prompt.tokens) - 1 : -1]
+            found: list[float] = logits.log_softmax(-1).gather(1, ids[0, len(prompt.tokens) :, None])[:, 0].tolist()
+        return found
+
+    def check_logprobs(self, prompts: Sequence[Prompt], found: Mapping[str, Generation]) -> None:
+        """They are there for the prompts that ask, one for each generated token, and what `logprobs` says."""
+        for prompt in prompts:
+            generation = found[prompt.id]
+            if not prompt.params.logprobs:
+                assert generation.logprobs is None
+                continue
+            tokens, stop = self.chosen(prompt), prompt.params.stop
+            count = generation.generated_tokens
+            assert count == len(tokens) or (stop and generation.finish_reason == "stop")
+            assert generation.text == cut(self.encoder.decode(tokens[:count]), stop)
+            assert generation.logprobs is not None
+            expected = self.logprobs(prompt, tokens[:count])
+            apart = [abs(a - b) for a, b in zip(generation.logprobs, expected, strict=True)]
+            assert max(apart) < 1e-4, prompt.id
+
+
+def asking_prompts(count: int = 24) -> list[Prompt]:
+    """Greedy and sampled ones, with stop texts and without; most of them ask for logprobs."""
+    made = random_prompts(count)
+    for number, prompt in enumerate(made):
+        kinds: list[dict[str, Any]] = [{}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.5, "top_k": 30}]
+        stop = ("a", "é") if number % 5 == 0 else ()
+        most = prompt.params.max_new_tokens
+        prompt.params = SamplingParams(max_new_tokens=most, stop=stop, logprobs=number % 4 != 2, **kinds[number % 3])
+    return made
 
 
 def random_prompts(count: int, longest: int = 60, **params: Any) -> list[Prompt]:

@@ -82,6 +82,12 @@ def test_a_lone_surrogate_does_not_spoil_the_window_it_is_in(tiny_llama: Path) -
     assert encoder.decode(whole) == "ab"
 
 
+def test_a_token_has_a_text_of_its_own(tiny_llama: Path) -> None:
+    encoder = HfEncoder(str(tiny_llama))
+    (tokens,) = encoder.tokenize([" aé"], special=False)
+    assert [encoder.token_text(token) for token in [*tokens, models.END]] == [" ", "a", "\ufffd", "\ufffd", "</s>"]
+
+
 def test_long_texts_are_tokenized_without_a_warning(tiny_llama: Path, tmp_path: Path) -> None:
     folder = folder_with({}, tiny_llama, tmp_path / "short")
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -46,6 +46,16 @@ def test_a_batch_of_mixed_lengths_gives_the_tokens_of_one_prompt_at_a_time(
     assert model.counted - counted == sum(map(len, expected.values()))
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_rows_that_ask_get_the_logprobs_of_the_model_itself(name: str, request: pytest.FixtureRequest) -> None:
+    model: Model = request.getfixturevalue(name)
+    prompts = models.asking_prompts()
+    found = model.texts(prompts)
+    model.check_logprobs(prompts, found)
+    quiet = [dataclasses.replace(p, params=dataclasses.replace(p.params, logprobs=False)) for p in prompts]
+    assert {g.id: g.text for g in model.texts(quiet).values()} == {g.id: g.text for g in found.values()}
+
+
 def test_the_default_model_answers_in_a_batch_as_alone(smollm2: Path) -> None:
     model = Model(smollm2)
     model.model.float()

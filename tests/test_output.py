@@ -43,6 +43,12 @@ def test_a_row_is_its_result_then_its_columns() -> None:
     )
 
 
+def test_logprobs_stand_before_the_columns_of_the_row_that_asked() -> None:
+    asked = generation({"n": 1, "logprobs": True})
+    asked.logprobs = [-0.5, math.nan]
+    assert rendered(asked).endswith(b'"error":null,"logprobs":[-0.5,null],"n":1,"input_logprobs":true}\n')
+
+
 def test_a_failed_row_keeps_its_columns() -> None:
     row = json.loads(rendered(generation({"n": 1}, None, RowError("too_long", "line 5 is too long", 5))))
     assert row["error"] == {"type": "too_long", "message": "line 5 is too long", "line": 5}

@@ -16,7 +16,7 @@ from tests.byte_encoder import ByteEncoder, request, rows
 _MEANT = (
     *("id", "custom_id", "prompt", "messages", "role", "content", "type", "text", "chat_template_kwargs", "tokenize"),
     *("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "method", "url", "body", "model", "stream"),
-    *("max_tokens", "max_completion_tokens", "n", "logit_bias", "tools", "response_format"),
+    *("max_tokens", "max_completion_tokens", "n", "logit_bias", "tools", "response_format", "logprobs"),
 )
 NAMES = st.text(max_size=3) | st.sampled_from(_MEANT)
 JSON = st.recursive(

@@ -42,6 +42,7 @@ def test_values_are_shown_short_and_as_json_names_them(value: object, text: str)
         ("top_k", -1, "top_k must be a whole number, 0 (off) or more, not -1"),
         ("seed", True, "seed must be a whole number, not true"),
         ("stop", [""], "stop must be a text or a list of texts, none of them empty, not a list"),
+        ("logprobs", 0, "logprobs must be true or false, not 0"),
         ("stop", {}, "stop must be a text or a list of texts, none of them empty, not an empty object"),
     ],
 )

@@ -2,8 +2,8 @@
 
     python -m tests.engines.engine_rank MODEL OPTIONS-AND-SETS RESULT
 
-writes to RESULT/<rank> the text of each prompt that this rank's stream generated, for each set, and to
-RESULT/swapped-<rank> how many swap files it had.
+writes to RESULT/<rank> the text of each prompt that this rank's stream generated, for each set, to
+RESULT/logprobs-<rank> the log-probabilities of those that ask, and to RESULT/swapped-<rank> how many swap files it had.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ PATIENCE = 600.0  # s for all the sets
 
 
 def prompts(count: int, most_tokens: int = 40) -> list[Prompt]:
-    """Of very unequal lengths, and as unequally many tokens to generate, up to `most_tokens`."""
+    """Of very unequal lengths, and as unequally many tokens to generate, up to `most_tokens`; every third asks for
+    logprobs."""
     made = random_prompts(count, longest=100)
     tokens = [1 + (prompt.params.max_new_tokens - 1) % most_tokens for prompt in made]
     return [
-        replace(prompt, params=replace(prompt.params, max_new_tokens=most))
+        replace(prompt, params=replace(prompt.params, max_new_tokens=most, logprobs=prompt.index % 3 == 0))
         for prompt, most in zip(made, tokens, strict=True)
     ]
 
@@ -80,6 +81,15 @@ def ranks(
     return texts
 
 
+def logprobs(folder: Path) -> dict[int, dict[int, list[float]]]:
+    """Those of all ranks whose results are in `folder`, by set and prompt."""
+    found: dict[int, dict[int, list[float]]] = {}
+    for file in folder.glob("logprobs-*"):
+        for set_, values in json.loads(file.read_text()).items():
+            found.setdefault(int(set_), {}).update({int(index): value for index, value in values.items()})
+    return found
+
+
 def swap_files(folder: Path) -> list[int]:
     """How many each rank had, of the ranks whose results are in `folder`."""
     return [int(file.read_text()) for file in sorted(folder.glob("swapped-*"))]
@@ -102,6 +112,7 @@ def main(
     chosen = engine.parse_options(kind, options)
     stream = kind.stream(world, chosen)
     texts: dict[int, dict[int, str | None]] = {}
+    logprobs: dict[int, dict[int, Sequence[float]]] = {}
     setup = Setup(model, dtype, 4, world, run=str(folder), cache=str(cache_folder(os.environ)))
     with kind(setup, chosen) as made:
         disk = (getattr(chosen, "offload", None) or "").partition("=")[2]
@@ -111,8 +122,11 @@ def main(
             every = prompts(count, most_tokens)
             mine = order([every[index] for index in shard(count, stream)], 0)
             batches = made.generate(iter(mine), lambda: False)
-            done = {generation.index: generation.text for batch in batches for generation in batch.generations}
-            texts[count] = done if stream.writes else {}
+            done = [generation for batch in batches for generation in batch.generations]
+            done = done if stream.writes else []
+            texts[count] = {one.index: one.text for one in done}
+            logprobs[count] = {one.index: one.logprobs for one in done if one.logprobs is not None}
+    (folder / f"logprobs-{world.rank}").write_text(json.dumps(logprobs))
     (folder / str(world.rank)).write_text(json.dumps(texts))
 
 

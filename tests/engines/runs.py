@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,8 +49,12 @@ def run(*arguments: object, environment: dict[str, str] | None = None) -> subpro
     return subprocess.run(words, capture_output=True, text=True, env=variables, timeout=240, cwd=ROOT)
 
 
+def read(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+
+
 def texts(out: Path) -> list[object]:
-    return [json.loads(line)["text"] for line in (out / "generations.jsonl").read_text().splitlines()]
+    return [row["text"] for row in read(out)]
 
 
 def process_of_rank_1(out: Path, starter: subprocess.Popen[str], steps: int, attempt: int = 1) -> int:

@@ -30,10 +30,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(model: Path, ranks: int, settings: Sequence[str], scratch: Path, sets: Sequence[int], most: int) -> None:
-    """Texts of `ranks` ranks against those of one process."""
+    """Texts and logprobs of `ranks` ranks against those of one process."""
     found = engine_rank.ranks(ranks, model, settings, scratch / "ranks", sets, most, engine="ds-inference")
+    logprobs = engine_rank.logprobs(scratch / "ranks")
     for count in sets:
-        assert found[count] == zero_matrix.alone(model, engine_rank.prompts(count, most)), f"{count} prompts"
+        expected = zero_matrix.alone(model, engine_rank.prompts(count, most))
+        assert found[count] == {index: one.text for index, one in expected.items()}, f"{count} prompts"
+        zero_matrix.check_logprobs(logprobs[count], expected)
 
 
 @pytest.mark.slow

@@ -41,6 +41,14 @@ def test_stops_at_max_new_tokens_also_within_a_letter() -> None:
     assert [g.generated_tokens for g in batch.generations] == [2, 3]
 
 
+def test_each_byte_could_only_be_what_it_is() -> None:
+    asking = prompt(0, "hé", max_new_tokens=2)
+    asking.params = SamplingParams(max_new_tokens=2, logprobs=True)
+    [batch] = run([asking, prompt(1)])
+    assert [g.logprobs for g in batch.generations] == [[0.0, 0.0], None]
+    assert batch.generations[0].token_texts == ["h", "\ufffd"]
+
+
 def test_answers_token_ids_with_their_text() -> None:
     [batch] = run([prompt(0, "", tokens=[104, 105])])
     assert batch.generations[0].text == "hi"

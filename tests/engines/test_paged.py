@@ -67,6 +67,15 @@ def test_the_tokens_are_those_of_generate(kind: Path) -> None:
             assert found[row.id].text == model.encoder.decode(alone[row.id]), (settings, row.id)
 
 
+def test_rows_that_ask_get_the_logprobs_of_the_model_itself(kind: Path) -> None:
+    rows = models.asking_prompts(30)
+    model = models.Model(kind)
+    with load(kind, "cache_tokens=128", "expected_share=0.05", "step_tokens=50") as engine:
+        found = texts(engine, rows)
+        assert engine.preemptions > 0
+    model.check_logprobs(rows, found)
+
+
 def test_a_window_that_the_config_names_but_does_not_use_is_none(tmp_path: Path) -> None:
     def build(vocabulary: int) -> PreTrainedModel:
         small = models.SMALL | {"vocab_size": vocabulary, "sliding_window": 4, "use_sliding_window": False}
@@ -145,12 +154,17 @@ def test_out_of_memory_makes_the_cache_smaller_and_changes_no_text(
 ) -> None:
     rows = prompts(30)
     for row in rows[::2]:
-        row.params = SamplingParams(max_new_tokens=30, temperature=1.0)
+        row.params = SamplingParams(max_new_tokens=30, temperature=1.0, logprobs=True)
     with load(tiny_llama, "cache_tokens=2000", selftest=False) as engine:
         expected = texts(engine, rows)
     with load(tiny_llama, "cache_tokens=2000", selftest=False) as engine:
         OutOfMemory(monkeypatch, calls=(3, 4, 20))
-        assert texts(engine, rows) == expected
+        found = texts(engine, rows)
+    for row in rows:
+        logprobs, before = found[row.id].logprobs, expected[row.id].logprobs
+        assert logprobs == before if before is None else logprobs == pytest.approx(before, abs=1e-4)
+        found[row.id].logprobs = before
+    assert found == expected
     cache = r"out of memory in a forward; going on with a cache of (\d+) tokens"
     assert len([record for record in caplog.records if record.getMessage().startswith(cache[:26])]) == 3
 
@@ -222,7 +236,7 @@ def test_batch_size_is_the_most_at_once(tiny_llama: Path, monkeypatch: pytest.Mo
 def test_a_killed_run_goes_on_with_other_ranks_and_gives_the_same_text(tiny_llama: Path, tmp_path: Path) -> None:
     rows = runs.rows(tmp_path / "prompts.jsonl", 60)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    words = ["--temperature", "0.7"]
+    words = ["--temperature", "0.7", "--logprobs"]
     assert runs.run(*runs.command(rows, whole, tiny_llama, *words, engine="paged")).returncode == 0
     kill = {"BATCHGEN_TEST_KILL": "1"}
     first = runs.run(
@@ -233,6 +247,9 @@ def test_a_killed_run_goes_on_with_other_ranks_and_gives_the_same_text(tiny_llam
     again = runs.run(*runs.command(rows, broken, tiny_llama, *words, "--ranks", "2", engine="paged"))
     assert again.returncode == 0, again.stderr
     assert runs.texts(broken) == runs.texts(whole)
+    for row, other in zip(runs.read(broken), runs.read(whole), strict=True):
+        assert len(row["logprobs"]) == row["generated_tokens"]
+        assert row["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)
     assert json.loads((broken / "attempts" / "00002.json").read_text())["engine"] == "paged"
 
 

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from batchgen.engine import Setup
 from batchgen.engines.accelerate import Accelerate
 from batchgen.models import cache_folder, prepare_default
-from batchgen.types import Prompt
+from batchgen.types import Generation, Prompt
 from batchgen.world import World
 from tests import models
 from tests.engines import engine_rank
@@ -81,11 +81,25 @@ def _wide(build: Callable[..., Any], vocabulary: int, **shape: Any) -> Any:
     return made
 
 
-def alone(folder: Path, prompts: Sequence[Prompt]) -> dict[int, str | None]:
-    """Texts of engine `accelerate` in one process."""
+def alone(folder: Path, prompts: Sequence[Prompt]) -> dict[int, Generation]:
+    """What engine `accelerate` makes of them in one process."""
     with Accelerate(Setup(str(folder), "float32", 4, World()), Accelerate.Options()) as engine:
         batches = engine.generate(iter(prompts), lambda: False)
-        return {generation.index: generation.text for batch in batches for generation in batch.generations}
+        return {generation.index: generation for batch in batches for generation in batch.generations}
+
+
+def check_logprobs(found: Mapping[int, Sequence[float]], expected: Mapping[int, Generation]) -> None:
+    """Those of ranks against those of one process.
+
+    Raises:
+        AssertionError: they differ, or are not those of the prompts that ask.
+    """
+    asked = {index: one.logprobs for index, one in expected.items() if one.logprobs is not None}
+    assert asked
+    assert found.keys() == asked.keys()
+    for index, values in asked.items():
+        assert len(values) == expected[index].generated_tokens == len(found[index])
+        assert all(abs(one - other) < 1e-4 for one, other in zip(values, found[index], strict=True)), index
 
 
 def options(place: str, scratch: Path) -> list[str]:
@@ -109,12 +123,14 @@ def compare(
     """
     settings = options(case.place, scratch)
     texts = engine_rank.ranks(case.ranks, folder, settings, scratch / "ranks", sets, case.most_tokens, patience)
+    logprobs = engine_rank.logprobs(scratch / "ranks")
     for count in sets:
         expected = alone(folder, engine_rank.prompts(count, case.most_tokens))
         assert len(expected) == count
-        wrong = [index for index in expected if texts[count].get(index) != expected[index]]
+        wrong = [index for index in expected if texts[count].get(index) != expected[index].text]
         assert texts[count].keys() == expected.keys(), f"{case}, {count} prompts: rows are missing"
         assert not wrong, f"{case}, {count} prompts: rows {wrong} differ"
+        check_logprobs(logprobs[count], expected)
     swapped = engine_rank.swap_files(scratch / "ranks")
     assert len(swapped) == case.ranks
     assert all(files > 0 for files in swapped) == (case.place == "nvme"), f"{case}: {swapped} swap files"
