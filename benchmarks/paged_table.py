@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ ROWS: list[tuple[str, str, str, float, float, float]] = [
     ("llama-8b", "mixed", "tokens_per_second", 8951, 9500, 11500),
     ("qwen3-0.6b", "short", "tokens_per_second", 18846, 30000, 80000),
 ]
-NAMES = {"seed:512": "8 and 100 tokens, batch 512", "seed:1": "8 and 100 tokens, batch 1", "mixed": "mixed job"}
-NAMES["short"] = "short job of 8,192 rows"
+NAMES = {
+    "seed:512": "8 and 100 tokens, batch 512",
+    "seed:1": "8 and 100 tokens, batch 1",
+    "mixed": "mixed job",
+    "short": "short job of 8,192 rows",
+}
 UNITS = {"ms_per_token": "ms/token", "tokens_per_second": "tokens/s"}
 
 
@@ -46,7 +51,7 @@ def table(found: list[dict[str, Any]]) -> str:
     figures = {(one["shape"], one["job"]): one for one in found if "job" in one}
     lines = [
         f"{torch.cuda.get_device_name()}, {date.today().isoformat()}; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, triton {_version('triton')}, Python {platform.python_version()}. Random weights "
+        f"{transformers.__version__}, triton {version('triton')}, Python {platform.python_version()}. Random weights "
         "in bfloat16. Made by `scripts/paged-table`.",
         "",
         "| | vLLM 0.26.0 | first bar | aim | `paged` | beside vLLM | three runs, seconds |",
@@ -69,12 +74,6 @@ def table(found: list[dict[str, Any]]) -> str:
                 name = "`paged`" if who == "paged" else "the model's own bfloat16"
                 lines.append(f"| {one['shape']}, {name} | {gaps['tokens']:,} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def main() -> None:

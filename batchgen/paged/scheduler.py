@@ -233,15 +233,19 @@ class Scheduler:
         if self._spread is None or self._again:
             return self.budget
         most = self._spread.most[: len(self._waiting)]
-        slots = np.flatnonzero(self._runs)
-        running = self._length[slots], self._rest(self._most[slots], self._left[slots])
-        return min(self.budget, self._spread.tokens(self._rest(most, most), *running, step.count) or self.budget)
+        slots, rests = self._running()
+        tokens = self._spread.tokens(self._rest(most, most), self._length[slots], rests, step.count)
+        return min(self.budget, tokens or self.budget)
 
     def _forecast(self) -> Forecast:
-        slots = np.flatnonzero(self._runs)
+        slots, rests = self._running()
         # What another had computed already is counted there.
-        lengths = self._length[slots] - self._shared[slots]
-        return Forecast(self._pages.count, lengths, self._rest(self._most[slots], self._left[slots]))
+        return Forecast(self._pages.count, self._length[slots] - self._shared[slots], rests)
+
+    def _running(self) -> tuple[NDArray[np.int64], Ints]:
+        """Slots of the sequences that have a place, and the tokens that each is expected to generate yet."""
+        slots = np.flatnonzero(self._runs)
+        return slots, self._rest(self._most[slots], self._left[slots])
 
     def _rest(self, most: Ints, left: Ints) -> Ints:
         """Tokens that sequences are expected to generate from now on, of `most` in all, of which `left` are left."""
