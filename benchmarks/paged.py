@@ -2,9 +2,9 @@
 
 MODEL is a shape (`bloom-7b1`, `llama-8b`, `qwen3-0.6b`); JOB one of `seed:ROWS` (prompts of 8 tokens, 100 new ones),
 `mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `short` (8,192 prompts of 16 to 64, 16 to 128 new
-ones), each timed three times (RUNS) after a warm-up; and last, `check` (tokens against a float32 model). PROFILE=1
-prints the kernels that take most time, TRACE=1 the steps. Lengths are those of `batchgen.bench.workloads`, and no row
-ends before its length.
+ones), the last two also with `+logprobs`, each timed three times (RUNS) after a warm-up; and last, `check` (tokens
+and log-probabilities against a float32 model). PROFILE=1 prints the kernels that take most time, TRACE=1 the steps.
+Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def job(name: str) -> list[Prompt]:
     """The prompts of a job."""
     if name.startswith("seed:"):
         return workloads.mixed(int(name.partition(":")[2]), 32_000, (8, 8), (100, 100))
-    rows, prompt_tokens, new_tokens = JOBS[name]
-    return workloads.mixed(rows, 32_000, prompt_tokens, new_tokens)
+    rows, prompt_tokens, new_tokens = JOBS[name.partition("+")[0]]
+    prompts = workloads.mixed(rows, 32_000, prompt_tokens, new_tokens)
+    return [asking(prompt) for prompt in prompts] if name.endswith("+logprobs") else prompts
 
 
 def timed(engine: Any, prompts: list[Prompt]) -> tuple[float, int]:
@@ -55,33 +57,58 @@ def timed(engine: Any, prompts: list[Prompt]) -> tuple[float, int]:
 
 def check(engine: Any, prompts: list[Prompt]) -> dict[str, Any]:
     """How far the chosen tokens are from the best of a float32 forward of each row alone, in standard deviations of
-    the logits, and what share of them is the best; beside them the choice of the same model's own forward, which
-    differs by rounding alone."""
+    the logits, and what share of them is the best; how far their log-probabilities are from those of that forward.
+    Beside them the choice, and the log-probabilities, of the same model's own forward, which differs by rounding alone.
+    """
+    found = finished(engine, [asking(prompt) for prompt in prompts])
+    engine._runner.allocate(0)  # room for float32
+    torch.cuda.empty_cache()
+    own = {prompt.index: judged(engine._model, prompt, found[prompt.index][0]) for prompt in prompts}
+    model = engine._model.float()
+    behind: dict[str, list[torch.Tensor]] = {"paged": [], "the model's own": []}
+    off: dict[str, list[torch.Tensor]] = {"paged": [], "the model's own": []}
+    for prompt in prompts:
+        tokens, logprobs = found[prompt.index]
+        logits = logits_of(model, prompt, tokens)
+        right = logits.log_softmax(1)
+        own_best, own_logprobs = own[prompt.index]
+        for who, best, given in (
+            ("paged", torch.tensor(tokens, device="cuda"), torch.tensor(logprobs, device="cuda")),
+            ("the model's own", own_best, own_logprobs),
+        ):
+            behind[who].append((logits.max(1).values - logits.gather(1, best[:, None])[:, 0]) / logits.std(1))
+            off[who].append((given - right.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]).abs())
+    return {who: gaps(torch.cat(behind[who]), torch.cat(off[who])) for who in behind}
+
+
+def asking(prompt: Prompt) -> Prompt:
+    """The same, with log-probabilities."""
+    return replace(prompt, params=replace(prompt.params, logprobs=True))
+
+
+def finished(engine: Any, prompts: list[Prompt]) -> dict[int, tuple[list[int], list[float]]]:
+    """Tokens and their log-probabilities by the rows' numbers."""
     from batchgen.paged.loop import Loop
 
-    rows: dict[int, list[int]] = {}
+    rows: dict[int, tuple[list[int], list[float]]] = {}
     kept = Loop.finished
 
     def keep(self: Loop, timeout: float) -> Any:
         found = kept(self, timeout)
-        rows.update({row.prompt.index: row.tokens or [] for row in found or []})
+        rows.update({row.prompt.index: (row.tokens or [], row.logprobs or []) for row in found or []})
         return found
 
     Loop.finished = keep  # type: ignore[method-assign]
     list(engine.generate(iter(prompts), lambda: False))
     Loop.finished = kept  # type: ignore[method-assign]
-    engine._runner.allocate(0)  # room for float32
-    torch.cuda.empty_cache()
-    own = {prompt.index: logits_of(engine._model, prompt, rows[prompt.index]).argmax(1) for prompt in prompts}
-    model = engine._model.float()
-    behind: dict[str, list[torch.Tensor]] = {"paged": [], "the model's own": []}
-    for prompt in prompts:
-        logits = logits_of(model, prompt, rows[prompt.index])
-        for who, tokens in zip(
-            behind, (torch.tensor(rows[prompt.index], device="cuda"), own[prompt.index]), strict=True
-        ):
-            behind[who].append((logits.max(1).values - logits.gather(1, tokens[:, None])[:, 0]) / logits.std(1))
-    return {who: gaps(torch.cat(found)) for who, found in behind.items()}
+    return rows
+
+
+def judged(model: Any, prompt: Prompt, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's own choice in the place of each token, and the log-probability it gives that token."""
+    logits = logits_of(model, prompt, tokens)
+    at = torch.tensor(tokens, device="cuda")[:, None]
+    return logits.argmax(1), logits.float().log_softmax(1).gather(1, at)[:, 0]
 
 
 def logits_of(model: Any, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
@@ -92,13 +119,16 @@ def logits_of(model: Any, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
     return found
 
 
-def gaps(behind: torch.Tensor) -> dict[str, float]:
-    """Those of all tokens."""
+def gaps(behind: torch.Tensor, off: torch.Tensor) -> dict[str, float]:
+    """Those of all tokens, and of their log-probabilities."""
     return {
         "tokens": len(behind),
         "most behind": round(behind.max().item(), 4),
         "99 % behind less than": round(behind.quantile(0.99).item(), 4),
         "share that is the best": round((behind == 0).float().mean().item(), 4),
+        "log-probability off, median": round(off.median().item(), 5),
+        "log-probability off, 99 % less than": round(off.quantile(0.99).item(), 4),
+        "log-probability off, most": round(off.max().item(), 4),
     }
 
 

@@ -64,13 +64,23 @@ def table(found: list[dict[str, Any]]) -> str:
         runs = ", ".join(f"{seconds:.3f}" for seconds in one["seconds"])
         cells = [f"{shape}, {NAMES[job]}, {UNITS[unit]}", *(f"{number:,g}" for number in (vllm, bar, aim))]
         lines.append("| " + " | ".join([*cells, f"{value:,.7g}", f"{faster:.2f} x", runs]) + " |")
-    lines += ["", "Chosen tokens beside a float32 forward of each row alone, in standard deviations of its logits:", ""]
-    lines += ["| | tokens | the best of float32 | behind it, 99 % less than | most |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        "",
+        "Chosen tokens beside a float32 forward of each row alone, in standard deviations of its logits, and their "
+        "log-probabilities, in nats:",
+        "",
+    ]
+    lines += [
+        "| | tokens | the best of float32 | behind it, 99 % less than | most | log-probability off, median | 99 % less "
+        "than | most |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for one in found:
         for who in ("paged", "the model's own"):
             if who in one:
                 gaps = one[who]
                 cells = [f"{gaps['share that is the best']:.2%}", gaps["99 % behind less than"], gaps["most behind"]]
+                cells += [gaps[f"log-probability off, {what}"] for what in ("median", "99 % less than", "most")]
                 name = "`paged`" if who == "paged" else "the model's own bfloat16"
                 lines.append(f"| {one['shape']}, {name} | {gaps['tokens']:,} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ class Graphs:
         self._pool: Any = None
         self._device = device
 
-    def find(self, key: Hashable, compute: Callable[[], None], pad: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def find(self, key: Hashable, compute: Callable[[], None], pad: Callable[[], object]) -> torch.cuda.CUDAGraph:
         """The graph of `compute`, which works on whatever its arrays hold when the graph is replayed.
 
         Args:

@@ -39,9 +39,8 @@ def check(config: Any) -> None:
 
 
 def exchange(model: Any) -> list[torch.nn.Module]:
-    """Gives the attention of a loaded, covered model to `attention.attend`; its layers, in order.
-
-    Their products of the same input become one.
+    """Gives the attention of a loaded, covered model to `attention.attend` and its products to `products`; its layers,
+    in order. Their products of the same input become one.
     """
     text = model.config.get_text_config()
     layers = list(model.transformer.h if text.model_type == "bloom" else model.model.layers)
@@ -59,6 +58,8 @@ def exchange(model: Any) -> list[torch.nn.Module]:
         module.layer_number = torch.tensor([number])
         products.join(module, ("q_proj", "k_proj", "v_proj"))
         products.join(layer.mlp, ("gate_proj", "up_proj"))
+        products.exchange(layer)
+    products.exchange(model.get_output_embeddings())
     model.config._attn_implementation = NAME
     return layers
 

@@ -1,7 +1,8 @@
-"""Linear layers that take the same input, as one matrix product.
+"""Matrix products of linear layers: those of the same input as one, and those of few tokens by a kernel of our own.
 
 One product of many columns keeps a GPU busier than several of few: a product of 2,048 tokens and 1,024 columns is one
-of 64 tiles, on 132 multiprocessors.
+of 64 tiles, on 132 multiprocessors. Which kernel it is depends on the number of tokens, which the compiler leaves open;
+so the product is an operator that decides when it runs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,45 @@ def join(module: nn.Module, names: Sequence[str]) -> None:
         setattr(module, name, _Next(first, number, last=number == len(names) - 1) if number else first)
 
 
+def exchange(module: nn.Module) -> None:
+    """Plain linear layers of `module`, itself included, compute by `product`."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = _Linear
+
+
+def product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `torch.nn.functional.linear`: [..., depth] and [columns, depth] to [..., columns]."""
+    if inputs.device.type != "cuda":
+        return F.linear(inputs, weight, bias)
+    found: torch.Tensor = torch.ops.batchgen.product(inputs, weight, bias)
+    return found
+
+
+def _product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    from batchgen.paged import few  # Triton comes with a torch for GPUs alone
+
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if few.covers(rows, weight):
+        return few.product(rows, weight, bias).view(*inputs.shape[:-1], -1)
+    return F.linear(inputs, weight, bias)
+
+
+def _shape(inputs: torch.Tensor, weight: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], weight.shape[0]))
+
+
+_library = torch.library.Library("batchgen", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("product(Tensor inputs, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("product", _product, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("batchgen::product", _shape, lib=_library)
+
+
+class _Linear(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return product(input, self.weight, self.bias)
+
+
 class _First(nn.Module):
     """Computes for all of them."""
 
@@ -41,7 +81,7 @@ class _First(nn.Module):
         self.found: tuple[torch.Tensor, ...] = ()  # while the others are still to be called
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.found = torch.split(F.linear(inputs, self.weight, self.bias), self._sizes, -1)
+        self.found = torch.split(product(inputs, self.weight, self.bias), self._sizes, -1)
         return self.found[0]
 
 

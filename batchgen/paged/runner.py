@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from batchgen import memory
 from batchgen.likelihood import log_probabilities
 from batchgen.paged import models, sampling
+from batchgen.paged.arrays import Arrays
 from batchgen.paged.attention import Layout, over
 from batchgen.paged.graphs import Graphs
 from batchgen.paged.graphs import size as graph_size
@@ -78,10 +79,9 @@ class Runner:
         self._table = torch.zeros((slots + 1, columns), dtype=torch.int32, device=self._device)
         self._last = torch.zeros(slots + 1, dtype=torch.long, device=self._device)
         self._next = torch.zeros(max(2, slots), dtype=torch.long, device=self._device)
-        # A row each of slots, positions and token ids; and the number of tokens that decode.
-        self._arrays = torch.zeros((4, self.most), dtype=torch.int32, device=self._device)
+        self._arrays = torch.zeros(Arrays.length(self.most), dtype=torch.int32, device=self._device)
         self._blocks = torch.zeros((self.most // _TOKENS_OF_A_BLOCK, 2), dtype=torch.int32, device=self._device)
-        self._host = [_pinned((4, self.most), torch.int32, gpu) for _ in range(_RING)]
+        self._host = [_pinned((Arrays.length(self.most),), torch.int32, gpu) for _ in range(_RING)]
         self._chosen = [_pinned((slots,), torch.long, gpu) for _ in range(_RING)]
         self._logprobs = [_pinned((slots,), torch.float32, gpu) for _ in range(_RING)]
         self._turn = 0
@@ -126,10 +126,10 @@ class Runner:
 
     def rehearse(self, tokens: int) -> None:
         """A forward of tokens that belong to no sequence, and the next token of as many rows as there may be."""
-        self._pad(tokens)
-        hidden = self._forward(self._layout(tokens, 0, blocks=self._blocks[:1]))
+        arrays = self._pad(tokens)
+        hidden = self._forward(self._layout(arrays, 0, blocks=self._blocks[:1]), self._ids(arrays))
         rows = min(tokens, self.slots)
-        self._choose(self._head(hidden[:rows]), self._arrays[0, :rows])
+        self._choose(self._head(hidden[:rows]), arrays.slots[:rows])
 
     def launch(self, step: Step) -> Flight:
         """Starts a step; on a GPU it is only queued."""
@@ -142,18 +142,17 @@ class Runner:
         asked = [row for row, sequence in enumerate(step.sequences) if sequence.logprobs is not None]
         with torch.inference_mode():
             if decoding and self._graphs is not None:
-                slots = self._arrays[0, :rows]
-                logits = self._decode(step, turn, sampled or bool(asked))
+                slots, logits = self._decode(step, turn, sampled or bool(asked))
             else:
-                hidden = self._mixed(step, turn)
+                arrays, hidden = self._mixed(step, turn)
                 at = self._send(torch.from_numpy(step.rows.astype(np.int64)))
-                slots = self._arrays[0, at]
+                slots = arrays.slots[at]
                 logits = self._head(hidden[at])
                 self._choose(logits, slots)
             if sampled:
                 assert logits is not None
                 sampling.draw(logits, step.sequences, self._next, self._send)
-                self._last[slots.long()] = self._next[:rows]
+                self._last[slots] = self._next[:rows]
             if asked:
                 assert logits is not None
                 at = self._send(torch.tensor(asked))
@@ -170,28 +169,34 @@ class Runner:
         event.record()
         return event
 
-    def _put(self, step: Step, turn: int, size: int) -> None:
-        """The step's arrays, filled up to `size` tokens."""
-        host, tokens = self._host[turn].numpy(), len(step.slots)
-        host[3, 0] = step.decoding
-        self._arrays[3, :1].copy_(self._host[turn][3, :1], non_blocking=True)
-        for row, values, rest in ((0, step.slots, self.slots), (1, step.positions, -1), (2, step.ids, 0)):
-            host[row, :tokens] = values
-            host[row, tokens:size] = rest
-            self._arrays[row, :size].copy_(self._host[turn][row, :size], non_blocking=True)
+    def _put(self, step: Step, turn: int, size: int) -> Arrays:
+        """The step's arrays on the device, filled up to `size` tokens."""
+        host, tokens = Arrays.of(self._host[turn], size), len(step.slots)
+        host.decoding[0] = step.decoding
+        for array, values, rest in (
+            (host.slots, step.slots, self.slots),
+            (host.positions, step.positions, -1),
+            (host.ids, step.ids, 0),
+        ):
+            array.numpy()[:tokens] = values
+            array.numpy()[tokens:] = rest
+        length = Arrays.length(size)
+        self._arrays[:length].copy_(self._host[turn][:length], non_blocking=True)
+        return Arrays.of(self._arrays, size)
 
-    def _pad(self, size: int) -> None:
+    def _pad(self, size: int) -> Arrays:
         """Tokens that belong to no sequence."""
-        for row, value in enumerate((self.slots, -1, 0)):
-            self._arrays[row, :size] = value
-        self._arrays[3, 0] = 0
+        arrays = Arrays.of(self._arrays, size)
+        for array, value in zip(arrays, (self.slots, -1, 0, 0), strict=True):
+            array.fill_(value)
         self._blocks.zero_()
+        return arrays
 
     def _send(self, values: torch.Tensor) -> torch.Tensor:
         return values if self._graphs is None else values.pin_memory().to(self._device, non_blocking=True)
 
-    def _decode(self, step: Step, turn: int, wanted: bool) -> torch.Tensor | None:
-        """A step in which every sequence takes one token, its tokens chosen; its logits, if they are `wanted`."""
+    def _decode(self, step: Step, turn: int, wanted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A step in which every sequence takes one token, its tokens chosen; its slots, and its logits if `wanted`."""
         assert self._graphs is not None
         size = graph_size(len(step.slots), self.most)
         splits = self._splits(size, int(step.positions.max()) + 1)
@@ -199,65 +204,67 @@ class Runner:
             text = self._model.config.get_text_config()
             self._logits = torch.empty((len(self._next), text.vocab_size), dtype=self._model.dtype, device=self._device)
         kept = self._logits if wanted else None
+        arrays = Arrays.of(self._arrays, size)
+        rows = min(size, self.slots)
 
         def compute() -> None:
-            self._arrays[2, :size] = -1
-            rows = min(size, self.slots)
-            logits = self._head(self._forward(self._layout(size, size, splits=splits))[:rows])
-            self._choose(logits, self._arrays[0, :rows])
+            hidden = self._forward(self._layout(arrays, size, splits=splits), self._last.index_select(0, arrays.slots))
+            logits = self._head(hidden[:rows])
+            self._choose(logits, arrays.slots[:rows])
             if kept is not None:
                 kept[:rows] = logits
 
         graph = self._graphs.find((size, splits, wanted), compute, lambda: self._pad(size))
         self._put(step, turn, size)
         graph.replay()
-        return kept
+        return arrays.slots[: len(step.slots)], kept
 
-    def _mixed(self, step: Step, turn: int) -> torch.Tensor:
-        """What the model makes of all tokens of a step, [tokens or more, hidden size]."""
+    def _mixed(self, step: Step, turn: int) -> tuple[Arrays, torch.Tensor]:
+        """The step's arrays, and what the model makes of all its tokens, [tokens or more, hidden size]."""
         if self._graphs is None:
-            self._put(step, turn, len(step.slots))
-            return self._forward(self._layout(len(step.slots), step.decoding, step.parts))
+            arrays = self._put(step, turn, len(step.slots))
+            return arrays, self._forward(self._layout(arrays, step.decoding, step.parts), self._ids(arrays))
         blocks = pieces(step.parts)
         size = graph_size(len(step.slots), self.most)
         most = size // _TOKENS_OF_A_BLOCK
         if len(blocks) > most:
-            size = -(-len(step.slots) // _ROUND) * _ROUND
-            self._put(step, turn, size)
-            return self._forward(self._layout(size, step.decoding, blocks=self._send(blocks)))
+            arrays = self._put(step, turn, -(-len(step.slots) // _ROUND) * _ROUND)
+            layout = self._layout(arrays, step.decoding, blocks=self._send(blocks))
+            return arrays, self._forward(layout, self._ids(arrays))
+        arrays = Arrays.of(self._arrays, size)
 
         def compute() -> None:
-            layout = self._layout(size, min(size, self.slots), blocks=self._blocks[:most])
-            self._hidden[:size] = self._forward(layout)
+            layout = self._layout(arrays, min(size, self.slots), blocks=self._blocks[:most])
+            self._hidden[:size] = self._forward(layout, self._ids(arrays))
 
         graph = self._graphs.find(("mixed", size), compute, lambda: self._pad(size))
         self._put(step, turn, size)
         self._blocks[:most] = self._send(F.pad(blocks, (0, 0, 0, most - len(blocks))))
         graph.replay()
-        return self._hidden
+        return arrays, self._hidden
 
     def _choose(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
-        best = logits.argmax(-1)
-        self._next[: len(best)] = best
-        self._last[slots.long()] = best
+        best = torch.argmax(logits, -1, out=self._next[: len(logits)])
+        self._last[slots] = best
 
     def _layout(
         self,
-        tokens: int,
+        arrays: Arrays,
         decoding: int,
         parts: Rows[Part] = (),
         *,
         blocks: torch.Tensor | None = None,
         splits: int = 1,
     ) -> Layout:
-        slots, positions = self._arrays[:2, :tokens]
-        count = self._arrays[3, :1]
+        slots, positions, _, count = arrays
         return Layout(self._caches, self._table, slots, positions, decoding, parts, count, blocks, splits)
 
-    def _forward(self, layout: Layout) -> torch.Tensor:
+    def _ids(self, arrays: Arrays) -> torch.Tensor:
+        """Of the tokens: their own, or the one that was chosen last for their slot; [tokens]."""
+        return torch.where(arrays.ids < 0, self._last.index_select(0, arrays.slots), arrays.ids.long())
+
+    def _forward(self, layout: Layout, ids: torch.Tensor) -> torch.Tensor:
         """What the model makes of these tokens, [tokens, hidden size]."""
-        ids = self._arrays[2, : len(layout.slots)]
-        ids = torch.where(ids < 0, self._last[layout.slots.long()], ids.long())
         arguments: dict[str, Any] = {}
         if self._takes_positions:
             arguments["position_ids"] = layout.positions.clamp(min=0).long()[None]

@@ -1,12 +1,7 @@
-"""Random steps for attention over pages, and what comes out of them.
-
-As a program (`python -m tests.paged.attention_cases [cuda]`) it compares the kernels with `attention.reference` in
-float64: on a GPU, or, where Triton is told to interpret them, on the CPU. Outputs are poisoned before they are written.
-"""
+"""Random steps for attention over pages, and what comes out of them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -111,30 +106,3 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.empty = empty
-
-
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-def main(device: str) -> None:
-    """Writes a line a case; the last one says whether all are right."""
-    # The interpreter has no bfloat16, and takes seconds for a case.
-    dtypes = [torch.float32, torch.float16, torch.bfloat16] if device == "cuda" else [torch.float32]
-    shapes = [(4, 4, 64), (9, 3, 64), (32, 8, 128), (32, 32, 128)] if device == "cuda" else [(6, 2, 16)]
-    wrong = 0
-    for number, dtype in enumerate(dtypes):
-        for heads, key_heads, size in shapes:
-            for window, alibi in ((0, False), (0, True), (37, False)):
-                for splits in (1, 4):
-                    of = case(heads, key_heads, size, dtype, window=window, alibi=alibi, seed=number)
-                    output, cache = errors(of, device, splits)
-                    right = output < TOLERANCES[dtype] and cache == 0
-                    wrong += not right
-                    what = f"{dtype} {heads}/{key_heads}x{size} window={window} alibi={alibi} splits={splits}"
-                    sys.stdout.write(f"{what}: {output:.1e}, cache {cache:.1e} {'' if right else 'WRONG'}\n")
-                    sys.stdout.flush()
-    sys.stdout.write(f"{wrong} wrong\n")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:] or ["cpu"])

@@ -71,6 +71,6 @@ def test_kernels_compute_the_same() -> None:
     variables = {**os.environ, "PYTHONPATH": f"{beside}{os.pathsep}{ROOT}"}
     if device == "cpu":
         variables["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.paged.attention_cases", device]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.paged.kernel_cases", device]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
     assert result.stdout.splitlines()[-1:] == ["0 wrong"], result.stdout + result.stderr
