@@ -33,6 +33,8 @@ NAMES = {
     "mixed": "mixed job",
     "short": "short job of 8,192 rows",
 }
+# Of the model's own bfloat16: how much farther the log-probabilities of `paged` may be from those of float32.
+TOLERANCE = 1.25
 UNITS = {"ms_per_token": "ms/token", "tokens_per_second": "tokens/s"}
 
 
@@ -83,7 +85,19 @@ def table(found: list[dict[str, Any]]) -> str:
                 cells += [gaps[f"log-probability off, {what}"] for what in ("median", "99 % less than", "most")]
                 name = "`paged`" if who == "paged" else "the model's own bfloat16"
                 lines.append(f"| {one['shape']}, {name} | {gaps['tokens']:,} | " + " | ".join(map(str, cells)) + " |")
+    worst = max(ratio(one, what) for one in found if "paged" in one for what in ("median", "99 % less than"))
+    lines += [
+        "",
+        f"The log-probabilities of `paged`, median and 99 %, are at most {worst:.3f} times as far off as those of the "
+        f"model's own bfloat16 (tolerance: {TOLERANCE}).",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def ratio(one: dict[str, Any], what: str) -> float:
+    """How far off `paged` is beside the model's own bfloat16, 1: as far."""
+    name = f"log-probability off, {what}"
+    return float(one["paged"][name] / one["the model's own"][name])
 
 
 def main() -> None:
@@ -96,6 +110,9 @@ def main() -> None:
         (folder / "figures.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
     (folder / "table.md").write_text(table(found))
     print(table(found), end="")
+    checks = [one for one in found if "paged" in one]
+    if any(ratio(one, what) > TOLERANCE for one in checks for what in ("median", "99 % less than")):
+        sys.exit("the log-probabilities are beyond the tolerance")
 
 
 if __name__ == "__main__":

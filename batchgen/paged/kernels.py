@@ -93,7 +93,7 @@ def _decode_all(
 
 def _wide(size: int) -> int:
     """What a kernel has in the place of `size`: Triton's ranges are powers of two, and its products take 16 or more."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 @triton.jit
