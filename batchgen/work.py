@@ -62,6 +62,7 @@ class Share:
         self._mark = time.perf_counter()
         self._state = "loading"
         self._ready_at: float | None = None
+        self._devices: list[str] = []
         self._rows_done = self._failed = self._prompt_tokens = self._committed_tokens = 0
 
     def work(self) -> None:
@@ -94,6 +95,7 @@ class Share:
             return
         with self._ready.kind(self._setup, self._ready.options) as engine, watching(engine, self._attempt):
             self._engine = engine
+            self._devices = _devices() if self._ready.kind.needs_model else []
             self._begin(heartbeat)
             queue = prompts if first is None else chain([first], prompts)
             for batch in engine.generate(queue, self._stop):
@@ -163,6 +165,7 @@ class Share:
             "reason": self._stop.reason,
             "stream": self.stream.index,
             "ready": self._ready_at,
+            "devices": self._devices,
             "rows": self._rows_done if self.stream.writes else 0,
             "failed": self._failed if self.stream.writes else 0,
             "prompt_tokens": self._prompt_tokens,
@@ -170,6 +173,12 @@ class Share:
             "generated_tokens": generated if self.stream.writes else 0,
             "steps": self._engine.steps if self._engine is not None else 0,
         }
+
+
+def _devices() -> list[str]:
+    from batchgen import memory  # with torch, which an engine without a model does without
+
+    return memory.devices()
 
 
 def _last_error(generations: list[Generation]) -> str:
