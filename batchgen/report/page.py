@@ -65,8 +65,8 @@ def render(found: Found, plots: Sequence[Plot]) -> str:
 def _head(found: Found) -> dict[str, object]:
     status, asked = found.status, found.known["asked"]
     engines = ", ".join(dict.fromkeys(one.engine for one in found.starts)) or "no engine yet"
-    model = found.starts[-1].model if found.starts else str(asked["model"])
-    lead = f"{model}, {asked['dtype']}, engine {engines}; {_sampling(asked)}"
+    model = found.starts[-1].model if found.starts else ""
+    named = [model or asked.get("model"), asked.get("dtype"), f"engine {engines}", *_sampling(asked)]
     when = "No attempt has begun."
     if found.starts:
         begin, end = min(one.begin for one in found.starts), max(one.end for one in found.starts)
@@ -75,17 +75,19 @@ def _head(found: Found) -> dict[str, object]:
     return {
         "name": status.folder.resolve().name,
         "state": status.state,
-        "lead": lead,
+        "lead": ", ".join(str(name) for name in named if name not in (None, "", "none")),
         "when": when,
         "foot": f"Written by batchgen report on {moment(time.time())} ({time.strftime('%Z')}) from "
         f"{status.folder.resolve()}. This page loads nothing from a network.",
     }
 
 
-def _sampling(asked: Mapping[str, Any]) -> str:
+def _sampling(asked: Mapping[str, Any]) -> Iterator[str]:
     params = {name.partition(".")[2]: value for name, value in asked.items() if name.startswith("sampling.")}
-    kind = "greedy" if not params.get("temperature") else f"temperature {params['temperature']:g}"
-    return f"{kind}, at most {params.get('max_new_tokens')} new tokens"
+    if "temperature" in params:
+        yield f"temperature {params['temperature']:g}" if params["temperature"] else "greedy"
+    if "max_new_tokens" in params:
+        yield f"at most {params['max_new_tokens']} new tokens"
 
 
 def _tile(label: str, value: str, note: str, parts: Sequence[tuple[str, float]] = ()) -> dict[str, object]:
@@ -157,7 +159,8 @@ def _went(starts: Sequence[Start], clock: Clock) -> dict[str, object] | None:
         tokens = sum(one.lost_tokens for one in lost)
         share = percent(tokens, tokens + sum(one.generated_tokens for one in starts))
         which = ", ".join(str(one.number) for one in lost[:10]) + (" and more" if len(lost) > 10 else "")
-        sentences.append(f"{counted(tokens)} tokens, {share} of all, were in flight when attempt {which} ended.")
+        noun = "attempt" if len(lost) == 1 else "attempts"
+        sentences.append(f"{counted(tokens)} tokens, {share} of all, were in flight when {noun} {which} ended.")
     label = "; ".join(f"{part['name']}: {part['value']}" for part in parts)
     title = f"Where the {machine_time(whole)} of all ranks went"
     return {"title": title, "parts": parts, "sentences": sentences, "label": label}

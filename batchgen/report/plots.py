@@ -38,12 +38,13 @@ _UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60))
 def draw(table: Table, clock: Clock, speed: Speed, starts: Sequence[Start], rows: Rows) -> Iterator[Plot]:
     """The plots there is something to draw for, in the order of the page."""
     with style():
-        if len(table):
+        if speed.peak:
             yield _speed(clock, speed, starts)
+        if len(table):
             yield _latency(table, clock)
         if any(not failed for failed in rows.failed):
             yield _lengths(rows)
-        if len(table):
+        if table["prompt_tokens"].any():
             yield _padding(table, starts)
         if not np.isnan(table["peak_memory"]).all():
             yield _memory(table, clock)
@@ -110,7 +111,7 @@ def _latency(table: Table, clock: Clock) -> Plot:
     over, spread = axes(2, height=2.7, widths=[2.4, 1])
     at, seconds = clock.at(table["finished"]), table["seconds"]
     if len(table) <= _DOTS:
-        over.scatter(at, seconds, s=9, color=BLUE, alpha=0.55, linewidths=0)
+        over.scatter(at, seconds, s=9 if len(table) > 200 else 18, color=BLUE, alpha=0.55, linewidths=0)
     else:
         found = band(at, seconds)
         over.fill_between(found.at, found.low, found.high, color=BLUE, alpha=0.25, linewidth=0)

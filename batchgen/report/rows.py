@@ -77,8 +77,8 @@ def _names(prompt_column: str | None) -> Iterator[str]:
 
 def _conversation(value: object) -> str:
     """A prompt as a person reads it."""
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):
         turns = [(turn["role"], turn.get("content")) for turn in value]
         if len(turns) == 1 and isinstance(turns[0][1], str):
@@ -98,7 +98,10 @@ def _answer(row: dict[str, Any]) -> Shown:
         while isinstance(failure, dict) and isinstance(failure.get("error"), dict):
             failure = failure["error"]
         known: dict[str, Any] = failure if isinstance(failure, dict) else {"message": failure}
-        text, ending = known.get("message"), known.get("code") or known.get("type") or "error"
+        text, ending = (
+            known.get("message"),
+            next((known[name] for name in ("code", "type") if isinstance(known.get(name), str)), "error"),
+        )
     return Shown(
         id=str(row.get("custom_id")),
         prompt="",
