@@ -6,7 +6,7 @@ import base64
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,8 @@ def _tiles(found: Found) -> Iterator[dict[str, object]]:
     peak = f"median while it worked; peak {found.speed.peak:,.0f}; {overall:,.0f} over all, pauses and loading included"
     yield _tile("tokens a second", counted(found.speed.median), peak)
     gpus, ranks = sum(one.gpu_seconds for one in starts), sum(one.rank_seconds for one in starts)
-    name, spent = ("GPU time", gpus) if gpus else ("time of all ranks", ranks)
-    each = f"{status.generated_tokens / spent * 3600:,.0f} tokens an hour of it" if spent else ""
+    name, one, spent = ("GPU time", "GPU", gpus) if gpus else ("time of all ranks", "rank", ranks)
+    each = f"{status.generated_tokens / spent * 3600:,.0f} tokens a {one} hour" if spent else ""
     kinds = ", ".join(dict.fromkeys(kind for one in starts for kind in one.devices))
     yield _tile(name, machine_time(spent), "; ".join(filter(None, [each, kinds or "no GPU is recorded"])))
     lost = sum(one.lost_tokens for one in starts)
@@ -167,38 +167,40 @@ def _went(starts: Sequence[Start], clock: Clock) -> dict[str, object] | None:
 
 
 def _attempts(found: Found) -> dict[str, object]:
+    """The table of attempts; columns that would say nothing are left out."""
     starts = found.starts
-    sharded = any(one.shard != "0/1" for one in starts)
-    jobs = any(one.job for one in starts)
-    names = ["attempt", *(["shard"] if sharded else []), "began", "took", "engine", "batch", "ranks", "host"]
-    names += [*(["job"] if jobs else []), "rows", "failed", "tokens", "lost", "how it ended"]
-    lines = []
-    for one in starts[-_ATTEMPTS:]:
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in one.devices.items())
-        hosts = ", ".join(one.hosts[:3]) + (f" and {len(one.hosts) - 3} more" if len(one.hosts) > 3 else "")
-        lines.append(
-            [
-                one.number,
-                *([one.shard] if sharded else []),
-                moment(one.begin),
-                duration(one.seconds),
-                one.engine,
-                "by memory" if one.batch_size is None else one.batch_size,
-                one.ranks,
-                f"{hosts}; {kinds}" if kinds else hosts,
-                *([one.job] if jobs else []),
-                counted(one.rows),
-                counted(one.failed),
-                counted(one.generated_tokens),
-                counted(one.lost_tokens),
-                one.outcome,
-            ]
-        )
+    columns: dict[str, Callable[[Start], object]] = {
+        "attempt": lambda one: one.number,
+        "shard": lambda one: one.shard,
+        "began": lambda one: moment(one.begin),
+        "took": lambda one: duration(one.seconds),
+        "how it ended": lambda one: one.outcome,
+        "rows": lambda one: counted(one.rows),
+        "failed": lambda one: counted(one.failed),
+        "tokens": lambda one: counted(one.generated_tokens),
+        "lost": lambda one: counted(one.lost_tokens),
+        "engine": lambda one: one.engine,
+        "batch": lambda one: "by memory" if one.batch_size is None else one.batch_size,
+        "ranks": lambda one: one.ranks,
+        "GPUs": lambda one: ", ".join(
+            f"{count} x {kind.removeprefix('NVIDIA ')}" for kind, count in one.devices.items()
+        ),
+        "host": lambda one: (
+            ", ".join(one.hosts[:2]) + (f" and {len(one.hosts) - 2} more" if len(one.hosts) > 2 else "")
+        ),
+        "job": lambda one: one.job,
+    }
+    idle = {"shard": {"0/1"}, "GPUs": {""}, "job": {""}}
+    names = [name for name, cell in columns.items() if {cell(one) for one in starts} - idle.get(name, set())]
     notes = list(found.jobs)
     if len(starts) > _ATTEMPTS:
         notes.insert(0, f"{len(starts) - _ATTEMPTS:,} earlier attempts are not listed.")
-    numbers = ("attempt", "took", "ranks", "rows", "failed", "tokens", "lost")
-    return {"names": names, "numbers": numbers, "lines": lines, "notes": notes}
+    return {
+        "names": names,
+        "numbers": ("attempt", "took", "rows", "failed", "tokens", "lost", "ranks"),
+        "lines": [[columns[name](one) for name in names] for one in starts[-_ATTEMPTS:]],
+        "notes": notes,
+    }
 
 
 def _table(found: Found) -> dict[str, object]:

@@ -15,6 +15,7 @@ from batchgen.report.drawing import (
     INK,
     LINE,
     ORANGE,
+    PAPER,
     RED,
     SERIES,
     SHORT,
@@ -32,6 +33,7 @@ from batchgen.report.words import counted, duration, percent, plural, size_of
 _DOTS = 2000  # batches up to which each is a dot of its own
 _LINES = 6  # ranks up to which each has a line
 _BARS = 12
+_BEHIND = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5, "alpha": 0.85}  # so that a line does not cross a text
 _UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60))
 
 
@@ -81,7 +83,9 @@ def _speed(clock: Clock, speed: Speed, starts: Sequence[Start]) -> Plot:
     drawn.axhline(speed.median, color=ORANGE, linewidth=1, linestyle=(0, (4, 3)))
     top = speed.peak * 1.22 or 1.0
     drawn.set_ylim(0, top)
-    _write(drawn, clock.end, speed.median, f"median {speed.median:,.0f}", (-2, 3), color=ORANGE, ha="right")
+    _write(
+        drawn, clock.end, speed.median, f"median {speed.median:,.0f}", (-2, 4), color=ORANGE, ha="right", bbox=_BEHIND
+    )
     _mark_starts(drawn, clock, starts, top)
     drawn.set_ylabel("generated tokens a second")
     drawn.yaxis.set_major_formatter(SHORT)
@@ -177,7 +181,8 @@ def _lengths(rows: Rows) -> Plot:
     both[0].set_ylabel("rows")
     cut = sum(ending == "length" for ending in rows.endings)
     share = percent(cut, int(good.sum()))
-    caption = f"Of {counted(int(good.sum()))} good rows, {'; '.join(said)}. {share} ended at their limit of new tokens."
+    which = "good rows" if int(good.sum()) == rows.good else f"sampled good rows of {counted(rows.good)}"
+    caption = f"Of {counted(int(good.sum()))} {which}, {'; '.join(said)}. {share} ended at their limit of new tokens."
     return finished("lengths", "Lengths", caption, both[0])
 
 
@@ -206,9 +211,7 @@ def _padding(table: Table, starts: Sequence[Start]) -> Plot:
         share = percent(mine["padded_tokens"].sum(), left[at])
         _write(drawn, left[at], at, f"{share} padding", (6, 0), color=SOFT, va="center")
     drawn.set_xlim(0, left.max() * 1.3 or 1)
-    drawn.invert_yaxis()
-    drawn.grid(visible=False)
-    drawn.tick_params(axis="y", labelcolor=INK)
+    _rows_of_bars(drawn, len(labels))
     drawn.xaxis.set_major_formatter(SHORT)
     drawn.set_xlabel("token positions computed")
     drawn.figure.legend(loc="outside upper right", ncols=3, handlelength=1, handleheight=0.8)
@@ -217,6 +220,14 @@ def _padding(table: Table, starts: Sequence[Start]) -> Plot:
     if not padded:
         caption = f"None of {counted(real)} positions was padding."
     return finished("padding", "Padding", caption, drawn)
+
+
+def _rows_of_bars(drawn: Axes, count: int) -> None:
+    """The first bar at the top, and one alone no thicker than others."""
+    middle, half = (count - 1) / 2, max(count, 3) / 2
+    drawn.set_ylim(middle + half, middle - half)
+    drawn.grid(visible=False)
+    drawn.tick_params(axis="y", labelcolor=INK)
 
 
 def _memory(table: Table, clock: Clock) -> Plot:
@@ -255,9 +266,7 @@ def _errors(rows: Rows) -> Plot:
     for at, count in enumerate(counts):
         _write(drawn, count, at, f"{count:,}", (6, 0), va="center")
     drawn.set_xlim(0, max(counts) * 1.18)
-    drawn.invert_yaxis()
-    drawn.grid(visible=False)
-    drawn.tick_params(axis="y", labelcolor=INK)
+    _rows_of_bars(drawn, len(kinds))
     drawn.xaxis.set_major_formatter(SHORT)
     drawn.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     drawn.set_xlabel("rows")

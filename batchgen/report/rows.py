@@ -137,6 +137,7 @@ class Rows:
     generated_tokens: list[int] = field(default_factory=list)
     seconds: list[float | None] = field(default_factory=list)  # of the batch it was finished in
     chunks: list[str] = field(default_factory=list)  # base64 of gzip of JSON, `_CHUNK` rows each
+    good: int = 0  # rows of the run, read or not
     cut: int = 0  # rows of which something was left out
     without_prompt: int = 0
     kinds: list[Kind] = field(default_factory=list)  # the most frequent first
@@ -167,7 +168,7 @@ def gather(places: Places, batches: Batches, prompt_column: str | None, most: in
         most: rows of each state in the table.
         characters: of a text that the table keeps.
     """
-    rows, block = Rows(), []
+    rows, block = Rows(good=places.states.count(_GOOD)), []
     for row, line in places.lines(choose(places.states, most)):
         shown = read(line, prompt_column)
         rows.shown.append(row)

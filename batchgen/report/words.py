@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
 
 def machine_time(seconds: float) -> str:
     """Time of machines together, in hours as they are paid for, if it is more than a few."""
-    return f"{seconds / 3600:,.0f} h" if seconds >= 100 * 3600 else duration(seconds)
+    return f"{seconds / 3600:,.0f} h" if seconds >= 10 * 3600 else duration(seconds)
 
 
 def counted(number: float) -> str:
