@@ -255,6 +255,8 @@ def _memory(table: Table, clock: Clock) -> Plot:
         f"Of the device, or without one of the process. The most: {size_of(there['peak_memory'][where])}, on rank "
         f"{there['rank'][where]} in attempt {there['attempt'][where]}."
     )
+    if len(ranks) > _LINES:
+        caption += " Band: from the 10th percentile of the ranks' batches to the most."
     return finished("memory", "Peak memory", caption, drawn)
 
 
