@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchgen.checkpoint import CheckpointError, Places, RunFolder, attempts, read_json, status, write_atomic
+from batchgen.checkpoint import (
+    CheckpointError,
+    Places,
+    RunFolder,
+    all_heartbeats,
+    attempts,
+    read_json,
+    status,
+    write_atomic,
+)
 from batchgen.report.batches import Batches, Clock, speed
 from batchgen.report.history import starts
 from batchgen.report.page import Found, render
@@ -55,7 +64,7 @@ def write(
     state = status(folder)
     known = read_json(folder.path / "run.json")
     batches = Batches.read(folder)
-    history = starts(attempts(folder), state.attempts, batches.table)
+    history = starts(attempts(folder), all_heartbeats(folder), state.attempts, batches.table)
     clock = Clock.of([(one.begin, one.end) for one in history])
     places = Places.find(folder, state.rows)
     read = gather(places, batches, folder.asked().get("prompt_column"), rows or _MEASURED, text_characters)

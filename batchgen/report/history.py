@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from batchgen.checkpoint import Attempt, AttemptStatus
 from batchgen.report.batches import Table
 
@@ -53,21 +55,34 @@ class Start:
         return sum(self.devices.values()) * self.seconds
 
 
-def starts(attempts: Sequence[Attempt], known: Sequence[AttemptStatus], table: Table) -> list[Start]:
+def starts(
+    attempts: Sequence[Attempt],
+    beats: Mapping[int, Mapping[int, Mapping[str, Any]]],
+    known: Sequence[AttemptStatus],
+    table: Table,
+) -> list[Start]:
     """The attempts as a person wants to see them.
 
     Args:
         attempts: all of them, oldest first.
+        beats: the last heartbeat of each of their ranks, by the attempt's number.
         known: what `status` says of each, by its number.
         table: the recorded batches.
     """
     states = {one.number: one for one in known}
     now = time.time()
-    return [_start(one, states.get(one.number), table[table["attempt"] == one.number], now) for one in attempts]
+    order = table[np.argsort(table["attempt"], kind="stable")]
+    ends = np.searchsorted(order["attempt"], [[one.number, one.number + 1] for one in attempts]).reshape(-1, 2)
+    return [
+        _start(one, beats.get(one.number, {}), states.get(one.number), order[first:last], now)
+        for one, (first, last) in zip(attempts, ends, strict=True)
+    ]
 
 
-def _start(attempt: Attempt, state: AttemptStatus | None, mine: Table, now: float) -> Start:
-    claim, beats = attempt.claim, attempt.heartbeats()
+def _start(
+    attempt: Attempt, beats: Mapping[int, Mapping[str, Any]], state: AttemptStatus | None, mine: Table, now: float
+) -> Start:
+    claim = attempt.claim
     live = state is not None and state.live
     begin = float(claim.get("started", 0.0))
     seen = [float(beat.get("time", 0.0)) for beat in beats.values()]

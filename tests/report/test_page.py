@@ -43,7 +43,7 @@ def rows(page: Page) -> Locator:
 
 def found(page: Page, text: str) -> None:
     """Waits until the page says that so many rows were found."""
-    expect(page.locator("#found")).to_have_text(text, timeout=30_000)
+    expect(page.locator("#found")).to_have_text(text)
 
 
 def column(page: Page, number: int) -> list[str]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from batchgen import slurm
 from batchgen.checkpoint import RunFolder
 from batchgen.report import write
+from batchgen.slurm.records import GAVE_UP, note_end
 from tests.checkpoint.folders import batch, commit, died, made
 from tests.commands.starts import Started, batchgen, call, echo, prompts, recorded, slow_echo, until, write_rows
 from tests.report import folders
@@ -175,6 +177,14 @@ def test_damaged_generations_are_left_out_and_the_rest_is_shown(tmp_path: Path) 
     data[20] ^= 1
     generations.write_bytes(data)
     assert "20 rows" not in report(folder.path)
+
+
+def test_jobs_that_have_given_up_say_why(tmp_path: Path) -> None:
+    folder = made(tmp_path, 5)
+    slurm.remember(folder.path, slurm.Job("12", 0.0))
+    note_end(folder.path, "12", GAVE_UP, "3 starts in a row have finished no row")
+    assert call(tmp_path, "report", "run").code == 0
+    assert "Job 12 gave up: 3 starts in a row have finished no row" in text_of(folder.path / "report.html")
 
 
 @pytest.mark.parametrize(
