@@ -95,7 +95,7 @@ class Share:
             return
         with self._ready.kind(self._setup, self._ready.options) as engine, watching(engine, self._attempt):
             self._engine = engine
-            self._devices = _devices() if self._ready.kind.needs_model else []
+            self._look_at_devices()
             self._begin(heartbeat)
             queue = prompts if first is None else chain([first], prompts)
             for batch in engine.generate(queue, self._stop):
@@ -147,6 +147,8 @@ class Share:
             self._stop.request(reason)
             return
         self._mark = now
+        if record.first:
+            self._look_at_devices()  # weights that wait in host memory come to a GPU with the first step
         self._rows_done += record.prompts
         self._failed += len(record.failed)
         self._prompt_tokens += record.prompt_tokens
@@ -157,6 +159,12 @@ class Share:
             reason = f"{failed} of this stream's {len(self._rows)} rows have failed, more than --max-error-rate allows"
             logger.error("%s; the last one: %s", reason, _last_error(generations))
             self._stop.request(reason)
+
+    def _look_at_devices(self) -> None:
+        if self._ready.kind.needs_model:
+            from batchgen import memory  # with torch, which an engine without a model does without
+
+            self._devices = memory.devices()
 
     def _count(self) -> Mapping[str, object]:
         generated = self._engine.generated_tokens if self._engine is not None else 0
@@ -173,12 +181,6 @@ class Share:
             "generated_tokens": generated if self.stream.writes else 0,
             "steps": self._engine.steps if self._engine is not None else 0,
         }
-
-
-def _devices() -> list[str]:
-    from batchgen import memory  # with torch, which an engine without a model does without
-
-    return memory.devices()
 
 
 def _last_error(generations: list[Generation]) -> str:

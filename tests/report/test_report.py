@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
@@ -15,7 +16,7 @@ from batchgen import slurm
 from batchgen.checkpoint import RunFolder
 from batchgen.report import write
 from batchgen.slurm.records import GAVE_UP, note_end
-from tests.checkpoint.folders import batch, commit, died, made
+from tests.checkpoint.folders import batch, commit, died, edit, made
 from tests.commands.starts import Started, batchgen, call, echo, prompts, recorded, slow_echo, until, write_rows
 from tests.report import folders
 
@@ -177,6 +178,21 @@ def test_damaged_generations_are_left_out_and_the_rest_is_shown(tmp_path: Path) 
     data[20] ^= 1
     generations.write_bytes(data)
     assert "20 rows" not in report(folder.path)
+
+
+def test_hours_of_gpus_are_those_of_all_that_its_ranks_hold(tmp_path: Path) -> None:
+    folder = made(tmp_path, 5)
+    attempt = died(folder, ranks=2)
+    commit(folder, 1, 0, batch([0, 1]))
+    now = time.time()
+    began = now - 3600
+    edit(attempt.path, started=began, ended="stopped by SIGTERM", ended_at=now, engine="accelerate")
+    for rank in range(2):
+        edit(folder.attempts / f"00001-{rank:05d}.json", time=now, devices=["NVIDIA A100"] * 3, ready=began + 60)
+    text = report(folder.path)
+    assert re.search(r"GPU time 6 h [\d,.]+ tokens a GPU hour; NVIDIA A100", text)
+    assert "6 x A100" in text
+    assert "starting and loading 1.7 %, 2 min behind a rank's last recorded batch 49 %, 59 min" in text
 
 
 def test_jobs_that_have_given_up_say_why(tmp_path: Path) -> None:
