@@ -156,7 +156,17 @@ def _bins(values: Floats, count: int) -> list[float]:
     low, high = float(values.min(initial=np.inf)), float(values.max(initial=0.0))
     if _wide_range(values):
         return list(np.geomspace(max(float(values[values > 0].min()), 1e-6), high, count + 1))
-    return list(np.linspace(0.0 if low < high / 3 else low, max(high, low + 1e-9), count + 1))
+    room = 0.0 if high > low else 0.1 * high or 1.0  # of one value alone, for the bar to be seen
+    return list(np.linspace(0.0 if low < high / 3 else low - room, high + room, count + 1))
+
+
+def _whole_bins(values: Floats, count: int) -> list[float]:
+    """As `_bins`, for whole numbers: as many of them in each bin, or some would stand out for that alone."""
+    if _wide_range(values):
+        return _bins(values, count)
+    low, high = float(values.min()), float(values.max())
+    step = max(np.ceil((high - low + 1) / count), 1.0)
+    return list(np.arange(low - 0.5, high + step, step))
 
 
 def _lengths(rows: Rows) -> Plot:
@@ -167,9 +177,13 @@ def _lengths(rows: Rows) -> Plot:
         both, ("prompt", "output"), (rows.prompt_tokens, rows.generated_tokens), (TEAL, BLUE), strict=True
     ):
         values = np.array(lengths, dtype=np.float64)[good]
-        drawn.hist(values, bins=_bins(values, min(40, 8 + len(values) // 10)), color=colour, alpha=0.85)
+        drawn.hist(values, bins=_whole_bins(values, min(40, 8 + len(values) // 10)), color=colour, alpha=0.85)
         if _wide_range(values):
             drawn.set_xscale("log")
+        else:
+            drawn.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if np.ptp(values) < 4:
+                drawn.set_xlim(values.min() - 2.5, values.max() + 2.5)
         middle, high, most = np.quantile(values, [0.5, 0.95, 1.0])
         drawn.axvline(middle, color=INK, linewidth=1)
         drawn.set_title(f"{name}: median {middle:,.0f}, longest {most:,.0f}")

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from batchgen.checkpoint import RunFolder
 from batchgen.report import write
-from tests.commands.starts import call, echo
+from tests.commands.starts import call, echo, until
 from tests.report import folders
 
 Open = Callable[..., Page]
@@ -114,6 +114,25 @@ def test_markup_in_a_row_is_shown_as_text_and_never_run(with_errors: Path, opene
     assert page.locator("img, iframe, object, embed, link, [onerror]").count() == 0
     # As many scripts as were written: the rows' and the page's own.
     assert page.locator("script").count() == 3
+
+
+def test_page_forbids_itself_the_network_and_every_script_but_its_own(with_errors: Path, browser: Browser) -> None:
+    page = browser.new_page()
+    refused: list[str] = []
+    page.on("console", lambda message: refused.append(message.text))
+    page.goto(with_errors.as_uri())
+    found(page, "125 rows")
+    for attempt in (
+        "fetch('http://127.0.0.1:9/').catch(() => 0)",
+        "void document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))",
+        "void document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))",
+    ):
+        page.evaluate(attempt)
+    assert page.evaluate("window.ran") is None
+    for directive in ("connect-src", "img-src", "script-src 'sha256-"):
+        # Waiting lets the browser's messages in.
+        until(lambda name=directive: page.wait_for_timeout(20) or any(name in line for line in refused))
+    page.close()
 
 
 def test_page_of_100_000_rows_is_searched_and_paged(large: Path, opened: Open) -> None:
