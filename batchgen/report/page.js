@@ -5,7 +5,7 @@
   const packed = document.getElementById("rows-index");
   if (!packed) return;
   const PAGE = 50;
-  const KEPT = 150e6; // characters of unpacked text that are kept for the next search
+  const KEPT = 300e6; // characters of unpacked text that are kept for the next search
   const element = (id) => document.getElementById(id);
   const [search, filter, sort, direction, page] = ["search", "filter", "sort", "direction", "page"].map(element);
   const body = document.querySelector("#rows tbody");
@@ -42,14 +42,9 @@
     let texts = unpacked.get(number);
     if (texts) return texts;
     texts = await unpack(chunks[number]);
-    if (unpacked.has(number)) return unpacked.get(number);
+    if (unpacked.has(number) || kept > KEPT) return texts; // none is let go: a search goes through all, in order
     for (const row of texts) kept += row[0].length + row[2].length + row[4].length;
     unpacked.set(number, texts);
-    for (const old of unpacked.keys()) {
-      if (kept <= KEPT || old === number) break;
-      for (const row of unpacked.get(old)) kept -= row[0].length + row[2].length + row[4].length;
-      unpacked.delete(old);
-    }
     return texts;
   }
 
