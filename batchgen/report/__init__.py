@@ -22,7 +22,7 @@ from batchgen.checkpoint import (
 from batchgen.report.batches import Batches, Clock, speed
 from batchgen.report.history import starts
 from batchgen.report.page import Found, render
-from batchgen.report.plots import draw
+from batchgen.report.plots import NAMES, draw
 from batchgen.report.rows import gather
 
 ROWS = 100_000
@@ -73,13 +73,15 @@ def write(
     text = render(found, drawn).encode("utf-8", "replace")  # half of a surrogate pair is no character
     try:
         plots.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for plot in drawn:
-            paths.append(plots / f"{plot.name}.png")
-            write_atomic(paths[-1], plot.png, durable=False)
+        images = {plot.name: plot.png for plot in drawn}
+        for name in NAMES:
+            if name in images:
+                write_atomic(plots / f"{name}.png", images[name], durable=False)
+            else:
+                (plots / f"{name}.png").unlink(missing_ok=True)  # of an earlier report: it is not so any more
         write_atomic(page, text)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {error.filename or page}: {error.strerror or error}. Choose another place with --output"
         ) from error
-    return Written(page, len(text), paths)
+    return Written(page, len(text), [plots / f"{name}.png" for name in images])

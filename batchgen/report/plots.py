@@ -30,6 +30,9 @@ from batchgen.report.history import Start
 from batchgen.report.rows import Rows
 from batchgen.report.words import counted, duration, percent, plural, size_of
 
+NAMES = ("tokens-per-second", "batch-latency", "lengths", "padding", "memory", "errors")
+"""Of all plots there may be, in the order of the page."""
+
 _DOTS = 2000  # batches up to which each is a dot of its own
 _LINES = 6  # ranks up to which each has a line
 _BARS = 12

@@ -15,12 +15,13 @@ import pytest
 from batchgen import slurm
 from batchgen.checkpoint import RunFolder
 from batchgen.report import write
+from batchgen.report.plots import NAMES
 from batchgen.slurm.records import GAVE_UP, note_end
 from tests.checkpoint.folders import batch, commit, died, edit, made
 from tests.commands.starts import Started, batchgen, call, echo, prompts, recorded, slow_echo, until, write_rows
 from tests.report import folders
 
-PLOTS = {"tokens-per-second", "batch-latency", "lengths", "padding", "memory", "errors"}
+PLOTS = set(NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,20 @@ def test_page_can_be_written_without_rows_or_with_a_sample_of_them(tmp_path: Pat
     text = report(folder.path, rows=3)
     assert "6 of 60 finished rows are here: a uniform sample of 3 failed rows and" in text
     assert "too_long 4 row 30, r30: row 30 is too long" in text  # of all, not of the sample
+
+
+def test_what_is_mended_is_not_drawn_any_more(tmp_path: Path) -> None:
+    folder = made(tmp_path, 4)
+    died(folder)
+    commit(folder, 1, 0, batch(range(4), failed=[1]))
+    assert "too_long 1 row 1" in report(folder.path)
+    assert (folder.path / "report-plots/errors.png").exists()
+    died(folder)
+    commit(folder, 2, 0, batch([1]))
+    text = report(folder.path)
+    assert "What failed" not in text
+    assert "4 good, 0 failed, 0 open" in text
+    assert {path.stem for path in (folder.path / "report-plots").iterdir()} == PLOTS - {"errors"}
 
 
 def test_damaged_generations_are_left_out_and_the_rest_is_shown(tmp_path: Path) -> None:
