@@ -120,7 +120,7 @@ def _tiles(found: Found) -> Iterator[dict[str, object]]:
     yield _tile(name, machine_time(spent), "; ".join(filter(None, [each, kinds or "no GPU is recorded"])))
     lost = sum(one.lost_tokens for one in starts)
     waited = sum(seconds for _, _, seconds in found.clock.pauses)
-    again = f"{counted(lost)} tokens were generated in vain" if lost else "no token was generated in vain"
+    again = f"{counted(lost)} tokens were generated and never recorded" if lost else "no generated token was lost"
     yield _tile("between attempts", duration(waited) if waited else "none", again)
 
 
@@ -160,7 +160,10 @@ def _went(starts: Sequence[Start], clock: Clock) -> dict[str, object] | None:
         share = percent(tokens, tokens + sum(one.generated_tokens for one in starts))
         which = ", ".join(str(one.number) for one in lost[:10]) + (" and more" if len(lost) > 10 else "")
         noun = "attempt" if len(lost) == 1 else "attempts"
-        sentences.append(f"{counted(tokens)} tokens, {share} of all, were in flight when {noun} {which} ended.")
+        sentences.append(
+            f"{counted(tokens)} tokens, {share} of all, were generated and never recorded, in {noun} {which}: those in "
+            "flight at its end, and those that an engine has put back and computed again."
+        )
     label = "; ".join(f"{part['name']}: {part['value']}" for part in parts)
     title = f"Where the {machine_time(whole)} of all ranks went"
     return {"title": title, "parts": parts, "sentences": sentences, "label": label}
