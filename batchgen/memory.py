@@ -34,6 +34,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
+def devices() -> list[str]:
+    """The name of each GPU that this process holds memory of; none: it computes on the CPU."""
+    held = [number for number in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(number)]
+    return [torch.cuda.get_device_name(number) for number in held]
+
+
 class SizeLimits:
     """The most rows a batch may have, by its length in tokens (prompt and new ones), learnt from running out."""
 

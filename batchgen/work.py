@@ -62,6 +62,7 @@ class Share:
         self._mark = time.perf_counter()
         self._state = "loading"
         self._ready_at: float | None = None
+        self._devices: list[str] = []
         self._rows_done = self._failed = self._prompt_tokens = self._committed_tokens = 0
 
     def work(self) -> None:
@@ -94,6 +95,7 @@ class Share:
             return
         with self._ready.kind(self._setup, self._ready.options) as engine, watching(engine, self._attempt):
             self._engine = engine
+            self._look_at_devices()
             self._begin(heartbeat)
             queue = prompts if first is None else chain([first], prompts)
             for batch in engine.generate(queue, self._stop):
@@ -145,6 +147,8 @@ class Share:
             self._stop.request(reason)
             return
         self._mark = now
+        if record.first:
+            self._look_at_devices()  # weights that wait in host memory come to a GPU with the first step
         self._rows_done += record.prompts
         self._failed += len(record.failed)
         self._prompt_tokens += record.prompt_tokens
@@ -156,6 +160,12 @@ class Share:
             logger.error("%s; the last one: %s", reason, _last_error(generations))
             self._stop.request(reason)
 
+    def _look_at_devices(self) -> None:
+        if self._ready.kind.needs_model:
+            from batchgen import memory  # with torch, which an engine without a model does without
+
+            self._devices = memory.devices()
+
     def _count(self) -> Mapping[str, object]:
         generated = self._engine.generated_tokens if self._engine is not None else 0
         return {
@@ -163,6 +173,7 @@ class Share:
             "reason": self._stop.reason,
             "stream": self.stream.index,
             "ready": self._ready_at,
+            "devices": self._devices,
             "rows": self._rows_done if self.stream.writes else 0,
             "failed": self._failed if self.stream.writes else 0,
             "prompt_tokens": self._prompt_tokens,

@@ -164,7 +164,8 @@ def test_wheel_holds_the_package_its_types_and_nothing_else(tmp_path: Path) -> N
         held = set(content.namelist())
         metadata = {name.rpartition("/")[2]: name for name in held if ".dist-info/" in name}
         entry_points = content.read(metadata["entry_points.txt"]).decode()
-    assert {named(path) for path in MODULES} | {"batchgen/py.typed"} == held - set(metadata.values())
+    data = {"batchgen/py.typed", *(f"batchgen/report/page.{ending}" for ending in ("html", "css", "js"))}
+    assert {named(path) for path in MODULES} | data == held - set(metadata.values())
     assert "batchgen = batchgen.commands:main" in entry_points
     assert "LICENSE" in metadata
 

@@ -5,6 +5,7 @@ from batchgen.checkpoint.attempt import (
     HEARTBEAT_SECONDS,
     JOIN_SECONDS,
     Attempt,
+    all_heartbeats,
     attempts,
     check_free,
     claim,
@@ -13,7 +14,7 @@ from batchgen.checkpoint.attempt import (
 from batchgen.checkpoint.files import AskedDifferently, CheckpointError, read_json, to_json, write_atomic
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat
-from batchgen.checkpoint.merge import merge_with, write_lines
+from batchgen.checkpoint.merge import Places, merge_with, write_lines
 from batchgen.checkpoint.records import Writer
 from batchgen.checkpoint.status import AttemptStatus, Status, status
 
@@ -27,9 +28,11 @@ __all__ = [
     "CheckpointError",
     "Done",
     "Heartbeat",
+    "Places",
     "RunFolder",
     "Status",
     "Writer",
+    "all_heartbeats",
     "attempts",
     "check_free",
     "claim",

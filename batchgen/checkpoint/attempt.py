@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,18 +81,7 @@ class Attempt:
 
     def heartbeats(self) -> dict[int, dict[str, Any]]:
         """The last heartbeat of every rank."""
-        beats: dict[int, dict[str, Any]] = {}
-        for path in sorted(self.folder.attempts.glob(f"{self.number:05d}-*.json")):
-            rank = path.stem.partition("-")[2]
-            try:
-                beat = json.loads(read_whole(path))
-            except (ValueError, FileNotFoundError):
-                continue  # a power cut can empty it, since it is not synced
-            except OSError as error:
-                raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-            if rank.isdigit() and isinstance(beat, dict):
-                beats[int(rank)] = beat
-        return beats
+        return _beats(self.folder.attempts.glob(f"{self.number:05d}-*.json"))
 
     def end(self, how: str) -> None:
         """Records that the attempt is over. Only its own process calls this."""
@@ -119,6 +108,34 @@ class Attempt:
 def attempts(folder: RunFolder) -> list[Attempt]:
     """All attempts so far, oldest first."""
     return [latest(folder, number) for number in sorted(_numbers(folder))]
+
+
+def all_heartbeats(folder: RunFolder) -> dict[int, dict[int, dict[str, Any]]]:
+    """The last heartbeat of every rank, by the attempt's number: the folder is listed once.
+
+    An array leaves thousands of attempts, and to list their folder for each would take minutes.
+    """
+    paths: dict[int, list[Path]] = {}
+    for path in folder.attempts.glob("*-*.json"):
+        number = path.stem.partition("-")[0]
+        if number.isdigit():
+            paths.setdefault(int(number), []).append(path)
+    return {number: _beats(found) for number, found in paths.items()}
+
+
+def _beats(paths: Iterable[Path]) -> dict[int, dict[str, Any]]:
+    beats: dict[int, dict[str, Any]] = {}
+    for path in sorted(paths):
+        rank = path.stem.partition("-")[2]
+        try:
+            beat = json.loads(read_whole(path))
+        except (ValueError, FileNotFoundError):
+            continue  # a power cut can empty it, since it is not synced
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        if rank.isdigit() and isinstance(beat, dict):
+            beats[int(rank)] = beat
+    return beats
 
 
 def _numbers(folder: RunFolder) -> set[int]:
@@ -181,10 +198,13 @@ def check_free(folder: RunFolder, world: World, shard: Shard = WHOLE) -> list[At
 def newest(known: Sequence[Attempt]) -> list[Attempt]:
     """Those of `known`, oldest first, that may be live: a later claim on the same rows proves an earlier one dead."""
     found: list[Attempt] = []
+    later: dict[int, set[int]] = {}  # indices by count, since shards of one count overlap only if they are the same
     for attempt in reversed(known):
         shard = attempt.shard
-        if not any(later.shard.overlaps(shard) for later in found):
+        others = (Shard(index, count) for count, some in later.items() if count != shard.count for index in some)
+        if shard.index not in later.get(shard.count, ()) and not any(map(shard.overlaps, others)):
             found.append(attempt)
+            later.setdefault(shard.count, set()).add(shard.index)
     return found[::-1]
 
 

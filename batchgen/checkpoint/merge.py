@@ -11,7 +11,7 @@ import errno
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +74,16 @@ class Places:
                 files[row], begins[row], lengths[row] = number, begin, length
             begin += length
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Row number and line (newline included) of every row that has one, in input order."""
+    def lines(self, chosen: Sequence[int] | None = None) -> Iterator[tuple[int, bytes]]:
+        """Row number and line (newline included) of every row that has one, in input order.
+
+        Args:
+            chosen: these rows alone, in ascending order.
+        """
+        numbers = range(len(self.states)) if chosen is None else chosen
         with closing(_Files(self.files)) as files:
-            for start in range(0, len(self.states), _BLOCK):
-                rows = [row for row in range(start, min(start + _BLOCK, len(self.states))) if self.states[row] != OPEN]
+            for start in range(0, len(numbers), _BLOCK):
+                rows = [row for row in numbers[start : start + _BLOCK] if self.states[row] != OPEN]
                 spans = self._spans(rows, files)
                 for row in rows:
                     first, text = spans[self.file[row]]

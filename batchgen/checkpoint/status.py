@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from batchgen.checkpoint.attempt import Attempt, attempts, newest
+from batchgen.checkpoint.attempt import Attempt, all_heartbeats, attempts, newest
 from batchgen.checkpoint.files import CheckpointError
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.types import WHOLE, Shard
@@ -75,7 +75,13 @@ def status(folder: RunFolder, shard: Shard = WHOLE, *, verify: bool = False) -> 
     part = done.part(shard)
     starts = [attempt for attempt in attempts(folder) if attempt.shard.overlaps(shard)]
     perhaps = {attempt.number for attempt in newest(starts)}
-    known = [_attempt(one, done.attempt_tokens.get(one.number, 0), one.number in perhaps) for one in starts]
+    beats = all_heartbeats(folder)
+    known = [
+        _attempt(
+            one, list(beats.get(one.number, {}).values()), done.attempt_tokens.get(one.number, 0), one.number in perhaps
+        )
+        for one in starts
+    ]
     works = [one for one, state in zip(starts, known, strict=True) if state.live]
     merged = any((folder.path / f"generations.{ending}").exists() for ending in ("jsonl", "parquet", "arrow"))
     ended: State = "finished" if merged and not part.open else "stopped" if starts else "new"
@@ -127,8 +133,7 @@ def _eta(done: Done, tokens_per_second: float) -> float | None:
     return done.open * (done.generated_tokens / settled) / tokens_per_second
 
 
-def _attempt(attempt: Attempt, committed: int, perhaps_live: bool) -> AttemptStatus:
-    beats = list(attempt.heartbeats().values())
+def _attempt(attempt: Attempt, beats: list[dict[str, Any]], committed: int, perhaps_live: bool) -> AttemptStatus:
     generated = max(sum(int(beat.get("generated_tokens", 0)) for beat in beats), committed)
     return AttemptStatus(
         number=attempt.number,

@@ -78,6 +78,7 @@ _SUMMARIES = {
     "merge": "Write the output files of a run folder again, or of an unfinished run.",
     "plan": "Say what fits, how large a batch and how long, before any weight is loaded.",
     "pull": "Prepare a model on a machine with internet; print its local path.",
+    "report": "Write one page of HTML about a run: cost, speed, errors, texts.",
     "run": "Generate for every prompt of the input files, exactly once.",
     "run-batch": "Answer an OpenAI batch file, with the flags of `vllm run-batch`.",
     "split": "Write MODEL into the folder OUT, split over N ranks; print its path.",

@@ -8,8 +8,21 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from batchgen.checkpoint import CheckpointError, Heartbeat, RunFolder, claim, merge_with, status, write_lines
+from batchgen.checkpoint import (
+    Attempt,
+    CheckpointError,
+    Heartbeat,
+    RunFolder,
+    all_heartbeats,
+    claim,
+    merge_with,
+    status,
+    write_lines,
+)
+from batchgen.checkpoint.attempt import newest
 from batchgen.types import Shard
 from batchgen.world import World
 from tests.checkpoint.folders import batch, commit, died, edit, elsewhere, made
@@ -101,6 +114,25 @@ def test_only_the_newest_attempt_can_be_live(tmp_path: Path) -> None:
     claim(folder, World(), {}, 60.0)
     edit(folder.attempts / "00001-00000.json", time=time.time() + 60)
     assert [one.live for one in status(folder).attempts] == [False, True]
+
+
+@given(st.lists(st.integers(1, 4).flatmap(lambda n: st.builds(Shard, st.integers(0, n - 1), st.just(n)))))
+def test_an_attempt_may_be_live_unless_a_later_one_that_may_be_has_rows_of_it(shards: list[Shard]) -> None:
+    known = [Attempt(RunFolder(Path()), number, {"shard": str(shard)}) for number, shard in enumerate(shards)]
+    expected: list[int] = []
+    for number in reversed(range(len(shards))):
+        if not any(shards[number].overlaps(shards[later]) for later in expected):
+            expected.append(number)
+    assert [one.number for one in newest(known)] == sorted(expected)
+
+
+def test_heartbeats_of_all_attempts_are_those_of_each(tmp_path: Path) -> None:
+    folder = made(tmp_path, 1)
+    made_attempts = [died(folder, ranks=2), died(folder)]
+    (folder.attempts / "00002-00007.json").write_text("")  # emptied by a power cut
+    (folder.attempts / "notes-1.json").write_text("{}")
+    assert all_heartbeats(folder) == {one.number: one.heartbeats() for one in made_attempts}
+    assert [sorted(one.heartbeats()) for one in made_attempts] == [[0, 1], [0]]
 
 
 def test_every_figure_can_be_written_as_json(tmp_path: Path) -> None:
