@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.batches import DAMAGE, check_names
 from batchgen.formats import Block, InputError, Scan, Source
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+_END_AND_BEGINNING = b"PAR1" * 2
 _BATCH = 1 << 22  # bytes of a row group, before compression, that are decoded at once, about
 
 
@@ -28,11 +28,26 @@ class Parquet(Source):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
         with self._opened() as parquet:
-            names = parquet.schema_arrow.names
+            check_names(parquet.schema_arrow)
             rows = parquet.metadata.num_rows
-        if len(set(names)) < len(names):
-            raise InputError(f"{self.path} has two columns of the same name. Its columns: {', '.join(names)}")
+            if self._begins_again(parquet.metadata, size):
+                raise InputError(
+                    f"{self.path} is two Parquet files in one, of which only the last would be read. Name them as two"
+                )
         return Scan(digest, size, rows)
+
+    def _begins_again(self, metadata: pq.FileMetaData, size: int) -> bool:
+        """Whether another file's end and beginning lie between the rows and the footer: `cat` has put them together."""
+        ends = [0]
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            for column in map(group.column, range(group.num_columns)):
+                begin = column.dictionary_page_offset or column.data_page_offset
+                ends.append(begin + column.total_compressed_size)
+        with self.path.open("rb") as file:
+            file.seek(max(ends))
+            behind = file.read(size - metadata.serialized_size - 8 - max(ends))  # indexes and Bloom filters, if any
+        return _END_AND_BEGINNING in behind
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""
@@ -50,12 +65,9 @@ class Parquet(Source):
 
     @contextmanager
     def _opened(self) -> Iterator[pq.ParquetFile]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         try:
             # A buffer instead of pre-buffering: pages are read as they are decoded, not a row group beforehand.
             with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as parquet:
                 yield parquet
-        except (pa.ArrowException, OSError) as error:
+        except DAMAGE as error:
             raise InputError(f"{self.path} cannot be read as Parquet: {error}") from error
