@@ -18,6 +18,7 @@ from batchgen import choice, formats, models
 from batchgen.checkpoint import CheckpointError, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
 from batchgen.engine import Encoder, Engine
+from batchgen.formats import InputError
 from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
@@ -106,6 +107,8 @@ def prepare(
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
     source = Input.open(inputs, cache, scan=scan)
+    if not len(source):
+        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
     if chosen is None or chosen.kind.needs_model:

@@ -53,7 +53,9 @@ class Arrow(Source):
                 return
         with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content.find(_END_AND_BEGINNING) >= 0:
-                raise InputError(f"{self.path} is two Arrow files in one, of which one would not be read. Name both")
+                raise InputError(
+                    f"{self.path} is two Arrow files in one, of which one would not be read. Make two of it"
+                )
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,8 @@ import pyarrow.parquet as pq
 from batchgen.batches import DAMAGE, check_names
 from batchgen.formats import Block, InputError, Scan, Source
 
-_END_AND_BEGINNING = b"PAR1" * 2
+_MAGIC = b"PAR1"  # at the beginning and the end of a file
+_END_AND_BEGINNING = _MAGIC * 2
 _BATCH = 1 << 22  # bytes of a row group, before compression, that are decoded at once, about
 
 
@@ -30,24 +32,22 @@ class Parquet(Source):
         with self._opened() as parquet:
             check_names(parquet.schema_arrow)
             rows = parquet.metadata.num_rows
-            if self._begins_again(parquet.metadata, size):
-                raise InputError(
-                    f"{self.path} is two Parquet files in one, of which only the last would be read. Name them as two"
-                )
+            self._check_alone()
         return Scan(digest, size, rows)
 
-    def _begins_again(self, metadata: pq.FileMetaData, size: int) -> bool:
-        """Whether another file's end and beginning lie between the rows and the footer: `cat` has put them together."""
-        ends = [0]
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            for column in map(group.column, range(group.num_columns)):
-                begin = column.dictionary_page_offset or column.data_page_offset
-                ends.append(begin + column.total_compressed_size)
-        with self.path.open("rb") as file:
-            file.seek(max(ends))
-            behind = file.read(size - metadata.serialized_size - 8 - max(ends))  # indexes and Bloom filters, if any
-        return _END_AND_BEGINNING in behind
+    def _check_alone(self) -> None:
+        """Raises InputError if `cat` has put two files together: readers see the last footer and not what is before."""
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.find(_END_AND_BEGINNING)
+        if end < 0:
+            return
+        with pa.memory_map(str(self.path)) as file:
+            first = file.read_buffer(end + len(_MAGIC))
+        try:
+            pq.read_metadata(pa.BufferReader(first))
+        except DAMAGE:
+            return  # it is in a text
+        raise InputError(f"{self.path} is two Parquet files in one, of which one would not be read. Make two of it")
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""

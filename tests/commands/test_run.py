@@ -80,10 +80,11 @@ def test_run_of_nothing_but_bad_rows_is_finished(tmp_path: Path) -> None:
     assert [batch["prompts"] for batch in read_rows(tmp_path / "p/timing.jsonl")] == [2048, 2048, 904]
 
 
-def test_input_without_rows_is_finished(tmp_path: Path) -> None:
+def test_input_without_rows_is_refused(tmp_path: Path) -> None:
     ended = call(tmp_path, *echo(write_rows(tmp_path / "p.jsonl", [])))
-    assert (ended.code, ended.out) == (0, "p/generations.jsonl\n")
-    assert (tmp_path / "p/generations.jsonl").read_bytes() == b""
+    assert (ended.code, ended.out) == (4, "")
+    assert "there is no row in" in ended.err
+    assert not list((tmp_path / "p").glob("generations*"))
 
 
 def test_second_start_of_a_finished_run_generates_nothing(tmp_path: Path, rows: Path) -> None:
