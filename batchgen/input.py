@@ -50,6 +50,11 @@ class Input:
         """SHA-256 over what the files hold, hex: the same wherever they lie and whatever they are called."""
         return hashlib.sha256(json.dumps([(s.scanned.digest, len(s)) for s in self.sources]).encode()).hexdigest()
 
+    def bytes_of(self, number: int) -> int:
+        """About how many bytes of its file a row takes."""
+        place = bisect_right(self._begins, number) - 1 if len(self.sources) > 1 else 0
+        return self.sources[place].bytes_of(number - self._begins[place])
+
     def rows(self, numbers: Iterable[int]) -> Iterator[Row]:
         """The rows of these numbers, which must ascend; as `Source.rows`."""
         for place, part in groupby(numbers, partial(bisect_right, self._begins)):

@@ -192,10 +192,11 @@ def _draw(source: Input, recipe: Recipe, encoder: Encoder, most: int | None) -> 
     count = len(source) if most is None else min(most, len(source))
     drawn = sorted(random.Random(1).sample(range(len(source)), count))
     try:
-        outcomes = PromptReader(recipe, encoder, {}).read(list(source.rows(drawn)))
+        reader = PromptReader(recipe, encoder, {})
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
-    return [one for one in outcomes if isinstance(one, Prompt)], count
+    parts = (reader.read(list(source.rows(window))) for window in windows(drawn, source.bytes_of))
+    return [one for part in parts for one in part if isinstance(one, Prompt)], count
 
 
 def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tuple[int, int]], int]:
@@ -229,7 +230,7 @@ def _begins_with_request(source: Input) -> bool:
 
 def refusals(ready: Ready) -> Iterator[Generation]:
     """Every row of the input that cannot become a prompt. Reads all of it."""
-    for window in windows(iter(range(len(ready.source)))):
+    for window in windows(range(len(ready.source)), ready.source.bytes_of):
         for outcome in ready.reader.read(list(ready.source.rows(window))):
             if isinstance(outcome, Generation):
                 yield outcome

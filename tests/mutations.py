@@ -107,7 +107,7 @@ def _table(rows: Rows) -> pa.Table:
     columns: dict[str, pa.Array] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         found = [row.get(name) for row in rows]
-        found = [None if value == {} else value for value in found]  # Parquet has no type for these
+        found = [_filled(value) for value in found]
         try:
             columns[name] = pa.array(found)
         except (pa.ArrowException, OverflowError, UnicodeError):
@@ -118,6 +118,13 @@ def _table(rows: Rows) -> pa.Table:
     columns["when"] = pa.array(count, pa.timestamp("us", tz="UTC"))
     columns["view"] = pa.array([f"longer than twelve {number}" for number in count]).cast(pa.string_view())
     return pa.table(columns)
+
+
+def _filled(value: Any) -> Any:
+    """`value` without empty objects, which Parquet has no type for."""
+    if isinstance(value, dict):
+        return {name: _filled(part) for name, part in value.items()} or None
+    return [_filled(part) for part in value] if isinstance(value, list) else value
 
 
 def _parquet(rows: Rows, **options: Any) -> bytes:

@@ -96,6 +96,10 @@ class Source(ABC):
     def __len__(self) -> int:
         return self.scanned.rows
 
+    def bytes_of(self, number: int) -> int:
+        """About how many bytes a row takes."""
+        return self.scanned.size // self.scanned.rows
+
     def files(self) -> list[Path]:
         """What rows are read from, in order."""
         return [self.path]

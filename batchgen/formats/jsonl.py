@@ -64,6 +64,10 @@ class Jsonl(Source):
     def _index(self) -> Path:
         return self.cache.with_suffix(".offsets")
 
+    def bytes_of(self, number: int) -> int:
+        """What the row's line takes."""
+        return self._begins[number + 1] - self._begins[number]
+
     def files(self) -> list[Path]:
         """The file, or its unpacked text."""
         return [self._text]
