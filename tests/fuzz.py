@@ -127,7 +127,11 @@ def _output(out: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     else:
         table = pq.read_table(path) if kind == "parquet" else pa.ipc.open_file(str(path)).read_all()
         table.validate(full=True)
-        rows = [{name: repr(value) for name, value in row.items()} for row in _without_zones(table).to_pylist()]
+        # OpenAI's answers are JSON text in a table; `created` is when the run began.
+        rows = [
+            {name: re.sub(r'"created": \d+', "", repr(value)) for name, value in row.items()}
+            for row in _without_zones(table).to_pylist()
+        ]
     # Where plain rows and answers are mixed, these have none.
     numbers = [int(row["index"]) for row in rows if row.get("index", "None") != "None"]
     assert numbers == sorted(set(numbers)), numbers
