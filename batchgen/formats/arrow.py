@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -86,7 +87,7 @@ class Arrow(Source):
     def _mapped(self) -> Iterator[tuple[pa.NativeFile, bool]]:
         """The bytes, and whether they are of the file kind."""
         try:
-            with pa.memory_map(str(self.path)) as file:
+            with pa.memory_map(os.fsencode(self.path)) as file:
                 is_file_kind = file.read(len(_FILE_KIND)) == _FILE_KIND
                 file.seek(0)
                 yield file, is_file_kind

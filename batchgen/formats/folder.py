@@ -107,7 +107,7 @@ def _opened(path: Path) -> Iterator[Any]:
 @contextmanager
 def _mapped(path: Path) -> Iterator[pa.NativeFile]:
     try:
-        with pa.memory_map(str(path)) as file:
+        with pa.memory_map(os.fsencode(path)) as file:
             yield file
     except DAMAGE as error:
         raise InputError(f"{path} cannot be read as an Arrow stream: {error}") from error

@@ -219,7 +219,7 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
         else:
             import pyarrow as pa  # has Zstandard, which the standard library of Python 3.11 has not
 
-            raw = files.enter_context(pa.input_stream(str(path), compression="zstd"))
+            raw = files.enter_context(pa.input_stream(pa.OSFile(os.fsencode(path)), compression="zstd"))
         yield files.enter_context(io.BufferedReader(raw, WINDOW))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -41,7 +42,7 @@ class Parquet(Source):
             end = content.find(_END_AND_BEGINNING)
         if end < 0:
             return
-        with pa.memory_map(str(self.path)) as file:
+        with pa.memory_map(os.fsencode(self.path)) as file:
             first = file.read_buffer(end + len(_MAGIC))
         try:
             pq.read_metadata(pa.BufferReader(first))
@@ -67,7 +68,11 @@ class Parquet(Source):
     def _opened(self) -> Iterator[pq.ParquetFile]:
         try:
             # A buffer instead of pre-buffering: pages are read as they are decoded, not a row group beforehand.
-            with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as parquet:
+            # Opened by bytes, since a name need not be UTF-8.
+            with (
+                pa.OSFile(os.fsencode(self.path)) as file,
+                pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as parquet,
+            ):
                 yield parquet
         except DAMAGE as error:
             raise InputError(f"{self.path} cannot be read as Parquet: {error}") from error
