@@ -106,9 +106,7 @@ def prepare(
         raise RunError(f"there is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
-    source = Input.open(inputs, cache, scan=scan)
-    if not len(source):
-        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
+    source = _opened(inputs, cache, scan)
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
     if chosen is None or chosen.kind.needs_model:
@@ -136,6 +134,13 @@ def prepare(
         own_cache,
         answers_requests,
     )
+
+
+def _opened(inputs: Sequence[str], cache: Path, scan: bool) -> Input:
+    source = Input.open(inputs, cache, scan=scan)
+    if not len(source):  # a file that was never written, most likely
+        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
+    return source
 
 
 def _known(name: str, settings: Sequence[str], begun: Mapping[str, Any] | None) -> Choice | None:
