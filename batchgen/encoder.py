@@ -61,7 +61,7 @@ class HfEncoder:
         try:
             return str(self._tokenizer.apply_chat_template([dict(message) for message in messages], **options))
         except Exception as error:  # a template is a program that came with the model: it can raise anything
-            detail = " ".join(str(error).split()) or type(error).__name__
+            detail = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"the model's chat template refused these messages: {detail}") from error
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:

@@ -120,7 +120,7 @@ def run(
     stop = Stop()
     with stop.on_signals():
         opened = partial(prepare, files, folder.input_cache, *chosen, selftest=selftest, ranks=host.ranks)
-        ready, attempt = _begun(folder, opened, world, host, strict, error_format)
+        ready, attempt = _begun(folder, files, opened, world, host, strict, error_format)
         with _end_if_it_fails(attempt, world):
             attempt = _carry_out(ready, attempt, world, host, stop, max_error_rate, error_format)
             return _finish(ready, attempt, world, stop, output_format)
@@ -130,18 +130,25 @@ def default_folder(inputs: Sequence[str]) -> Path:
     """The run folder where none is named: in the working folder, the first file's name up to its first dot."""
     name = Path(inputs[0]).name if inputs else ""
     stem = re.sub(r"[*?\[\]]+", "-", name.lstrip(".").partition(".")[0]).strip("-")
-    if stem and Path(stem).resolve() == Path(inputs[0]).resolve():
+    if stem and os.path.realpath(stem) == os.path.realpath(inputs[0]):
         stem += "-out"  # the input is a folder: never write into it
     return Path(stem or "out")
 
 
 def _begun(
-    folder: RunFolder, opened: Callable[..., Ready], world: World, host: Host, strict: bool, error_format: ErrorFormat
+    folder: RunFolder,
+    inputs: Sequence[str],
+    opened: Callable[..., Ready],
+    world: World,
+    host: Host,
+    strict: bool,
+    error_format: ErrorFormat,
 ) -> tuple[Ready, Attempt]:
     """The opened input, and the attempt: one process claims it on behalf of all ranks, the others find it."""
     if world.rank > 0 or world.attempt is not None:
         attempt = checkpoint.join(folder, world)
         return opened(scan=False, begun=attempt.claim), attempt
+    folder.check_apart(inputs)
     folder.make()
     try:
         before = checkpoint.check_free(folder, world, host.shard)

@@ -14,7 +14,7 @@ from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from batchgen.formats import InputError, Source, Value, find
+from batchgen.formats import InputError, Source, Value, find, place_of
 from batchgen.types import Row
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
@@ -50,6 +50,11 @@ class Input:
         """SHA-256 over what the files hold, hex: the same wherever they lie and whatever they are called."""
         return hashlib.sha256(json.dumps([(s.scanned.digest, len(s)) for s in self.sources]).encode()).hexdigest()
 
+    def bytes_of(self, number: int) -> int:
+        """About how many bytes of its file a row takes."""
+        place = bisect_right(self._begins, number) - 1 if len(self.sources) > 1 else 0
+        return self.sources[place].bytes_of(number - self._begins[place])
+
     def rows(self, numbers: Iterable[int]) -> Iterator[Row]:
         """The rows of these numbers, which must ascend; as `Source.rows`."""
         for place, part in groupby(numbers, partial(bisect_right, self._begins)):
@@ -65,12 +70,14 @@ class Input:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows in order, few at a time. Only where there is a `schema`."""
+        from batchgen.batches import readable
+
         for source in self.sources:
             source.check_unchanged()
-            yield from (batch for _, batch in source.pieces())
+            yield from (readable(batch) for _, batch in source.pieces())
 
     def duplicates(self, id_of: Callable[[Value], str | None]) -> dict[int, str]:
-        """Row number of each repeated id -> where it stands first. Rows without an id are left out.
+        """Row number of each repeated id -> where it stands first. A row without an id is called by its place.
 
         Reads all rows once, and those again that may be repeated. 8 bytes a row, 24 while sorting.
         """
@@ -86,8 +93,8 @@ class Input:
         first: dict[str, Row] = {}
         repeated = {}
         for row in self.rows(number.as_py() for number in suspects):
-            id = id_of(row.value)
-            if id is not None and first.setdefault(id, row) is not row:
+            id = id_of(row.value) or place_of(row.source, row.line)
+            if first.setdefault(id, row) is not row:
                 repeated[row.index] = f"line {first[id].line} of {first[id].source}"
         return repeated
 
@@ -121,4 +128,9 @@ def _names(files: Sequence[Path]) -> list[str]:
         if alike[file.name].count(file) > 1:
             raise InputError(f"{file} is named twice in the input")
     folders = {name: os.path.commonpath([file.parent for file in same]) for name, same in alike.items()}
-    return [file.relative_to(folders[file.name]).as_posix() for file in full]
+    return [_printable(file.relative_to(folders[file.name]).as_posix()) for file in full]
+
+
+def _printable(name: str) -> str:
+    """A name may be any bytes, but ids are made from it, and those are texts."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -18,6 +18,7 @@ from batchgen import choice, formats, models
 from batchgen.checkpoint import CheckpointError, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
 from batchgen.engine import Encoder, Engine
+from batchgen.formats import InputError
 from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
@@ -105,7 +106,7 @@ def prepare(
         raise RunError(f"there is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
-    source = Input.open(inputs, cache, scan=scan)
+    source = _opened(inputs, cache, scan)
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
     if chosen is None or chosen.kind.needs_model:
@@ -133,6 +134,13 @@ def prepare(
         own_cache,
         answers_requests,
     )
+
+
+def _opened(inputs: Sequence[str], cache: Path, scan: bool) -> Input:
+    source = Input.open(inputs, cache, scan=scan)
+    if not len(source):  # a file that was never written, most likely
+        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
+    return source
 
 
 def _known(name: str, settings: Sequence[str], begun: Mapping[str, Any] | None) -> Choice | None:
@@ -189,10 +197,11 @@ def _draw(source: Input, recipe: Recipe, encoder: Encoder, most: int | None) -> 
     count = len(source) if most is None else min(most, len(source))
     drawn = sorted(random.Random(1).sample(range(len(source)), count))
     try:
-        outcomes = PromptReader(recipe, encoder, {}).read(list(source.rows(drawn)))
+        reader = PromptReader(recipe, encoder, {})
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
-    return [one for one in outcomes if isinstance(one, Prompt)], count
+    parts = (reader.read(list(source.rows(window))) for window in windows(drawn, source.bytes_of))
+    return [one for part in parts for one in part if isinstance(one, Prompt)], count
 
 
 def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tuple[int, int]], int]:
@@ -226,7 +235,7 @@ def _begins_with_request(source: Input) -> bool:
 
 def refusals(ready: Ready) -> Iterator[Generation]:
     """Every row of the input that cannot become a prompt. Reads all of it."""
-    for window in windows(iter(range(len(ready.source)))):
+    for window in windows(range(len(ready.source)), ready.source.bytes_of):
         for outcome in ready.reader.read(list(ready.source.rows(window))):
             if isinstance(outcome, Generation):
                 yield outcome

@@ -269,9 +269,10 @@ def _text(columns: Mapping[str, object], column: str | None) -> str:
         raise Refused("wrong_type", f'the "{name}" column must hold a text, not {shown(text)}')
     if name in columns:
         raise Refused("missing_prompt", f'the "{name}" column is null; give this row a text')
-    listed = ", ".join(list(columns)[:20]) or "none"
+    listed = ", ".join(key if len(key) <= 60 and key.isprintable() else shown(key) for key in list(columns)[:20])
     raise Refused(
-        "missing_prompt", f'there is no "{name}" column; its columns are {listed}. Use --prompt-column or --template'
+        "missing_prompt",
+        f'there is no "{name}" column; its columns are {listed or "none"}. Use --prompt-column or --template',
     )
 
 

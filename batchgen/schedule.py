@@ -6,14 +6,14 @@ number of streams loses and repeats nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from batchgen.engine import Stream
 from batchgen.types import WHOLE, Prompt, Shard
 
 # Rows read, tokenised and put in order at once: a hundred batches of ordinary size, and some tens of MB of token ids.
 WINDOW = 2048
+WINDOW_BYTES = 64 << 20  # of the input, unless one row has more: what is made of them takes several times as much
 
 
 def shard(rows: int, stream: Stream, whole: Shard = WHOLE) -> range:
@@ -26,9 +26,23 @@ def open_rows(rows: range, is_good: Callable[[int], bool]) -> Iterator[int]:
     return (row for row in rows if not is_good(row))
 
 
-def windows(rows: Iterator[int], size: int = WINDOW) -> Iterator[Sequence[int]]:
-    """`rows` in runs of `size`, the last one shorter."""
-    while window := list(islice(rows, size)):
+def windows(
+    rows: Iterable[int], bytes_of: Callable[[int], int], size: int = WINDOW, most_bytes: int = WINDOW_BYTES
+) -> Iterator[Sequence[int]]:
+    """`rows` in runs of `size`, or shorter so that they have `most_bytes` at most; one row may have more."""
+    window: list[int] = []
+    total = 0
+    for row in rows:
+        length = bytes_of(row)
+        if window and total + length > most_bytes:
+            yield window
+            window, total = [], 0
+        window.append(row)
+        total += length
+        if len(window) == size:
+            yield window
+            window, total = [], 0
+    if window:
         yield window
 
 

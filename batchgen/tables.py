@@ -7,6 +7,7 @@ over all rows: whole numbers, numbers, booleans or text; whatever is nested or m
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +54,8 @@ def write_table(path: Path, lines: Lines, format: Format, source: Input | None) 
             schema, tables = _inferred(lines)
         else:
             schema, tables = _typed(typed, lines, source, format)
-        with _writer(path, schema, format) as write:
+        # By bytes, since the name of a folder need not be UTF-8.
+        with pa.OSFile(os.fsencode(path), "wb") as file, _writer(file, schema, format) as write:
             for table in tables:
                 write.write_table(table)
     except pa.ArrowException as error:
@@ -63,8 +65,8 @@ def write_table(path: Path, lines: Lines, format: Format, source: Input | None) 
         ) from error
 
 
-def _writer(path: Path, schema: pa.Schema, format: Format) -> Any:
-    return pq.ParquetWriter(path, schema) if format == "parquet" else pa.ipc.new_file(path, schema)
+def _writer(file: pa.NativeFile, schema: pa.Schema, format: Format) -> Any:
+    return pq.ParquetWriter(file, schema) if format == "parquet" else pa.ipc.new_file(file, schema)
 
 
 def _typed(typed: pa.Schema, lines: Lines, source: Input, format: Format) -> tuple[pa.Schema, Iterator[pa.Table]]:

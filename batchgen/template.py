@@ -83,31 +83,36 @@ def template_kwargs(kwargs: object, name: str) -> dict[str, object]:
 def compiled(template: str) -> Callable[[Mapping[str, object]], str]:
     """The Jinja template as a function of a row's columns, which raises `Refused`.
 
-    It cannot reach Python's insides; a column that is missing is an error, and so is one that would be written "None".
+    A column that is missing is an error, and so is one that would be written "None". What else a template may not do
+    says `sandbox`.
 
     Raises:
         ValueError: it is no Jinja template; a sentence.
     """
-    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
-    from jinja2.sandbox import SandboxedEnvironment
+    from jinja2 import TemplateSyntaxError
 
-    def finalize(value: object) -> object:
-        if value is None:
-            raise Refused("template", "the template failed: it writes a column that is null")
-        return value
+    from batchgen.sandbox import Sandbox  # imports jinja2, which most runs do without
 
-    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=finalize)
+    environment = Sandbox()
     try:
         jinja = environment.from_string(template)
     except TemplateSyntaxError as error:
         raise ValueError(f"--template is no Jinja template: line {error.lineno}: {error.message}") from error
-    # An expression of the user's over the row's values: whatever Python operators raise.
-    operators = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, MemoryError)
+    except Exception as error:  # nested too deeply for Python, a number of too many digits
+        raise ValueError(f"--template cannot be used: {_brief(error)}. Make it simpler") from error
 
     def render(columns: Mapping[str, object]) -> str:
         try:
-            return jinja.render(columns)
-        except (TemplateError, *operators) as error:
-            raise Refused("template", f"the template failed: {error or type(error).__name__}") from error
+            return environment.text_of(jinja, columns)
+        except Refused:
+            raise
+        except Exception as error:  # an expression over the row's values: whatever Python's operators raise
+            raise Refused("template", f"the template failed: {_brief(error)}") from error
 
     return render
+
+
+def _brief(error: Exception) -> str:
+    """The error on one line, whatever values it shows."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

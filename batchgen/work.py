@@ -114,7 +114,7 @@ class Share:
     def _queue(self, heartbeat: Heartbeat) -> Iterator[Prompt]:
         """This stream's prompts, put in order window by window; rows that become none wait for the next commit."""
         source, reader = self._ready.source, self._ready.reader
-        for number, window in enumerate(windows(open_rows(self._rows, self._done.is_good))):
+        for number, window in enumerate(windows(open_rows(self._rows, self._done.is_good), source.bytes_of)):
             prompts: list[Prompt] = []
             for outcome in reader.read(list(source.rows(window))):
                 if isinstance(outcome, Prompt):

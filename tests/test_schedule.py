@@ -81,10 +81,19 @@ def test_open_rows_ascend(rows: int, step: int, good: set[int]) -> None:
 
 @given(rows=sizes, size=st.integers(1, 60))
 def test_windows_are_the_rows_in_runs_of_one_size(rows: int, size: int) -> None:
-    found = list(windows(iter(range(rows)), size))
+    found = list(windows(range(rows), lambda row: 1, size))
     assert [row for window in found for row in window] == list(range(rows))
     assert all(len(window) == size for window in found[:-1])
     assert all(0 < len(window) <= size for window in found)
+
+
+@given(lengths=st.lists(st.integers(0, 30)), most=st.integers(0, 60))
+def test_windows_are_no_longer_than_memory_has_room_for(lengths: list[int], most: int) -> None:
+    found = list(windows(range(len(lengths)), lengths.__getitem__, 5, most))
+    assert [row for window in found for row in window] == list(range(len(lengths)))
+    assert all(len(window) == 1 or sum(lengths[row] for row in window) <= most for window in found)
+    for window, after in pairwise(found):
+        assert len(window) == 5 or sum(lengths[row] for row in [*window, after[0]]) > most
 
 
 def test_windows_are_read_one_after_the_other() -> None:
@@ -95,7 +104,7 @@ def test_windows_are_read_one_after_the_other() -> None:
             taken.append(row)
             yield row
 
-    found = windows(rows())  # type: ignore[arg-type]
+    found = windows(rows(), lambda row: 1)  # type: ignore[arg-type]
     assert len(next(found)) == len(taken) == WINDOW
 
 

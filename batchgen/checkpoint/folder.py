@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from batchgen.checkpoint.records import trusted
 from batchgen.types import BatchRecord, Shard
 
 logger = logging.getLogger(__name__)
+
+_OWN = re.compile(r"(generations|errors|timing|batches|run)\b.*\.(jsonl|json|parquet|arrow)")
 
 OPEN, FAILED, GOOD = 0, 1, 2  # what is known of a row; one byte each, so that ten million rows take 10 MB
 
@@ -90,6 +93,16 @@ class RunFolder:
     def attempts(self) -> Path:
         """The folder of claims and heartbeats."""
         return self.path / "attempts"
+
+    def check_apart(self, inputs: Sequence[str]) -> None:
+        """Raises CheckpointError if an input is a file of this folder, whose place the output would take."""
+        for name in inputs:
+            path = os.path.realpath(name)
+            if os.path.dirname(path) == os.path.realpath(self.path) and _OWN.fullmatch(os.path.basename(path)):
+                raise CheckpointError(
+                    f"{name} is a file that the run in {self.path} writes: its rows would be lost. "
+                    "Move it, or choose another folder with -o"
+                )
 
     def make(self) -> None:
         """Makes the folders.

@@ -22,7 +22,7 @@ class _Bytes:
     vocabulary: int | None = 256
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
-        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        return "".join(f"{message['role']}: {message.get('content', '')}\n" for message in messages)
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
         return [text.encode("utf-8", "replace") for text in texts]

@@ -7,13 +7,14 @@ file may be larger than memory.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
 import pkgutil
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, groupby
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -72,6 +73,7 @@ class Source(ABC):
         self.cache = cache / f"{number:05d}"  # an ending of its own for each file of a format
         record = self.cache.with_suffix(".json")
         try:
+            self._stamps = self._stamp()  # before the scan: what changes meanwhile shows too
             if scan:
                 cache.mkdir(parents=True, exist_ok=True)
                 self.scanned = self.scan()
@@ -94,19 +96,44 @@ class Source(ABC):
     def __len__(self) -> int:
         return self.scanned.rows
 
+    def bytes_of(self, number: int) -> int:
+        """About how many bytes a row takes."""
+        return self.scanned.size // self.scanned.rows
+
     def files(self) -> list[Path]:
         """What rows are read from, in order."""
         return [self.path]
 
+    @property
+    def unpacked(self) -> bool:
+        """Whether `files` are batchgen's own, made from the input, and nobody else's to change."""
+        return False
+
+    def digest(self) -> str:
+        """That of the scan, made again. May raise OSError besides InputError."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def check_unchanged(self) -> None:
-        """Raises InputError if the size is not that of the scan: rows read then would be garbage."""
+        """Raises InputError if the content is not that of the scan: rows read then would be garbage, or of two files.
+
+        Looks at the size; and at the content, if a file was replaced or written to since it was opened here.
+        """
         try:
-            size = sum(file.stat().st_size for file in self.files())
+            size, stamps = sum(file.stat().st_size for file in self.files()), self._stamp()
+            same = size == self.scanned.size and (stamps == self._stamps or self.digest() == self.scanned.digest)
         except OSError as error:
             raise InputError(f"cannot open {error.filename}: {error.strerror}") from error
-        if size != self.scanned.size:
+        if not same:
             was = f"it had {self.scanned.size} bytes when the run started and has {size} now"
+            if size == self.scanned.size:
+                was = "it is as long as when the run started, but holds something else"
             raise InputError(f"{self.path} has changed: {was}. Put it back as it was, or start a new run")
+        self._stamps = stamps
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        found = [] if self.unpacked else [file.stat() for file in self.files()]
+        return [(one.st_ino, one.st_mtime_ns) for one in found]
 
     @abstractmethod
     def scan(self) -> Scan:
@@ -128,6 +155,8 @@ class Source(ABC):
         Raises:
             InputError: the file cannot be read any further.
         """
+        from batchgen.batches import values
+
         self.check_unchanged()
         wanted = iter(numbers)
         number = next(wanted, None)
@@ -143,14 +172,13 @@ class Source(ABC):
             while number is not None and number < begin + batch.num_rows:
                 picked.append(number - begin)
                 number = next(wanted, None)
-            for row, value in _values(batch, picked, begin):
+            for row, value in values(batch, picked, begin, self.name):
                 yield begin + row, begin + row + 1, value
 
     def hashes(self, id_of: Callable[[Value], str | None]) -> Iterator[int]:
-        """A number for each row, the same for rows of one id; a row without an id has one of its own, most likely."""
-        for number, _, value in self.rows(range(len(self))):
-            id = id_of(value)
-            yield ~number if id is None else hash(id)
+        """A number for each row, the same for rows of one id; a row without an id is called `place_of` its line."""
+        for _, line, value in self.rows(range(len(self))):
+            yield hash(id_of(value) or place_of(self.name, line))
 
     def pieces(self) -> Generator[tuple[int, pa.RecordBatch], int | None, None]:
         """The rows of a typed file in order, few at a time, after the number of their first.
@@ -159,39 +187,46 @@ class Source(ABC):
         """
         import pyarrow as pa
 
+        from batchgen.batches import DAMAGE
+
         begin, wanted = 0, 0
         for block in self.blocks():
-            end = begin + block.rows
+            first, end = begin, begin + block.rows
+            read = wanted < end
             try:
-                for batch in block.read() if wanted < end else ():
+                for batch in block.read() if read else ():
+                    batch.validate()  # that what it says of itself is there; the values are for `readable`
+                    if begin + batch.num_rows > end:
+                        raise pa.ArrowInvalid(f"there are more than the {block.rows} rows it says it has")
                     rows = min(_PIECE_ROWS, 1 + _PIECE_BYTES * batch.num_rows // (1 + batch.get_total_buffer_size()))
                     for row in range(0, batch.num_rows, rows):
                         wanted = (yield begin + row, batch.slice(row, rows)) or 0
                     begin += batch.num_rows
-            except (pa.ArrowException, OSError) as error:
-                where = f"rows {begin + 1} to {end}"
+                if read and begin < end:
+                    raise pa.ArrowInvalid(f"there are fewer than the {block.rows} rows it says it has")
+            except DAMAGE as error:
+                where = f"rows {first + 1} to {end}"
                 raise InputError(f"{self.path} is damaged: {where} cannot be read ({error})") from error
             begin = end
 
 
-def _values(batch: pa.RecordBatch, picked: Sequence[int], begin: int) -> Iterator[tuple[int, Value]]:
-    # Neighbours, which keep the same distance to their position, are converted together.
-    for _, run in groupby(enumerate(picked), lambda pair: pair[1] - pair[0]):
-        rows = [row for _, row in run]
-        try:
-            yield from zip(rows, batch.slice(rows[0], len(rows)).to_pylist(), strict=True)
-        except (ValueError, OverflowError, NotImplementedError) as error:  # no UTF-8; a date after 9999
-            if len(rows) > 1:
-                yield from chain.from_iterable(_values(batch, [row], begin) for row in rows)
-            else:
-                line = begin + rows[0] + 1
-                yield rows[0], RowError("malformed_value", f"row {line} has a value that cannot be read: {error}", line)
+def place_of(name: str, line: int) -> str:
+    """The id of a row that has none of its own."""
+    return f"{name}:{line}"
 
 
 def find(path: Path) -> type[Source]:
     """The format of `path`, by its name; InputError if there is no such file or format."""
-    if not path.exists():
-        raise InputError(f"there is no file {path}")
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"there is no file {path}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise InputError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise InputError(
+            f"{path} is neither a file nor a folder, and has no end or can be read only once. Put its rows into a file"
+        )
     known: list[str] = []
     modules = [module.name for module in pkgutil.iter_modules(__path__)]
     # The format that the file is named after comes first, so that the others are not imported.

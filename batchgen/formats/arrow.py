@@ -6,18 +6,24 @@ Both are read over a memory map, so that what is not compressed is not copied. B
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+
+from batchgen.batches import DAMAGE, check_names, check_stream_ends
 from batchgen.formats import Block, InputError, Scan, Source
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 _FILE_KIND = b"ARROW1"  # "File format" in Arrow's columnar format specification; a stream has no magic
+
+_END_AND_BEGINNING = _FILE_KIND * 2 + bytes(2)  # where one file ends and another begins, with its padding
+
+_KINDS = {True: pa.ipc.open_file, False: pa.ipc.open_stream}
 
 
 class Arrow(Source):
@@ -34,10 +40,23 @@ class Arrow(Source):
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
-        names = self.schema().names
-        if len(set(names)) < len(names):
-            raise InputError(f"{self.path} has two columns of the same name. Its columns: {', '.join(names)}")
-        return Scan(digest, size, sum(block.rows for block in self.blocks()))
+        with self._opened() as reader:
+            check_names(reader.schema)
+        rows = sum(block.rows for block in self.blocks())
+        self._check_whole()
+        return Scan(digest, size, rows)
+
+    def _check_whole(self) -> None:
+        """Raises InputError if the file was cut off between two record batches, or `cat` has put two files together."""
+        with self._mapped() as (file, is_file_kind):
+            if not is_file_kind:
+                check_stream_ends(file)
+                return
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(_END_AND_BEGINNING) >= 0:
+                raise InputError(
+                    f"{self.path} is two Arrow files in one, of which one would not be read. Make two of it"
+                )
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""
@@ -48,22 +67,29 @@ class Arrow(Source):
         """The record batches. Those of a stream are read one after the other; of the file kind, as they are wanted."""
         with self._opened() as reader:
             if not hasattr(reader, "get_batch"):
-                yield from (Block(batch.num_rows, partial(iter, [batch])) for batch in reader)
+                for batch in reader:
+                    batch.validate()  # its number of rows may be any
+                    yield Block(batch.num_rows, partial(iter, [batch]))
                 return
             for number in range(reader.num_record_batches):
                 if number == len(self._lengths):
-                    self._lengths.append(reader.get_batch(number).num_rows)
+                    batch = reader.get_batch(number)
+                    batch.validate()
+                    self._lengths.append(batch.num_rows)
                 yield Block(self._lengths[number], partial(map, reader.get_batch, [number]))
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
-        import pyarrow as pa
+        with self._mapped() as (file, is_file_kind), _KINDS[is_file_kind](file) as reader:
+            yield reader
 
+    @contextmanager
+    def _mapped(self) -> Iterator[tuple[pa.NativeFile, bool]]:
+        """The bytes, and whether they are of the file kind."""
         try:
-            with pa.memory_map(str(self.path)) as file:
-                open_kind = pa.ipc.open_file if file.read(len(_FILE_KIND)) == _FILE_KIND else pa.ipc.open_stream
+            with pa.memory_map(os.fsencode(self.path)) as file:
+                is_file_kind = file.read(len(_FILE_KIND)) == _FILE_KIND
                 file.seek(0)
-                with open_kind(file) as reader:
-                    yield reader
-        except (pa.ArrowException, OSError) as error:
+                yield file, is_file_kind
+        except DAMAGE as error:
             raise InputError(f"{self.path} cannot be read as Arrow: {error}") from error

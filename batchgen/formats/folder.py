@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+
+from batchgen.batches import DAMAGE, check_names, check_stream_ends
 from batchgen.formats import Block, InputError, Scan, Source
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 class Folder(Source):
@@ -29,15 +30,17 @@ class Folder(Source):
 
     def files(self) -> list[Path]:
         """The Arrow files, in the order of the rows."""
+        if not self._files:
+            raise InputError(f"{self.path} is a dataset without files")
         return self._files
 
     @cached_property
     def _files(self) -> list[Path]:
         splits = self.path / "dataset_dict.json"
         if splits.exists():
-            names = _read_json(splits).get("splits", [])
-            paths = ", ".join(str(self.path / str(name)) for name in names)
-            raise InputError(f"{self.path} holds several splits. Name one of them instead: {paths}")
+            names = _read_json(splits).get("splits")
+            paths = ", ".join(str(self.path / str(name)) for name in (names if isinstance(names, list) else ()))
+            raise InputError(f"{self.path} holds several splits. Name one of them instead: {paths or 'its folders'}")
         if not (self.path / "state.json").exists():
             raise InputError(
                 f"{self.path} is a folder, but not one that datasets saved: it has no state.json. "
@@ -50,25 +53,36 @@ class Folder(Source):
                 "have. Load it with that version, call flatten_indices() and save it again"
             )
         try:
-            return [self.path / file["filename"] for file in state["_data_files"]]
-        except (KeyError, TypeError) as error:
+            names = [file["filename"] for file in state["_data_files"]]
+            if not all(os.fsencode(name).strip(b"./") and "\0" not in name for name in names):
+                raise ValueError("a name of no file")
+            return [self.path / name for name in names]
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.path / 'state.json'} does not name the files of the dataset") from error
 
     def scan(self) -> Scan:
         """Reads all bytes for the digest, then every record batch."""
+        digest = self.digest()
+        size = sum(path.stat().st_size for path in self._files)
+        for path in self._files:
+            with _mapped(path) as file:
+                check_stream_ends(file)
+        with _opened(self._files[0]) as reader:
+            check_names(reader.schema)
+        rows = sum(block.rows for block in self.blocks())
+        return Scan(digest, size, rows)
+
+    def digest(self) -> str:
+        """Over the names of the files and what they hold."""
         digest = hashlib.sha256()
-        size = 0
         for path in self._files:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
-                size += file.tell()
             digest.update(json.dumps([path.name, content]).encode())
-        return Scan(digest.hexdigest(), size, sum(block.rows for block in self.blocks()))
+        return digest.hexdigest()
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""
-        if not self._files:
-            raise InputError(f"{self.path} is a dataset without files")
         with _opened(self._files[0]) as reader:
             return reader.schema
 
@@ -79,24 +93,30 @@ class Folder(Source):
             with _opened(path) as reader:
                 if not reader.schema.equals(schema):
                     raise InputError(f"{path} has other columns than {self._files[0].name}. Save the dataset again")
-                yield from (Block(batch.num_rows, partial(iter, [batch])) for batch in reader)
+                for batch in reader:
+                    batch.validate()  # its number of rows may be any
+                    yield Block(batch.num_rows, partial(iter, [batch]))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
+    with _mapped(path) as file, pa.ipc.open_stream(file) as reader:
+        yield reader
 
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[pa.NativeFile]:
     try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-            yield reader
-    except (pa.ArrowException, OSError) as error:
+        with pa.memory_map(os.fsencode(path)) as file:
+            yield file
+    except DAMAGE as error:
         raise InputError(f"{path} cannot be read as an Arrow stream: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: it holds no object")

@@ -2,7 +2,7 @@
 
 The scan notes where each line begins (8 bytes a row, in memory and in the cache folder). A compressed file is unpacked
 once, into the cache folder. A line that is no JSON object is an error row. Blank lines are no rows, but count as lines.
-Where an object has a key twice, the last one counts, as Python's json has it.
+An object that has a key twice is no JSON object here: one of the two values would be lost.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
-from math import isinf
 from pathlib import Path
-from typing import IO, Any, Never
+from typing import IO, Any
 
-from batchgen.formats import InputError, Scan, Source, Value
-from batchgen.types import RowError
+from batchgen.formats import InputError, Scan, Source, Value, place_of
+from batchgen.objects import BOM, DECODER, DEEPEST, read_carefully, writable
 
 WINDOW = 1 << 18  # bytes read at once: more costs no less time, and only this much lies around
-DEEPEST = 200  # levels of lists and objects; Python's json reads about 1000, but cannot write as many everywhere
-_BOM = b"\xef\xbb\xbf"
+# How the first line of a file begins that is something else as a whole, and what to do.
+_OTHER_KINDS = {
+    b"\x1f\x8b": "it is compressed with gzip. Let its name end in .jsonl.gz",
+    b"\x28\xb5\x2f\xfd": "it is compressed with Zstandard. Let its name end in .jsonl.zst",
+    b"PAR1": "it is Parquet. Let its name end in .parquet",
+    b"ARROW1": "it is Arrow. Let its name end in .arrow",
+    b"\xff\xfe": "it is UTF-16 or UTF-32. Turn it into UTF-8: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "it is UTF-16. Turn it into UTF-8: iconv -f UTF-16 -t UTF-8",
+}
+_ESCAPED_NAME = re.compile(rb"\\u00[567]")  # letters that only a name like "\u0069d" needs to escape
 _ID_FIRST = re.compile(rb'^[ \t]*\{[ \t]*"(?:custom_)?id"[ \t]*:[ \t]*"([^"\\\n]*)"', re.MULTILINE)
 
 
@@ -46,16 +52,21 @@ class Jsonl(Source):
             raise InputError(f"{self._index} is not the index of {path}, or damaged. Delete it and start again")
 
     @property
-    def _packed(self) -> bool:
+    def unpacked(self) -> bool:
+        """Whether it is compressed."""
         return self.path.suffix.lower() in (".gz", ".zst")
 
     @property
     def _text(self) -> Path:
-        return self.cache.with_suffix(".jsonl") if self._packed else self.path
+        return self.cache.with_suffix(".jsonl") if self.unpacked else self.path
 
     @property
     def _index(self) -> Path:
         return self.cache.with_suffix(".offsets")
+
+    def bytes_of(self, number: int) -> int:
+        """What the row's line takes."""
+        return self._begins[number + 1] - self._begins[number]
 
     def files(self) -> list[Path]:
         """The file, or its unpacked text."""
@@ -63,7 +74,7 @@ class Jsonl(Source):
 
     def scan(self) -> Scan:
         """Notes where the rows begin; unpacks the file, unless an earlier start has."""
-        if self._packed:
+        if self.unpacked:
             return self._unpack()
         sha = hashlib.sha256()
         with self.path.open("rb", buffering=WINDOW) as lines:
@@ -92,14 +103,22 @@ class Jsonl(Source):
         position = 0
         line = b"\n"
         for line in lines:
-            text = line.removeprefix(_BOM) if position == 0 else line
-            if text.strip():
-                begins.append(position + len(line) - len(text))
-            else:
+            mark = 0
+            if position == 0:
+                self._check_kind(line)
+                mark = len(BOM) if line.startswith(BOM) else 0
+            if line.isspace() or (mark and not line[mark:].strip()):
                 blanks.append(len(begins))
+            else:
+                begins.append(position + mark)
             position += len(line)
         begins.append(position if line.endswith(b"\n") else position + 1)
         return position
+
+    def _check_kind(self, line: bytes) -> None:
+        for beginning, what in _OTHER_KINDS.items():
+            if line.startswith(beginning):
+                raise InputError(f"{self.path} is not JSON lines: {what}")
 
     def _save(self, digest: str, size: int) -> Scan:
         with _replacing(self._index) as file:
@@ -123,7 +142,7 @@ class Jsonl(Source):
     def rows(self, numbers: Iterable[int]) -> Iterator[tuple[int, int, Value]]:
         """As `Source.rows`, in any order; quick where it ascends. Error rows are `malformed_json` or `wrong_type`."""
         self.check_unchanged()
-        begins, blanks, decode = self._begins, self._blanks, _DECODER.raw_decode
+        begins, blanks, decode = self._begins, self._blanks, DECODER.raw_decode
         with self._text.open("rb") as file:
             for window in self._windows(numbers):
                 start = begins[window[0]]
@@ -137,12 +156,12 @@ class Jsonl(Source):
                         text = raw.decode()
                         value, end = decode(text)
                     except (ValueError, RecursionError):
-                        value = _read_carefully(raw, line)
+                        value = read_carefully(raw, line, self.name)
                     else:
                         if type(value) is not dict or (end != len(text) and text[end:].strip()):
-                            value = _read_carefully(raw, line)
+                            value = read_carefully(raw, line, self.name)
                         elif escapes or (end > 2 * DEEPEST and text.count("[") + text.count("{") > DEEPEST):
-                            value = _writable(value, line)
+                            value = writable(value, line, self.name)
                     yield number, line, value
 
     def hashes(self, id_of: Callable[[Value], str | None]) -> Iterator[int]:
@@ -153,13 +172,13 @@ class Jsonl(Source):
                 start = begins[window[0]]
                 data = self._read(file, start, begins[window[-1] + 1])
                 ids = _ID_FIRST.findall(data)
-                if len(ids) == len(window) == data.count(b'"id"') + data.count(b'"custom_id"'):
+                named = data.count(b'"id"') + data.count(b'"custom_id"')
+                if len(ids) == len(window) == named and not _ESCAPED_NAME.search(data):
                     # Each row begins with its id and has no other: most files, and then nothing more is looked at.
                     yield from (hash(id.decode("utf-8", "replace")) for id in ids)
                     continue
-                for number, _, value in self.rows(window):
-                    own = id_of(value)
-                    yield ~number if own is None else hash(own)
+                for _, line, value in self.rows(window):
+                    yield hash(id_of(value) or place_of(self.name, line))
 
     def _windows(self, numbers: Iterable[int]) -> Iterator[list[int]]:
         """`numbers` in groups whose text lies within `WINDOW` bytes, or alone."""
@@ -200,7 +219,7 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
         else:
             import pyarrow as pa  # has Zstandard, which the standard library of Python 3.11 has not
 
-            raw = files.enter_context(pa.input_stream(str(path), compression="zstd"))
+            raw = files.enter_context(pa.input_stream(pa.OSFile(os.fsencode(path)), compression="zstd"))
         yield files.enter_context(io.BufferedReader(raw, WINDOW))
 
 
@@ -220,64 +239,3 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _refuse_constant(name: str) -> Never:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if isinf(number):
-        raise ValueError(f"the number {text[:40]} is too large")
-    return number
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
-
-
-def _read_carefully(raw: bytes, line: int) -> Value:
-    """The object in `raw`, or the error row that says what is wrong with it."""
-    try:
-        value = _DECODER.decode(raw.decode())
-    except UnicodeDecodeError as error:
-        return _malformed(line, f"is not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}")
-    except json.JSONDecodeError as error:
-        return _malformed(line, f"is not valid JSON: {error.msg} at column {error.pos + 1}")
-    except RecursionError:
-        return _malformed(line, f"has lists or objects more than {DEEPEST} levels deep")
-    except ValueError as error:
-        return _malformed(line, f"is not valid JSON: {error}")
-    if not isinstance(value, dict):
-        return RowError("wrong_type", f"line {line} holds {_KINDS[type(value)]}, not an object", line)
-    return _writable(value, line)
-
-
-def _writable(value: dict[str, object], line: int) -> Value:
-    """`value`, if it can be written as JSON again."""
-    level: list[Any] = [value]
-    for _ in range(DEEPEST):
-        parts = chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level)
-        level = [part for part in parts if isinstance(part, (dict, list))]
-    if level:
-        return _malformed(line, f"has lists or objects more than {DEEPEST} levels deep")
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        return _malformed(line, f"has {half} in a text: half of a surrogate pair, which is no character in UTF-8")
-    return value
-
-
-def _malformed(line: int, why: str) -> RowError:
-    return RowError("malformed_json", f"line {line} {why}", line)
-
-
-_KINDS = {
-    list: "a list",
-    str: "a text",
-    int: "a number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}

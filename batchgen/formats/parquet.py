@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.batches import DAMAGE, check_names
 from batchgen.formats import Block, InputError, Scan, Source
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+_MAGIC = b"PAR1"  # at the beginning and the end of a file
+_END_AND_BEGINNING = _MAGIC * 2
 _BATCH = 1 << 22  # bytes of a row group, before compression, that are decoded at once, about
 
 
@@ -28,11 +31,24 @@ class Parquet(Source):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
         with self._opened() as parquet:
-            names = parquet.schema_arrow.names
+            check_names(parquet.schema_arrow)
             rows = parquet.metadata.num_rows
-        if len(set(names)) < len(names):
-            raise InputError(f"{self.path} has two columns of the same name. Its columns: {', '.join(names)}")
+            self._check_alone()
         return Scan(digest, size, rows)
+
+    def _check_alone(self) -> None:
+        """Raises InputError if `cat` has put two files together: readers see the last footer and not what is before."""
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.find(_END_AND_BEGINNING)
+        if end < 0:
+            return
+        with pa.memory_map(os.fsencode(self.path)) as file:
+            first = file.read_buffer(end + len(_MAGIC))
+        try:
+            pq.read_metadata(pa.BufferReader(first))
+        except DAMAGE:
+            return  # it is in a text
+        raise InputError(f"{self.path} is two Parquet files in one, of which one would not be read. Make two of it")
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""
@@ -50,12 +66,13 @@ class Parquet(Source):
 
     @contextmanager
     def _opened(self) -> Iterator[pq.ParquetFile]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         try:
             # A buffer instead of pre-buffering: pages are read as they are decoded, not a row group beforehand.
-            with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as parquet:
+            # Opened by bytes, since a name need not be UTF-8.
+            with (
+                pa.OSFile(os.fsencode(self.path)) as file,
+                pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as parquet,
+            ):
                 yield parquet
-        except (pa.ArrowException, OSError) as error:
+        except DAMAGE as error:
             raise InputError(f"{self.path} cannot be read as Parquet: {error}") from error

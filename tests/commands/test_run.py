@@ -80,10 +80,11 @@ def test_run_of_nothing_but_bad_rows_is_finished(tmp_path: Path) -> None:
     assert [batch["prompts"] for batch in read_rows(tmp_path / "p/timing.jsonl")] == [2048, 2048, 904]
 
 
-def test_input_without_rows_is_finished(tmp_path: Path) -> None:
+def test_input_without_rows_is_refused(tmp_path: Path) -> None:
     ended = call(tmp_path, *echo(write_rows(tmp_path / "p.jsonl", [])))
-    assert (ended.code, ended.out) == (0, "p/generations.jsonl\n")
-    assert (tmp_path / "p/generations.jsonl").read_bytes() == b""
+    assert (ended.code, ended.out) == (4, "")
+    assert "there is no row in" in ended.err
+    assert not list((tmp_path / "p").glob("generations*"))
 
 
 def test_second_start_of_a_finished_run_generates_nothing(tmp_path: Path, rows: Path) -> None:
@@ -178,7 +179,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     ended = call(tmp_path, *echo(rows), "--dry-run", "--ranks", 3, environment={"TMPDIR": str(tmp_path)})
     assert ended.code == 0
     assert ended.out.endswith("first prompt (p.jsonl:2, 16 tokens):\nthe first prompt\n")
-    assert "bad row:  line 1 is not valid JSON" in ended.out
+    assert "bad row:  line 1 of p.jsonl is not valid JSON" in ended.out
     assert "ranks:    3" in ended.out
     assert list(tmp_path.iterdir()) == [rows]
 
@@ -189,7 +190,7 @@ def test_max_error_rate_stops_a_doomed_run_and_every_next_start_of_it(tmp_path: 
     first, second = call(tmp_path, *command), call(tmp_path, *command)
     assert (first.code, second.code) == (75, 75)
     assert "5 of this stream's 100 rows have failed, more than --max-error-rate allows" in first.err
-    assert "line 5 is not valid JSON" in first.err
+    assert "line 5 of p.jsonl is not valid JSON" in first.err
     assert found(tmp_path / "p").good == 20  # one batch each
     assert "more than --max-error-rate allows" in str(found(tmp_path / "p").attempts[0].ended)
     assert call(tmp_path, *echo(rows), "--max-error-rate", 0.05).code == 3
@@ -200,7 +201,7 @@ def test_strict_names_the_bad_lines_and_generates_nothing(tmp_path: Path) -> Non
     ended = call(tmp_path, *echo(rows), "--strict")
     assert ended.code == 4
     assert "2 of 3 rows are bad" in ended.err
-    assert "line 2 is not valid JSON" in ended.err
+    assert "line 2 of p.jsonl is not valid JSON" in ended.err
     assert 'line 3 of p.jsonl: the "prompt" column is null' in ended.err
     assert not list((tmp_path / "p").glob("generations*"))
     assert call(tmp_path, *echo(rows)).code == 3
