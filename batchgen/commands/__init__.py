@@ -128,7 +128,13 @@ def log_to_stderr(rank: int, size: int) -> None:
 
 
 def carry_out(
-    inputs: Sequence[str], out: str | None, ranks: int, heartbeat_seconds: float, shard: Shard, **options: Any
+    inputs: Sequence[str],
+    out: str | None,
+    ranks: int,
+    heartbeat_seconds: float,
+    stall_seconds: float,
+    shard: Shard,
+    **options: Any,
 ) -> tuple[Status, bool]:
     """`batchgen.run` for the command line: errors as sentences, progress on stderr, ranks by this same command.
 
@@ -151,7 +157,7 @@ def carry_out(
         # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
         # its time.
         gc.set_threshold(100_000, 50, 100)
-        host = flow.Host(os.environ, ranks, sys.argv[1:], shard, heartbeat_seconds, watch)
+        host = flow.Host(os.environ, ranks, sys.argv[1:], shard, heartbeat_seconds, stall_seconds, watch)
         with results_only_on_stdout():
             return flow.run(inputs, out, host=host, **options), world.size == 1
     except flow.MergeError as error:

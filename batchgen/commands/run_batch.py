@@ -30,7 +30,7 @@ _TIMEOUT_SECONDS = 1000
 
 # What a run leaves in its folder; nothing else in there is ever deleted.
 _RUN_FILES = (
-    *("run.json", "attempts/*.json", "input/*", "fetched-*.jsonl", "timing.jsonl", "errors.jsonl"),
+    *("run.json", "attempts/*.json", "attempts/*.txt", "input/*", "fetched-*.jsonl", "timing.jsonl", "errors.jsonl"),
     *("generations.jsonl", "generations-[0-9]*-[0-9]*.jsonl", "batches-[0-9]*-[0-9]*.jsonl"),
 )
 
