@@ -98,11 +98,7 @@ _ENGINE_OPTIONS = (
         help="What generates; auto: the fastest that fits, by forecast.",
     ),
     click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="A setting of the engine; a wrong name lists all.",
+        "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the engine; wrong names list all."
     ),
     click.option(
         "--offload",
