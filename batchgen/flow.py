@@ -38,6 +38,7 @@ from batchgen.input import Input
 from batchgen.output import ErrorFormat, renderer
 from batchgen.prepare import Ready, RunError, check_all, prepare
 from batchgen.prompts import Recipe
+from batchgen.redaction import redacted
 from batchgen.stop import Stop
 from batchgen.types import WHOLE, Shard, UserError
 from batchgen.watchdog import STALL_SECONDS, report, stalled
@@ -124,7 +125,7 @@ def run(
     with stop.on_signals():
         opened = partial(prepare, files, folder.input_cache, *chosen, selftest=selftest, ranks=host.ranks)
         ready, attempt = _begun(folder, opened, world, host, strict, error_format)
-        with _end_if_it_fails(attempt, world):
+        with _end_if_it_fails(attempt, world, host):
             attempt = _carry_out(ready, attempt, world, host, stop, max_error_rate, error_format)
             return _finish(ready, attempt, world, stop, output_format)
 
@@ -151,7 +152,7 @@ def _begun(
         ready = opened(scan=True)
         if strict:
             check_all(ready)
-        known = facts(ready, max(world.size, host.ranks))
+        known = facts(ready, max(world.size, host.ranks), host.environment)
         folder.ask(asked(ready, error_format), known)
     except UserError:
         folder.remove_if_empty()
@@ -163,13 +164,13 @@ def _begun(
 
 
 @contextmanager
-def _end_if_it_fails(attempt: Attempt, world: World) -> Iterator[None]:
+def _end_if_it_fails(attempt: Attempt, world: World, host: Host) -> Iterator[None]:
     """Records why the attempt ended, if this process alone speaks for it."""
     try:
         yield
     except BaseException as error:
         if world.size == 1:
-            _end(attempt, f"failed: {type(error).__name__}: {error}")
+            _end(attempt, redacted(f"failed: {type(error).__name__}: {error}", host.environment))
         raise
 
 
@@ -206,7 +207,7 @@ def _carry_out(
         stop.reason = None  # that a rank died is why we start again
         logger.warning("out of memory; starting the ranks again, with smaller batches")
         _end(attempt, "out of memory in a step that all ranks take together")
-        known = facts(ready, host.ranks)
+        known = facts(ready, host.ranks, host.environment)
         attempt = checkpoint.claim(attempt.folder, world, known, host.heartbeat_seconds, shard=host.shard)
         mine = attempt.folder.done(len(ready.source)).part(host.shard)
 
