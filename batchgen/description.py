@@ -8,9 +8,11 @@ import json
 import platform
 import socket
 import sys
+from collections.abc import Mapping
 
 from batchgen import engine
 from batchgen.prepare import Ready
+from batchgen.redaction import redacted
 from batchgen.types import Generation, SamplingParams
 
 _PACKAGES = ("batchgen", "torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "tokenizers")
@@ -40,8 +42,8 @@ def _sampling(params: SamplingParams) -> dict[str, object]:
     return {f"sampling.{name}": value for name, value in values.items() if name != "logprobs" or value}
 
 
-def facts(ready: Ready, ranks: int) -> dict[str, object]:
-    """What a run runs on: recorded with every attempt, never compared."""
+def facts(ready: Ready, ranks: int, environment: Mapping[str, str]) -> dict[str, object]:
+    """What a run runs on: recorded with every attempt, never compared. Secrets of `environment` are left out."""
     return {
         "model": ready.model.name,
         "model_folder": str(ready.model.folder),
@@ -55,7 +57,7 @@ def facts(ready: Ready, ranks: int) -> dict[str, object]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions(),
-        "command": sys.argv,
+        "command": [redacted(word, environment) for word in sys.argv],
     }
 
 

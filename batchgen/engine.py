@@ -128,6 +128,9 @@ class Engine(ABC):
     awaited: Collection[int] | None = None
     """The ranks whose steps this one's wait for; None: all of the world's."""
 
+    at_ease: bool = False
+    """Its own part is done, and it waits for others, for as long as they take."""
+
     @classmethod
     def stream(cls, world: World, options: Any) -> Stream:
         """This rank's part: by default every rank is a stream of its own."""

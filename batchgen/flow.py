@@ -33,12 +33,15 @@ from batchgen.checkpoint import (
 )
 from batchgen.choice import AUTO
 from batchgen.description import asked, facts
+from batchgen.engine import Died
 from batchgen.input import Input
 from batchgen.output import ErrorFormat, renderer
 from batchgen.prepare import Ready, RunError, check_all, prepare
 from batchgen.prompts import Recipe
+from batchgen.redaction import redacted
 from batchgen.stop import Stop
 from batchgen.types import WHOLE, Shard, UserError
+from batchgen.watchdog import STALL_SECONDS, report, stalled
 from batchgen.work import Share
 from batchgen.world import World, check_start, from_environment
 
@@ -61,6 +64,7 @@ class Host:
     rank_command: Sequence[str] = ()  # arguments of `python -m batchgen` that start one rank
     shard: Shard = WHOLE  # the part of the input that this start does: other starts do the rest, at the same time
     heartbeat_seconds: float = HEARTBEAT_SECONDS  # after 18 missed ones, another host may take the run over
+    stall_seconds: float = STALL_SECONDS  # without a step, the process ends with code 75, whoever called; 0: never
     watch: Callable[[Attempt, Done], AbstractContextManager[object]] | None = None  # shows progress meanwhile
 
     def __post_init__(self) -> None:
@@ -121,7 +125,7 @@ def run(
     with stop.on_signals():
         opened = partial(prepare, files, folder.input_cache, *chosen, selftest=selftest, ranks=host.ranks)
         ready, attempt = _begun(folder, files, opened, world, host, strict, error_format)
-        with _end_if_it_fails(attempt, world):
+        with _end_if_it_fails(attempt, world, host):
             attempt = _carry_out(ready, attempt, world, host, stop, max_error_rate, error_format)
             return _finish(ready, attempt, world, stop, output_format)
 
@@ -155,7 +159,7 @@ def _begun(
         ready = opened(scan=True)
         if strict:
             check_all(ready)
-        known = facts(ready, max(world.size, host.ranks))
+        known = facts(ready, max(world.size, host.ranks), host.environment)
         folder.ask(asked(ready, error_format), known)
     except UserError:
         folder.remove_if_empty()
@@ -167,13 +171,13 @@ def _begun(
 
 
 @contextmanager
-def _end_if_it_fails(attempt: Attempt, world: World) -> Iterator[None]:
+def _end_if_it_fails(attempt: Attempt, world: World, host: Host) -> Iterator[None]:
     """Records why the attempt ended, if this process alone speaks for it."""
     try:
         yield
     except BaseException as error:
         if world.size == 1:
-            _end(attempt, f"failed: {type(error).__name__}: {error}")
+            _end(attempt, redacted(f"failed: {type(error).__name__}: {error}", host.environment))
         raise
 
 
@@ -196,11 +200,13 @@ def _carry_out(
         model_name = ready.recipe.model or ready.model.name
         render = renderer(model_name, attempt.folder.created, error_format, ready.answers_requests)
         with shown(attempt, mine) if shown else nullcontext():
-            Share(ready, world, attempt, done, stop, max_error_rate, render).work()
+            Share(ready, world, attempt, done, stop, max_error_rate, host.stall_seconds, render).work()
         return attempt
     while True:
         with shown(attempt, mine) if shown else nullcontext():
-            codes = launch.start_ranks(attempt, host.rank_command, host.ranks, stop, host.environment)
+            codes = launch.start_ranks(
+                attempt, host.rank_command, host.ranks, stop, host.environment, host.stall_seconds
+            )
         if 4 in codes:
             raise RunError("a rank could not start; it says above why")
         if stop.signal is not None or not attempt.folder.has_limits_of(attempt.number):
@@ -208,7 +214,7 @@ def _carry_out(
         stop.reason = None  # that a rank died is why we start again
         logger.warning("out of memory; starting the ranks again, with smaller batches")
         _end(attempt, "out of memory in a step that all ranks take together")
-        known = facts(ready, host.ranks)
+        known = facts(ready, host.ranks, host.environment)
         attempt = checkpoint.claim(attempt.folder, world, known, host.heartbeat_seconds, shard=host.shard)
         mine = attempt.folder.done(len(ready.source)).part(host.shard)
 
@@ -218,8 +224,7 @@ def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_for
     shard = attempt.shard
     if world.attempt is not None or world.rank > 0:
         return checkpoint.status(attempt.folder, shard)  # the starter, or rank 0, does it
-    if world.size > 1:
-        _await_ranks(attempt, world)
+    missing = world.size > 1 and not _await_ranks(attempt, world)
     # Of the whole run: whoever finishes the last shard merges. Two that end at once write the same bytes.
     # Verified only when all seems done, since that reads all text.
     if not checkpoint.status(attempt.folder).open and not checkpoint.status(attempt.folder, verify=True).open:
@@ -229,24 +234,31 @@ def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_for
             raise MergeError(str(error)) from error
     reasons = [stop.reason, *(beat.get("reason") for beat in attempt.heartbeats().values())]
     why = next(filter(None, reasons), "ended with open rows: a rank died")
-    _end(attempt, why if checkpoint.status(attempt.folder, shard).open else "finished")
+    status = checkpoint.status(attempt.folder, shard)
+    _end(attempt, why if status.open else "finished")
+    if missing and status.open:
+        raise Died(f"{why}; some of the {world.size} ranks have not ended in order")  # the launcher ends them
     return checkpoint.status(attempt.folder, shard)
 
 
-def _await_ranks(attempt: Attempt, world: World) -> None:
-    """Rank 0 of an outside launcher stays until the others have ended. No collective: it looks into the run folder."""
+def _await_ranks(attempt: Attempt, world: World) -> bool:
+    """Rank 0 of an outside launcher stays until the others have ended; False: some have stopped answering.
+
+    No collective: it looks into the run folder.
+    """
     before: object = None
     changed = time.monotonic()
     while True:
         beats = attempt.heartbeats()
         if len(beats) == world.size and all(beat["state"] in FINAL for beat in beats.values()):
-            return
+            return True
         if beats != before:
             before, changed = beats, time.monotonic()
         patience = attempt.limit if len(beats) == world.size else JOIN_SECONDS
         if time.monotonic() - changed > patience:
-            logger.warning("some of the %d ranks have not ended in order; going on without them", world.size)
-            return
+            waited = time.monotonic() - changed
+            report(attempt, stalled(attempt, waited, [rank for rank, beat in beats.items() if rank > 0]))
+            return False
         time.sleep(0.1)
 
 

@@ -15,10 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from batchgen import stacks
 from batchgen.checkpoint import Attempt
+from batchgen.stacks import ANSWER_SECONDS
 from batchgen.stop import Stop
+from batchgen.watchdog import Ranks, report, stalled
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +31,27 @@ _PR_SET_PDEATHSIG = 1  # see prctl(2)
 
 
 def start_ranks(
-    attempt: Attempt | None, command: Sequence[str], count: int, stop: Stop, environment: Mapping[str, str]
+    attempt: Attempt | None,
+    command: Sequence[str],
+    count: int,
+    stop: Stop,
+    environment: Mapping[str, str],
+    stall_seconds: float = 0.0,
 ) -> list[int]:
     """Runs `python -m batchgen COMMAND…` as `count` ranks to their end; gives their exit codes, negative for a signal.
 
     They belong to `attempt`, unless what they do is no run.
 
     If one rank dies, the others get SIGTERM, and `GRACE_SECONDS` later SIGKILL; at once if those that are left are
-    frozen.
+    frozen. A rank that makes no progress for `stall_seconds` (0: any time) is one that has died, after all ranks'
+    stacks have been logged.
     """
     port = _free_port()
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         numbers = range(0 if stop() else count)
         ranks.extend(_start(command, _variables(attempt, rank, count, port, environment)) for rank in numbers)
-        return _wait(ranks, stop)
+        return _wait(ranks, stop, attempt, stall_seconds)
     finally:
         for rank in ranks:
             rank.kill()
@@ -87,10 +97,14 @@ def _start(command: Sequence[str], variables: dict[str, str]) -> subprocess.Pope
     )
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
+def _wait(ranks: list[subprocess.Popen[bytes]], stop: Stop, attempt: Attempt | None, stall_seconds: float) -> list[int]:
     passed_on: int | None = None
     deadline: float | None = None
+    watched = Ranks(attempt, stall_seconds) if attempt is not None else None
     while _alive(ranks):
+        if attempt is not None and watched is not None and deadline is None:
+            for rank in _ended_for_standing(ranks, attempt, watched, stall_seconds):
+                rank.wait()
         if stop.signal is not None and passed_on is None:
             passed_on = stop.signal
             _send(ranks, passed_on)
@@ -99,13 +113,28 @@ def _wait(ranks: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
             if passed_on is None or ranks[dead].returncode != -passed_on:  # that one came before the rank's handler
                 reason = f"rank {dead} died (exit code {ranks[dead].returncode})"
                 logger.error("%s; ending the others", reason)
-                stop.request(reason)
+                # The watchdog of a rank has more to say.
+                asked = stacks.requested(attempt) if attempt is not None else None
+                stop.request(reason if asked is None else asked[0])
             _send(ranks, signal.SIGTERM)
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and (time.monotonic() > deadline or all(map(_is_frozen, _alive(ranks)))):
             _send(ranks, signal.SIGKILL)
         time.sleep(0.05)
     return [rank.returncode for rank in ranks]
+
+
+def _ended_for_standing(
+    ranks: list[subprocess.Popen[bytes]], attempt: Attempt, watched: Ranks, seconds: float
+) -> list[subprocess.Popen[bytes]]:
+    """Those that could not watch themselves, and now are killed."""
+    standing = watched.standing([number for number, rank in enumerate(ranks) if rank.poll() is None])
+    if standing and not report(attempt, stalled(attempt, seconds, standing)):
+        with suppress(subprocess.TimeoutExpired):
+            ranks[standing[0]].wait(timeout=ANSWER_SECONDS)  # a rank has noticed it too, and is asking them
+    for number in standing:
+        ranks[number].kill()
+    return [ranks[number] for number in standing]
 
 
 def _is_frozen(rank: subprocess.Popen[bytes]) -> bool:

@@ -58,20 +58,15 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
     Raises:
         EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
     """
-    load: Any = AutoModelForCausalLM.from_pretrained  # its annotation leaves out output_loading_info
+    make: Any = AutoModelForCausalLM  # its annotation leaves out output_loading_info
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
-        loaded, report = load(model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        MemoryError,
-        SafetensorError,
-        UnpicklingError,
-    ) as error:
+        loaded, report = make.from_pretrained(
+            model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
+        )
+    except UnpicklingError as error:
+        raise refused_pickle(Path(model)) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         if memory.is_out_of_memory(error):
             raise EngineError(
                 f"the model in {model} does not fit into memory; use a smaller --dtype or more GPUs"
@@ -87,6 +82,14 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
         for name, parameter in loaded.named_parameters():
             fill(name, parameter, spread)
     return loaded.eval()
+
+
+def refused_pickle(folder: Path) -> EngineError:
+    """Of torch's own words about such a file, the advice to load it all the same is left out."""
+    return EngineError(
+        f"the model in {folder} cannot be loaded: its pytorch_model*.bin holds more than tensors, or is damaged. Such "
+        "a file can run code as it is read, so this one is not; take a model with safetensors"
+    )
 
 
 def hollow(folder: Path) -> float | None:

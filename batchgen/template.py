@@ -58,6 +58,7 @@ def _content(content: object, name: str) -> str:
 _RESERVED_KWARGS = frozenset(
     {
         *("add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "messages", "conversation"),
+        "sanitize_control_tokens",
         *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
         *("self", "tokenizer_kwargs"),
     }

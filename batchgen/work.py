@@ -13,6 +13,7 @@ from batchgen.checkpoint import Attempt, Done, Heartbeat, Writer
 from batchgen.engine import Engine, OutOfStep, Setup, Stream, settings_of
 from batchgen.prepare import Ready
 from batchgen.schedule import open_rows, order, shard, windows
+from batchgen.stacks import answering
 from batchgen.stop import Stop
 from batchgen.types import Batch, Generation, Prompt
 from batchgen.watchdog import watching
@@ -32,6 +33,7 @@ class Share:
         done: Done,
         stop: Stop,
         max_error_rate: float,
+        stall_seconds: float,
         render: Callable[[Generation], bytes],
     ) -> None:
         self._ready, self._attempt, self._done, self._stop = ready, attempt, done, stop
@@ -55,6 +57,7 @@ class Share:
         self.stream: Stream = ready.kind.stream(world, ready.options)
         self._rows = shard(len(ready.source), self.stream, attempt.shard)
         self._most_failures = max_error_rate * len(self._rows)
+        self._stall_seconds = stall_seconds
         self._writer = Writer(attempt.folder.path, attempt.number, self.stream.index, world.rank, render)
         self._engine: Engine | None = None
         self._refused: list[Generation] = []  # rows that became no prompt, waiting for the next commit
@@ -67,14 +70,15 @@ class Share:
 
     def work(self) -> None:
         """Everything from the first row to the last commit. Returns early, in order, if the stop request is set."""
-        with Heartbeat(self._attempt, self._setup.world.rank, self._count) as heartbeat, closing(self._writer):
+        rank = self._setup.world.rank
+        with answering(), Heartbeat(self._attempt, rank, self._count) as heartbeat, closing(self._writer):
             try:
                 self._generate(heartbeat)
                 self._state = "stopped" if self._stop() else "finished"
             except OutOfStep as error:
                 self._state = "failed"
                 if error.rows:
-                    rank, length, rows = self._setup.world.rank, error.length, error.rows // 2
+                    length, rows = error.length, error.rows // 2
                     self._attempt.folder.add_limit(self._attempt.number, rank, self._conditions, length, rows)
                 raise
             except BaseException:
@@ -93,14 +97,16 @@ class Share:
             self._begin(heartbeat)
             self._commit(Batch([]), heartbeat)
             return
-        with self._ready.kind(self._setup, self._ready.options) as engine, watching(engine, self._attempt):
+        rank, limit = self._setup.world.rank, self._stall_seconds
+        with self._ready.kind(self._setup, self._ready.options) as engine:
             self._engine = engine
             self._look_at_devices()
             self._begin(heartbeat)
             queue = prompts if first is None else chain([first], prompts)
-            for batch in engine.generate(queue, self._stop):
-                self._commit(batch, heartbeat)
-            self._commit(Batch([]), heartbeat)
+            with watching(engine, self._attempt, rank, self._count, self._stop.request, limit):
+                for batch in engine.generate(queue, self._stop):
+                    self._commit(batch, heartbeat)
+                self._commit(Batch([]), heartbeat)
 
     def _anything_open(self) -> bool:
         mine = self._done.part(self._attempt.shard)
@@ -180,6 +186,8 @@ class Share:
             "committed_tokens": self._committed_tokens,
             "generated_tokens": generated if self.stream.writes else 0,
             "steps": self._engine.steps if self._engine is not None else 0,
+            "refused_again": self._refused_before,
+            "at_ease": self._engine is not None and self._engine.at_ease,
         }
 
 

@@ -76,7 +76,7 @@ def test_the_python_runs_as_it_stands(smollm2: Path, tmp_path: Path) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in ROOT.glob("*.md"):
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
             if not target.startswith(("http://", "https://")):
                 path, _, anchor = target.partition("#")
@@ -85,3 +85,20 @@ def test_links_lead_somewhere() -> None:
                 headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
                 slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
                 assert not anchor or anchor in slugs, (document.name, target)
+
+
+def test_the_threat_table_names_tests_that_are_there() -> None:
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`(tests/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
+    sources = {
+        "S": (ROOT / "tests/test_security.py").read_text(encoding="utf-8"),
+        "M": (ROOT / "tests/engines/test_hostile_models.py").read_text(encoding="utf-8"),
+    }
+    named = 0
+    for row in (line for line in text.splitlines() if line.startswith("| ")):
+        for letter, names in re.findall(r"\b([SM]) ((?:`\w+…`(?:, )?)+)", row):
+            for name in re.findall(r"`(\w+)…`", names):
+                assert f"def test_{name}" in sources[letter], name
+                named += 1
+    assert named > 15

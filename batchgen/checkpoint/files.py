@@ -71,7 +71,7 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
     """
     scratch = _scratch(path)
     try:
-        with open(scratch, "wb") as file:
+        with open(scratch, "xb") as file:
             file.write(data)
             if durable:
                 file.flush()
@@ -91,7 +91,7 @@ def make_exclusive(path: Path, data: bytes) -> bool:
     """
     scratch = _scratch(path)
     try:
-        with open(scratch, "wb") as file:
+        with open(scratch, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -188,11 +188,11 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_lines(path: Path, lines: Lines) -> None:
     """The lines as they stand: JSON lines."""
-    with open(path, "wb", buffering=1 << 20) as file:
+    with open(path, "xb", buffering=1 << 20) as file:
         file.writelines(line for _, line in lines())
 
 
 def _write_timing(path: Path, folder: RunFolder) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "x", encoding="utf-8") as file:
         for _, record in folder.records(verify=False):
             file.write(json.dumps({name: getattr(record, name) for name in _TIMING}) + "\n")

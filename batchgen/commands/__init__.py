@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batchgen.redaction import redacted
+
 if TYPE_CHECKING:
     from batchgen.checkpoint import Status
     from batchgen.types import Shard
@@ -27,6 +29,9 @@ class CommandError(click.ClickException):
     """Could not run: a sentence for the person at the terminal."""
 
     exit_code = 4  # Click's own 1 and 2 say nothing about the run, so no outcome of a run uses them
+
+    def format_message(self) -> str:
+        return redacted(self.message, os.environ)
 
 
 class Unfinished(CommandError):
@@ -123,13 +128,25 @@ def log_to_stderr(rank: int, size: int) -> None:
     """Shows batchgen's messages, and others' warnings, with the rank where there are several."""
     import logging  # with its own imports half of what `--help` may cost
 
+    class Redacted(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return redacted(super().format(record), os.environ)
+
     who = f"batchgen[{rank}]" if size > 1 else "batchgen"
-    logging.basicConfig(format=f"{who}: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Redacted(f"{who}: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("batchgen").setLevel(logging.INFO)
 
 
 def carry_out(
-    inputs: Sequence[str], out: str | None, ranks: int, heartbeat_seconds: float, shard: Shard, **options: Any
+    inputs: Sequence[str],
+    out: str | None,
+    ranks: int,
+    heartbeat_seconds: float,
+    stall_seconds: float,
+    shard: Shard,
+    **options: Any,
 ) -> tuple[Status, bool]:
     """`batchgen.run` for the command line: errors as sentences, progress on stderr, ranks by this same command.
 
@@ -152,7 +169,7 @@ def carry_out(
         # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
         # its time.
         gc.set_threshold(100_000, 50, 100)
-        host = flow.Host(os.environ, ranks, sys.argv[1:], shard, heartbeat_seconds, watch)
+        host = flow.Host(os.environ, ranks, sys.argv[1:], shard, heartbeat_seconds, stall_seconds, watch)
         with results_only_on_stdout():
             return flow.run(inputs, out, host=host, **options), world.size == 1
     except flow.MergeError as error:
@@ -163,14 +180,14 @@ def carry_out(
         if isinstance(error, Died):
             _say(str(error))
         elif not isinstance(error, KeyboardInterrupt):
-            traceback.print_exc()
+            click.echo(redacted(traceback.format_exc(), os.environ), err=True, nl=False)
         _say("died. What is recorded is safe; the same command goes on from there")
         sys.exit(DIED)
 
 
 def _say(sentence: str) -> None:
     try:
-        click.echo(f"batchgen: {sentence}", err=True)
+        click.echo(f"batchgen: {redacted(sentence, os.environ)}", err=True)
     except OSError:
         # The terminal or the pipe is gone. Click would exit with 1; the exit code shall still say how the run stands.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import CommandError, fail, log_to_stderr, results_only_on_stdout
+from batchgen.redaction import redacted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,7 +126,7 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
         )
         folder.ask(bench.asked(asked, name))
         folder.describe({"versions": versions(), "date": time.strftime("%Y-%m-%d")})
-        folder.remember(shlex.join(["batchgen", *sys.argv[1:]]))
+        folder.remember(redacted(shlex.join(["batchgen", *sys.argv[1:]]), os.environ))
         bench.run(asked, folder, os.environ, stop)
 
 

@@ -17,6 +17,7 @@ from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.choice import AUTO
 from batchgen.commands import carry_out, conclude, fail, log_to_stderr, results_only_on_stdout
 from batchgen.types import WHOLE, SamplingParams, Shard, UserError
+from batchgen.watchdog import STALL_SECONDS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
@@ -88,7 +89,6 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _SHORT_FORMS = ("offload", "tp")  # flags that are `--set NAME=VALUE`: the engine says whether it knows them
 
-
 _ENGINE_OPTIONS = (
     click.option(
         "--engine",
@@ -98,11 +98,7 @@ _ENGINE_OPTIONS = (
         help="What generates; auto: the fastest that fits, by forecast.",
     ),
     click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="A setting of the engine; a wrong name lists them.",
+        "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the engine; wrong names list all."
     ),
     click.option(
         "--offload",
@@ -134,6 +130,13 @@ _ENGINE_OPTIONS = (
         metavar="N",
         help="Processes to start on this host, one a GPU; 1, or --tp, unless given. Ignored where torchrun or "
         "srun has started them.",
+    ),
+    click.option(
+        "--stall-seconds",
+        type=click.FloatRange(min=0),
+        default=STALL_SECONDS,
+        show_default=True,
+        help="Without a step for so long, log where every rank stands and end, to be started again; 0 is never.",
     ),
 )
 

@@ -19,6 +19,7 @@ import click
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
+from batchgen.redaction import redacted
 from batchgen.types import WHOLE
 
 # vLLM's names of what torch calls otherwise.
@@ -30,7 +31,7 @@ _TIMEOUT_SECONDS = 1000
 
 # What a run leaves in its folder; nothing else in there is ever deleted.
 _RUN_FILES = (
-    *("run.json", "attempts/*.json", "input/*", "fetched-*.jsonl", "timing.jsonl", "errors.jsonl"),
+    *("run.json", "attempts/*.json", "attempts/*.txt", "input/*", "fetched-*.jsonl", "timing.jsonl", "errors.jsonl"),
     *("generations.jsonl", "generations-[0-9]*-[0-9]*.jsonl", "batches-[0-9]*-[0-9]*.jsonl"),
 )
 
@@ -87,6 +88,9 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     options["model"] = f"{model}@{revision}" if model and revision else model
     options["recipe"] = recipe_of(options, served or _default_model())
     options["heartbeat_seconds"], options["shard"] = HEARTBEAT_SECONDS, WHOLE
+    for name in (input_file, output_file):
+        if _is_url(name) and "@" in urllib.parse.urlsplit(name).netloc:
+            raise CommandError(f"{name} has a user or a password in it, which cannot be used: take a signed address")
     folder = folder_of({**options, "output_file": output_file})
     del options["run_folder"]
     if not _is_url(output_file) and os.path.exists(output_file) and _is_same_file(input_file, output_file):
@@ -101,7 +105,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     # Among ranks of torchrun or srun, the one that has merged ends the attempt.
     if not status.open and (speaks or status.attempts[-1].ended is not None):
         _deliver(folder / "generations.jsonl", output_file)
-        click.echo(output_file)
+        click.echo(redacted(output_file, os.environ))
     conclude(status, speaks)
 
 
@@ -186,13 +190,14 @@ def _discard(folder: Path) -> None:
 
 
 def _deliver(generations: Path, output: str) -> None:
-    scratch = f"{output}.{os.getpid()}"
+    scratch = f"{output}.{os.getpid()}.{os.urandom(4).hex()}"
     try:
         if _is_url(output):
             _put(generations, output)
             return
         try:
-            shutil.copyfile(generations, scratch)
+            with open(generations, "rb") as answers, open(scratch, "xb") as file:
+                shutil.copyfileobj(answers, file)
             os.replace(scratch, output)
         except BaseException:
             Path(scratch).unlink(missing_ok=True)

@@ -123,11 +123,13 @@ def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]
 
 def _write(path: Path, text: str) -> None:
     """The script at `path`; one that says something else, edited perhaps, is kept beside it."""
+    from batchgen.checkpoint import write_atomic
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_text(encoding="utf-8") != text:
             os.replace(path, path.with_name(f"{path.name}.old"))
             click.echo(f"batchgen: the script that was there is now {path.name}.old", err=True)
-        path.write_text(text, encoding="utf-8")
+        write_atomic(path, text.encode("utf-8"))  # never through a link that somebody has put there
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error

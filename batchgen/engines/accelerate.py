@@ -100,6 +100,7 @@ class Accelerate(Engine):
 
     def _count(self, tokens: int) -> None:
         self.generated_tokens += tokens
+        self.steps += 1
 
 
 def _placement(options: Accelerate.Options, world: World) -> dict[str, Any]:

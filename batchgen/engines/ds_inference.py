@@ -108,7 +108,7 @@ class DsInference(Engine):
             return self.any_rank(stop())
 
         yield from self._batches.run(prompts, any_stop)
-        self.patience = None
+        self.patience, self.at_ease = None, True
         self._group.await_others(stop)
 
     def any_rank(self, flag: bool) -> bool:

@@ -77,8 +77,9 @@ class Source(ABC):
             if scan:
                 cache.mkdir(parents=True, exist_ok=True)
                 self.scanned = self.scan()
-                scratch = record.with_suffix(f".{os.getpid()}")
-                scratch.write_text(json.dumps([name, *self.scanned]))
+                scratch = record.with_name(f".{record.name}.{os.getpid()}.{os.urandom(4).hex()}")
+                with open(scratch, "x") as file:
+                    file.write(json.dumps([name, *self.scanned]))
                 os.replace(scratch, record)
                 return
             left = record.read_bytes()

@@ -226,9 +226,9 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` once it is written to the end and on the disk; else nothing changes."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
-        with unfinished.open("wb", buffering=WINDOW) as file:
+        with unfinished.open("xb", buffering=WINDOW) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

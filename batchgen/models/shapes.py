@@ -134,9 +134,9 @@ def _tensors(config: Any, dtype: torch.dtype) -> dict[str, tuple[str, list[int],
     """Type, shape and bytes of each tensor that a file of this model holds; a tied one is there once."""
     from transformers import AutoModelForCausalLM
 
-    make: Any = AutoModelForCausalLM.from_config
+    make: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = make(config, dtype=dtype)
+        model = make.from_config(config, dtype=dtype, trust_remote_code=False)
     kept = model.state_dict()
     named = {**dict(model.named_parameters()), **{name: one for name, one in model.named_buffers() if name in kept}}
     return {name: (_NAMES[one.dtype], list(one.shape), one.numel() * one.element_size()) for name, one in named.items()}

@@ -114,9 +114,9 @@ def parameters(config: Any, dtype: torch.dtype) -> Parameters:
         )
     # Imports the model's module, which must not happen inside the block: its constants would be on the meta device.
     MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    make: Any = AutoModelForCausalLM.from_config
+    make: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = make(copy.deepcopy(config), dtype=dtype)
+        model = make.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     seen: set[int] = set()
     found = {}
     for module_name, module in model.named_modules():

@@ -48,7 +48,13 @@ class Directive:
 
     @property
     def line(self) -> str:
-        """The line of a script. sbatch takes a value between double quotes as it stands, but for a backslash."""
+        """The line of a script. sbatch takes a value between double quotes as it stands, but for a backslash.
+
+        Raises:
+            SlurmError: the value holds a line break, behind which bash would read on.
+        """
+        if "\n" in (self.value or ""):
+            raise SlurmError(f"--{self.name} of the job would hold a line break, which no script can: {self.value!r}")
         if self.value is None or _PLAIN.fullmatch(self.value):
             return f"#SBATCH {self.word}"
         escaped = re.sub(r'(["\\])', r"\\\1", self.value)

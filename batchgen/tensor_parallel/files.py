@@ -144,10 +144,11 @@ def _empty(folder: Path, dtype: torch.dtype, attn_implementation: str | None) ->
 
     Not of the device "meta", which AutoTP would fill with memory for all of them.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    make: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)  # type: ignore[no-untyped-call]
+        model = make.from_config(config, dtype=dtype, trust_remote_code=False, **chosen)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ def _stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
     for path in () if tables else sorted(folder.glob("pytorch_model*.bin")):
         try:
             tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        except UnpicklingError as error:
+            raise loading.refused_pickle(folder) from error
         except (OSError, RuntimeError, ValueError) as error:
             raise EngineError(f"{path} cannot be read ({error}); copy or download it again") from error
         for tensor in tensors.values():

@@ -1,4 +1,4 @@
-"""A rank that stops answering, in the engines whose ranks call together."""
+"""A rank that stops answering, in the engines whose ranks call together; an engine alone that stands still."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.runs import ROOT, command, process_of_rank_1, rows
+from tests.engines.runs import ROOT, command, process_of_rank_1, rows, run
+
+# For sitecustomize: the 60th forward comes to no end.
+STUCK = """
+import itertools, torch
+embedding, forwards = torch.nn.functional.embedding, itertools.count()
+def walks_in_circles(*arguments, **options):
+    while next(forwards) >= 60:
+        pass
+    return embedding(*arguments, **options)
+torch.nn.functional.embedding = walks_in_circles
+"""
 
 
 @pytest.mark.slow
@@ -26,3 +37,20 @@ def test_a_rank_that_stops_answering_is_named_and_ends_the_attempt(
     assert starter.returncode == 75, said
     assert "no step for 4 s: rank 1 (process" in said, said
     assert "stopped answering" in said
+    kept = [(out / "attempts" / f"00001-stacks-{rank:05d}.txt").read_text() for rank in range(2)]
+    for text in (kept[0], said):
+        assert "in all_reduce" in text
+        assert "in generate" in text
+    assert "it is stopped" in kept[1]
+
+
+@pytest.mark.parametrize("engine", ["accelerate", "paged"])
+def test_an_engine_alone_that_stands_still_says_where_and_ends(engine: str, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STUCK)
+    prompts, out = rows(tmp_path / "p.jsonl", 30), tmp_path / "out"
+    words = command(prompts, out, tiny_llama, "--batch-size", "2", "--stall-seconds", "2", engine=engine)
+    ended = run(*words, environment={"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 75, ended.stderr
+    assert "no step for 2 s: rank 0 (process" in ended.stderr
+    for said in (ended.stderr, (out / "attempts" / "00001-stacks-00000.txt").read_text()):
+        assert "in walks_in_circles" in said
