@@ -27,7 +27,7 @@ BAD = (
 # cache or text) does not wait for a near tie, and shows in any row.
 CLOSE = 1e-3
 _LENGTHS = (1, 2, 5, 12, 40, 120, 300)  # of prompts, in letters
-_MOST_TOKENS = 120  # to generate for a row
+MOST_TOKENS = 120  # to generate for a row
 
 
 class Fault(AssertionError):
@@ -88,7 +88,7 @@ def known_prompts(model: Path, seed: int = 0, each: int = 16) -> list[Known]:
         steps, gaps = _greedy(loaded, torch.tensor(tokenizer(prompts)["input_ids"]))
         for prompt, tokens, gap in zip(prompts, steps, gaps, strict=True):
             close, end = _first(gap < CLOSE), _first(tokens == tokenizer.eos_token_id)
-            most = _MOST_TOKENS if end < close else close
+            most = MOST_TOKENS if end < close else close
             if most:
                 texts = [tokenizer.decode([token]) for token in tokens[: min(close, end)].tolist()]
                 found.append(Known(prompt, texts, most))
@@ -102,7 +102,7 @@ def _greedy(model: Any, ids: Any) -> tuple[Any, Any]:
 
     cache, steps, gaps = None, [], []
     with torch.inference_mode():
-        for _ in range(_MOST_TOKENS):
+        for _ in range(MOST_TOKENS):
             output = model(input_ids=ids, past_key_values=cache, use_cache=True)
             best = output.logits[:, -1].topk(2)
             ids, cache = best.indices[:, :1], output.past_key_values
@@ -133,7 +133,7 @@ def write_rows(path: Path, seed: int, known: Sequence[Known]) -> Rows:
             errors[row] = len(lines), kind
             continue
         one = choose.choice(known)
-        most = min(one.most, choose.choice((1, 5, 20, _MOST_TOKENS, _MOST_TOKENS)))
+        most = min(one.most, choose.choice((1, 5, 20, MOST_TOKENS, MOST_TOKENS)))
         columns: dict[str, object] = {"id": f"row-{row}", "prompt": one.prompt, "max_new_tokens": most}
         letters = [token for token in one.tokens[1:most] if token.isalnum() and token.isascii()]
         if letters and choose.random() < 0.2:
