@@ -10,7 +10,7 @@ from batchgen.checkpoint.attempt import (
     claim,
     join,
 )
-from batchgen.checkpoint.files import AskedDifferently, CheckpointError, read_json, to_json, write_atomic
+from batchgen.checkpoint.files import AskedDifferently, CheckpointError, Damaged, read_json, to_json, write_atomic
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat
 from batchgen.checkpoint.merge import merge_with, write_lines
@@ -25,6 +25,7 @@ __all__ = [
     "Attempt",
     "AttemptStatus",
     "CheckpointError",
+    "Damaged",
     "Done",
     "Heartbeat",
     "RunFolder",

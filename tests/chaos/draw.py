@@ -1,4 +1,4 @@
-"""What happens to a run, drawn from a seed: its starts, what strikes each of them, and what befalls the folder between."""
+"""What happens to a run, drawn from a seed: its starts, what strikes each, and what befalls the folder between them."""
 
 from __future__ import annotations
 

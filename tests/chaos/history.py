@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.chaos import disk
 from tests.chaos.checker import check, check_kept, finished
-from tests.chaos.draw import FILL_DISK, TOGETHER, Harm, Start, draw
+from tests.chaos.draw import FILL_DISK, Harm, Start, draw
 from tests.chaos.harm import harm
 from tests.chaos.power import shim
 from tests.chaos.starts import ROOT, End, Place, carry_out
@@ -135,7 +135,9 @@ def _refuse(step: Harm, place: Place, history: History) -> None:
         return
     if step.kind == "change input":
         content = place.rows.path.read_bytes()
-        place.rows.path.write_bytes(content.replace(b'"prompt"', b'"prompt" ', 1) + choose.choice((b"", b'{"prompt": "x"}\n')))
+        place.rows.path.write_bytes(
+            content.replace(b'"prompt"', b'"prompt" ', 1) + choose.choice((b"", b'{"prompt": "x"}\n'))
+        )
         _probe(probe, place, history, step, ("asked differently: input was",))
         place.rows.path.write_bytes(content)
     elif step.kind == "lose run.json":

@@ -21,7 +21,19 @@ SOURCE = Path(__file__).with_name("power.c")
 def shim(folder: Path) -> Path:
     """The compiled library, made in `folder`."""
     library = folder / "power.so"
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", str(library), str(SOURCE), "-ldl", "-lpthread"]
+    command = [
+        "gcc",
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-Wall",
+        "-Werror",
+        "-o",
+        str(library),
+        str(SOURCE),
+        "-ldl",
+        "-lpthread",
+    ]
     subprocess.run(command, check=True)
     return library
 
@@ -167,4 +179,3 @@ def _after(file: File, choose: random.Random) -> bytes:
     size = choose.choice((file.synced, choose.randint(file.synced, file.size), file.size))
     arrived = choose.randint(file.synced, size) if choose.random() < 0.5 else size
     return file.content[:arrived] + bytes(size - arrived)
-

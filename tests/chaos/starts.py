@@ -265,9 +265,7 @@ def check_exit(start: Start, code: int, place: Place, number: int, struck: bool,
         allowed = {done}
     elif start.kind in (FAIL_DISK, FILL_DISK):
         allowed |= {75, 4}  # 4 before the claim; 75 too where the output could not be replaced
-    elif start.kind == CUT_POWER:
-        allowed.add(-signal.SIGKILL)
-    elif strikes_starter and signal.SIGKILL in start.signals:
+    elif start.kind == CUT_POWER or (strikes_starter and signal.SIGKILL in start.signals):
         allowed.add(-signal.SIGKILL)
     elif strikes_starter and (not claim.exists() or json.loads(claim.read_bytes())["ended"] is not None):
         # Before the claim and after its end nobody needs to answer; click says 1 to an early interrupt.
