@@ -1,6 +1,6 @@
 """Histories of runs that are struck by faults of every kind; then the proof of exactly once, and the totals.
 
-    scripts/chaos [--histories N] [--seed S] [--engine NAME]
+    scripts/chaos [--histories N] [--seed S] [--engine NAME] [--plant FAULT]
 
 Each seed draws a prompt file, up to four starts of a run over it with what strikes them, and what befalls its folder
 between them; one undisturbed start finishes. A history that fails is printed with its seed, and its folder is kept.
@@ -20,6 +20,8 @@ from pathlib import Path
 from tests.chaos.checker import Fault
 from tests.chaos.draw import ENGINES, HARMS, REFUSED, STRIKES, engine_of
 from tests.chaos.history import Ground, History, live
+from tests.chaos.plants import PLANTS, plant
+from tests.chaos.starts import ROOT
 
 
 def main() -> int:
@@ -28,10 +30,12 @@ def main() -> int:
     parser.add_argument("--histories", type=int, default=200, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the first one; the others follow")
     parser.add_argument("--engine", choices=ENGINES, help="all of them in turn, unless given")
+    parser.add_argument("--plant", choices=PLANTS, help="into a copy of batchgen, which must then fail")
     asked = parser.parse_args()
     say = partial(print, flush=True)
     folder = Path(tempfile.mkdtemp(prefix="batchgen-chaos-"))
     ground, begun = Ground(folder), time.monotonic()
+    product = plant(asked.plant, folder / "planted") if asked.plant else ROOT
     lived: list[History] = []
     wrong: Counter[str] = Counter()
     for seed in range(asked.seed, asked.seed + asked.histories):
@@ -39,10 +43,10 @@ def main() -> int:
         place.mkdir()
         engine = asked.engine or engine_of(seed)
         try:
-            history = live(seed, engine, place, ground)
+            history = live(seed, engine, place, ground, product=product)
         except Fault as fault:
             wrong[fault.kind] += 1
-            say(f"seed {seed}, {engine}: FAILED, all is in {place}: {fault}")
+            say(f"seed {seed}, {engine}: FAILED, all is in {place}: {str(fault)[:8000]}")
             continue
         lived.append(history)
         seconds = time.monotonic() - since

@@ -86,7 +86,7 @@ def check(out: Path, unbroken: Path, rows: Rows, most_in_flight: dict[int, int] 
     """
     mine, theirs = lines(out / "generations.jsonl"), lines(unbroken / "generations.jsonl")
     for where, indexes in (
-        ("generations.jsonl", [row["index"] for row in mine]),
+        ("generations.jsonl", [row.get("index") for row in mine]),
         ("the records", [row for proof in proofs(out) for row in proof.rows]),
     ):
         times = Counter(indexes)

@@ -43,12 +43,13 @@ class Start:
     signals: tuple[int, ...] = ()
     gap: float = 0.0  # seconds between two strokes; how long a rank pauses
     error: int = 0  # of a disk that fails
+    operation: int = 0  # at which the disk fails or the power goes; 0: by `moment`
 
     def __str__(self) -> str:
         names = "+".join(signal.Signals(number).name for number in self.signals)
         names = names or (errno.errorcode[self.error] if self.error else "")
         ranks = f" (rank {', '.join(map(str, self.victims))})" if self.victims else ""
-        when = "" if self.kind in (CUT_POWER, FAIL_DISK) else ", loading" if self.early else ", working"
+        when = ", loading" if self.early else ", working"
         more = f" {' '.join(self.settings)}" if self.settings else ""
         what = f"{' '.join(filter(None, (self.kind, names)))}{ranks}{when}" if self.kind != "none" else "undisturbed"
         return f"{self.ranks} rank(s), batch {self.batch_size}{more}: {what}"

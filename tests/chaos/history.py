@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import string
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 from tests.chaos import disk
-from tests.chaos.checker import check, check_kept, finished
-from tests.chaos.draw import FILL_DISK, Harm, Start, draw
+from tests.chaos.checker import Fault, check, check_kept, finished
+from tests.chaos.draw import FILL_DISK, REFUSED, Harm, Start, draw
 from tests.chaos.harm import harm
 from tests.chaos.power import shim
 from tests.chaos.starts import ROOT, End, Place, carry_out
@@ -30,6 +31,7 @@ class History:
     steps: list[str] = field(default_factory=list)  # in words
     faults: list[str] = field(default_factory=list)  # kinds of what was really done to it
     ends: list[End] = field(default_factory=list)
+    in_flight: dict[int, int] = field(default_factory=dict)  # most tokens in the batches of an attempt, by its number
 
 
 class Ground:
@@ -92,24 +94,31 @@ def live(
     with disk.mounted(folder / "disk") as is_mounted:
         out = folder / "disk" / "out"
         place = Place(folder, rows, model, ground.library, product, is_mounted, out, set())
-        in_flight: dict[int, int] = {}
-        for step in steps:
-            if isinstance(step, Start):
-                _start(step, place, history, in_flight)
-            elif step.kind in _REFUSED:
-                _refuse(step, place, history)
-            else:
-                place.out, names, what = harm(step.kind, place.out, random.Random(step.seed))
-                place.harmed |= names
-                history.steps.append(f"{step}: {what}")
-                history.faults += [step.kind] if "nothing" not in what else []
-        harmed = {int(name[:5]) for name in place.harmed if name[:5].isdigit()}
-        most = {attempt: tokens for attempt, tokens in in_flight.items() if attempt not in harmed}
-        check(place.out, unbroken, rows, most)
+        try:
+            _live_through(steps, place, history)
+            check(place.out, unbroken, rows, history.in_flight)
+        except Fault as fault:
+            shutil.copytree(place.disk, folder / "kept-disk", symlinks=True)
+            raise Fault(fault.kind, "\n    ".join([str(fault), *history.steps])) from fault
     return history
 
 
-def _start(start: Start, place: Place, history: History, in_flight: dict[int, int]) -> None:
+def _live_through(steps: Sequence[Start | Harm], place: Place, history: History) -> None:
+    for step in steps:
+        if isinstance(step, Start):
+            _start(step, place, history)
+        elif step.kind in REFUSED:
+            _refuse(step, place, history)
+        else:
+            place.out, names, what = harm(step.kind, place.out, random.Random(step.seed))
+            place.harmed |= names
+            history.steps.append(f"{step}: {what}")
+            history.faults += [step.kind] if "nothing" not in what else []
+            for attempt in {int(number) for name in names for number in re.findall(r"\d{5}", name)[:1]}:
+                history.in_flight.pop(attempt, None)
+
+
+def _start(start: Start, place: Place, history: History) -> None:
     before = finished(place.out)
     end = carry_out(start, place)
     history.steps.append(str(end))
@@ -118,7 +127,7 @@ def _start(start: Start, place: Place, history: History, in_flight: dict[int, in
     check_kept(before, place.out, "a start")
     if start.kind not in _NO_HEARTBEATS and start.engine != "paged":  # which holds back finished rows for a second
         number = max((int(path.stem) for path in place.out.glob("attempts/?????.json")), default=0)
-        in_flight[number] = start.ranks * start.batch_size * MOST_TOKENS
+        history.in_flight[number] = start.ranks * start.batch_size * MOST_TOKENS
 
 
 _NO_HEARTBEATS = ("cut power", "fail disk", FILL_DISK)  # the last one may be lost
@@ -153,9 +162,6 @@ def _refuse(step: Harm, place: Place, history: History) -> None:
             if is_read_only:
                 _probe(probe, place, history, step, ("Read-only file system", "Permission denied"))
     check_kept(before, place.out, str(step))
-
-
-_REFUSED = ("change input", "read-only folder", "lose run.json")
 
 
 def _probe(probe: Start, place: Place, history: History, step: Harm, sentences: tuple[str, ...]) -> None:

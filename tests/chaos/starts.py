@@ -32,9 +32,11 @@ END_SECONDS = 90.0
 FINISH_SECONDS = 180.0
 # About what a start takes until its ranks work: the time over which early disturbances spread.
 _LOADING_SECONDS = {"echo": 0.6, "accelerate": 5.0, "paged": 5.0, "ds-zero": 8.0, "ds-inference": 8.0}
-_WORKING_SECONDS = {"echo": 0.3}  # a rank: the others spread over this time, or 1 s, from when the first one works
-# Operations on files of a start, besides four a batch: 30 before the first and 25 after the last.
-_OTHER_OPERATIONS = 55
+# A rank: the others spread over this time from when the first one works.
+_WORKING_SECONDS = {"echo": 0.1, "accelerate": 1.0, "paged": 1.0, "ds-zero": 1.0, "ds-inference": 1.0}
+# Operations on files of a start, besides four a batch: before the first one (fewer, where there was a start before), and
+# after the last.
+_FIRST_OPERATIONS, _LAST_OPERATIONS = 27, 20
 
 
 @dataclass
@@ -94,8 +96,10 @@ class Running:
         self.number = 1 + max((int(path.stem) for path in place.out.glob("attempts/?????.json")), default=0)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict([self.mark.split("=")])}
         if journal is not None:
-            batches = math.ceil(place.rows.count / start.batch_size / start.ranks)
-            at = 1 + int(start.moment * (_OTHER_OPERATIONS + 4 * batches))
+            commits = 4 * math.ceil(place.rows.count / start.batch_size / start.ranks)
+            after = int(start.moment * (commits + _LAST_OPERATIONS))
+            at = 1 + (int(start.moment * _FIRST_OPERATIONS) if start.early else _FIRST_OPERATIONS + after)
+            at = start.operation or at
             environment.update(journal.environment(place.library, at, start.error))
         with log.open("ab") as file:
             command = place.command(start)
@@ -156,7 +160,7 @@ def _strike(running: Running, place: Place) -> list[float]:
         if time.monotonic() > deadline:
             raise Fault("hung", f"no rank works after {FINISH_SECONDS:.0f} s")
         time.sleep(0.005)
-    loading, working = _LOADING_SECONDS[start.engine], _WORKING_SECONDS.get(start.engine, 1.0) * start.ranks
+    loading, working = _LOADING_SECONDS[start.engine], _WORKING_SECONDS[start.engine] * start.ranks
     time.sleep(start.moment * (loading if start.early else working))
     if starter.poll() is not None:
         return []
