@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--engine", choices=ENGINES, help="all of them in turn, unless given")
     parser.add_argument("--plant", choices=PLANTS, help="into a copy of batchgen, which must then fail")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process and no mount is left
     say = partial(print, flush=True)
     folder = Path(tempfile.mkdtemp(prefix="batchgen-chaos-"))
     ground, begun = Ground(folder), time.monotonic()

@@ -75,7 +75,7 @@ def draw(seed: int, engine: str) -> list[Start | Harm]:
     """The steps of a history; the last one is an undisturbed start."""
     choose = random.Random(f"{engine} {seed}")
     steps: list[Start | Harm] = []
-    for _ in range(choose.randint(1, 2 if engine in TOGETHER else 4)):
+    for _ in range(choose.randint(1, 4 if engine == "echo" else 2)):
         steps.append(_struck(choose, engine))
         steps += [Harm(choose.choice(HARMS), choose.getrandbits(32)) for _ in range(choose.choice((0, 0, 1, 1, 2)))]
         if choose.random() < 0.25:

@@ -34,8 +34,8 @@ FINISH_SECONDS = 180.0
 _LOADING_SECONDS = {"echo": 0.6, "accelerate": 5.0, "paged": 5.0, "ds-zero": 8.0, "ds-inference": 8.0}
 # A rank: the others spread over this time from when the first one works.
 _WORKING_SECONDS = {"echo": 0.1, "accelerate": 1.0, "paged": 1.0, "ds-zero": 1.0, "ds-inference": 1.0}
-# Operations on files of a start, besides four a batch: before the first one (fewer, where there was a start before), and
-# after the last.
+# Operations on files of a start, besides four a batch: before the first one (fewer, where a start was before) and after
+# the last.
 _FIRST_OPERATIONS, _LAST_OPERATIONS = 27, 20
 
 
@@ -96,7 +96,9 @@ class Running:
         self.number = 1 + max((int(path.stem) for path in place.out.glob("attempts/?????.json")), default=0)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict([self.mark.split("=")])}
         if journal is not None:
-            commits = 4 * math.ceil(place.rows.count / start.batch_size / start.ranks)
+            # `paged` commits once a second.
+            batches = 3 if start.engine == "paged" else place.rows.count / start.batch_size / start.ranks
+            commits = 4 * math.ceil(batches)
             after = int(start.moment * (commits + _LAST_OPERATIONS))
             at = 1 + (int(start.moment * _FIRST_OPERATIONS) if start.early else _FIRST_OPERATIONS + after)
             at = start.operation or at
