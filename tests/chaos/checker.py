@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.uneven_rows import Rows
+from tests.chaos.rows import Rows
 
 
 class Fault(AssertionError):
@@ -96,13 +96,13 @@ def check(out: Path, unbroken: Path, rows: Rows, most_in_flight: dict[int, int] 
             raise Fault("doubled", f"rows {doubled} are more than once in {where}")
     if [row["index"] for row in mine] != list(range(rows.count)):
         raise Fault("order", "generations.jsonl is not in the order of the input")
-    check_proofs(out, mine)
     check_errors(out, mine, rows)
     for own, other in zip(mine, theirs, strict=True):
         if own != other or (own["text"] is None) != (own["index"] in rows.errors):
             raise Fault("text", f"row {own['index']} is {own}, in the unbroken run {other}")
         if own["index"] in rows.stops and own["finish_reason"] != "stop":
             raise Fault("text", f"row {own['index']} did not end at its stop text: {own}")
+    check_proofs(out, mine)
     check_timing(out, mine, most_in_flight or {})
 
 

@@ -16,8 +16,8 @@ from tests.chaos.checker import Fault, check, check_kept, finished
 from tests.chaos.draw import FILL_DISK, REFUSED, Harm, Start, draw
 from tests.chaos.harm import harm
 from tests.chaos.power import shim
+from tests.chaos.rows import MOST_TOKENS, Known, Rows, known_prompts, save_models, write_rows
 from tests.chaos.starts import ROOT, End, Place, carry_out
-from tests.uneven_rows import MOST_TOKENS, Known, Rows, known_prompts, save_models, write_rows
 
 _FILES = 6  # prompt files of each model: their unbroken runs take longer than most histories
 

@@ -19,8 +19,8 @@ from tests.chaos import disk
 from tests.chaos.checker import Fault, check_survived, finished
 from tests.chaos.draw import CUT_POWER, FAIL_DISK, FILL_DISK, SECOND_START, TOGETHER, Start
 from tests.chaos.power import Journal
+from tests.chaos.rows import Rows
 from tests.processes import marked, ranks_of, send
-from tests.uneven_rows import Rows
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,10 +1,9 @@
-"""Prompt files of uneven work and bad rows, drawn at random; and whether a run over one has each row exactly once."""
+"""Prompt files of uneven work and bad rows, drawn at random, and what must come of them."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,14 +27,6 @@ BAD = (
 CLOSE = 1e-3
 _LENGTHS = (1, 2, 5, 12, 40, 120, 300)  # of prompts, in letters
 MOST_TOKENS = 120  # to generate for a row
-
-
-class Fault(AssertionError):
-    """What went wrong in a history: `kind` is lost, doubled, hung, order, text, errors, timing or exit."""
-
-    def __init__(self, kind: str, sentence: str) -> None:
-        super().__init__(f"{kind}: {sentence}")
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -142,38 +133,3 @@ def write_rows(path: Path, seed: int, known: Sequence[Known]) -> Rows:
         lines.append(json.dumps(columns))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Rows(path, count, errors, frozenset(stops))
-
-
-def check(out: Path, unbroken: Path, rows: Rows) -> None:
-    """Raises Fault unless the run in `out` has every row of `rows` exactly once, with the text of `unbroken`."""
-    mine, theirs = _lines(out / "generations.jsonl"), _lines(unbroken / "generations.jsonl")
-    records = [record for path in sorted(out.glob("batches-*.jsonl")) for record in _lines(path)]
-    for where, indexes in (
-        ("generations.jsonl", [row["index"] for row in mine]),
-        ("the records", [row for record in records for row in record["rows"]]),
-    ):
-        times = Counter(indexes)
-        if lost := [row for row in range(rows.count) if not times[row]]:
-            raise Fault("lost", f"rows {lost} are not in {where}")
-        if doubled := [row for row in times if times[row] > 1]:
-            raise Fault("doubled", f"rows {doubled} are more than once in {where}")
-    if [row["index"] for row in mine] != list(range(rows.count)):
-        raise Fault("order", "generations.jsonl is not in the order of the input")
-    prompts = sum(batch["prompts"] for batch in _lines(out / "timing.jsonl"))
-    if prompts != rows.count:
-        raise Fault("timing", f"timing.jsonl counts {prompts} prompts, the file has {rows.count}")
-    errors = {row["index"]: (row["error"]["line"], row["error"]["type"]) for row in mine if row["error"]}
-    if errors != rows.errors:
-        raise Fault("errors", f"the error rows are {errors}, not {rows.errors}")
-    if _lines(out / "errors.jsonl") != [row for row in mine if row["error"]]:
-        raise Fault("errors", "errors.jsonl does not hold the error rows of generations.jsonl")
-    for own, other in zip(mine, theirs, strict=True):
-        if own != other or (own["text"] is None) != (own["index"] in errors):
-            raise Fault("text", f"row {own['index']} is {own}, in the unbroken run {other}")
-        if own["index"] in rows.stops and own["finish_reason"] != "stop":
-            raise Fault("text", f"row {own['index']} did not end at its stop text: {own}")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    # What stands behind the last newline is what a killed process had begun to write.
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
