@@ -227,18 +227,20 @@ def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_for
     missing = world.size > 1 and not _await_ranks(attempt, world)
     # Of the whole run: whoever finishes the last shard merges. Two that end at once write the same bytes.
     # Verified only when all seems done, since that reads all text.
-    if not checkpoint.status(attempt.folder).open and not checkpoint.status(attempt.folder, verify=True).open:
+    complete = not checkpoint.status(attempt.folder).open
+    damaged = complete and checkpoint.status(attempt.folder, verify=True).open > 0
+    if complete and not damaged:
         try:
             merge(attempt.folder, ready.source, output_format, typed=not ready.answers_requests)
         except CheckpointError as error:
             raise MergeError(str(error)) from error
     reasons = [stop.reason, *(beat.get("reason") for beat in attempt.heartbeats().values())]
     why = next(filter(None, reasons), "ended with open rows: a rank died")
-    status = checkpoint.status(attempt.folder, shard)
+    status = checkpoint.status(attempt.folder, shard, verify=damaged)
     _end(attempt, why if status.open else "finished")
     if missing and status.open:
         raise Died(f"{why}; some of the {world.size} ranks have not ended in order")  # the launcher ends them
-    return checkpoint.status(attempt.folder, shard)
+    return checkpoint.status(attempt.folder, shard, verify=damaged)
 
 
 def _await_ranks(attempt: Attempt, world: World) -> bool:

@@ -5,9 +5,11 @@ What is wrong with the settings shows here, in seconds, on a machine without a G
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batchgen import choice, formats, models
-from batchgen.checkpoint import CheckpointError, read_json, to_json, write_atomic
+from batchgen.checkpoint import CheckpointError, Damaged, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
 from batchgen.engine import Encoder, Engine
 from batchgen.formats import InputError
@@ -213,17 +215,24 @@ def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tupl
 
 def _duplicates(source: Input, path: Path, scan: bool) -> dict[int, str]:
     """Repeated ids, found once for the whole input: a rank that sees only its own rows could not find them."""
-    known = read_json(path) if path.exists() else {}
-    if known.get("input") != source.digest:
+    try:
+        known = read_json(path) if path.exists() else {}
+    except Damaged:
+        known = {}
+    if known.get("input") != source.digest or known.get("checksum") != _checksum(known.get("rows")):
         if not scan:
-            raise CheckpointError(f"{path} is of another input; start again")
-        found = source.duplicates(own_id)
-        known = {"input": source.digest, "rows": found}
+            raise CheckpointError(f"{path} is of another input, or damaged; start again")
+        found = {str(row): first for row, first in source.duplicates(own_id).items()}
+        known = {"input": source.digest, "rows": found, "checksum": _checksum(found)}
         try:
             write_atomic(path, to_json(known))
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}. Nothing has started") from error
     return {int(row): str(first) for row, first in known["rows"].items()}
+
+
+def _checksum(rows: object) -> int:
+    return zlib.crc32(json.dumps(rows).encode())
 
 
 def _begins_with_request(source: Input) -> bool:

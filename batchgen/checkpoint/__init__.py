@@ -11,7 +11,7 @@ from batchgen.checkpoint.attempt import (
     claim,
     join,
 )
-from batchgen.checkpoint.files import AskedDifferently, CheckpointError, read_json, to_json, write_atomic
+from batchgen.checkpoint.files import AskedDifferently, CheckpointError, Damaged, read_json, to_json, write_atomic
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat
 from batchgen.checkpoint.merge import Places, merge_with, write_lines
@@ -26,6 +26,7 @@ __all__ = [
     "Attempt",
     "AttemptStatus",
     "CheckpointError",
+    "Damaged",
     "Done",
     "Heartbeat",
     "Places",

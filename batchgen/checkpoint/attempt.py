@@ -20,6 +20,7 @@ from typing import Any
 
 from batchgen.checkpoint.files import (
     CheckpointError,
+    Damaged,
     cannot_write,
     make_exclusive,
     read_json,
@@ -77,6 +78,8 @@ class Attempt:
     @property
     def where(self) -> str:
         """Host and process, for a person."""
+        if not self.claim:
+            return f"attempt {self.number}, whose claim is damaged,"
         return f"attempt {self.number}, process {self.claim.get('pid')} on {self.claim.get('host')}"
 
     def heartbeats(self) -> dict[int, dict[str, Any]]:
@@ -98,8 +101,11 @@ class Attempt:
 
     def is_here(self) -> bool | None:
         """Whether one of its processes exists, as far as this host can tell; None if one works where we cannot look."""
-        working = [beat for beat in self.heartbeats().values() if beat.get("state") not in FINAL]
-        seen = [exists(process) for process in (self.claim, *working)]
+        beats = self.heartbeats().values()
+        working = [beat for beat in beats if beat.get("state") not in FINAL]
+        # With its claim damaged, the ranks are all that is known of it; one that has ended may be merging.
+        processes = (self.claim, *working) if self.claim or not beats else beats
+        seen = [exists(process) for process in processes]
         if True in seen:
             return True
         return None if None in seen else False
@@ -133,7 +139,8 @@ def _beats(paths: Iterable[Path]) -> dict[int, dict[str, Any]]:
             continue  # a power cut can empty it, since it is not synced
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        if rank.isdigit() and isinstance(beat, dict):
+        sound = isinstance(beat, dict) and _has_numbers(beat, "time", "ready", "generated_tokens", "pid")
+        if rank.isdigit() and sound:
             beats[int(rank)] = beat
     return beats
 
@@ -142,9 +149,24 @@ def _numbers(folder: RunFolder) -> set[int]:
     return {int(path.stem) for path in folder.attempts.glob("*.json") if path.stem.isdigit()}
 
 
+def _has_files(folder: RunFolder, number: int) -> bool:
+    """Whether an attempt `number` has left something besides its claim, which may have been deleted."""
+    return any(any(place.glob(f"{kind}{number:05d}-*")) for place, kind in ((folder.path, "*-"), (folder.attempts, "")))
+
+
 def latest(folder: RunFolder, number: int) -> Attempt:
-    """Attempt `number` as its file stands now."""
-    return Attempt(folder, number, read_json(folder.attempts / f"{number:05d}.json"))
+    """Attempt `number` as its file stands now; of a damaged one, nothing is known but that it was."""
+    try:
+        claim = read_json(folder.attempts / f"{number:05d}.json")
+        Shard.parse(str(claim.get("shard", WHOLE)))
+    except (Damaged, ValueError):
+        claim = {}
+    return Attempt(folder, number, claim if _has_numbers(claim, "started", "restarts", "heartbeat_seconds") else {})
+
+
+def _has_numbers(values: Mapping[str, Any], *names: str) -> bool:
+    """Whether those of `names` that are there are numbers; a damaged file may be good JSON."""
+    return all(isinstance(values.get(name) or 0, int | float) for name in names)
 
 
 def first_live(candidates: Sequence[Attempt], world: World) -> Attempt | None:
@@ -227,6 +249,7 @@ def claim(
     known = check_free(folder, world, shard) if checked is None else list(checked)
     while True:
         number = known[-1].number + 1 if known else 1
+        left = _has_files(folder, number)
         made: dict[str, Any] = {
             "started": time.time(),
             **myself(),
@@ -236,11 +259,15 @@ def claim(
             "heartbeat_seconds": heartbeat_seconds,
             "shard": str(shard),
             **facts,
-            "ended": None,
+            # An attempt writes to files of its own alone. These numbers are claimed too: nobody else can have them.
+            "ended": "not begun: files of this number are there, whose claim is gone" if left else None,
         }
         try:
             if make_exclusive(folder.attempts / f"{number:05d}.json", to_json(made)):
-                return Attempt(folder, number, made)
+                if not left:
+                    return Attempt(folder, number, made)
+                known = [*known, Attempt(folder, number, made)]
+                continue
         except OSError as error:
             raise cannot_write(folder.path, error) from error
         time.sleep(0.1)  # NFS may list the other's claim only seconds later

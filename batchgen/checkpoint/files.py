@@ -19,6 +19,10 @@ class CheckpointError(UserError):
     """The run folder cannot be used as asked: a sentence for the person at the terminal."""
 
 
+class Damaged(CheckpointError):
+    """A file of the run folder is not what was written."""
+
+
 class AskedDifferently(CheckpointError):
     """The run folder holds another run; the message names the fields that differ."""
 
@@ -38,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`.
 
     Raises:
-        CheckpointError: it is not there, or damaged.
+        CheckpointError: it is not there; Damaged: it is, and is no object.
     """
     try:
         value = json.loads(read_whole(path))
@@ -47,9 +51,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Restore it, or start a new run with another -o") from error
+        raise Damaged(f"{path} is damaged ({error}). Restore it, or start a new run with another -o") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no object. Restore it, or start a new run with another -o")
+        raise Damaged(f"{path} is damaged: it holds no object. Restore it, or start a new run with another -o")
     return value
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from batchgen.checkpoint.files import (
     cannot_write,
     make_exclusive,
     read_json,
+    sync_folder,
     to_json,
 )
 from batchgen.checkpoint.records import trusted
@@ -110,11 +112,15 @@ class RunFolder:
         Raises:
             CheckpointError: something else is in the way, or there is no permission.
         """
+        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.attempts.mkdir(parents=True, exist_ok=True)
             self.input_cache.mkdir(exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(13, "Permission denied")
+            for folder in new:  # the names in `path` itself are synced with run.json
+                with suppress(PermissionError):  # one may make a folder where one may not look
+                    sync_folder(folder.parent)
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
@@ -139,10 +145,17 @@ class RunFolder:
 
         Raises:
             AskedDifferently: the folder holds another run.
+            CheckpointError: the folder holds work, and nothing says of what run.
         """
         wanted: dict[str, Any] = json.loads(json.dumps(asked))
         path = self.path / "run.json"
         if not path.exists():
+            # Looked for again: another process may have made it and begun to work in between.
+            if any(self.path.glob("*-[0-9]*-[0-9]*.jsonl")) and not path.exists():
+                raise CheckpointError(
+                    f"{self.path} holds generations, but no run.json, which says of what run they are. "
+                    "Restore it, or start a new run with another -o"
+                )
             # Links of other processes may be faster than ours: then theirs is what counts.
             try:
                 make_exclusive(path, to_json({"asked": wanted, "created": int(time.time()), "first_start": facts}))

@@ -16,7 +16,7 @@ def exists(process: Mapping[str, Any]) -> bool | None:
         return None
     try:
         return process_started(int(process["pid"])) == int(process["process_started"])
-    except PermissionError:
+    except (PermissionError, KeyError, TypeError, ValueError):  # the last three: of a damaged file
         return None
 
 

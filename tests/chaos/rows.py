@@ -1,10 +1,9 @@
-"""Prompt files of uneven work and bad rows, drawn at random; and whether a run over one has each row exactly once."""
+"""Prompt files of uneven work and bad rows, drawn at random, and what must come of them."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,15 +26,7 @@ BAD = (
 # cache or text) does not wait for a near tie, and shows in any row.
 CLOSE = 1e-3
 _LENGTHS = (1, 2, 5, 12, 40, 120, 300)  # of prompts, in letters
-_MOST_TOKENS = 120  # to generate for a row
-
-
-class Fault(AssertionError):
-    """What went wrong in a history: `kind` is lost, doubled, hung, order, text, errors, timing or exit."""
-
-    def __init__(self, kind: str, sentence: str) -> None:
-        super().__init__(f"{kind}: {sentence}")
-        self.kind = kind
+MOST_TOKENS = 120  # to generate for a row
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ def known_prompts(model: Path, seed: int = 0, each: int = 16) -> list[Known]:
         steps, gaps = _greedy(loaded, torch.tensor(tokenizer(prompts)["input_ids"]))
         for prompt, tokens, gap in zip(prompts, steps, gaps, strict=True):
             close, end = _first(gap < CLOSE), _first(tokens == tokenizer.eos_token_id)
-            most = _MOST_TOKENS if end < close else close
+            most = MOST_TOKENS if end < close else close
             if most:
                 texts = [tokenizer.decode([token]) for token in tokens[: min(close, end)].tolist()]
                 found.append(Known(prompt, texts, most))
@@ -102,7 +93,7 @@ def _greedy(model: Any, ids: Any) -> tuple[Any, Any]:
 
     cache, steps, gaps = None, [], []
     with torch.inference_mode():
-        for _ in range(_MOST_TOKENS):
+        for _ in range(MOST_TOKENS):
             output = model(input_ids=ids, past_key_values=cache, use_cache=True)
             best = output.logits[:, -1].topk(2)
             ids, cache = best.indices[:, :1], output.past_key_values
@@ -133,7 +124,7 @@ def write_rows(path: Path, seed: int, known: Sequence[Known]) -> Rows:
             errors[row] = len(lines), kind
             continue
         one = choose.choice(known)
-        most = min(one.most, choose.choice((1, 5, 20, _MOST_TOKENS, _MOST_TOKENS)))
+        most = min(one.most, choose.choice((1, 5, 20, MOST_TOKENS, MOST_TOKENS)))
         columns: dict[str, object] = {"id": f"row-{row}", "prompt": one.prompt, "max_new_tokens": most}
         letters = [token for token in one.tokens[1:most] if token.isalnum() and token.isascii()]
         if letters and choose.random() < 0.2:
@@ -142,38 +133,3 @@ def write_rows(path: Path, seed: int, known: Sequence[Known]) -> Rows:
         lines.append(json.dumps(columns))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Rows(path, count, errors, frozenset(stops))
-
-
-def check(out: Path, unbroken: Path, rows: Rows) -> None:
-    """Raises Fault unless the run in `out` has every row of `rows` exactly once, with the text of `unbroken`."""
-    mine, theirs = _lines(out / "generations.jsonl"), _lines(unbroken / "generations.jsonl")
-    records = [record for path in sorted(out.glob("batches-*.jsonl")) for record in _lines(path)]
-    for where, indexes in (
-        ("generations.jsonl", [row["index"] for row in mine]),
-        ("the records", [row for record in records for row in record["rows"]]),
-    ):
-        times = Counter(indexes)
-        if lost := [row for row in range(rows.count) if not times[row]]:
-            raise Fault("lost", f"rows {lost} are not in {where}")
-        if doubled := [row for row in times if times[row] > 1]:
-            raise Fault("doubled", f"rows {doubled} are more than once in {where}")
-    if [row["index"] for row in mine] != list(range(rows.count)):
-        raise Fault("order", "generations.jsonl is not in the order of the input")
-    prompts = sum(batch["prompts"] for batch in _lines(out / "timing.jsonl"))
-    if prompts != rows.count:
-        raise Fault("timing", f"timing.jsonl counts {prompts} prompts, the file has {rows.count}")
-    errors = {row["index"]: (row["error"]["line"], row["error"]["type"]) for row in mine if row["error"]}
-    if errors != rows.errors:
-        raise Fault("errors", f"the error rows are {errors}, not {rows.errors}")
-    if _lines(out / "errors.jsonl") != [row for row in mine if row["error"]]:
-        raise Fault("errors", "errors.jsonl does not hold the error rows of generations.jsonl")
-    for own, other in zip(mine, theirs, strict=True):
-        if own != other or (own["text"] is None) != (own["index"] in errors):
-            raise Fault("text", f"row {own['index']} is {own}, in the unbroken run {other}")
-        if own["index"] in rows.stops and own["finish_reason"] != "stop":
-            raise Fault("text", f"row {own['index']} did not end at its stop text: {own}")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    # What stands behind the last newline is what a killed process had begun to write.
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
