@@ -5,12 +5,12 @@ from batchgen.checkpoint.attempt import (
     HEARTBEAT_SECONDS,
     JOIN_SECONDS,
     Attempt,
-    all_heartbeats,
     attempts,
     check_free,
     claim,
     join,
 )
+from batchgen.checkpoint.beats import all_heartbeats
 from batchgen.checkpoint.files import AskedDifferently, CheckpointError, Damaged, read_json, to_json, write_atomic
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat

@@ -10,21 +10,20 @@ them only sometimes.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from batchgen.checkpoint.beats import beats_of, has_numbers
 from batchgen.checkpoint.files import (
     CheckpointError,
     Damaged,
     cannot_write,
     make_exclusive,
     read_json,
-    read_whole,
     to_json,
     write_atomic,
 )
@@ -84,7 +83,7 @@ class Attempt:
 
     def heartbeats(self) -> dict[int, dict[str, Any]]:
         """The last heartbeat of every rank."""
-        return _beats(self.folder.attempts.glob(f"{self.number:05d}-*.json"))
+        return beats_of(self.folder.attempts.glob(f"{self.number:05d}-*.json"))
 
     def end(self, how: str) -> None:
         """Records that the attempt is over. Only its own process calls this."""
@@ -116,35 +115,6 @@ def attempts(folder: RunFolder) -> list[Attempt]:
     return [latest(folder, number) for number in sorted(_numbers(folder))]
 
 
-def all_heartbeats(folder: RunFolder) -> dict[int, dict[int, dict[str, Any]]]:
-    """The last heartbeat of every rank, by the attempt's number: the folder is listed once.
-
-    An array leaves thousands of attempts, and to list their folder for each would take minutes.
-    """
-    paths: dict[int, list[Path]] = {}
-    for path in folder.attempts.glob("*-*.json"):
-        number = path.stem.partition("-")[0]
-        if number.isdigit():
-            paths.setdefault(int(number), []).append(path)
-    return {number: _beats(found) for number, found in paths.items()}
-
-
-def _beats(paths: Iterable[Path]) -> dict[int, dict[str, Any]]:
-    beats: dict[int, dict[str, Any]] = {}
-    for path in sorted(paths):
-        rank = path.stem.partition("-")[2]
-        try:
-            beat = json.loads(read_whole(path))
-        except (ValueError, FileNotFoundError):
-            continue  # a power cut can empty it, since it is not synced
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        sound = isinstance(beat, dict) and _has_numbers(beat, "time", "ready", "generated_tokens", "pid")
-        if rank.isdigit() and sound:
-            beats[int(rank)] = beat
-    return beats
-
-
 def _numbers(folder: RunFolder) -> set[int]:
     return {int(path.stem) for path in folder.attempts.glob("*.json") if path.stem.isdigit()}
 
@@ -161,12 +131,7 @@ def latest(folder: RunFolder, number: int) -> Attempt:
         Shard.parse(str(claim.get("shard", WHOLE)))
     except (Damaged, ValueError):
         claim = {}
-    return Attempt(folder, number, claim if _has_numbers(claim, "started", "restarts", "heartbeat_seconds") else {})
-
-
-def _has_numbers(values: Mapping[str, Any], *names: str) -> bool:
-    """Whether those of `names` that are there are numbers; a damaged file may be good JSON."""
-    return all(isinstance(values.get(name) or 0, int | float) for name in names)
+    return Attempt(folder, number, claim if has_numbers(claim, "started", "restarts", "heartbeat_seconds") else {})
 
 
 def first_live(candidates: Sequence[Attempt], world: World) -> Attempt | None:

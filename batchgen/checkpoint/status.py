@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from batchgen.checkpoint.attempt import Attempt, all_heartbeats, attempts, newest
+from batchgen.checkpoint.attempt import Attempt, attempts, newest
+from batchgen.checkpoint.beats import all_heartbeats
 from batchgen.checkpoint.files import CheckpointError
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.types import WHOLE, Shard
