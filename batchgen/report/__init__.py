@@ -25,9 +25,6 @@ from batchgen.report.page import Found, render
 from batchgen.report.plots import NAMES, draw
 from batchgen.report.rows import gather
 
-ROWS = 100_000
-TEXT_CHARACTERS = 2000
-
 _MEASURED = 10_000  # rows whose lengths are looked at where the page has none
 
 
@@ -45,8 +42,8 @@ def write(
     page: Path,
     plots: Path,
     *,
-    rows: int = ROWS,
-    text_characters: int = TEXT_CHARACTERS,
+    rows: int,
+    text_characters: int,
     jobs: Sequence[str] = (),
 ) -> Written:
     """Writes the report of the run in `folder`, which may be working, and of which only files are read.

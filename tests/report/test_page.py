@@ -18,11 +18,16 @@ from tests.report import folders
 Open = Callable[..., Page]
 
 
+def page_of(run: Path) -> Path:
+    made = write(RunFolder(run), run / "report.html", run / "report-plots", rows=100_000, text_characters=2000)
+    return made.page
+
+
 @pytest.fixture(scope="module")
 def with_errors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run with failed rows, and with texts that are markup."""
     run = folders.with_errors(tmp_path_factory.mktemp("errors"))
-    return write(RunFolder(run), run / "report.html", run / "report-plots").page
+    return page_of(run)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = f"what is said of subject {number} " + "and of this and that " * (number % 19)
             file.write(json.dumps({"id": f"doc-{number}", "prompt": text, "max_new_tokens": 400}) + "\n")
     assert call(folder, *echo("p.jsonl", "-o", "out")).code == 0
-    return write(RunFolder(folder / "out"), folder / "report.html", folder / "plots").page
+    return page_of(folder / "out")
 
 
 def rows(page: Page) -> Locator:

@@ -37,7 +37,8 @@ def text_of(page: Path) -> str:
 
 
 def report(folder: Path, **options: Any) -> str:
-    made = write(RunFolder(folder), folder / "report.html", folder / "report-plots", **options)
+    asked = {"rows": 100_000, "text_characters": 2000} | options
+    made = write(RunFolder(folder), folder / "report.html", folder / "report-plots", **asked)
     assert made.size == made.page.stat().st_size
     return text_of(made.page)
 
