@@ -103,7 +103,7 @@ def live(
             check(place.out, unbroken, rows, history.in_flight)
         except Fault as fault:
             shutil.copytree(place.disk, folder / "kept-disk", symlinks=True)
-            raise Fault(fault.kind, "\n    ".join([str(fault), *history.steps])) from fault
+            raise Fault(fault.kind, "\n    ".join([str(fault), *history.steps]), fault.rows) from fault
     return history
 
 
