@@ -18,7 +18,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +47,7 @@ class Jsonl(Source):
     def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool) -> None:
         self._begins: array[int] = array("Q")  # the byte where each row begins; then one past the newline of the last
         self._blanks: array[int] = array("Q")  # for each blank line, how many rows stand above it
+        self._expected: list[int] = []  # what `_checksum` shall be
         super().__init__(path, name, cache, number, scan)
         if not scan and self._load() != self.scanned:
             raise InputError(f"{self._index} is not the index of {path}, or damaged. Delete it and start again")
@@ -85,7 +86,7 @@ class Jsonl(Source):
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         before = self._load()
-        if before and before.digest == digest and self._text.exists() and self._text.stat().st_size == before.size:
+        if before and before.digest == digest and self._checksum() == self._expected:
             return before
         try:
             with _unpacked(self.path) as lines, _replacing(self._text) as text:
@@ -121,8 +122,10 @@ class Jsonl(Source):
                 raise InputError(f"{self.path} is not JSON lines: {what}")
 
     def _save(self, digest: str, size: int) -> Scan:
+        self._expected = self._checksum()
         with _replacing(self._index) as file:
-            file.write(json.dumps([digest, size, len(self._begins), len(self._blanks)]).encode() + b"\n")
+            header = [digest, size, len(self._begins), len(self._blanks), self._expected]
+            file.write(json.dumps(header).encode() + b"\n")
             self._begins.tofile(file)
             self._blanks.tofile(file)
         return Scan(digest, size, len(self._begins) - 1)
@@ -132,12 +135,23 @@ class Jsonl(Source):
         self._begins, self._blanks = array("Q"), array("Q")
         try:
             with self._index.open("rb") as file:
-                digest, size, begins, blanks = json.loads(file.readline())
+                digest, size, begins, blanks, self._expected = json.loads(file.readline())
                 self._begins.fromfile(file, begins)
                 self._blanks.fromfile(file, blanks)
-        except (FileNotFoundError, ValueError, TypeError, EOFError):
+            return Scan(digest, size, begins - 1) if self._expected[0] == self._of_index() else None
+        except (FileNotFoundError, ValueError, TypeError, EOFError, IndexError):
             return None
-        return Scan(digest, size, begins - 1)
+
+    def _of_index(self) -> int:
+        return zlib.crc32(self._blanks, zlib.crc32(self._begins))
+
+    def _checksum(self) -> list[int]:
+        """CRC-32 of the index, and of the text that was unpacked: damage would be rows that nobody wrote."""
+        checksum = 0
+        with suppress(FileNotFoundError), self._text.open("rb", buffering=0) as text:
+            while self._packed and (data := text.read(WINDOW)):
+                checksum = zlib.crc32(data, checksum)
+        return [self._of_index(), checksum]
 
     def rows(self, numbers: Iterable[int]) -> Iterator[tuple[int, int, Value]]:
         """As `Source.rows`, in any order; quick where it ascends. Error rows are `malformed_json` or `wrong_type`."""

@@ -39,7 +39,7 @@ def main() -> int:
     ground, begun = Ground(folder), time.monotonic()
     product = plant(asked.plant, folder / "planted") if asked.plant else ROOT
     lived: list[History] = []
-    wrong: Counter[str] = Counter()
+    wrong: list[Fault] = []
     for seed in range(asked.seed, asked.seed + asked.histories):
         place, since = folder / str(seed), time.monotonic()
         place.mkdir()
@@ -47,7 +47,7 @@ def main() -> int:
         try:
             history = live(seed, engine, place, ground, product=product)
         except Fault as fault:
-            wrong[fault.kind] += 1
+            wrong.append(fault)
             say(f"seed {seed}, {engine}: FAILED, all is in {place}: {str(fault)[:8000]}")
             continue
         lived.append(history)
@@ -63,23 +63,24 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def _sum_up(lived: list[History], wrong: Counter[str], seconds: float) -> None:
+def _sum_up(lived: list[History], wrong: list[Fault], seconds: float) -> None:
     engines = Counter(history.engine for history in lived)
     faults = Counter(fault for history in lived for fault in history.faults)
     took: dict[str, float] = {}
     for end in (end for history in lived for end in history.ends if end.struck):
         took[end.start.kind] = max(end.seconds, took.get(end.start.kind, 0.0))
-    print(f"{len(lived) + wrong.total()} histories, {seconds:.0f} s; of", end=" ")
-    print(", ".join(f"{name} {engines[name]}" for name in ENGINES if engines[name]))
+    which = ", ".join(f"{name} {engines[name]}" for name in ENGINES if engines[name])
+    print(f"histories {len(lived) + len(wrong)} ({which}), {seconds:.0f} s")
     for kind in dict.fromkeys((*STRIKES, *HARMS, *REFUSED)):
         ended = f", ended after at most {took[kind]:.1f} s" if kind in took else ""
         print(f"    {kind}: {faults[kind]}{ended}")
     starts = sum(len(history.ends) for history in lived)
     rows = sum(history.rows.count for history in lived)
-    print(f"starts {starts}, faults injected {faults.total()}, rows {rows}")
-    lost, doubled, hung = (wrong[kind] for kind in ("lost", "doubled", "hung"))
-    others = wrong.total() - lost - doubled - hung
-    print(f"histories with rows lost {lost}, with rows doubled {doubled}, hung {hung}, wrong otherwise {others}")
+    print(f"faults injected {faults.total()}, starts {starts}, rows {rows}")
+    lost, doubled = (sum(fault.rows for fault in wrong if fault.kind == kind) for kind in ("lost", "doubled"))
+    kinds = Counter(fault.kind for fault in wrong)
+    others = len(wrong) - kinds["lost"] - kinds["doubled"] - kinds["hung"]
+    print(f"rows lost {lost}, rows doubled {doubled}, histories hung {kinds['hung']}, wrong otherwise {others}")
 
 
 if __name__ == "__main__":

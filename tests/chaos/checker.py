@@ -17,9 +17,10 @@ from tests.chaos.rows import Rows
 class Fault(AssertionError):
     """What is wrong: `kind` is lost, doubled, hung, torn, order, text, errors, timing or exit."""
 
-    def __init__(self, kind: str, sentence: str) -> None:
+    def __init__(self, kind: str, sentence: str, rows: int = 0) -> None:
         super().__init__(f"{kind}: {sentence}")
         self.kind = kind
+        self.rows = rows  # that are lost or doubled
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def finished(out: Path) -> set[int]:
 def check_kept(before: set[int], out: Path, what: str) -> None:
     """Raises Fault unless all rows that were finished `before` still are, after `what`."""
     if lost := sorted(before - finished(out)):
-        raise Fault("lost", f"rows {lost} were finished before {what} and are not any more")
+        raise Fault("lost", f"rows {lost} were finished before {what} and are not any more", len(lost))
 
 
 def check_survived(acknowledged: dict[str, bytes], harmed: set[str], out: Path) -> None:
@@ -73,7 +74,8 @@ def check_survived(acknowledged: dict[str, bytes], harmed: set[str], out: Path) 
     for proof in [*proofs(out, acknowledged), *proofs(out)]:
         if proof.text is None and not harmed & {proof.batches, proof.batches.replace("batches", "generations")}:
             rows, name = proof.line["rows"], proof.batches
-            raise Fault("lost", f"after a power cut {name} has a record of rows {rows}, whose text is not there")
+            what = f"after a power cut {name} has a record of rows {rows}, whose text is not there"
+            raise Fault("lost", what, len(rows))
     said = {row for proof in proofs(out, acknowledged) for row in proof.rows}
     check_kept(said, out, "a power cut")
 
@@ -91,9 +93,9 @@ def check(out: Path, unbroken: Path, rows: Rows, most_in_flight: dict[int, int] 
     ):
         times = Counter(indexes)
         if lost := [row for row in range(rows.count) if not times[row]]:
-            raise Fault("lost", f"rows {lost} are not in {where}")
+            raise Fault("lost", f"rows {lost} are not in {where}", len(lost))
         if doubled := [row for row in times if times[row] > 1]:
-            raise Fault("doubled", f"rows {doubled} are more than once in {where}")
+            raise Fault("doubled", f"rows {doubled} are more than once in {where}", len(doubled))
     if [row["index"] for row in mine] != list(range(rows.count)):
         raise Fault("order", "generations.jsonl is not in the order of the input")
     check_errors(out, mine, rows)

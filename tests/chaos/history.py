@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 import re
 import shutil
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -60,6 +61,10 @@ class Ground:
         known_already = folder.exists()
         folder.mkdir(exist_ok=True)
         rows = write_rows(folder / "prompts.jsonl", number, known)
+        if model is None and number % 4 == 0:  # unpacked into the run folder, where it can be harmed
+            packed = folder / "prompts.jsonl.gz"
+            packed.write_bytes(gzip.compress(rows.path.read_bytes()))
+            rows = replace(rows, path=packed)
         unbroken = folder / "unbroken"
         if not known_already:
             start = Start("echo" if model is None else "accelerate", 1, 16, 1.0)
@@ -86,9 +91,8 @@ def live(
         Fault: it is not, or a start hung or ended as it may not.
     """
     model, original, unbroken = ground.rows(seed, engine)
-    path = folder / "prompts.jsonl"
-    shutil.copy(original.path, path)
-    rows = Rows(path, original.count, original.errors, original.stops)
+    rows = replace(original, path=folder / original.path.name)
+    shutil.copy(original.path, rows.path)
     history = History(engine, rows)
     steps = draw(seed, engine) if steps is None else steps
     with disk.mounted(folder / "disk") as is_mounted:
@@ -99,7 +103,7 @@ def live(
             check(place.out, unbroken, rows, history.in_flight)
         except Fault as fault:
             shutil.copytree(place.disk, folder / "kept-disk", symlinks=True)
-            raise Fault(fault.kind, "\n    ".join([str(fault), *history.steps])) from fault
+            raise Fault(fault.kind, "\n    ".join([str(fault), *history.steps]), fault.rows) from fault
     return history
 
 
@@ -144,9 +148,10 @@ def _refuse(step: Harm, place: Place, history: History) -> None:
         return
     if step.kind == "change input":
         content = place.rows.path.read_bytes()
-        place.rows.path.write_bytes(
-            content.replace(b'"prompt"', b'"prompt" ', 1) + choose.choice((b"", b'{"prompt": "x"}\n'))
-        )
+        packed = place.rows.path.suffix == ".gz"
+        text = gzip.decompress(content) if packed else content
+        text = text.replace(b"{", b"{ ", 1) + choose.choice((b"", b'{"prompt": "x"}\n'))
+        place.rows.path.write_bytes(gzip.compress(text) if packed else text)
         _probe(probe, place, history, step, ("asked differently: input was",))
         place.rows.path.write_bytes(content)
     elif step.kind == "lose run.json":

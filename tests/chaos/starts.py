@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -102,7 +103,8 @@ class Running:
             after = int(start.moment * (commits + _LAST_OPERATIONS))
             at = 1 + (int(start.moment * _FIRST_OPERATIONS) if start.early else _FIRST_OPERATIONS + after)
             at = start.operation or at
-            environment.update(journal.environment(place.library, at, start.error))
+            error = errno.ENOSPC if start.kind == FILL_DISK else start.error
+            environment.update(journal.environment(place.library, at, error))
         with log.open("ab") as file:
             command = place.command(start)
             self.starter = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=place.product)
@@ -146,7 +148,7 @@ def carry_out(start: Start, place: Place, refused: tuple[str, ...] = ()) -> End:
             check_exit(start, code, place, running.number, bool(strokes), log)
     except Fault as fault:
         said = log.read_text(errors="replace")[-3000:]
-        raise Fault(fault.kind, f"{start}: {fault}\n{said}") from fault
+        raise Fault(fault.kind, f"{start}: {fault}\n{said}", fault.rows) from fault
     finally:
         running.kill()
         running.starter.wait()
@@ -202,9 +204,13 @@ def _start_again(running: Running, place: Place) -> list[float]:
             return []
         with log.open("ab") as file:
             command, variables = place.command(running.start), {**os.environ, "OMP_NUM_THREADS": "1"}
-            code = subprocess.call(
-                command, stdout=file, stderr=file, cwd=place.product, env=variables, timeout=END_SECONDS
-            )
+            second = subprocess.Popen(command, stdout=file, stderr=file, cwd=place.product, env=variables)
+            try:
+                code = second.wait(END_SECONDS)
+            except subprocess.TimeoutExpired as error:
+                raise Fault("hung", f"a second start has not ended after {END_SECONDS:.0f} s") from error
+            finally:
+                second.kill()
         _check_refused(code, log, ("is in use",))
     return [time.monotonic()]
 

@@ -190,6 +190,30 @@ def test_compressed_files_have_the_same_rows(name: str, pack: type[bytes], tmp_p
 
 
 @pytest.mark.parametrize(("name", "pack"), PACKED)
+@pytest.mark.parametrize("cached", ["00000.jsonl", "00000.offsets"])
+@pytest.mark.parametrize("place", [0, 21, -1])
+def test_a_byte_changed_in_the_cache_of_a_compressed_file_changes_no_row(
+    name: str, pack: type[bytes], cached: str, place: int, tmp_path: Path
+) -> None:
+    content = b"".join(b'{"prompt": "text %d"}\n' % number for number in range(100))
+    rows = read(pack(content), tmp_path, name)
+    changed = bytearray((tmp_path / "cache" / cached).read_bytes())
+    changed[place] ^= 1
+    (tmp_path / "cache" / cached).write_bytes(changed)
+    assert read(pack(content), tmp_path, name) == rows
+
+
+def test_an_index_with_a_changed_byte_is_not_taken_for_one(tmp_path: Path) -> None:
+    read(b'{"prompt": "a"}\n' * 9, tmp_path)
+    index = tmp_path / "cache" / "00000.offsets"
+    changed = bytearray(index.read_bytes())
+    changed[-9] ^= 1
+    index.write_bytes(changed)
+    with pytest.raises(InputError, match=r"00000.offsets is not the index of .*, or damaged"):
+        Input.open([str(tmp_path / "a.jsonl")], tmp_path / "cache", scan=False)
+
+
+@pytest.mark.parametrize(("name", "pack"), PACKED)
 def test_compressed_files_are_unpacked_once(name: str, pack: type[bytes], tmp_path: Path) -> None:
     text = tmp_path / "cache" / "00000.jsonl"
     first = read(pack(CONTENT), tmp_path, name)
