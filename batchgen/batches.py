@@ -5,7 +5,7 @@ A row that is damaged becomes an error row. What is wrong with a file as a whole
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, groupby
 
@@ -20,10 +20,21 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # "IPC Streaming Format" in Arrow'
 
 
 def check_names(schema: pa.Schema) -> None:
-    """Raises ArrowInvalid if two columns have the same name: a row is an object. ValueError if one is not UTF-8."""
+    """Raises ArrowInvalid if two columns have the same name, since a row is an object, or if a name is not UTF-8."""
+    try:
+        _check_utf8(schema)
+    except UnicodeDecodeError as error:
+        raise pa.ArrowInvalid(f"the name of a column, or of a field in it, is not UTF-8: {error}") from error
     names: list[str] = schema.names
     if len(set(names)) < len(names):
         raise pa.ArrowInvalid(f"it has two columns of the same name. Its columns: {', '.join(names)}")
+
+
+def _check_utf8(fields: Iterable[pa.Field]) -> None:
+    for field in fields:
+        field.name.isascii()  # pyarrow decodes it when it is asked for
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        _check_utf8(kind.field(number) for number in range(kind.num_fields))
 
 
 def check_stream_ends(file: pa.NativeFile) -> None:

@@ -160,6 +160,18 @@ def test_a_table_that_was_cut_off_or_put_together_is_refused(damage: str, name: 
         assert "it ends without the mark of a stream's end: it was cut off, or is still being written" in ended.err
 
 
+@every_format
+@pytest.mark.parametrize("column", ["badname", "x"], ids=["of a column", "within a column"])
+def test_a_name_within_a_table_that_is_no_utf8_is_refused(column: str, name: str, tmp_path: Path) -> None:
+    table = pa.table({"prompt": PROMPTS, column: pa.array([{"badname": 1}] * 3)})
+    content = PACKED[name](table).replace(b"badname", b"bad\xffame")
+    write(tmp_path, name, content)
+    ended = call(tmp_path, "run", name, "-o", "out", "--engine", "echo")
+    assert (ended.code, ended.out) == (4, ""), ended
+    assert f"{name}" in ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_text_that_looks_like_two_files_is_text(tmp_path: Path) -> None:
     for name in ("a.parquet", "b.arrow"):
         write(tmp_path, name, PACKED[name](pa.table({"prompt": ["PAR1PAR1", "ARROW1ARROW1", "x"]})))
