@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from batchgen import models
+from batchgen import models, run
 from batchgen.encoder import HfEncoder
 
 _SUBJECTS = (
@@ -85,17 +85,19 @@ def ways(engines: Sequence[str]) -> Iterator[Way]:
                 yield from (Way(engine, dtype, batch) for batch in _BATCHES)
 
 
-def texts(way: Way, source: Path, out: Path, model: str | None) -> tuple[list[str], float]:
-    """What the rows say, and the seconds it took."""
-    words = ["run", str(source), "-o", str(out), "--engine", way.engine, "--dtype", way.dtype]
-    words += ["--batch-size", str(way.batch), "--ranks", str(way.ranks), *(["--model", model] if model else [])]
-    begun = time.perf_counter()
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}  # a sum that threads share is rounded otherwise
-    done = subprocess.run([sys.executable, "-m", "batchgen", *words], capture_output=True, text=True, env=variables)
-    if done.returncode != 0:
-        raise SystemExit(f"{way}: ended with {done.returncode}\n{done.stderr}")
+def texts(way: Way, source: Path, out: Path, model: str | None) -> list[str]:
+    """What the rows say. With one thread a rank: a sum that threads share is rounded otherwise."""
+    if way.engine in _TOGETHER:  # DeepSpeed leaves things behind in a process
+        words = ["run", str(source), "-o", str(out), "--engine", way.engine, "--dtype", way.dtype]
+        words += ["--batch-size", str(way.batch), "--ranks", str(way.ranks), *(["--model", model] if model else [])]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", "batchgen", *words], capture_output=True, text=True, env=variables)
+        if done.returncode != 0:
+            raise SystemExit(f"{way}: ended with {done.returncode}\n{done.stderr}")
+    else:
+        run(str(source), out, model=model, engine=way.engine, dtype=way.dtype, batch_size=way.batch)
     lines = (out / "generations.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines], time.perf_counter() - begun
+    return [json.loads(line)["text"] for line in lines]
 
 
 def compared(one: list[str], other: list[str], encoder: HfEncoder) -> str:
@@ -118,30 +120,37 @@ def main() -> None:
     """Prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--engines", default="accelerate,paged,ds-zero,ds-inference")
     parser.add_argument("--model")
     given = parser.parse_args()
     folder = models.resolve(given.model, models.cache_folder(os.environ), print).folder
     encoder = HfEncoder(str(folder))
+    torch.set_num_threads(1)
+    machine = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
+    print(f"{machine}, torch {torch.__version__}, {given.rows} rows of {given.tokens} tokens")
+    print("\n| compared | with | greedy rows that differ | after tokens | sampled rows that differ | after tokens |")
+    print("|---|---|---|--:|---|--:|", flush=True)
     found: dict[Way, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="batchgen-determinism-") as name:
         source = Path(name) / "rows.jsonl"
         write_rows(source, given.rows, given.tokens)
         for number, way in enumerate(ways(given.engines.split(","))):
-            found[way], seconds = texts(way, source, Path(name) / str(number), given.model)
-            print(f"{way}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    machine = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
-    print(f"{machine}, torch {torch.__version__}, {given.rows} rows of {given.tokens} tokens")
-    print("\n| compared | with | greedy rows that differ | after tokens | sampled rows that differ | after tokens |")
-    print("|---|---|---|--:|---|--:|")
-    first = next(iter(found))
-    for way in found:
-        base = next(other for other in found if (other.engine, other.dtype) == (way.engine, way.dtype))
-        if way == base:
-            base = next(other for other in found if other.engine == way.engine) if way.dtype != "float32" else first
-        if way != base:
-            print(f"| {way} | {base} | {compared(found[base], found[way], encoder)} |")
+            begun = time.perf_counter()
+            found[way] = texts(way, source, Path(name) / str(number), given.model)
+            print(f"{way}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+            for base in bases(way, list(found)):
+                print(f"| {way} | {base} | {compared(found[base], found[way], encoder)} |", flush=True)
+
+
+def bases(way: Way, found: Sequence[Way]) -> list[Way]:
+    """What `way` is compared with: the engine's first with this dtype; that one with float32's, or another engine's."""
+    first = next(other for other in found if (other.engine, other.dtype) == (way.engine, way.dtype))
+    if way != first:
+        return [first]
+    if way.dtype != "float32":
+        return [next(other for other in found if other.engine == way.engine)]
+    return [other for other in found if other.dtype == way.dtype and other != way][:1]
 
 
 if __name__ == "__main__":
