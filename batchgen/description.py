@@ -47,7 +47,7 @@ def facts(ready: Ready, ranks: int, environment: Mapping[str, str]) -> dict[str,
     return {
         "model": ready.model.name,
         "model_folder": str(ready.model.folder),
-        "input_files": [str(source.path.absolute()) for source in ready.source.sources],
+        "input_files": [redacted(str(source.path.absolute()), environment) for source in ready.source.sources],
         "engine": ready.engine,
         "settings": engine.settings_of(ready.options),
         "engine_reason": ready.choice.why,

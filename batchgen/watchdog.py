@@ -11,11 +11,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from batchgen import stacks
-from batchgen.checkpoint import FINAL, Attempt
+from batchgen.checkpoint import FINAL, Attempt, CheckpointError
 from batchgen.checkpoint.process import myself
 from batchgen.engine import Engine
 
@@ -87,7 +87,10 @@ class Ranks:
         if not self._seconds or time.monotonic() < self._next:
             return []
         self._next = time.monotonic() + self._pause
-        beats = self._attempt.heartbeats()
+        try:
+            beats = self._attempt.heartbeats()
+        except CheckpointError:
+            return []  # a file system has its moments; whoever watches must not end of them
         if ranks is None:
             ranks = [rank for rank, beat in beats.items() if rank > 0 and beat.get("state") not in FINAL]
         for rank in ranks:
@@ -117,8 +120,11 @@ def report(attempt: Attempt, why: str) -> bool:
 
 
 def _log_stacks(attempt: Attempt) -> None:
-    for _, text in sorted(stacks.collect(attempt).items()):
-        logger.error("%s", text)
+    try:
+        for _, text in sorted(stacks.collect(attempt).items()):
+            logger.error("%s", text)
+    except (CheckpointError, OSError) as error:
+        logger.error("cannot say where the ranks stand: %s", error)
 
 
 @contextmanager
@@ -185,13 +191,16 @@ class _Watchdog(threading.Thread):
                 return
 
     def _end(self, seconds: float, awaited: Collection[int] | None) -> None:
-        why = stalled(self._attempt, seconds, awaited)
-        if not report(self._attempt, why):
-            self.ended.wait(stacks.ANSWER_SECONDS)  # whoever noticed it before us is asking us
-        elif not self._has_starter():
-            with suppress(OSError):
+        try:
+            why = stalled(self._attempt, seconds, awaited)
+            if not report(self._attempt, why):
+                self.ended.wait(stacks.ANSWER_SECONDS)  # whoever noticed it before us is asking us
+            elif not self._has_starter():
                 self._attempt.end(why)
-        os._exit(RESUMABLE)
+        except Exception:
+            logger.exception("no step for %.0f s, and this cannot be said as it should", seconds)
+        finally:  # whatever else does not work, on a dead file system for one
+            os._exit(RESUMABLE)
 
     def _has_starter(self) -> bool:
         """Whether the claim is that of no rank: then its process writes how the attempt has ended."""
@@ -227,7 +236,8 @@ def culprits(attempt: Attempt, patience: float, awaited: Collection[int] | None 
         if beat.get("state") not in FINAL and (awaited is None or rank in awaited)
     }
     if not beats:
-        return "no rank has a heartbeat"
+        names = ", ".join(f"rank {rank}" for rank in awaited or ())
+        return f"{names} did not begin, or does not come to its end" if names else "no rank has a heartbeat"
     now = time.time()
     ages = {rank: now - float(beat["time"]) for rank, beat in beats.items()}
     steps = {rank: int(beat.get("steps", 0)) for rank, beat in beats.items()}

@@ -238,3 +238,15 @@ def freeze(rows: Path, rank: int, process: Started) -> None:
     out = rows.parent / "out"
     until(lambda: heartbeats(out).get(rank, {}).get("rows"), process)
     os.kill(int(heartbeats(out)[rank]["pid"]), signal.SIGSTOP)
+
+
+def test_a_rank_that_another_host_asks_says_where_it_is_and_ends_in_order(rows: Path) -> None:
+    out, why = rows.parent / "out", "no step for 9 s: rank 7 (process 1 on elsewhere) stopped answering at step 3"
+    with Started(command(rows, "--set", "seconds=0.2"), rows.parent) as process:
+        until(lambda: heartbeats(out).get(0, {}).get("rows"), process)
+        (out / "attempts" / "00001-stall.txt").write_text(f"{why}\nelsewhere\n")
+        ended = process.end()
+    assert ended.code == 75, ended.err
+    assert "in _generate" in stack(rows, 0)
+    assert "in _generate" in ended.err
+    assert found(out).attempts[0].ended == why

@@ -61,7 +61,9 @@ class Source(ABC):
         return path.is_file() and path.name.lower().endswith(cls.suffixes)
 
     def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool) -> None:
-        """Opens the `number`-th file of the input, counted from 0; rows call it `name`.
+        """Opens the `number`-th file of the input, counted from 0; rows call it `name`, or as the first start did.
+
+        A row without an id is named, and sampled, by its file and line: of both, nothing may change with a new name.
 
         `scan` reads the whole file and leaves what it found in the folder `cache`; without it, that is taken.
 
@@ -77,22 +79,32 @@ class Source(ABC):
             if scan:
                 cache.mkdir(parents=True, exist_ok=True)
                 self.scanned = self.scan()
+                self.name = self._first_name(record)
                 scratch = record.with_name(f".{record.name}.{os.getpid()}.{os.urandom(4).hex()}")
                 with open(scratch, "x") as file:
-                    file.write(json.dumps([name, *self.scanned]))
+                    file.write(json.dumps([name, *self.scanned, self.name]))
                 os.replace(scratch, record)
                 return
             left = record.read_bytes()
         except OSError as error:
             raise InputError(f"cannot read or write {error.filename or path}: {error.strerror or error}") from error
         try:
-            found, *values = json.loads(left)
+            found, *values, self.name = json.loads(left)
             self.scanned = Scan(*values)
         except (ValueError, TypeError) as error:
             raise InputError(f"{record} is damaged. Delete it and start again") from error
         if found != name:
             raise InputError(f"file {number + 1} of the input is {name} now, but was {found} when the run started")
         self.check_unchanged()
+
+    def _first_name(self, record: Path) -> str:
+        """What a start before this one called the same bytes, or their name now."""
+        try:
+            name, digest, *_, first = json.loads(record.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return self.name
+        # From before there was a first name, four values were kept, and the last one is a number.
+        return str(first if isinstance(first, str) else name) if digest == self.scanned.digest else self.name
 
     def __len__(self) -> int:
         return self.scanned.rows
