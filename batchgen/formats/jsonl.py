@@ -149,7 +149,7 @@ class Jsonl(Source):
         """CRC-32 of the index, and of the text that was unpacked: damage would be rows that nobody wrote."""
         checksum = 0
         with suppress(FileNotFoundError), self._text.open("rb", buffering=0) as text:
-            while self._packed and (data := text.read(WINDOW)):
+            while self.unpacked and (data := text.read(WINDOW)):
                 checksum = zlib.crc32(data, checksum)
         return [self._of_index(), checksum]
 
