@@ -59,6 +59,11 @@ class Place:
         """The folder of the run folder."""
         return self.folder / "disk"
 
+    @property
+    def attempts(self) -> int:
+        """The number of the last one that has a claim."""
+        return max((int(path.stem) for path in self.out.glob("attempts/?????.json")), default=0)
+
     def command(self, start: Start) -> list[str]:
         words = f"--engine {start.engine} --dtype float32 --ranks {start.ranks} --batch-size {start.batch_size}"
         words += f" --heartbeat-seconds {start.heartbeat:.3f} {' '.join(f'--set {each}' for each in start.settings)}"
@@ -94,7 +99,7 @@ class Running:
     def __init__(self, place: Place, start: Start, journal: Journal | None, log: Path) -> None:
         self.start, self.journal = start, journal
         self.mark = f"BATCHGEN_HISTORY={os.getpid()}-{time.monotonic_ns()}"
-        self.number = 1 + max((int(path.stem) for path in place.out.glob("attempts/?????.json")), default=0)
+        self.number = 1 + place.attempts
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict([self.mark.split("=")])}
         if journal is not None:
             # `paged` commits once a second.
