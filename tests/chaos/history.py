@@ -123,15 +123,15 @@ def _live_through(steps: Sequence[Start | Harm], place: Place, history: History)
 
 
 def _start(start: Start, place: Place, history: History) -> None:
-    before = finished(place.out)
+    before, last = finished(place.out), place.attempts
     end = carry_out(start, place)
     history.steps.append(str(end))
     history.ends.append(end)
     history.faults += [start.kind] if end.struck else []
     check_kept(before, place.out, "a start")
-    if start.kind not in _NO_HEARTBEATS and start.engine != "paged":  # which holds back finished rows for a second
-        number = max((int(path.stem) for path in place.out.glob("attempts/?????.json")), default=0)
-        history.in_flight[number] = start.ranks * start.batch_size * MOST_TOKENS
+    # `paged` holds back finished rows for a second.
+    if start.kind not in _NO_HEARTBEATS and start.engine != "paged" and place.attempts > last:
+        history.in_flight[place.attempts] = start.ranks * start.batch_size * MOST_TOKENS
 
 
 _NO_HEARTBEATS = ("cut power", "fail disk", FILL_DISK)  # the last one may be lost

@@ -27,10 +27,11 @@ ROOT = Path(__file__).parents[2]
 
 # From a disturbance to the last process gone. The longest way to an end: a frozen rank is missed after 4 s of patience,
 # or 8 s inside a collective of DeepSpeed's start; its peers end; 30 s of grace later it is killed. A stop that comes
-# while the model loads is obeyed at the first step, and three ranks that share two busy cores may load for 40 s.
-END_SECONDS = 90.0
+# while the model loads is obeyed at the first step, and three ranks that share two busy cores may load for 40 s. Before
+# that, heartbeats are watched for 90 s where an attempt has left neither a whole claim nor a heartbeat.
+END_SECONDS = 180.0
 # A start that nothing ends: loading, all the work of the largest file that can be drawn (about 20 s), and the merge.
-FINISH_SECONDS = 180.0
+FINISH_SECONDS = 270.0
 # About what a start takes until its ranks work: the time over which early disturbances spread.
 _LOADING_SECONDS = {"echo": 0.6, "accelerate": 5.0, "paged": 5.0, "ds-zero": 8.0, "ds-inference": 8.0}
 # A rank: the others spread over this time from when the first one works.
@@ -58,6 +59,11 @@ class Place:
     def disk(self) -> Path:
         """The folder of the run folder."""
         return self.folder / "disk"
+
+    @property
+    def attempts(self) -> int:
+        """The number of the last one that has a claim."""
+        return max((int(path.stem) for path in self.out.glob("attempts/?????.json")), default=0)
 
     def command(self, start: Start) -> list[str]:
         words = f"--engine {start.engine} --dtype float32 --ranks {start.ranks} --batch-size {start.batch_size}"
@@ -94,7 +100,7 @@ class Running:
     def __init__(self, place: Place, start: Start, journal: Journal | None, log: Path) -> None:
         self.start, self.journal = start, journal
         self.mark = f"BATCHGEN_HISTORY={os.getpid()}-{time.monotonic_ns()}"
-        self.number = 1 + max((int(path.stem) for path in place.out.glob("attempts/?????.json")), default=0)
+        self.number = 1 + place.attempts
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict([self.mark.split("=")])}
         if journal is not None:
             # `paged` commits once a second.
