@@ -128,6 +128,7 @@ def test_in_any_shards_with_any_engine(job: tuple[Path, list[str | None]], tiny_
     assert texts(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_over_ranks_and_after_a_kill(job: tuple[Path, list[str | None]], tiny_llama: Path, tmp_path: Path) -> None:
     """Begun by two streams of ds-zero in batches of 2, killed with -9, ended by one of ds-inference in batches of 7."""
     path, expected = job

@@ -39,8 +39,7 @@ def test_a_rank_that_stops_answering_is_named_and_ends_the_attempt(
     assert "stopped answering" in said
     kept = [(out / "attempts" / f"00001-stacks-{rank:05d}.txt").read_text() for rank in range(2)]
     for text in (kept[0], said):
-        assert "in all_reduce" in text
-        assert "in generate" in text
+        assert "in generate" in text  # and below it whichever collective it waits in
     assert "it is stopped" in kept[1]
 
 
