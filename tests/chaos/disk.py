@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,12 @@ def empty(place: Path) -> None:
 def read_only(place: Path, is_mounted: bool) -> Iterator[bool]:
     """Nothing below `place` can be written meanwhile; False where that cannot be had: for root without a mount."""
     if is_mounted:
-        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        deadline = time.monotonic() + 30.0
+        # A killed process has no environment any more, by which it was found, a moment before its files are closed.
+        while subprocess.run(["mount", "-o", "remount,ro", str(place)], capture_output=True).returncode != 0:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "cannot be made read-only", str(place))
+            time.sleep(0.05)
         try:
             yield True
         finally:
