@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import batchgen
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,6 +57,12 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def texts(out: Path) -> list[object]:
     return [row["text"] for row in read(out)]
+
+
+def texts_alone(prompts: Path, model: Path, scratch: Path) -> list[object]:
+    """Those of one process without shards, this one."""
+    batchgen.run(str(prompts), scratch, model=str(model), engine="accelerate", dtype="float32")
+    return texts(scratch)
 
 
 def process_of_rank_1(out: Path, starter: subprocess.Popen[str], steps: int, attempt: int = 1) -> int:

@@ -18,7 +18,7 @@ from batchgen.models import cache_folder, prepare_default
 from batchgen.world import World
 from tests import models
 from tests.engines import engine_rank, zero_matrix
-from tests.engines.runs import OUT_OF_MEMORY, ROOT, command, process_of_rank_1, rows, run, texts
+from tests.engines.runs import OUT_OF_MEMORY, ROOT, command, process_of_rank_1, rows, run, texts, texts_alone
 
 SETS = (1, 7, 50)
 
@@ -87,8 +87,7 @@ def test_a_killed_rank_ends_its_group_and_the_run_goes_on_over_another_number(ll
     assert ends[0]["steps"] == ends[1]["steps"], "the ranks of a group leave at the same step"
     assert ends[2]["steps"] == ends[3]["steps"]
     assert run(*words, "--tp", "4").returncode == 3
-    assert run(*command(prompts, tmp_path / "one", llama, engine="accelerate")).returncode == 3
-    assert texts(out) == texts(tmp_path / "one")
+    assert texts(out) == texts_alone(prompts, llama, tmp_path / "one")
 
 
 # For sitecustomize: rank 1 has no room for more than 1 MB at once.
@@ -125,8 +124,7 @@ def test_out_of_memory_of_one_rank_shrinks_the_batches_of_its_group(
     assert made == 1 if attempts == 1 else made >= 2, done.stderr
     sizes = [json.loads(line)["prompts"] for line in (out / "timing.jsonl").read_text().splitlines()]
     assert max(sizes) < 16
-    assert run(*command(prompts, tmp_path / "one", llama, engine="accelerate")).returncode == 0
-    assert texts(out) == texts(tmp_path / "one")
+    assert texts(out) == texts_alone(prompts, llama, tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -142,8 +140,7 @@ def test_a_run_goes_on_from_files_split_by_rank(llama: Path, tmp_path: Path) -> 
     words[words.index(str(llama))] = str(parts)
     done = run(*words)
     assert done.returncode == 0, done.stderr
-    assert run(*command(prompts, tmp_path / "one", llama, engine="accelerate")).returncode == 0
-    assert texts(out) == texts(tmp_path / "one")
+    assert texts(out) == texts_alone(prompts, llama, tmp_path / "one")
     # What does not fit is a sentence.
     wrong = run(*words[:-1], "4", "-o", tmp_path / "another")
     assert wrong.returncode == 4
@@ -166,8 +163,7 @@ def test_8_bits_say_the_same_from_the_model_and_from_split_files(llama: Path, tm
     done = run(*words)
     assert done.returncode == 0, done.stderr
     assert texts(tmp_path / "split") == texts(tmp_path / "eight")
-    assert run(*command(prompts, tmp_path / "one", llama, engine="accelerate")).returncode == 0
-    assert texts(tmp_path / "eight") != texts(tmp_path / "one")
+    assert texts(tmp_path / "eight") != texts_alone(prompts, llama, tmp_path / "one")
     refused = run(*words, "--dtype", "float32", "-o", tmp_path / "refused")
     assert refused.returncode == 4
     assert "holds weights of type int8, and the run is to have float32: give --dtype int8" in refused.stderr
