@@ -112,7 +112,7 @@ class RunFolder:
         Raises:
             CheckpointError: something else is in the way, or there is no permission.
         """
-        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        new = [folder for folder in (self.path, *self.path.parents) if not os.path.exists(folder)]
         try:
             self.attempts.mkdir(parents=True, exist_ok=True)
             self.input_cache.mkdir(exist_ok=True)
