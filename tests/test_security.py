@@ -318,14 +318,14 @@ PLANTED = (
 def test_links_planted_in_the_run_folder_are_not_written_through(names: Sequence[str], tmp_path: Path) -> None:
     """Where somebody else may write into a run folder, as on scratch space of a group."""
     file = write_rows(tmp_path / "prompts.jsonl", prompts(5))
-    precious = tmp_path / "precious"
-    precious.write_text("precious\n")
+    precious, content = tmp_path / "precious", '{"ended": "as a claim it is of no attempt that anybody waits for"}\n'
+    precious.write_text(content)
     for name in names:
         link = tmp_path / "out" / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(precious)
     call(tmp_path, *echo(file, "-o", "out"))
-    assert precious.read_text() == "precious\n"
+    assert precious.read_text() == content
 
 
 def test_nor_is_one_beside_the_answers_of_run_batch(tmp_path: Path) -> None:
