@@ -191,17 +191,18 @@ class Loop:
             if sequence.slot >= 0 and sequence.logprobs is not None:
                 sequence.logprobs.append(logprob)
         ended: list[Finished] = []
-        ends = self._end
+        ends, kept = self._end, 0
         for sequence, token in zip(flight.step.sequences, tokens, strict=True):
             if sequence.slot < 0:
                 continue  # it ended in the step before, when this one had begun
             sequence.tokens.append(token)
+            kept += 1
             stopped = token in ends or (bool(sequence.prompt.params.stop) and self._stops(sequence, token))
             if stopped or len(sequence.tokens) == sequence.begin + sequence.most:
                 self._scheduler.ended(sequence)
                 self._watched.pop(sequence, None)
                 ended.append(Finished(sequence.prompt, sequence.tokens[sequence.begin :], stopped, sequence.logprobs))
-        self._count(len(tokens))
+        self._count(kept)
         if ended and self._check is not None:
             self._check(ended)
             self._check = None
