@@ -62,8 +62,6 @@ def check_stream_ends(file: pa.NativeFile) -> None:
 
 def readable(batch: pa.RecordBatch) -> pa.RecordBatch:
     """`batch` with nulls in the rows that are damaged, which would crash whoever looks at them."""
-    import pyarrow as pa
-
     if _is_sound(batch):
         return batch
     nothing = pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in batch.schema], schema=batch.schema)

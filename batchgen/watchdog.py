@@ -10,9 +10,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Self
 
 from batchgen import stacks
 from batchgen.checkpoint import FINAL, Attempt, CheckpointError
@@ -127,16 +126,8 @@ def _log_stacks(attempt: Attempt) -> None:
         logger.error("cannot say where the ranks stand: %s", error)
 
 
-@contextmanager
-def watching(
-    engine: Engine,
-    attempt: Attempt,
-    rank: int,
-    count: Callable[[], Mapping[str, Any]],
-    ask_to_stop: Callable[[str], None],
-    seconds: float,
-) -> Iterator[None]:
-    """Meanwhile, ends this process if `engine` makes no step for `seconds`, or for as long as its `patience`.
+class Watchdog(threading.Thread):
+    """While entered, ends this process if `engine` makes no step for `seconds`, or for as long as its `patience`.
 
     A thread that waits inside a collective or a library is out of reach of signals and exceptions; so the whole process
     goes, and what is recorded stays. Whoever holds the claim watches the other ranks, too.
@@ -146,16 +137,7 @@ def watching(
         ask_to_stop: ends the run in order, for a reason, where this rank still can.
         seconds: without progress; 0: only `engine.patience` counts.
     """
-    watchdog = _Watchdog(engine, attempt, rank, count, ask_to_stop, seconds)
-    watchdog.start()
-    try:
-        yield
-    finally:
-        watchdog.ended.set()
-        watchdog.join()
 
-
-class _Watchdog(threading.Thread):
     def __init__(
         self,
         engine: Engine,
@@ -170,12 +152,20 @@ class _Watchdog(threading.Thread):
         self._count, self._ask_to_stop, self._seconds = count, ask_to_stop, seconds
         self._others = Ranks(attempt, seconds)
         self._holds_the_claim = all(attempt.claim.get(name) == value for name, value in myself().items())
-        self.ended = threading.Event()
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
 
     def run(self) -> None:
         pause = min(pause_of(self._seconds), pause_of(self._engine.patience or 0.0))
         own, step = Still(self._seconds, pause), Still(0.0, pause)
-        while not self.ended.wait(pause):
+        while not self._ended.wait(pause):
             patience = self._engine.patience
             own.look(progress(self._count()), rest=self._engine.at_ease)
             step.look((self._engine.steps,), rest=patience is None)
@@ -194,7 +184,7 @@ class _Watchdog(threading.Thread):
         try:
             why = stalled(self._attempt, seconds, awaited)
             if not report(self._attempt, why):
-                self.ended.wait(stacks.ANSWER_SECONDS)  # whoever noticed it before us is asking us
+                self._ended.wait(stacks.ANSWER_SECONDS)  # whoever noticed it before us is asking us
             elif not self._has_starter():
                 self._attempt.end(why)
         except Exception:
@@ -215,7 +205,7 @@ class _Watchdog(threading.Thread):
         while not stacks.has_answered(self._attempt, self._rank) and time.monotonic() < deadline:
             time.sleep(0.1)  # whoever noticed it is asking us where we are
         self._ask_to_stop(why)
-        if not self.ended.wait(_GRACE_SECONDS):
+        if not self._ended.wait(_GRACE_SECONDS):
             os._exit(RESUMABLE)
 
 

@@ -16,7 +16,7 @@ from batchgen.schedule import open_rows, order, shard, windows
 from batchgen.stacks import answering
 from batchgen.stop import Stop
 from batchgen.types import Batch, Generation, Prompt
-from batchgen.watchdog import watching
+from batchgen.watchdog import Watchdog
 from batchgen.world import World
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Share:
             self._look_at_devices()
             self._begin(heartbeat)
             queue = prompts if first is None else chain([first], prompts)
-            with watching(engine, self._attempt, rank, self._count, self._stop.request, limit):
+            with Watchdog(engine, self._attempt, rank, self._count, self._stop.request, limit):
                 for batch in engine.generate(queue, self._stop):
                     self._commit(batch, heartbeat)
                 self._commit(Batch([]), heartbeat)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 _ROUNDS = 3
@@ -45,14 +46,23 @@ def bare_loop(source: Path, target: Path) -> float:
 
 def batchgen(source: Path, out: Path) -> tuple[float, int]:
     """Seconds of the whole command, start-up and merge included, and its peak memory in bytes."""
-    command = [sys.executable, "-m", "batchgen", "run", str(source), "-o", str(out), "--engine", "echo"]
+    return timed(command("run", source, "-o", out, "--engine", "echo"))
+
+
+def command(*words: object) -> list[str]:
+    """`batchgen`, on this interpreter."""
+    return [sys.executable, "-m", "batchgen", *map(str, words)]
+
+
+def timed(words: Sequence[str]) -> tuple[float, int]:
+    """Seconds of a command, and its peak memory in bytes."""
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begun
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        raise SystemExit(f"batchgen ended with {process.returncode}")
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
     return seconds, usage.ru_maxrss * 1024
 
 

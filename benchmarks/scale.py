@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from echo import write_rows
+from echo import command, timed, write_rows
 
 _ROUNDS = 3
 _LOOP = """
@@ -30,11 +30,6 @@ with open(sys.argv[1], encoding="utf-8") as lines, open(sys.argv[2], "w", encodi
         file.write(line)
 print(time.perf_counter() - begun)
 """
-
-
-def command(*words: object) -> list[str]:
-    """`batchgen`, on this interpreter."""
-    return [sys.executable, "-m", "batchgen", *map(str, words)]
 
 
 def watched(words: Sequence[str]) -> tuple[float, dict[int, int], int]:
@@ -82,18 +77,6 @@ def _memory(pid: int) -> tuple[int, int]:
     return tuple(int(values.get(name, "0").split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
 
 
-def alone(words: Sequence[str]) -> tuple[float, int]:
-    """Seconds of the command, and its peak memory in bytes."""
-    begun = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begun
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
-    return seconds, usage.ru_maxrss * 1024
-
-
 def main(rows: int, ranks: int) -> None:
     """Prints the table."""
     with tempfile.TemporaryDirectory(prefix="batchgen-scale-", dir=os.environ.get("TMPDIR")) as name:
@@ -110,7 +93,7 @@ def main(rows: int, ranks: int) -> None:
             loop = [sys.executable, "-c", _LOOP, str(out / "generations.jsonl"), str(folder / "copy")]
             loops.append(float(subprocess.run(loop, check=True, capture_output=True, text=True).stdout))
             for what, measured in found.items():
-                measured.append(alone(command(what, out)))
+                measured.append(timed(command(what, out)))
         print(f"loop     {min(loops):7.2f} s  {rows / min(loops):9,.0f} rows/s  ({_all(loops)})")
         for what, measured in found.items():
             times = [time for time, _ in measured]

@@ -15,6 +15,7 @@ import pkgutil
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -221,6 +222,13 @@ class Source(ABC):
                 where = f"rows {first + 1} to {end}"
                 raise InputError(f"{self.path} is damaged: {where} cannot be read ({error})") from error
             begin = end
+
+
+def blocks_of(stream: Iterable[pa.RecordBatch]) -> Iterator[Block]:
+    """The record batches of an Arrow stream, which are read one after the other. Raises what pyarrow raises."""
+    for batch in stream:
+        batch.validate()  # its number of rows may be any
+        yield Block(batch.num_rows, partial(iter, [batch]))
 
 
 def place_of(name: str, line: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchgen.batches import DAMAGE, check_names, check_stream_ends
-from batchgen.formats import Block, InputError, Scan, Source
+from batchgen.formats import Block, InputError, Scan, Source, blocks_of
 
 _FILE_KIND = b"ARROW1"  # "File format" in Arrow's columnar format specification; a stream has no magic
 
@@ -67,9 +67,7 @@ class Arrow(Source):
         """The record batches. Those of a stream are read one after the other; of the file kind, as they are wanted."""
         with self._opened() as reader:
             if not hasattr(reader, "get_batch"):
-                for batch in reader:
-                    batch.validate()  # its number of rows may be any
-                    yield Block(batch.num_rows, partial(iter, [batch]))
+                yield from blocks_of(reader)
                 return
             for number in range(reader.num_record_batches):
                 if number == len(self._lengths):

@@ -10,14 +10,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from batchgen.batches import DAMAGE, check_names, check_stream_ends
-from batchgen.formats import Block, InputError, Scan, Source
+from batchgen.formats import Block, InputError, Scan, Source, blocks_of
 
 
 class Folder(Source):
@@ -93,9 +93,7 @@ class Folder(Source):
             with _opened(path) as reader:
                 if not reader.schema.equals(schema):
                     raise InputError(f"{path} has other columns than {self._files[0].name}. Save the dataset again")
-                for batch in reader:
-                    batch.validate()  # its number of rows may be any
-                    yield Block(batch.num_rows, partial(iter, [batch]))
+                yield from blocks_of(reader)
 
 
 @contextmanager

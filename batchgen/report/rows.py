@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.checkpoint import Places
+from batchgen.checkpoint.folder import FAILED, GOOD
 from batchgen.output import LOGPROBS, RESULT
 from batchgen.report.batches import Batches
 
 _CHUNK = 1000  # rows that a browser unpacks at once
-_FAILED, _GOOD = 1, 2  # as in `checkpoint.folder`
 _ENDINGS = ("stop", "length")
 
 
@@ -40,7 +40,7 @@ def choose(states: bytearray, most: int) -> list[int]:
     """Failed rows and good ones, `most` of each, in ascending order; where there are more, a uniform sample."""
     chosen: list[int] = []
     draw = random.Random(0)  # the same page again from the same folder
-    for state in (_FAILED, _GOOD):
+    for state in (FAILED, GOOD):
         rows = _rows_in(states, state)
         chosen += (rows if len(rows) <= most else rows[draw.sample(range(len(rows)), most)]).tolist()
     return sorted(chosen)
@@ -176,7 +176,7 @@ def gather(places: Places, batches: Batches, prompt_column: str | None, most: in
         most: rows of each state in the table.
         characters: of a text that the table keeps.
     """
-    rows, block = Rows(good=places.states.count(_GOOD)), []
+    rows, block = Rows(good=places.states.count(GOOD)), []
     for row, line in places.lines(choose(places.states, most)):
         shown = read(line, prompt_column)
         rows.shown.append(row)
@@ -223,7 +223,7 @@ def _seconds(places: Places, batches: Batches, rows: Sequence[int]) -> list[floa
 
 def _kinds(places: Places, prompt_column: str | None) -> list[Kind]:
     found: dict[str, Kind] = {}
-    for row, line in places.lines(_rows_in(places.states, _FAILED).tolist()):
+    for row, line in places.lines(_rows_in(places.states, FAILED).tolist()):
         shown = read(line, prompt_column)
         kind = found.setdefault(shown.ending, Kind(shown.ending, 0, row, shown.id, shown.text))
         kind.count += 1
