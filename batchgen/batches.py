@@ -5,9 +5,11 @@ A row that is damaged becomes an error row. What is wrong with a file as a whole
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, groupby
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -35,6 +37,12 @@ def _check_utf8(fields: Iterable[pa.Field]) -> None:
         field.name.isascii()  # pyarrow decodes it when it is asked for
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         _check_utf8(kind.field(number) for number in range(kind.num_fields))
+
+
+def find_bytes(path: Path, what: bytes) -> int:
+    """Where `what` begins in the file, which is not empty; -1: nowhere."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(what)
 
 
 def check_stream_ends(file: pa.NativeFile) -> None:

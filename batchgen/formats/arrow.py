@@ -6,7 +6,6 @@ Both are read over a memory map, so that what is not compressed is not copied. B
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchgen.batches import DAMAGE, check_names, check_stream_ends
+from batchgen.batches import DAMAGE, check_names, check_stream_ends, find_bytes
 from batchgen.formats import Block, InputError, Scan, Source, blocks_of
 
 _FILE_KIND = b"ARROW1"  # "File format" in Arrow's columnar format specification; a stream has no magic
@@ -52,11 +51,8 @@ class Arrow(Source):
             if not is_file_kind:
                 check_stream_ends(file)
                 return
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(_END_AND_BEGINNING) >= 0:
-                raise InputError(
-                    f"{self.path} is two Arrow files in one, of which one would not be read. Make two of it"
-                )
+        if find_bytes(self.path, _END_AND_BEGINNING) >= 0:
+            raise InputError(f"{self.path} is two Arrow files in one, of which one would not be read. Make two of it")
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.batches import DAMAGE, check_names
+from batchgen.batches import DAMAGE, check_names, find_bytes
 from batchgen.formats import Block, InputError, Scan, Source
 
 _MAGIC = b"PAR1"  # at the beginning and the end of a file
@@ -38,8 +37,7 @@ class Parquet(Source):
 
     def _check_alone(self) -> None:
         """Raises InputError if `cat` has put two files together: readers see the last footer and not what is before."""
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            end = content.find(_END_AND_BEGINNING)
+        end = find_bytes(self.path, _END_AND_BEGINNING)
         if end < 0:
             return
         with pa.memory_map(os.fsencode(self.path)) as file:
