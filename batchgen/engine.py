@@ -174,6 +174,9 @@ class Engine(ABC):
         """True on all ranks that must call together if it is true on one of them. By default the rank is alone."""
         return flag
 
+    def abandon(self) -> None:
+        """Lets go of what waits for other ranks, which may be gone; called before `close` after an exception."""
+
     def close(self) -> None:
         """Frees devices and process groups."""
 
@@ -183,6 +186,8 @@ class Engine(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.abandon()
         self.close()
 
 

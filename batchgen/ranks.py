@@ -56,6 +56,16 @@ def join(world: World, timeout: timedelta) -> torch.device:
     return device
 
 
+def abandon() -> None:
+    """Ends what this rank's GPU does together with others, if it does anything.
+
+    NCCL's kernels wait for a rank that is gone until they are aborted, and with them whoever synchronises with the GPU,
+    if only to free its memory.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+
+
 def without_shared_memory() -> None:
     """Keeps DeepSpeed from its all-reduce through shared memory on CPUs.
 

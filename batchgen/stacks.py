@@ -6,6 +6,9 @@
 A rank answers a signal with its interpreter's own dump (`faulthandler`), which needs neither the interpreter's lock nor
 the main thread: an endless loop answers, and so does a thread that waits inside a library. It goes into nameless memory
 that other processes of this user can read through /proc/PID/fd, so that an attempt which goes well leaves no file.
+
+Without the lock, the dump reads the frames of threads that may be running, and can crash the process. So whoever still
+can answers by itself first (`answer`), and is sent no signal.
 """
 
 from __future__ import annotations
@@ -51,6 +54,18 @@ def answering() -> Iterator[None]:
     finally:
         faulthandler.unregister(SIGNAL)
         os.close(memory)
+
+
+def answer() -> None:
+    """Answers for this process, from a thread that has the interpreter's lock, before it is asked; once."""
+    memory = _memory_of(os.getpid())
+    if memory is None or memory.read_bytes():
+        return
+    try:
+        with memory.open("ab") as file:
+            faulthandler.dump_traceback(file)
+    except OSError as error:
+        logger.warning("cannot say where this process stands: %s", error)
 
 
 def request(attempt: Attempt, why: str) -> bool:
@@ -119,7 +134,9 @@ def _ask(pid: int) -> bool:
         caught = int(next(line for line in lines if line.startswith("SigCgt")).split()[1], 16)
         if not caught >> (SIGNAL - 1) & 1:
             return False
-        if not _answer(pid):  # not twice, if two ask
+        if pid == os.getpid():
+            answer()
+        elif not _answer(pid):  # not twice, if two ask
             os.kill(pid, SIGNAL)
     except OSError:
         return False
@@ -140,14 +157,20 @@ def _await(asked: Mapping[int, int]) -> dict[int, str]:
 
 
 def _answer(pid: int) -> str:
-    folder = Path(f"/proc/{pid}/fd")
     try:
-        for link in folder.iterdir():
-            if os.readlink(link).startswith(f"/memfd:{_MEMORY}"):
-                return link.read_text("utf-8", "backslashreplace")
+        memory = _memory_of(pid)
+        return "" if memory is None else memory.read_text("utf-8", "backslashreplace")
     except OSError:
-        pass  # it has just ended
-    return ""
+        return ""  # it has just ended
+
+
+def _memory_of(pid: int) -> Path | None:
+    """Where that process answers; None: it does not, or has just ended."""
+    try:
+        links = list(Path(f"/proc/{pid}/fd").iterdir())
+        return next((link for link in links if os.readlink(link).startswith(f"/memfd:{_MEMORY}")), None)
+    except OSError:
+        return None
 
 
 def _described(pid: int, answer: str) -> str:

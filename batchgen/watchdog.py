@@ -110,6 +110,7 @@ def report(attempt: Attempt, why: str) -> bool:
     """Logs `why` with the stacks of all ranks; False: another process is doing that."""
     try:
         if not stacks.request(attempt, why):
+            stacks.answer()
             return False
     except OSError as error:
         logger.warning("cannot ask other hosts for their stacks: %s", error)
@@ -201,6 +202,7 @@ class Watchdog(threading.Thread):
         """Another rank stands still."""
         if not noticed_here:
             _log_stacks(self._attempt)
+        stacks.answer()
         deadline = time.monotonic() + stacks.ANSWER_SECONDS
         while not stacks.has_answered(self._attempt, self._rank) and time.monotonic() < deadline:
             time.sleep(0.1)  # whoever noticed it is asking us where we are

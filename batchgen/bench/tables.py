@@ -44,6 +44,9 @@ def markdown(known: dict[str, Any], results: Sequence[Result], mode: CountMode) 
     jobs = [result for result in results if result.job != "seed"]
     if jobs:
         parts += ["Jobs of unequal lengths:", _jobs(jobs, mode)]
+    scaling = _scaling([*seeds, *jobs], mode)
+    if scaling is not None:
+        parts += ["Tokens a second by number of ranks, in those of the fewest; a batch is that of a stream:", scaling]
     return "\n\n".join(parts) + "\n"
 
 
@@ -137,6 +140,21 @@ def _jobs(results: Sequence[Result], mode: CountMode) -> str:
         "host, GB",
     ]
     return table(header, lines)
+
+
+def _scaling(results: Sequence[Result], mode: CountMode) -> str | None:
+    """What more ranks bring, of each cell that several numbers of ranks have; None: there is no such cell."""
+    speeds: dict[tuple[str, str, int | None], dict[int, float]] = {}
+    for one in results:
+        if one.outcome == "ok":
+            speeds.setdefault((one.system, one.job, one.batch), {})[one.ranks] = one.per_second(mode)
+    speeds = {cell: by_ranks for cell, by_ranks in speeds.items() if len(by_ranks) > 1}
+    counts = sorted({ranks for by_ranks in speeds.values() for ranks in by_ranks})
+    lines = [
+        [system, job, batch or "", *(f"{speed[n] / speed[min(speed)]:.2f}" if n in speed else "" for n in counts)]
+        for (system, job, batch), speed in speeds.items()
+    ]
+    return table(["system", "job", "batch", *counts], lines) if lines else None
 
 
 def _gigabytes(size: int | None) -> str:

@@ -114,6 +114,9 @@ class DsInference(Engine):
     def any_rank(self, flag: bool) -> bool:
         return self._group.any_rank(flag)
 
+    def abandon(self) -> None:
+        ranks.abandon()
+
     def close(self) -> None:
         self._batches = None
         gc.collect()

@@ -31,7 +31,6 @@ from batchgen.types import Batch, Prompt
 
 logger = logging.getLogger(__name__)
 
-
 _MOST_ROWS = 8192  # of a batch with offload: an H100 computes as long as 54 GB/s bring weights at about 10,000 rows
 
 
@@ -142,6 +141,9 @@ class DsZero(Engine):
         flags = torch.tensor([int(flag)])
         dist.all_reduce(flags, group=self._flags)
         return bool(flags.item())
+
+    def abandon(self) -> None:
+        ranks.abandon()
 
     def close(self) -> None:
         self._batches = self._model = None

@@ -78,6 +78,20 @@ def test_tables_show_every_cell_and_the_seeds_figure_on_request(tmp_path: Path) 
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_more_ranks_are_compared_with_the_fewest_cell_by_cell(tmp_path: Path) -> None:
+    two = replace(GOOD, ranks=2, generated=120, seconds=[2.5])
+    job = replace(GOOD, system="paged", job="mixed", batch=None)
+    alone, oom = replace(GOOD, batch=16), replace(GOOD, batch=16, ranks=2, outcome="oom", seconds=[])
+    kept = folder(tmp_path, two, GOOD, replace(GOOD, ranks=4, generated=480), job, replace(job, ranks=4), alone, oom)
+    tables.write(kept, "generated")
+    *_, header, _, first, second = (tmp_path / "tables.md").read_text().splitlines()
+    assert header == "| system | job | batch | 1 | 2 | 4 |"
+    assert first == "| accelerate | seed | 8 | 1.00 | 1.60 | 8.00 |"
+    assert second == "| paged | mixed |  | 1.00 |  | 1.00 |"
+    one = folder(tmp_path / "one", GOOD)
+    assert "number of ranks" not in tables.write(one, "generated").read_text()
+
+
 def test_two_benches_beside_each_other(tmp_path: Path) -> None:
     one = folder(tmp_path / "one", GOOD, replace(GOOD, batch=16))
     twice = replace(GOOD, seconds=[1.0])

@@ -14,6 +14,18 @@ import batchgen
 
 ROOT = Path(__file__).parents[2]
 
+# For sitecustomize: on the rank STUCK, the 60th forward comes to no end.
+STUCK = """
+import itertools, os
+if os.environ.get("RANK", "0") == os.environ.get("STUCK"):
+    import torch
+    embedding, forwards = torch.nn.functional.embedding, itertools.count()
+    def walks_in_circles(*arguments, **options):
+        while next(forwards) >= 60:
+            pass
+        return embedding(*arguments, **options)
+    torch.nn.functional.embedding = walks_in_circles
+"""
 
 # For sitecustomize: rank 1 runs out of memory inside a forward of more than 3 rows.
 OUT_OF_MEMORY = """
