@@ -114,11 +114,10 @@ def rank(name: str, model: str, options: Sequence[str], folder: Path) -> None:
         after = resident()
         ctypes.CDLL(None).malloc_trim(0)
         trimmed = resident()
-        weights = made._model if name == "ds-zero" else made._batches._model
-        # A parameter that ZeRO has sharded is empty, and keeps its share elsewhere.
-        shares = [getattr(parameter, "ds_tensor", parameter) for parameter in weights.parameters()]
+        gathered = getattr(made, "_gathered", None)
+        parameters = made._batches._model.parameters()
         record = {
-            "held": sum(share.numel() for share in shares),
+            "held": sum(one.numel() for one in parameters) if gathered is None else gathered.elements,
             "after": after["RssAnon"] - before["RssAnon"],
             "trimmed": trimmed["RssAnon"] - before["RssAnon"],
             "loading": loading["RssAnon"] - before["RssAnon"],

@@ -22,6 +22,7 @@ from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
 
 _BARRIER_SECONDS = 3600.0  # ranks may load for minutes
+_JOB_SECONDS = 60.0  # after so many a job is not repeated
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,13 @@ class Worker:
         rows.sort(key=lambda row: (row[1], len(row[0])), reverse=True)  # as a run has them
         prompts = [workloads.prompt(n, ids, SamplingParams(max_new_tokens=new)) for n, (ids, new) in enumerate(rows)]
         self._timed(made, lambda: prompts[-min(8, len(prompts)) :])  # the warm-up: the shortest
-        seconds, batches = self._timed(made, lambda: prompts)
+        seconds: list[float] = []
+        # The first time, an engine may still compile or record what it needs for the sizes that come up.
+        while not seconds or (len(seconds) < self._task.cycles and self._all(sum(seconds) < _JOB_SECONDS)):
+            spent, batches = self._timed(made, lambda: prompts)
+            seconds.append(spent)
         fits = max((len(batch.generations) for batch in batches), default=0)
-        self._say(self._found(batches) | {"batch": None, "outcome": "ok", "fits": fits, "seconds": [seconds]})
+        self._say(self._found(batches) | {"batch": None, "outcome": "ok", "fits": fits, "seconds": seconds})
 
     def _timed(self, made: Engine, prompts: Callable[[], list[Prompt]]) -> tuple[float, list[Batch]]:
         """Seconds from the texts to the texts, all ranks having begun at once."""

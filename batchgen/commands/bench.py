@@ -52,7 +52,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> l
     "--batch-sizes", default=_BATCHES, show_default=True, callback=_numbers, metavar="N,…", help="The seed's."
 )
 @click.option("--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="New ones of each row.")
-@click.option("--cycles", type=click.IntRange(min=1), default=5, show_default=True, help="Timed, after a warm-up.")
+@click.option(
+    "--cycles", type=click.IntRange(min=1), default=5, show_default=True, help="Timed; of jobs within a minute."
+)
 @click.option("--mixed", type=click.IntRange(min=0), default=0, metavar="ROWS", help="Also a job of unequal lengths.")
 @click.option("--input", "input_file", metavar="INPUT", help="Also a job of your own prompts.")
 @click.option("--sample", type=click.IntRange(min=1), metavar="ROWS", help="Of the input, drawn once and for all.")

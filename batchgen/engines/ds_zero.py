@@ -1,6 +1,6 @@
 """Engine `ds-zero`: DeepSpeed ZeRO stage 3. The weights are sharded over all ranks, and every rank is a stream.
 
-Each forward gathers the weights layer by layer, from the other ranks, host memory or NVMe, so all ranks must call
+Each forward gathers the weights layer by layer (`batchgen.gather`; from NVMe DeepSpeed does), so all ranks must call
 forward equally often, and that is all they must do together. Before each forward they add up two flags (`_agree`): who
 has work, and whether one has been asked to stop. A rank without work takes part with a token of its own making until
 nobody has any; a rank that finishes a batch begins its next one while the others are in the middle of theirs.
@@ -17,15 +17,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from batchgen import extensions, loading, memory, offload, ranks, zero
-from batchgen.engine import Encoder, Engine, EngineError, OutOfStep, Pace, Placement, Setup
+from batchgen import extensions, gather, loading, offload, ranks, zero
+from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
+from batchgen.gather import Gathered
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
 
@@ -61,6 +61,14 @@ class DsZero(Engine):
         weight_group: int = 64  # weights that share a scale
         attn_implementation: str | None = None  # None: Transformers' choice
         timeout_seconds: float = 600.0  # without an answer from a rank, its peers end
+
+        @property
+        def by_deepspeed(self) -> bool:
+            """Whether DeepSpeed itself brings weights together: one of its settings asks for it, or it alone can."""
+            given = (self.config, self.weight_bits, self.reduce_bucket_size, self.prefetch_bucket_size)
+            more = (self.param_persistence_threshold, self.max_live_parameters, self.max_reuse_distance)
+            nvme = (self.offload or "").startswith("nvme")
+            return nvme or not self.whole_layers or any(one is not None for one in (*given, *more))
 
         def __post_init__(self) -> None:
             kind, _, folder = (self.offload or "cpu").partition("=")
@@ -98,6 +106,7 @@ class DsZero(Engine):
         self._bandwidth: float | None = None  # bytes/s of the path that weights come over; None: no offload
         self._weight_bytes = 0  # that come over it in a step
         self._gathered_bytes = 0  # that a forward takes for weights, most
+        self._gathered: Gathered | None = None
         self._model = self._load(setup, options)
         self._batches: StaticBatches | None = StaticBatches(
             self._model,
@@ -119,7 +128,7 @@ class DsZero(Engine):
         self._stop: Callable[[], bool] = lambda: False
         self._idle = False
         self._model.register_forward_pre_hook(self._before_forward, prepend=True)
-        self._model.forward = _fatal_if_out_of_memory(self._model.forward)
+        self._model.forward = gather.fatal_if_out_of_memory(self._model.forward)
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         if self._batches is None:
@@ -146,7 +155,9 @@ class DsZero(Engine):
         ranks.abandon()
 
     def close(self) -> None:
-        self._batches = self._model = None
+        if self._gathered is not None:
+            self._gathered.close()
+        self._batches = self._model = self._gathered = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -165,8 +176,14 @@ class DsZero(Engine):
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
         self._transformers_config = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
-        if options.whole_layers and (layers := _layers(model)):
-            deepspeed.utils.set_z3_leaf_modules(model, layers)
+        layers = gather.layers(model)
+        if layers and not options.by_deepspeed and (setup.world.size > 1 or options.offload):
+            pinned = options.pin_memory and self._device.type == "cuda"
+            self._gathered = Gathered(model, layers, self._device, host=options.offload is not None, pinned=pinned)
+            self._gathered_bytes = 0  # its buffers are there already
+            return model
+        if options.whole_layers and layers:
+            deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
         engine = deepspeed.initialize(model=model, config=config)[0]
         zero.forward_only(engine)
         return engine.module.eval()
@@ -190,6 +207,8 @@ class DsZero(Engine):
         if options.offload is not None:
             plan = self._plan_offload(setup, options, weights)
             config["zero_optimization"]["offload_param"] = plan.offload_param
+            if not options.by_deepspeed:
+                plan.offload_param["pin_memory"] = False  # `Gathered` pins them
             config |= {"aio": plan.aio} if plan.aio else {}
         if options.config is not None:
             config = zero.merged(config, zero.user_configuration(options.config))
@@ -277,24 +296,3 @@ class DsZero(Engine):
                 self._model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
         finally:
             self._idle = False
-
-
-def _layers(model: Any) -> list[type]:
-    """The classes of the model's decoder layers, which Transformers lists as what must not be split."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return list({type(module) for module in model.modules() if type(module).__name__ in names})
-
-
-def _fatal_if_out_of_memory(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Ranks that gather weights for each other cannot agree that one of them has failed in the middle of it."""
-
-    @wraps(forward)
-    def guarded(*arguments: Any, **named: Any) -> Any:
-        try:
-            return forward(*arguments, **named)
-        except (RuntimeError, MemoryError) as error:
-            if memory.is_out_of_memory(error):
-                raise OutOfStep("out of memory inside a forward that the ranks make together") from error
-            raise
-
-    return guarded
