@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
+from transformers.integrations import sdpa_attention
 
 from batchgen import memory, presplit
 from batchgen.engine import EngineError
@@ -22,18 +23,31 @@ from batchgen.world import World
 
 HOLLOW = "hollow.json"  # in the folder of a model whose weight files are empty: random numbers shall take their place
 
+_repeated = sdpa_attention.repeat_kv
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 FLOATING = ("float32", "bfloat16", "float16")
 
 
-def quieten() -> None:
-    """Keeps Transformers from writing what is no error, and its progress bars from logs."""
+def prepare_transformers() -> None:
+    """Keeps Transformers from writing what is no error, its progress bars from logs, and the heads of keys apart."""
+    sdpa_attention.repeat_kv = _repeated_whole
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     # Transformers 5.17 warns, wrongly, of a model whose first layer lies on a disk; 5.23 no longer does.
     warnings.filterwarnings("ignore", r"You are calling \.generate\(\) with the `input_ids` being on", UserWarning)
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _repeated_whole(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """Keys or values [rows, heads, tokens, size] for `n_rep` times as many heads, each with memory of its own.
+
+    Of a single head, which is also what a rank has where a model is split into as many ranks as it has key/value heads,
+    Transformers makes views of the same memory. Given those, PyTorch's memory-efficient kernel reads the mask of a
+    block's only query wrong, at widths of 32 n + 1, and padded rows get another text:
+    https://github.com/pytorch/pytorch/issues/191937.
+    """
+    return _repeated(hidden_states, n_rep).contiguous()
 
 
 def check_weights(model: str) -> None:
@@ -111,8 +125,10 @@ def fill(name: str, parameter: torch.Tensor, spread: float) -> None:
         _fill_rounded(parameter, values, spread)
     elif len(shape) > 1:
         # What waits in host memory comes from the GPU: of one core, seven billion numbers take half a minute.
-        drawn = torch.empty_like(values, device="cuda") if torch.cuda.is_available() else values
-        values.copy_(drawn.normal_(0.0, spread))
+        if values.device.type == "cpu" and torch.cuda.is_available():
+            values.copy_(torch.empty_like(values, device="cuda").normal_(0.0, spread))
+        else:
+            values.normal_(0.0, spread)
     else:
         values.fill_(0.0 if name.endswith("bias") else 1.0)
 

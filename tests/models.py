@@ -29,6 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from batchgen import loading
 from batchgen.decoding import choose, cut
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Generation, Prompt, SamplingParams
@@ -136,6 +137,7 @@ class Model:
     def __init__(self, folder: Path, batch_size: int | None = 8, device: str = "cpu") -> None:
         self.encoder = HfEncoder(str(folder))
         self.device = torch.device(device)
+        loading.prepare_transformers()
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
         self._exact: PreTrainedModel | None = None
         self.counted = 0

@@ -49,7 +49,7 @@ class Accelerate(Engine):
         self._spill: tempfile.TemporaryDirectory[str] | None = None
         encoder = HfEncoder(setup.model)
         loading.check_weights(setup.model)
-        loading.quieten()
+        loading.prepare_transformers()
         placement = _placement(options, setup.world)
         if placement["device_map"] in _SPREADING:
             placement["offload_folder"] = options.offload_folder or self._make_spill()

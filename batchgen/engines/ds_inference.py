@@ -74,7 +74,7 @@ class DsInference(Engine):
         encoder = HfEncoder(setup.model)
         if len(self.awaited) > 1:
             tensor_parallel.check_split(encoder.config, len(self.awaited))
-        loading.quieten()
+        loading.prepare_transformers()
         # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
         timeout = timedelta(seconds=2 * options.timeout_seconds)
         device = ranks.join(setup.world, timeout)

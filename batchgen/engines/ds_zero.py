@@ -96,7 +96,7 @@ class DsZero(Engine):
     def __init__(self, setup: Setup, options: Options) -> None:
         self._encoder = HfEncoder(setup.model)
         loading.check_weights(setup.model)
-        loading.quieten()
+        loading.prepare_transformers()
         # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
         timeout = timedelta(seconds=2 * options.timeout_seconds)
         self._device = ranks.join(setup.world, timeout)

@@ -57,7 +57,7 @@ class Paged(Engine):
         self._encoder = HfEncoder(setup.model)
         models.check(self._encoder.config)
         loading.check_weights(setup.model)
-        loading.quieten()
+        loading.prepare_transformers()
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         self._device = loading.device_of(setup.world)
         self._check = setup.selftest

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,27 @@ def test_another_attention_gives_the_same_tokens(tiny_llama: Path, expected: lis
 
 
 @WITHOUT_GPU
+def test_heads_that_share_keys_have_them_in_memory_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PyTorch's fused kernel on a GPU needs that (see batchgen.loading).
+    folder = models.save(tmp_path / "model", partial(models.llama, num_key_value_heads=1))
+    attention, strides = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        strides.update((key.stride(1), value.stride(1)) if key.shape[1] > 1 else ())
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with load(folder) as engine:
+        done = [
+            g for batch in engine.generate(iter(models.random_prompts(4)), lambda: False) for g in batch.generations
+        ]
+    assert len(done) == 4
+    assert strides
+    assert 0 not in strides
+
+
 def test_ranks_share_the_cores_unless_someone_has_decided(
     tiny_llama: Path, expected: list[Generation], monkeypatch: pytest.MonkeyPatch, loose_threads: None
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def limited_memory() -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@pytest.mark.parametrize("build", [models.llama, models.bloom])
+@pytest.mark.parametrize("build", [models.llama, partial(models.llama, num_key_value_heads=1), models.bloom])
 def test_a_batch_on_the_gpu_gives_the_tokens_of_one_prompt_at_a_time(build: object, tmp_path: Path) -> None:
     model = Model(models.save(tmp_path / "model", build), device="cuda")
     prompts = random_prompts(20, stop=("\x00",)) + random_prompts(20)
