@@ -9,7 +9,7 @@ While a layer computes, the next two are on their way; behind the last one the f
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
@@ -45,11 +45,11 @@ def layers(model: Any) -> list[Any]:
 class _Unit:
     """A module whose parameters come and go together."""
 
-    def __init__(self, module: Any, ranks: int, room: deque[torch.Tensor]) -> None:
-        self.module, self.parameters = module, list(dict.fromkeys(module.parameters()))
-        sizes = [-(-one.ds_numel // _ALIGNED) * _ALIGNED for one in self.parameters]
+    def __init__(self, module: Any, parameters: Sequence[Any], ranks: int, room: deque[torch.Tensor]) -> None:
+        self.module, self.parameters = module, parameters
+        sizes = [_aligned(one.ds_numel) for one in parameters]
         self.begins = [0, *accumulate(sizes)]
-        self.part = -(-self.begins[-1] // ranks)  # elements of a rank's share
+        self.part = _aligned(-(-self.begins[-1] // ranks))  # elements of a rank's share
         self.room = room  # that it shares with others: the buffers that are free
         self.share = torch.empty(0)
         self.buffer: torch.Tensor | None = None  # where it is, or will be once it has come
@@ -64,11 +64,16 @@ class _Unit:
         return [buffer[begin : begin + one.ds_numel].view(one.ds_shape) for one, begin in begins]
 
 
+def _aligned(elements: int) -> int:
+    return -(-elements // _ALIGNED) * _ALIGNED
+
+
 class Gathered:
     """The weights of a model that `deepspeed.zero.Init` has sharded. All ranks make each forward at the same time.
 
     Parameters outside the layers stay whole on every rank: norms, and a tied embedding, which a step needs from its
-    beginning to its end. Embedding and output matrix take turns in one buffer where they are two.
+    beginning to its end. So do those of another type than the model's, or of several layers at once. Embedding and
+    output matrix take turns in one buffer where they are two.
 
     Args:
         layers: the decoder layers.
@@ -92,14 +97,15 @@ class Gathered:
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._order: list[_Unit] = []
         self._known = False  # the order, after the first forward
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-        if ends[1] is None or ends[0].weight is ends[1].weight:
-            ends = []
         self._units: list[_Unit] = []
         self._hooks: list[Any] = []
-        for modules, buffers in ((layers, _AHEAD + 1), (ends, 1)):
+        owners = Counter(one for module in (*layers, *_ends(model)) for one in set(module.parameters()))
+        for modules, buffers in ((layers, _AHEAD + 1), (_ends(model), 1)):
             room: deque[torch.Tensor] = deque()
-            units = [_Unit(module, self._ranks, room) for module in modules]
+            units = []
+            for module in modules:
+                own = [one for one in module.parameters() if owners[one] == 1 and one.ds_tensor.dtype == model.dtype]
+                units.append(_Unit(module, list(dict.fromkeys(own)), self._ranks, room))
             self._units += units
             most = max((unit.part for unit in units), default=0) * self._ranks
             room += [torch.empty(most, dtype=model.dtype, device=device) for _ in range(min(buffers, len(units)))]
@@ -230,6 +236,13 @@ class Gathered:
         work, unit.work = unit.work, None
         if work is not None:
             work.wait()
+
+
+def _ends(model: Any) -> list[Any]:
+    """Embedding and output matrix, where they are two."""
+    found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(weight) for end in found if (weight := getattr(end, "weight", None)) is not None}
+    return found if len(weights) == 2 else []
 
 
 def fatal_if_out_of_memory(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,6 +71,19 @@ def test_between_forwards_the_layers_hold_nothing_and_a_tied_embedding_stays(mod
     gathered.close()
 
 
+def test_a_weight_of_another_type_or_of_two_layers_keeps_its_type_and_its_ties() -> None:
+    torch.manual_seed(0)
+    plain = models.llama(300, num_hidden_layers=3)
+    plain.model.layers[1].input_layernorm.weight.data = torch.rand(32).to(torch.bfloat16)
+    plain.model.layers[2].mlp.up_proj.weight = plain.model.layers[0].mlp.up_proj.weight
+    made = sharded(plain)
+    gathered = Gathered(made, gather.layers(made), torch.device("cpu"))
+    for _ in range(2):
+        assert torch.equal(logits(made), logits(plain))
+    assert made.model.layers[1].input_layernorm.weight.dtype == torch.bfloat16
+    gathered.close()
+
+
 def test_whoever_reads_a_weight_out_of_turn_fails() -> None:
     made = sharded(models.llama(300))
     gathered = Gathered(made, gather.layers(made), torch.device("cpu"))

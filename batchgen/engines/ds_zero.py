@@ -46,7 +46,7 @@ class DsZero(Engine):
 
     @dataclass(frozen=True)
     class Options:
-        """Settings of engine `ds-zero`. Sizes are numbers of elements, as DeepSpeed counts them."""
+        """Settings of engine `ds-zero`. Sizes are DeepSpeed's, in elements; given one, DeepSpeed itself gathers."""
 
         config: str | None = None  # a DeepSpeed JSON file; what it says wins over everything here
         offload: str | None = None  # where the weights wait for their layer: cpu, or nvme=FOLDER; None: on the GPUs
@@ -54,7 +54,7 @@ class DsZero(Engine):
         reduce_bucket_size: int | None = None  # None: hidden size squared, as in the seed's scripts
         prefetch_bucket_size: int | None = None  # None: a layer; without whole_layers 0.9 x hidden size squared
         param_persistence_threshold: int | None = None  # smaller ones stay whole on every rank; None: none do
-        whole_layers: bool = True  # gather a decoder layer at once, not each of its parts when its turn comes
+        whole_layers: bool = True  # gather a decoder layer at once; false: DeepSpeed each part when its turn comes
         max_live_parameters: int | None = None  # gathered at a time; None: three layers and what is tied
         max_reuse_distance: int | None = None  # until its next use a parameter stays; None: any
         weight_bits: int | None = None  # 8 or 4: the weights are rounded to so many bits, which changes the text
@@ -79,14 +79,15 @@ class DsZero(Engine):
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
-        size, shard, gathered = weights.read_bytes, weights.shard_bytes(gpus), zero.gathered_bytes(weights)
+        size, shared, gathered = weights.read_bytes, weights.shared_bytes, zero.gathered_bytes(weights)
         held = Placement((), gpus, gpus, device=size)
         if gpus > 1:
-            moved = size - size // gpus
-            held = Placement((), gpus, gpus, device=shard, gathered=gathered, moved=moved, path="gpus")
-        away = Placement(("offload=cpu",), gpus, gpus, 0, gathered, moved=size // gpus, most_rows=_MOST_ROWS)
-        host = replace(away, host=shard * gpus, path="host")
-        disk = replace(away, settings=("offload=nvme=FOLDER",), disk=shard * gpus, path="disk")
+            part = -(-shared // gpus)
+            held = Placement((), gpus, gpus, device=part, gathered=gathered, moved=shared - part, path="gpus")
+        away = Placement(("offload=cpu",), gpus, gpus, 0, gathered, moved=shared // gpus, most_rows=_MOST_ROWS)
+        host = replace(away, host=shared, path="host")
+        files = weights.shard_bytes(gpus) * gpus
+        disk = replace(away, settings=("offload=nvme=FOLDER",), disk=files, moved=size // gpus, path="disk")
         return [held, host, disk]
 
     @classmethod
@@ -228,7 +229,7 @@ class DsZero(Engine):
             plan = offload.cpu(weights, world.size, pin_memory=options.pin_memory and torch.cuda.is_available())
             offload.check_host_memory(plan, world.local_size)
             self._bandwidth = offload.copy_bandwidth(self._device, pinned=options.pin_memory)
-            self._weight_bytes = weights.read_bytes // world.size
+            self._weight_bytes = (weights.read_bytes if options.by_deepspeed else weights.shared_bytes) // world.size
         else:
             folder = Path(name)
             offload.check_folder(folder)

@@ -57,6 +57,11 @@ class Parameters:
         """Bytes that one forward needs, over all ranks: each parameter once."""
         return sum(parameter.numel for parameter in self.of.values() if not parameter.tied) * self.dtype.itemsize
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that ranks share out among them where each holds tied parameters whole (`batchgen.gather`)."""
+        return self.read_bytes - self.tied * self.dtype.itemsize
+
     def shards(self, ranks: int) -> list[int]:
         """Elements of one rank's shard of each parameter, padded so that all ranks' are equal."""
         return [-(-parameter.numel // ranks) for parameter in self.of.values()]

@@ -137,3 +137,32 @@ def test_setting_of_the_wrong_type_says_what_it_must_be(setting: str, sentence: 
     with pytest.raises(EngineError) as raised:
         engine.parse_options(Settled, [setting])
     assert str(raised.value) == sentence
+
+
+class Watched(Settled):
+    """Says what is asked of it at its end."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def abandon(self) -> None:
+        self.said.append("abandon")
+
+    def close(self) -> None:
+        self.said.append("close")
+
+    def generate(self, prompts: Any, stop: Any) -> Any:
+        raise AssertionError
+
+    @classmethod
+    def encoder(cls, model: str) -> Any:
+        raise AssertionError
+
+
+def test_what_waits_for_others_is_abandoned_before_an_engine_closes_after_an_exception() -> None:
+    with Watched() as engine:
+        pass
+    assert engine.said == ["close"]
+    with pytest.raises(ValueError, match="x"), Watched() as engine:
+        raise ValueError("x")
+    assert engine.said == ["abandon", "close"]
