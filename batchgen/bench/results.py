@@ -9,9 +9,11 @@ In the folder:
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -115,13 +117,26 @@ class Folder:
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Records what it ran on."""
-        path = self.path / "bench.json"
-        write_atomic(path, to_json({**read_json(path), **facts}))
+        self._change(lambda known: facts)
 
     def remember(self, command: str) -> None:
         """Records a command that has added to it."""
-        commands = self.known().get("commands", [])
-        self.describe({"commands": [*(one for one in commands if one != command), command]})
+
+        def added(known: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {"commands": [*(one for one in known.get("commands", []) if one != command), command]}
+
+        self._change(added)
+
+    def _change(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        """Other benches, on other GPUs of this host, may add to the same folder meanwhile."""
+        path = self.path / "bench.json"
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            known = read_json(path)
+            write_atomic(path, to_json({**known, **change(known)}))
+        finally:
+            os.close(folder)
 
     def known(self) -> dict[str, Any]:
         """What is measured, and on what.

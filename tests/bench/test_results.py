@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def test_another_bench_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
     kept.ask(ASKED)
     with pytest.raises(BenchError, match="holds another bench: tokens was 10, now 20"):
         kept.ask(ASKED | {"tokens": 20})
+
+
+def test_two_that_measure_at_once_lose_no_command_of_the_other(tmp_path: Path) -> None:
+    kept = folder(tmp_path)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(kept.remember, map(str, range(40))))
+    assert sorted(map(int, kept.known()["commands"])) == list(range(40))
 
 
 def test_tables_show_every_cell_and_the_seeds_figure_on_request(tmp_path: Path) -> None:
