@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,26 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import PACKAGES, Cluster, missing
+
+_READER = """
+import os
+from batchgen import extensions
+from batchgen.models import cache_folder
+extensions.prepare(cache_folder(os.environ), print)
+"""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins to build what the tests of NVMe need minutes of, and only late: beside the others it takes less."""
+    if not session.config.option.collectonly and any(
+        "test_nvme" in one.name or "-nvme" in one.name for one in session.items
+    ):
+        # One core, when nobody else wants it.
+        command = ["nice", "-n", "19", sys.executable, "-W", "ignore", "-c", _READER]
+        environment = {**os.environ, "MAX_JOBS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        quiet = subprocess.DEVNULL
+        builder = subprocess.Popen(command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
+        session.config.add_cleanup(lambda: (builder.kill(), builder.wait()))
 
 
 @pytest.fixture(scope="session")
