@@ -115,9 +115,10 @@ def rank(name: str, model: str, options: Sequence[str], folder: Path) -> None:
         ctypes.CDLL(None).malloc_trim(0)
         trimmed = resident()
         gathered = getattr(made, "_gathered", None)
-        parameters = made._batches._model.parameters()
+        # One that DeepSpeed has sharded is empty, and keeps its share elsewhere.
+        shares = [getattr(one, "ds_tensor", one) for one in made._batches._model.parameters()]
         record = {
-            "held": sum(one.numel() for one in parameters) if gathered is None else gathered.elements,
+            "held": sum(one.numel() for one in shares) if gathered is None else gathered.elements,
             "after": after["RssAnon"] - before["RssAnon"],
             "trimmed": trimmed["RssAnon"] - before["RssAnon"],
             "loading": loading["RssAnon"] - before["RssAnon"],
