@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from batchgen import gather
 from batchgen.engine import OutOfStep
@@ -54,6 +55,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_model_says_the_same_at_its_first_and_later_forwards(model: Any) -> None:
     made = sharded(model)
     layers = gather.layers(made)
+    assert gather.lists_layers(made.config)
     assert len(layers) == 5
     gathered = Gathered(made, layers, torch.device("cpu"), host=True)
     for _ in range(3):
@@ -82,6 +84,10 @@ def test_a_weight_of_another_type_or_of_two_layers_keeps_its_type_and_its_ties()
         assert torch.equal(logits(made), logits(plain))
     assert made.model.layers[1].input_layernorm.weight.dtype == torch.bfloat16
     gathered.close()
+
+
+def test_a_kind_of_model_that_is_not_known_lists_no_layers() -> None:
+    assert not gather.lists_layers(PretrainedConfig())
 
 
 def test_whoever_reads_a_weight_out_of_turn_fails() -> None:

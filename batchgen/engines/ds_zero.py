@@ -108,6 +108,8 @@ class DsZero(Engine):
         self._weight_bytes = 0  # that come over it in a step
         self._gathered_bytes = 0  # that a forward takes for weights, most
         self._gathered: Gathered | None = None
+        self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
+        self._by_layers = gather.lists_layers(self._encoder.config) and not (options.by_deepspeed or self._whole_model)
         self._model = self._load(setup, options)
         self._batches: StaticBatches | None = StaticBatches(
             self._model,
@@ -178,7 +180,7 @@ class DsZero(Engine):
         self._transformers_config = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
         layers = gather.layers(model)
-        if layers and not options.by_deepspeed and (setup.world.size > 1 or options.offload):
+        if self._by_layers and layers:
             pinned = options.pin_memory and self._device.type == "cuda"
             self._gathered = Gathered(model, layers, self._device, host=options.offload is not None, pinned=pinned)
             self._gathered_bytes = 0  # its buffers are there already
@@ -198,18 +200,15 @@ class DsZero(Engine):
             offload.check_quantization(Path(setup.model), weights, bits, options.weight_group)
             quantization["weight_quantization"] = offload.quantization(bits, options.weight_group)
             weights = offload.quantized(weights, bits, options.weight_group)
-        whole_model = setup.world.size == 1 and options.offload is None
-        self._gathered_bytes = 0 if whole_model else zero.gathered_bytes(weights)
+        self._gathered_bytes = 0 if self._whole_model else zero.gathered_bytes(weights)
         hidden = self._encoder.config.get_text_config().hidden_size
-        sizes = zero.sizes(weights, hidden, whole_layers=options.whole_layers, whole_model=whole_model)
+        sizes = zero.sizes(weights, hidden, whole_layers=options.whole_layers, whole_model=self._whole_model)
         given = {name: getattr(options, name.removeprefix("stage3_")) for name in sizes}
         sizes |= {name: size for name, size in given.items() if size is not None}
         config = zero.configuration(setup.world.size, dtype, sizes) | quantization
         if options.offload is not None:
             plan = self._plan_offload(setup, options, weights)
             config["zero_optimization"]["offload_param"] = plan.offload_param
-            if not options.by_deepspeed:
-                plan.offload_param["pin_memory"] = False  # `Gathered` pins them
             config |= {"aio": plan.aio} if plan.aio else {}
         if options.config is not None:
             config = zero.merged(config, zero.user_configuration(options.config))
@@ -226,10 +225,12 @@ class DsZero(Engine):
         world = setup.world
         kind, _, name = (options.offload or "").partition("=")
         if kind == "cpu":
-            plan = offload.cpu(weights, world.size, pin_memory=options.pin_memory and torch.cuda.is_available())
+            # `Gathered` pins them itself.
+            pinned = options.pin_memory and torch.cuda.is_available() and not self._by_layers
+            plan = offload.cpu(weights, world.size, pin_memory=pinned)
             offload.check_host_memory(plan, world.local_size)
             self._bandwidth = offload.copy_bandwidth(self._device, pinned=options.pin_memory)
-            self._weight_bytes = (weights.read_bytes if options.by_deepspeed else weights.shared_bytes) // world.size
+            self._weight_bytes = (weights.shared_bytes if self._by_layers else weights.read_bytes) // world.size
         else:
             folder = Path(name)
             offload.check_folder(folder)
