@@ -62,7 +62,6 @@ class Host:
     def __init__(self, out: Path) -> None:
         self._out = out
         self._free = list(range(torch.cuda.device_count()))
-        self._all = len(self._free)
         self._running: dict[subprocess.Popen[bytes], tuple[Job, list[int], float]] = {}
 
     def start(self, job: Job) -> bool:

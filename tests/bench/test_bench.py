@@ -80,21 +80,8 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
         for number in range(30):
             file.write(json.dumps({"prompt": "abcdefgh " * (number % 4 + 1), "max_new_tokens": 3 + number % 5}) + "\n")
         file.write('{"prompt": 5}\n')
-    words = [
-        "--model",
-        str(tiny_llama),
-        "--batch-sizes",
-        "",
-        "-o",
-        "bench",
-        "--input",
-        "p.jsonl",
-        "--sample",
-        "10",
-        "--cycles",
-        "2",
-    ]
-    bench(tmp_path, *words)
+    words = ["--model", str(tiny_llama), "--batch-sizes", "", "-o", "bench"]
+    bench(tmp_path, *words, "--input", "p.jsonl", "--sample", "10", "--cycles", "2")
     (result,) = cells(tmp_path).values()
     assert result["outcome"] == "ok"
     assert 9 <= int(str(result["rows"])) <= 10
@@ -104,7 +91,7 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
     known = json.loads((tmp_path / "bench" / "bench.json").read_text())
     assert known["versions"]["torch"]
     # Another job is added to the same bench, and both commands are there to be read.
-    bench(tmp_path, "--model", str(tiny_llama), "--batch-sizes", "", "-o", "bench", "--mixed", "2", "--cycles", "2")
+    bench(tmp_path, *words, "--mixed", "2", "--cycles", "2")
     assert [job.split(",")[0] for _, job, _ in cells(tmp_path)] == ["p.jsonl", "mixed"]
     tables = (tmp_path / "bench" / "tables.md").read_text()
     assert " --input p.jsonl --sample 10 --cycles 2\n" in tables
