@@ -77,10 +77,10 @@ def texts_alone(prompts: Path, model: Path, scratch: Path) -> list[object]:
     return texts(scratch)
 
 
-def process_of_rank_1(out: Path, starter: subprocess.Popen[str], steps: int, attempt: int = 1) -> int:
-    """Its id, as soon as it has made more than `steps` steps in that attempt."""
+def process_of_rank_1(out: Path, starter: subprocess.Popen[str], most: int, attempt: int = 1, of: str = "steps") -> int:
+    """Its id, as soon as its heartbeat counts more than that in that attempt: of steps, or what else it counts."""
     beat = out / "attempts" / f"{attempt:05d}-00001.json"
-    while not (beat.exists() and json.loads(beat.read_bytes())["steps"] > steps):
+    while not (beat.exists() and json.loads(beat.read_bytes())[of] > most):
         assert starter.poll() is None, "the run ended before"
         time.sleep(0.05)
     return int(json.loads(beat.read_bytes())["pid"])
