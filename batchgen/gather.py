@@ -79,7 +79,7 @@ class Gathered:
 
     Parameters outside the layers stay whole on every rank: norms, and a tied embedding, which a step needs from its
     beginning to its end. So do those of another type than the model's, or of several layers at once. Embedding and
-    output matrix take turns in one buffer where they are two.
+    output matrix take turns in one buffer where they are two. One rank alone without `host` has all of it in its place.
 
     Args:
         layers: the decoder layers.
@@ -105,8 +105,11 @@ class Gathered:
         self._known = False  # the order, after the first forward
         self._units: list[_Unit] = []
         self._hooks: list[Any] = []
-        owners = Counter(one for module in (*layers, *_ends(model)) for one in set(module.parameters()))
-        for modules, buffers in ((layers, _AHEAD + 1), (_ends(model), 1)):
+        ends = _ends(model)
+        if self._ranks == 1 and not host:
+            layers, ends = [], []
+        owners = Counter(one for module in (*layers, *ends) for one in set(module.parameters()))
+        for modules, buffers in ((layers, _AHEAD + 1), (ends, 1)):
             room: deque[torch.Tensor] = deque()
             units = []
             for module in modules:

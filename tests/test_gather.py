@@ -65,11 +65,20 @@ def test_a_model_says_the_same_at_its_first_and_later_forwards(model: Any) -> No
 
 def test_between_forwards_the_layers_hold_nothing_and_a_tied_embedding_stays(model: Any) -> None:
     made = sharded(model)
-    gathered = Gathered(made, gather.layers(made), torch.device("cpu"))
+    gathered = Gathered(made, gather.layers(made), torch.device("cpu"), host=True)
     logits(made)
     assert all(one.numel() == 0 for layer in gather.layers(made) for one in layer.parameters())
     tied = made.get_input_embeddings().weight is made.get_output_embeddings().weight
     assert (made.get_input_embeddings().weight.numel() > 0) == tied
+    gathered.close()
+
+
+def test_one_rank_alone_has_all_in_its_place(model: Any) -> None:
+    made = sharded(model)
+    gathered = Gathered(made, gather.layers(made), torch.device("cpu"))
+    assert not any(module._forward_pre_hooks for module in made.modules())
+    assert torch.equal(logits(made), logits(model))
+    assert gathered.elements == sum(one.numel() for one in model.parameters())
     gathered.close()
 
 
@@ -79,7 +88,7 @@ def test_a_weight_of_another_type_or_of_two_layers_keeps_its_type_and_its_ties()
     plain.model.layers[1].input_layernorm.weight.data = torch.rand(32).to(torch.bfloat16)
     plain.model.layers[2].mlp.up_proj.weight = plain.model.layers[0].mlp.up_proj.weight
     made = sharded(plain)
-    gathered = Gathered(made, gather.layers(made), torch.device("cpu"))
+    gathered = Gathered(made, gather.layers(made), torch.device("cpu"), host=True)
     for _ in range(2):
         assert torch.equal(logits(made), logits(plain))
     assert made.model.layers[1].input_layernorm.weight.dtype == torch.bfloat16
@@ -92,7 +101,7 @@ def test_a_kind_of_model_that_is_not_known_lists_no_layers() -> None:
 
 def test_whoever_reads_a_weight_out_of_turn_fails() -> None:
     made = sharded(models.llama(300))
-    gathered = Gathered(made, gather.layers(made), torch.device("cpu"))
+    gathered = Gathered(made, gather.layers(made), torch.device("cpu"), host=True)
     logits(made)
     with pytest.raises(RuntimeError):
         gather.layers(made)[0].self_attn.o_proj(torch.ones(1, 32))
@@ -104,7 +113,7 @@ def test_a_forward_that_takes_another_way_gets_the_weights_that_it_asks_for() ->
     plain = copy.deepcopy(made)
     made.dtype, made.get_input_embeddings, made.get_output_embeddings = torch.float32, lambda: None, lambda: None
     made = sharded(made)
-    gathered = Gathered(made, list(made), torch.device("cpu"))
+    gathered = Gathered(made, list(made), torch.device("cpu"), host=True)
     inputs = torch.randn(2, 8)
     for way in (range(7), range(6, -1, -1), (0, 3, 1, 4, 2), range(7)):
         found = expected = inputs

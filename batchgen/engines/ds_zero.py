@@ -109,7 +109,7 @@ class DsZero(Engine):
         self._gathered_bytes = 0  # that a forward takes for weights, most
         self._gathered: Gathered | None = None
         self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
-        self._by_layers = gather.lists_layers(self._encoder.config) and not (options.by_deepspeed or self._whole_model)
+        self._by_layers = not options.by_deepspeed and (self._whole_model or gather.lists_layers(self._encoder.config))
         self._model = self._load(setup, options)
         self._batches: StaticBatches | None = StaticBatches(
             self._model,
@@ -180,9 +180,9 @@ class DsZero(Engine):
         self._transformers_config = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
         layers = gather.layers(model)
-        if self._by_layers and layers:
-            pinned = options.pin_memory and self._device.type == "cuda"
-            self._gathered = Gathered(model, layers, self._device, host=options.offload is not None, pinned=pinned)
+        if self._by_layers and (layers or self._whole_model):
+            host, pinned = options.offload is not None, options.pin_memory
+            self._gathered = Gathered(model, layers, self._device, host=host, pinned=pinned)
             self._gathered_bytes = 0  # its buffers are there already
             return model
         if options.whole_layers and layers:
