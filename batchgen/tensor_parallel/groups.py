@@ -13,7 +13,7 @@ from batchgen.engine import EngineError
 from batchgen.world import World
 
 _FOR_EVER = timedelta(days=365)  # a group with little to do waits for the others at the end
-_POLL_SECONDS = 0.1
+_LONGEST_NAP = 0.1  # s, between two looks at whether the others have come
 
 
 def ranks_of_group(world: World, size: int | None) -> range:
@@ -84,8 +84,10 @@ class Group:
         Returns early if `stop()` is true, or another rank is gone.
         """
         arrived = dist.barrier(group=self._everyone, async_op=True)
+        nap = 0.001
         while arrived is not None and not arrived.is_completed() and not stop():
-            time.sleep(_POLL_SECONDS)
+            time.sleep(nap)
+            nap = min(2 * nap, _LONGEST_NAP)
 
     def _reduced(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
         tensor = torch.tensor([number])
