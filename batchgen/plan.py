@@ -139,7 +139,8 @@ def forecasts(
     """Every engine's placements, the fastest that fits first.
 
     Args:
-        measured: by system as `bench` names it, seconds of a decode step by batch, of this model on this kind of card.
+        measured: by system as `bench` names it, seconds of a decode step by batch, of this model on this kind of card,
+            with a rank on each GPU.
         engines: those that matter; None: all.
     """
     found = []
@@ -149,7 +150,8 @@ def forecasts(
             system = ":".join([name, *placement.settings])
             # Without a setting, all ranks share a model.
             short = name if placement.sharing == placement.ranks == node.gpus else system
-            known = measured.get(system) or measured.get(short) or {}
+            # What one rank does over all GPUs is not what a rank on each does.
+            known = (measured.get(system) or measured.get(short) or {}) if placement.ranks == node.gpus else {}
             found.append(Expected(kind.pace, placement, model, node, known).forecast(name, work))
     return sorted(found, key=lambda one: (bool(one.why_not), one.seconds, -one.batch))
 

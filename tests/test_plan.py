@@ -132,6 +132,22 @@ def test_a_bench_of_the_model_comes_before_the_formulas() -> None:
     assert not best(found, "ds-zero").measured
 
 
+def test_what_a_rank_on_each_gpu_took_is_not_that_of_one_rank_over_all() -> None:
+    measured = {"accelerate": {1: 0.001, 512: 0.001}}
+    found = plan.forecasts(model("llama-8b"), plan.Work([(8, 100)], 1), plan.Node(cards.CARDS["H100"], 2), measured)
+    taken = {one.placement.ranks: one.measured for one in found if one.engine == "accelerate" and not one.why_not}
+    assert taken == {1: False, 2: True}
+
+
+def test_the_bench_of_another_model_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n')
+    words = ["plan", str(tmp_path / "p.jsonl"), "--bench", str(H100 / "bloom-7b1"), "--model"]
+    assert CliRunner().invoke(main, [*words, "bloom-7b1"]).exit_code == 0
+    assert "was measured with" not in caplog.text
+    assert CliRunner().invoke(main, [*words, "llama-8b"]).exit_code == 0
+    assert "was measured with bloom-7b1 in bfloat16, and this forecast is for llama-8b in bfloat16" in caplog.text
+
+
 # The article's largest batches on eight A100s of 80 GB: what ran must fit.
 @pytest.mark.parametrize(
     ("engine", "setting", "ran"), [("accelerate", (), 32), ("ds-inference", ("tp=8",), 128), ("ds-zero", (), 8)]

@@ -6,12 +6,11 @@ cells that it lacks. `compare` puts two of them beside each other.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,14 @@ class System:
 
 
 @dataclass(frozen=True)
+class Job:
+    """Rows of unequal lengths."""
+
+    name: str  # as `results.job_name` has it
+    rows: Sequence[tuple[Sequence[int], int]]  # token ids and new tokens of each
+
+
+@dataclass(frozen=True)
 class Bench:
     """What is measured."""
 
@@ -57,10 +64,11 @@ class Bench:
     batches: Sequence[int]  # of the seed's batches; empty: none
     tokens: int = 100
     cycles: int = 5
-    job: str | None = None  # the name of a job of unequal lengths; None: none
-    job_rows: Sequence[tuple[Sequence[int], int]] = ()  # token ids and new tokens of each of its rows
+    jobs: Sequence[Job] = ()
     ranks: int = 1
     cache: str = ""
+    command: str = ""  # as it was typed
+    facts: Mapping[str, object] = field(default_factory=dict)  # to be kept with what it finds: versions, date
 
 
 def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop) -> list[Result]:
@@ -70,35 +78,36 @@ def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop
         BenchError: a system cannot run at all.
     """
     for system in bench.systems:
-        known = {result.key: result for result in folder.results()}
-        wanted = [batch for batch in bench.batches if (system.text, bench.ranks, "seed", batch) not in known]
-        mine = [one for one in known.values() if one.key[:3] == (system.text, bench.ranks, "seed")]
-        ended = any(one.outcome != "ok" for one in mine)
-        if wanted and not ended and not stop():
-            logger.info("%s: batches of %s", system.text, ", ".join(map(str, wanted)))
-            for result in _measured(bench, system, wanted, None, environment, stop, folder):
-                folder.add(result)
-        if bench.job is not None and (system.text, bench.ranks, bench.job, None) not in known and not stop():
-            logger.info("%s: %s", system.text, bench.job)
-            for result in _measured(bench, system, [], bench.job, environment, stop, folder):
-                folder.add(result)
+        known = [one for one in folder.results() if (one.system, one.ranks) == (system.text, bench.ranks)]
+        settled = {(one.job, one.batch) for one in known if one.outcome in ("ok", "oom")}  # a crash may not come again
+        lost = [one.batch for one in known if one.job == "seed" and one.outcome == "oom" and one.batch is not None]
+        batches = [one for one in bench.batches if ("seed", one) not in settled and one < min(lost, default=one + 1)]
+        jobs = [job for job in bench.jobs if (job.name, None) not in settled]
+        for some, others in ((batches, []), ([], jobs)):
+            if (some or others) and not stop():
+                logger.info("%s: %s", system.text, _named(some, others))
+                for result in _measured(bench, system, some, others, environment, stop, folder):
+                    folder.add(result)
     return folder.results()
+
+
+def _named(batches: Sequence[int], jobs: Sequence[Job]) -> str:
+    return "; ".join(job.name for job in jobs) or f"batches of {', '.join(map(str, batches))}"
 
 
 def _measured(
     bench: Bench,
     system: System,
     batches: Sequence[int],
-    job: str | None,
+    jobs: Sequence[Job],
     environment: Mapping[str, str],
     stop: Stop,
     folder: Folder,
 ) -> Iterable[Result]:
     """Starts the ranks once, and puts together what they have found."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir=folder.path) as scratch:
-        rows = Path(scratch, "job.json")
-        if job is not None:
-            rows.write_text(json.dumps([[list(ids), new] for ids, new in bench.job_rows]), encoding="utf-8")
+        rows = Path(scratch, "jobs.json")
+        rows.write_text(json.dumps([[[list(ids), new] for ids, new in job.rows] for job in jobs]), encoding="utf-8")
         task = {
             "engine": system.engine,
             "settings": list(system.settings),
@@ -107,9 +116,11 @@ def _measured(
             "batches": list(batches),
             "tokens": bench.tokens,
             "cycles": bench.cycles,
-            "job": None if job is None else str(rows),
+            "jobs": [job.name for job in jobs],
+            "rows": str(rows),
             "folder": scratch,
             "cache": bench.cache,
+            "machine": folder.known().get("machine", {}).get("name"),
         }
         path = Path(scratch, "task.json")
         path.write_text(json.dumps(task), encoding="utf-8")
@@ -119,8 +130,10 @@ def _measured(
         found = [_lines(Path(scratch, f"rank-{rank}.jsonl")) for rank in range(bench.ranks)]
     if 4 in codes:
         raise BenchError(f"{system.text} cannot run here; it says above why")
-    _describe(folder, found)
-    for result in _cells(system, bench.ranks, batches, job, found, codes):
+    _describe(bench, folder, found)
+    cells: list[tuple[str, int | None]] = [("seed", batch) for batch in batches]
+    cells += [(job.name, None) for job in jobs]
+    for result in _cells(system, bench.ranks, cells, found, codes):
         if result.outcome == "ok" or not stop():  # what is missing, since we have ended the ranks, is no finding
             yield result
 
@@ -129,59 +142,63 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _describe(folder: Folder, found: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    machines = [line["machine"] for lines in found for line in lines if "machine" in line]
-    if machines:
-        name, bandwidth, arithmetic = machines[0]
-        folder.describe({"machine": {"name": name, "bytes_per_second": bandwidth, "operations_per_second": arithmetic}})
+def _describe(bench: Bench, folder: Folder, found: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """What has measured these, and where."""
+    lines = [line for lines in found for line in lines]
+    facts = dict(bench.facts)
+    for name, bandwidth, arithmetic in [line["machine"] for line in lines if "machine" in line][:1]:
+        facts["machine"] = {"name": name, "bytes_per_second": bandwidth, "operations_per_second": arithmetic}
+    if any("outcome" in line for line in lines):
+        folder.describe(facts)
+        folder.remember(bench.command)
 
 
 def _cells(
     system: System,
     ranks: int,
-    batches: Sequence[int],
-    job: str | None,
+    cells: Sequence[tuple[str, int | None]],
     found: Sequence[Sequence[Mapping[str, Any]]],
     codes: Sequence[int],
 ) -> Iterable[Result]:
     """A result a cell: the slowest rank's seconds, all streams' tokens. The first that is missing they died of."""
     loads = [line for lines in found for line in lines if "load_seconds" in line]
-    general: dict[str, Any] = {
-        "system": system.text,
-        "ranks": ranks,
-        "job": job or "seed",
-        "load_seconds": max((line["load_seconds"] for line in loads), default=None),
-        "streams": loads[0]["streams"] if loads else 0,
-    }
-    cells: Sequence[int | None] = batches or [None]
-    for batch in cells:
-        lines = [line for each in found for line in each if "outcome" in line and line["batch"] == batch]
+    for job, batch in cells:
+        general: dict[str, Any] = {
+            "system": system.text,
+            "ranks": ranks,
+            "job": job,
+            "batch": batch,
+            "load_seconds": max((line["load_seconds"] for line in loads), default=None),
+            "streams": loads[0]["streams"] if loads else 0,
+        }
+        mine = [[line for line in each if (line.get("job"), line.get("batch")) == (job, batch)] for each in found]
+        lines = [said[-1] for said in mine if said]
         if len(lines) < ranks:
             # A rank that is killed for memory says nothing.
-            outcome = "oom" if any(code in (OUT_OF_STEP, -9, 137) for code in codes) else f"exit code {max(codes)}"
-            yield Result(batch=batch, outcome=outcome, **general)
+            killed = any(code in (OUT_OF_STEP, -9, 137) for code in codes)
+            yield Result(outcome="oom" if killed else f"exit code {max(codes, default=0)}", **general)
             return
         if any(line["outcome"] != "ok" for line in lines):
-            yield Result(batch=batch, outcome="oom", fits=min(line["fits"] for line in lines), **general)
+            yield Result(outcome="oom", fits=min(line["fits"] for line in lines), **general)
             return
-        yield _together(batch, lines, general)
+        yield _together(lines, general)
 
 
-def _together(batch: int | None, lines: Sequence[Mapping[str, Any]], general: Mapping[str, Any]) -> Result:
+def _together(lines: Sequence[Mapping[str, Any]], general: Mapping[str, Any]) -> Result:
     def most(name: str) -> Any:
         return max((line[name] for line in lines if line.get(name) is not None), default=None)
 
     def total(name: str) -> int:
         return sum(line[name] for line in lines)
 
+    cycles = zip(*(line["seconds"] for line in lines), strict=False)  # ranks that were stopped may have done one more
     return Result(
-        batch=batch,
         outcome="ok",
         rows=total("rows"),
         fits=most("fits"),
         generated=total("generated"),
         counted_by_seed=total("counted_by_seed"),
-        seconds=[max(cycle) for cycle in zip(*(line["seconds"] for line in lines), strict=True)],
+        seconds=[max(cycle) for cycle in cycles],
         prefill_seconds=most("prefill_seconds"),
         floor_seconds=most("floor_seconds"),
         device_bytes=most("device_bytes"),
@@ -192,7 +209,5 @@ def _together(batch: int | None, lines: Sequence[Mapping[str, Any]], general: Ma
 
 def asked(bench: Bench, model: str) -> dict[str, Any]:
     """What two starts of one bench must have in common; systems, batches, ranks and jobs may be added."""
-    values = dataclasses.asdict(dataclasses.replace(bench, job_rows=()))
-    for name in ("systems", "batches", "ranks", "cache", "job", "job_rows"):
-        del values[name]
-    return values | {"model": model}
+    common = {"dtype": bench.dtype, "tokens": bench.tokens, "cycles": bench.cycles}
+    return common | {"model": model}

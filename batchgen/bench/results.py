@@ -100,18 +100,19 @@ class Folder:
         Raises:
             BenchError: it is not.
         """
-        path = self.path / "bench.json"
         wanted = json.loads(json.dumps(asked))
-        if path.exists():
-            known = read_json(path)["asked"]
-            differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+
+        def checked(known: Mapping[str, Any]) -> Mapping[str, Any]:
+            before = known.get("asked", wanted)
+            differing = [name for name in {**before, **wanted} if before.get(name) != wanted.get(name)]
             if differing:
-                changes = "; ".join(f"{name} was {known.get(name)}, now {wanted.get(name)}" for name in differing)
+                changes = "; ".join(f"{name} was {before.get(name)}, now {wanted.get(name)}" for name in differing)
                 raise BenchError(f"{self.path} holds another bench: {changes}. Choose another folder with -o")
-            return
+            return {"asked": wanted}
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, to_json({"asked": wanted}))
+            self._change(checked)
         except OSError as error:
             raise BenchError(f"cannot write {self.path}: {error.strerror or error}") from error
 
@@ -133,7 +134,7 @@ class Folder:
         folder = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            known = read_json(path)
+            known = read_json(path) if path.exists() else {}
             write_atomic(path, to_json({**known, **change(known)}))
         finally:
             os.close(folder)

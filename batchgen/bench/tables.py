@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.bench.results import CountMode, Folder, Result
+from batchgen.checkpoint import write_atomic
 
 _GB = 1e9
 _MEMORY = ("device, GB", "host, GB")  # most of one device; most of one rank
@@ -18,9 +19,10 @@ def write(folder: Folder, mode: CountMode) -> Path:
     """Writes tables.md, results.csv and, where Matplotlib is installed, throughput.png; the path of the first."""
     results = folder.results()
     text = markdown(folder.known(), results, mode)
-    (folder.path / "tables.md").write_text(text, encoding="utf-8")
-    (folder.path / "results.csv").write_text(_csv(results, mode), encoding="utf-8")
-    _plot(folder.path / "throughput.png", results, mode)
+    # Others that measure on this host may write theirs at the same time.
+    write_atomic(folder.path / "tables.md", text.encode())
+    write_atomic(folder.path / "results.csv", _csv(results, mode).encode())
+    write_atomic(folder.path / "throughput.png", _plot(results, mode))
     return folder.path / "tables.md"
 
 
@@ -186,7 +188,7 @@ def _csv(results: Sequence[Result], mode: CountMode) -> str:
     return text.getvalue()
 
 
-def _plot(path: Path, results: Sequence[Result], mode: CountMode) -> None:
+def _plot(results: Sequence[Result], mode: CountMode) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -203,7 +205,9 @@ def _plot(path: Path, results: Sequence[Result], mode: CountMode) -> None:
     axes.grid(visible=True, which="both", alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150)
+    return drawn.getvalue()
 
 
 def compare(one: Folder, other: Folder, mode: CountMode) -> str:

@@ -17,12 +17,14 @@ import torch
 from batchgen import engine, loading
 from batchgen.bench import workloads
 from batchgen.bench.machine import Floor, measure, synchronize
+from batchgen.bench.results import BenchError
 from batchgen.engine import Engine, Setup
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
 
 _BARRIER_SECONDS = 3600.0  # ranks may load for minutes
 _JOB_SECONDS = 60.0  # after so many a job is not repeated
+_LONG_SECONDS = 300.0  # in which what an engine does once, however much, is too little to repeat a job for
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Task:
     settings: list[str]
     model: str
     dtype: str
-    batches: list[int]  # of the seed's; empty: the job
+    batches: list[int]  # of the seed's
     tokens: int  # new ones of the seed's rows
     cycles: int
-    job: str | None  # a JSON file with [token ids, new tokens] of each row of a job
+    jobs: list[str]  # their names
+    rows: str  # a JSON file with their rows, [token ids, new tokens] each
     folder: str  # of this task alone: what each rank has found, and their barriers
     cache: str
+    machine: str | None  # that these measurements belong to; None: any
 
     @classmethod
     def read(cls, path: Path) -> Task:
@@ -74,8 +78,8 @@ class Worker:
             for rows in task.batches:
                 if not self._seeds_batch(made, rows, floor):
                     return
-            if task.job is not None:
-                self._job(made, Path(task.job))
+            for name, rows in zip(task.jobs, json.loads(Path(task.rows).read_text(encoding="utf-8")), strict=True):
+                self._job(made, name, rows)
 
     def _floor(self) -> Floor | None:
         config = getattr(self._encoder, "config", None)
@@ -84,6 +88,11 @@ class Worker:
         name = self._task.dtype
         dtype = getattr(torch, name) if name in loading.FLOATING else config.get_text_config().dtype or torch.float32
         machine = measure(self._device, dtype)
+        if self._task.machine not in (None, machine.name):
+            raise BenchError(
+                f"what {Path(self._task.folder).parent} holds was measured on {self._task.machine}, and this is "
+                f"{machine.name}: they do not belong into one table. Choose another folder with -o"
+            )
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -97,14 +106,14 @@ class Worker:
         fits = max((len(batch.generations) for batch in batches), default=0)
         refused = any(g.error is not None for batch in batches for g in batch.generations)
         if not self._all(fits >= rows and not refused):
-            self._say({"batch": rows, "outcome": "oom", "fits": 0 if refused else fits})
+            self._say({"job": "seed", "batch": rows, "outcome": "oom", "fits": 0 if refused else fits})
             return False
         prefill = min(self._timed(made, self._batch(rows, 1))[0] for _ in range(2))
         seconds = []
         for _ in range(self._task.cycles):
             spent, batches = self._timed(made, self._batch(rows, tokens))
             seconds.append(spent)
-        found = self._found(batches) | {"batch": rows, "outcome": "ok", "fits": fits, "prefill_seconds": prefill}
+        found = self._found(batches) | {"job": "seed", "batch": rows, "fits": fits, "prefill_seconds": prefill}
         if floor is not None:
             prompts = self._batch(rows, tokens)()
             longest = max(len(prompt.tokens) for prompt in prompts)
@@ -119,18 +128,20 @@ class Worker:
 
         return lambda: workloads.batch(tokenize, rows, tokens)
 
-    def _job(self, made: Engine, path: Path) -> None:
-        rows = json.loads(path.read_text(encoding="utf-8"))[self._stream.index :: self._stream.count]
+    def _job(self, made: Engine, name: str, rows: list[tuple[list[int], int]]) -> None:
+        rows = rows[self._stream.index :: self._stream.count]
         rows.sort(key=lambda row: (row[1], len(row[0])), reverse=True)  # as a run has them
         prompts = [workloads.prompt(n, ids, SamplingParams(max_new_tokens=new)) for n, (ids, new) in enumerate(rows)]
-        self._timed(made, lambda: prompts[-min(8, len(prompts)) :])  # the warm-up: the shortest
         seconds: list[float] = []
-        # The first time, an engine may still compile or record what it needs for the sizes that come up.
+        warm = False
         while not seconds or (len(seconds) < self._task.cycles and self._all(sum(seconds) < _JOB_SECONDS)):
             spent, batches = self._timed(made, lambda: prompts)
-            seconds.append(spent)
-        fits = max((len(batch.generations) for batch in batches), default=0)
-        self._say(self._found(batches) | {"batch": None, "outcome": "ok", "fits": fits, "seconds": seconds})
+            # The first time, an engine may still compile or record what it needs for the sizes that come up.
+            warm, counts = True, warm or not self._all(spent < _LONG_SECONDS)
+            if counts:
+                seconds.append(spent)
+                fits = max((len(batch.generations) for batch in batches), default=0)
+                self._say(self._found(batches) | {"job": name, "batch": None, "fits": fits, "seconds": seconds})
 
     def _timed(self, made: Engine, prompts: Callable[[], list[Prompt]]) -> tuple[float, list[Batch]]:
         """Seconds from the texts to the texts, all ranks having begun at once."""
@@ -147,6 +158,7 @@ class Worker:
         lengths = [[generation.generated_tokens for generation in batch.generations] for batch in mine]
         peaks = [batch.peak_memory_bytes or 0 for batch in batches]
         return {
+            "outcome": "ok",
             "rows": sum(map(len, lengths)),
             "generated": sum(map(sum, lengths)),
             "counted_by_seed": sum(len(each) * max(each, default=0) for each in lengths),

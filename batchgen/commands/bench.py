@@ -55,7 +55,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> l
 @click.option(
     "--cycles", type=click.IntRange(min=1), default=5, show_default=True, help="Timed; of jobs within a minute."
 )
-@click.option("--mixed", type=click.IntRange(min=0), default=0, metavar="ROWS", help="Also a job of unequal lengths.")
+@click.option("--mixed", default="", callback=_numbers, metavar="ROWS,…", help="Also jobs of unequal lengths.")
 @click.option("--input", "input_file", metavar="INPUT", help="Also a job of your own prompts.")
 @click.option("--sample", type=click.IntRange(min=1), metavar="ROWS", help="Of the input, drawn once and for all.")
 @click.option(
@@ -113,7 +113,7 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
     cache = models.cache_folder(os.environ)
     with tempfile.TemporaryDirectory(prefix="batchgen-shape-") as scratch:
         model, name = _model(options, dtype, Path(scratch))
-        job, rows = _job(options, model, systems)
+        jobs = _jobs(options, model, systems)
         asked = bench.Bench(
             systems,
             str(model),
@@ -121,14 +121,13 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
             options["batch_sizes"],
             options["tokens"],
             options["cycles"],
-            job,
-            rows,
+            jobs,
             options["ranks"],
             str(cache),
+            redacted(shlex.join(["batchgen", *sys.argv[1:]]), os.environ),
+            {"versions": versions(), "date": time.strftime("%Y-%m-%d")},
         )
         folder.ask(bench.asked(asked, name))
-        folder.describe({"versions": versions(), "date": time.strftime("%Y-%m-%d")})
-        folder.remember(redacted(shlex.join(["batchgen", *sys.argv[1:]]), os.environ))
         bench.run(asked, folder, os.environ, stop)
 
 
@@ -152,31 +151,29 @@ def _model(options: dict[str, Any], dtype: str, scratch: Path) -> tuple[Path, st
     return shapes.make(shape, getattr(torch, dtype), scratch / "model"), f"random weights of {shape}"
 
 
-def _job(
-    options: dict[str, Any], model: Path, systems: Sequence[Any]
-) -> tuple[str | None, list[tuple[Sequence[int], int]]]:
-    """The job's name, and tokens and new tokens of its rows."""
+def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[Any]:
+    """The jobs of unequal lengths."""
     from batchgen import engine
-    from batchgen.bench import workloads
+    from batchgen.bench import Job, workloads
     from batchgen.bench.results import job_name
 
     if options["mixed"] and options["input_file"]:
-        raise CommandError("--mixed and --input name two jobs; leave one of them out")
+        raise CommandError("--mixed and --input name different jobs; leave one of them out")
     encoder = engine.find(systems[0].engine).encoder(str(model))
-    if options["mixed"]:
-        prompts = workloads.mixed(options["mixed"], encoder.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
-        rows = [(one.tokens, one.params.max_new_tokens) for one in prompts]
-        return job_name("mixed", rows), rows
-    if not options["input_file"]:
-        return None, []
-    from batchgen.prepare import sample
-    from batchgen.prompts import Recipe
+    found = []
+    for count in options["mixed"]:
+        prompts = workloads.mixed(count, encoder.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
+        found.append(("mixed", prompts))
+    if options["input_file"]:
+        from batchgen.prepare import sample
+        from batchgen.prompts import Recipe
 
-    prompts, _, _ = sample([options["input_file"]], Recipe(), encoder, options["sample"])
-    rows = [(one.tokens, one.params.max_new_tokens) for one in prompts]
-    if not rows:
-        raise CommandError(f"no row of {options['input_file']} can become a prompt")
-    return job_name(Path(options["input_file"]).name, rows), rows
+        prompts, _, _ = sample([options["input_file"]], Recipe(), encoder, options["sample"])
+        if not prompts:
+            raise CommandError(f"no row of {options['input_file']} can become a prompt")
+        found.append((Path(options["input_file"]).name, prompts))
+    rows = [(name, [(one.tokens, one.params.max_new_tokens) for one in prompts]) for name, prompts in found]
+    return [Job(job_name(name, those), those) for name, those in rows]
 
 
 @command.command("show")
@@ -219,6 +216,7 @@ def compare(one: str, other: str, count_mode: Any) -> None:
 def worker(task: str) -> None:
     """One rank of a bench; `bench` starts it."""
     from batchgen import launch
+    from batchgen.bench import OUT_OF_STEP
     from batchgen.bench.worker import Task, Worker
     from batchgen.engine import Died, OutOfStep
     from batchgen.types import UserError
@@ -229,8 +227,8 @@ def worker(task: str) -> None:
     log_to_stderr(world.rank, world.size)
     try:
         Worker(Task.read(Path(task)), world).work()
-    except (Died, OutOfStep) as error:
+    except Died as error:
         click.echo(f"batchgen: {error}", err=True)
-        sys.exit(75)
+        sys.exit(OUT_OF_STEP if isinstance(error, OutOfStep) else 1)
     except UserError as error:
         raise fail(error) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from batchgen import plan as plans
+
+logger = logging.getLogger(__name__)
 
 _SAMPLE = 20_000  # rows whose lengths are looked at
 _BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
@@ -78,7 +81,7 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     card = cards.card_of(options["gpu"], options["gpu_memory"])
     node = plan.Node(card, options["gpus"], None if host is None else int(host * 1e9))
     model = plan.Model.of(config, getattr(torch, options["dtype"]))
-    measured = _measured(options["bench_folder"], options["gpus"])
+    measured = _measured(options["bench_folder"], options)
     return work, note, plan.forecasts(model, work, node, measured), node
 
 
@@ -102,17 +105,23 @@ def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plan
     return plan.Work(lengths, round(total * len(prompts) / count)), note
 
 
-def _measured(name: str | None, gpus: int) -> dict[str, dict[int, float]]:
-    """Seconds of a decode step by system and batch, of a bench."""
+def _measured(name: str | None, options: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Seconds of a decode step by system and batch, of a bench; a warning if it may be one of another model."""
     if name is None:
         return {}
     from batchgen.bench.results import Folder
 
     folder = Folder(Path(name))
-    folder.known()
+    asked = folder.known()["asked"]
+    model, dtype = str(asked["model"]).removeprefix("random weights of "), asked["dtype"]
+    if Path(model).name != Path(options["model"]).name or dtype not in ("auto", options["dtype"]):
+        logger.warning(
+            "%s was measured with %s in %s, and this forecast is for %s in %s: its steps are taken as they are",
+            name, model, dtype, options["model"], options["dtype"],
+        )  # fmt: skip
     found: dict[str, dict[int, float]] = {}
     for one in folder.results():
-        if one.outcome == "ok" and one.ranks == gpus and one.batch and one.decode_steps > 0:
+        if one.outcome == "ok" and one.ranks == options["gpus"] and one.batch and one.decode_steps > 0:
             found.setdefault(one.system, {})[one.batch] = one.step_seconds
     return found
 

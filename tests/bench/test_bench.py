@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from batchgen.bench import System, _cells
 from batchgen.bench.results import Folder, Result
 from tests.engines.runs import OUT_OF_MEMORY, ROOT
 from tests.test_models_shapes import TINY
@@ -90,12 +91,20 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
     assert int(str(result["generated"])) <= wanted <= 70
     known = json.loads((tmp_path / "bench" / "bench.json").read_text())
     assert known["versions"]["torch"]
-    # Another job is added to the same bench, and both commands are there to be read.
-    bench(tmp_path, *words, "--mixed", "2", "--cycles", "2")
-    assert [job.split(",")[0] for _, job, _ in cells(tmp_path)] == ["p.jsonl", "mixed"]
+    # Other jobs are added to the same bench, and both commands are there to be read; one that finds nothing is not.
+    bench(tmp_path, *words, "--mixed", "2,5", "--cycles", "2")
+    assert [job.split(" rows")[0] for _, job, _ in cells(tmp_path)] == ["p.jsonl, 10", "mixed, 2", "mixed, 5"]
+    known = (tmp_path / "bench" / "bench.json").read_text()
+    bench(tmp_path, *words, "--mixed", "5", "--cycles", "2")
+    assert (tmp_path / "bench" / "bench.json").read_text() == known
     tables = (tmp_path / "bench" / "tables.md").read_text()
     assert " --input p.jsonl --sample 10 --cycles 2\n" in tables
-    assert " --mixed 2 --cycles 2\n" in tables
+    assert " --mixed 2,5 --cycles 2\n" in tables
+    # On another machine it does not go on.
+    (tmp_path / "bench" / "bench.json").write_text(known.replace(" CPU cores", " cores of another kind"))
+    refused = bench(tmp_path, *words, "--mixed", "3", "--cycles", "2", code=4)
+    assert "what bench holds was measured on " in refused.stderr
+    assert " cores of another kind, and this is " in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
         (["--engines", "accelerate:no=1"], "has no setting 'no'"),
         (["--random-weights", "gpt-5"], "there is no shape gpt-5"),
         (["--random-weights", "x", "--model", "y"], "name two models"),
-        (["--mixed", "3", "--input", "p"], "name two jobs"),
+        (["--mixed", "3", "--input", "p"], "name different jobs"),
         (["compare", "a", "b"], "a is not a run folder"),
     ],
 )
@@ -122,10 +131,26 @@ def test_what_cannot_be_measured_is_a_sentence(words: list[str], sentence: str, 
     assert not (tmp_path / "bench" / "results.jsonl").exists()
 
 
-def test_what_two_ranks_had_no_room_for_is_tried_by_one(tmp_path: Path) -> None:
+def test_what_had_no_room_ends_larger_batches_of_as_many_ranks_and_a_crash_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     words = ["--random-weights", "tiny.json", "--dtype", "float32", "--tokens", "5", "--cycles", "1"]
     bench(tmp_path, *words, "--engines", "accelerate", "--batch-sizes", "")
-    Folder(tmp_path / "bench").add(Result("echo", 2, "seed", 1, "oom"))
-    bench(tmp_path, *words, "--engines", "echo", "--batch-sizes", "1")
-    assert {(one.ranks, one.outcome) for one in Folder(tmp_path / "bench").results()} == {(2, "oom"), (1, "ok")}
+    kept = Folder(tmp_path / "bench")
+    for lost in (Result("echo", 2, "seed", 1, "oom"), Result("echo", 1, "seed", 4, "oom")):
+        kept.add(lost)
+    kept.add(Result("echo", 1, "seed", 2, "exit code 1"))
+    bench(tmp_path, *words, "--engines", "echo", "--batch-sizes", "1,2,4,8")
+    found = {(one.ranks, one.batch): one.outcome for one in kept.results()}
+    assert found == {(2, 1): "oom", (1, 1): "ok", (1, 2): "ok", (1, 4): "oom"}
+
+
+def test_a_job_keeps_the_cycles_that_all_ranks_have_ended(tmp_path: Path) -> None:
+    counts = {"rows": 3, "fits": 3, "generated": 30, "counted_by_seed": 30, "device_bytes": None, "host_bytes": 1}
+    lines = [
+        {"job": "mixed", "batch": None, "outcome": "ok", "seconds": [4.0, 5.0, 6.0][:n], **counts} for n in (1, 2, 3)
+    ]
+    found = [[{"load_seconds": 1.0, "streams": 2}, *lines], lines[:2]]
+    cells: list[tuple[str, int | None]] = [("mixed", None), ("another", None)]
+    done, lost = _cells(System.parse("echo"), 2, cells, found, [-15, -15])
+    assert (done.outcome, done.seconds, done.generated) == ("ok", [4.0, 5.0], 60)
+    assert (lost.job, lost.outcome) == ("another", "exit code -15")

@@ -51,7 +51,7 @@ def test_the_devices_own_peak_and_size_are_used(tiny_llama: Path) -> None:
     prompts = random_prompts(600, max_new_tokens=1)
     with load(tiny_llama, batch_size=None) as engine:
         batches = list(engine.generate(iter(prompts), lambda: False))
-        assert memory.devices() == [torch.cuda.get_device_name(0)]
+        assert set(memory.devices()) == {torch.cuda.get_device_name(0)}  # over several, if there are
     assert [len(batch.generations) for batch in batches] == [512, 88]
     peaks = [batch.peak_memory_bytes or 0 for batch in batches]
     assert 0 < peaks[1] < peaks[0] < 2**30
