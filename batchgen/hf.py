@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from batchgen import memory, selftest
 from batchgen.decoding import Agreed, Sampler, Stopper, StopTexts, generation
 from batchgen.encoder import HfEncoder
-from batchgen.engine import OutOfStep
+from batchgen.engine import Died, OutOfStep
 from batchgen.likelihood import Recorder
 from batchgen.types import Batch, Prompt
 
@@ -38,6 +39,15 @@ class Peers:
     any_rank: Callable[[bool], bool]  # whether it is true on one of them
     least: Callable[[int], int]  # the smallest of their numbers
     tokens: Callable[[torch.Tensor], torch.Tensor]  # the first rank's, [rows]
+
+    def check_equal(self, batch: Sequence[Prompt]) -> None:
+        """Raises Died on all ranks if their batches differ: together they would generate the text of neither."""
+        digest = zlib.crc32(repr([prompt.index for prompt in batch]).encode())
+        if self.any_rank(self.least(digest) != digest):
+            raise Died(
+                "the ranks that share a model have not found the same rows finished, as if another process had "
+                "recorded some meanwhile. Nothing wrong was generated; the same command goes on"
+            )
 
 
 class StaticBatches:
@@ -130,6 +140,8 @@ class StaticBatches:
                 self._held = prompt
                 break
             batch.append(prompt)
+        if self._peers is not None:
+            self._peers.check_equal(batch)
         return batch
 
     def _most_rows(self, prompt_tokens: int, new_tokens: int, free: int) -> int:

@@ -10,7 +10,6 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from batchgen.checkpoint import Attempt
 from batchgen.stacks import ANSWER_SECONDS
 from batchgen.stop import Stop
 from batchgen.watchdog import Ranks, report, stalled
+from batchgen.world import free_port
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def start_ranks(
     frozen. A rank that makes no progress for `stall_seconds` (0: any time) is one that has died, after all ranks'
     stacks have been logged.
     """
-    port = _free_port()
+    port = free_port()
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         numbers = range(0 if stop() else count)
@@ -77,13 +77,6 @@ def _variables(
     if attempt is not None:
         variables["BATCHGEN_ATTEMPT"] = str(attempt.number)
     return variables
-
-
-def _free_port() -> int:
-    # Two runs on one node must not meet on a fixed port.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _start(command: Sequence[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import sdpa_attention
 
 from batchgen import memory, presplit
-from batchgen.engine import EngineError
+from batchgen.engine import Died, EngineError
 from batchgen.world import World
 
 HOLLOW = "hollow.json"  # in the folder of a model whose weight files are empty: random numbers shall take their place
@@ -71,6 +71,7 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
 
     Raises:
         EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
+        Died: another rank has gone, where ranks load together.
     """
     make: Any = AutoModelForCausalLM  # its annotation leaves out output_loading_info
     given = {name: value for name, value in arguments.items() if value is not None}
@@ -85,6 +86,9 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
             raise EngineError(
                 f"the model in {model} does not fit into memory; use a smaller --dtype or more GPUs"
             ) from error
+        # Where ranks load together, one may be gone; NCCL's errors have a type, gloo's have not.
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            raise Died(f"another rank has gone while the ranks loaded together: {error}") from error
         raise EngineError(f"the model in {model} cannot be loaded: {error}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -177,7 +181,8 @@ def gpu_of(world: World) -> int:
     Raises:
         EngineError: there are fewer GPUs than ranks.
     """
-    index = 0 if torch.cuda.device_count() == 1 else world.local_rank
+    own = torch.cuda.device_count() == 1 and "BATCHGEN_STARTER" not in os.environ  # `--ranks` shows all to all
+    index = 0 if own else world.local_rank
     check_gpu(index, f"local rank {world.local_rank}")
     return index
 

@@ -68,11 +68,16 @@ def cache_bytes_per_token(config: Any, item_bytes: int, ranks: int = 1) -> int:
 
 
 def cached_heads(config: Any) -> tuple[int, int]:
-    """Heads of keys, or of values, that a layer's cache holds; and the size of one."""
+    """Heads of keys, or of values, that a layer's cache holds, and the size of one; without attention, none."""
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return 0, 0
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return getattr(text, "num_key_value_heads", None) or heads, size
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1, size  # as Falcon-7B and StarCoder have it
+    cached = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    return cached or heads, size
 
 
 def bytes_per_row(
@@ -81,18 +86,21 @@ def bytes_per_row(
     """Memory that one row of a batch takes on each of the `ranks` that share the model's heads: an estimate from the
     config alone.
 
-    The cache holds a key and a value a layer and token. Logits are float32, twice: as computed and as processed. During
-    prefill one layer's activations live at a time: about four of the hidden size and three of the MLP's. `eager`
-    attention writes its scores out, in the model's type and in float32.
+    The cache holds a key and a value a layer and token; that of a state-space model (Mamba) a state a layer, of any
+    number of tokens. Logits are float32, twice: as computed and as processed. During prefill one layer's activations
+    live at a time: about four of the hidden size and three of the MLP's. `eager` attention writes its scores out, in
+    the model's type and in float32.
     """
     text = config.get_text_config()
-    heads = math.ceil(text.num_attention_heads / ranks)
+    heads = math.ceil((getattr(text, "num_attention_heads", None) or 0) / ranks)
     cache = cache_bytes_per_token(config, item_bytes, ranks) * (prompt_tokens + new_tokens)
     logits = text.vocab_size * 4 * 2
     inner = math.ceil((getattr(text, "intermediate_size", None) or 4 * text.hidden_size) / ranks)
     activations = prompt_tokens * (4 * text.hidden_size + 3 * inner) * item_bytes
     scores = heads * prompt_tokens**2 * (item_bytes + 4) if eager else 0
-    return int(cache + logits + activations + scores)
+    kept = (getattr(text, "state_size", None) or 0) + (getattr(text, "conv_kernel", None) or 0)
+    states = 0 if heads else text.num_hidden_layers * inner * kept * item_bytes
+    return int(cache + logits + activations + scores + states)
 
 
 def rows_that_fit(free: int, row: int, device: torch.device, most: int | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from batchgen import loading
 from batchgen.engine import Died, EngineError
-from batchgen.world import World
+from batchgen.world import World, free_port
 
 
 def join(world: World, timeout: timedelta) -> torch.device:
@@ -38,7 +37,7 @@ def join(world: World, timeout: timedelta) -> torch.device:
             "rank 0, and MASTER_PORT to a free port there"
         )
     alone = world.size == 1
-    master = f"127.0.0.1:{_free_port()}" if alone else world.master
+    master = f"127.0.0.1:{free_port()}" if alone else world.master
     host, _, port = master.rpartition(":")
     # For DeepSpeed, which looks for MPI where one of them is missing, and for torch.
     variables = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
@@ -50,8 +49,11 @@ def join(world: World, timeout: timedelta) -> torch.device:
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, **place)
     except (ValueError, RuntimeError) as error:
         said = f"rank {world.rank} of {world.size} cannot join the other ranks at {master}: {error}"
-        if isinstance(error, dist.DistError) and "address already in use" not in str(error):
+        taken = "address already in use" in str(error)
+        if isinstance(error, dist.DistError) and not taken:
             raise Died(f"{said}. Those of them that came have not met all the others in time") from error
+        if taken and (alone or world.attempt is not None):
+            raise Died(f"{said}. Another process was faster; the same command takes another port") from error
         raise EngineError(f"{said}. If another job has that port, MASTER_PORT names another one") from error
     return device
 
@@ -93,9 +95,3 @@ def pretending(rank: int, size: int) -> Iterator[None]:
             deepspeed.comm.destroy_process_group()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -168,8 +168,9 @@ class Watchdog(threading.Thread):
         own, step = Still(self._seconds, pause), Still(0.0, pause)
         while not self._ended.wait(pause):
             patience = self._engine.patience
-            own.look(progress(self._count()), rest=self._engine.at_ease)
-            step.look((self._engine.steps,), rest=patience is None)
+            waits = self._others_load()
+            own.look(progress(self._count()), rest=self._engine.at_ease or waits)
+            step.look((self._engine.steps,), rest=patience is None or waits)
             if patience is not None and step.seconds > patience:
                 self._end(patience, self._engine.awaited)
             if own.too_long:
@@ -180,6 +181,19 @@ class Watchdog(threading.Thread):
             if asked is not None:
                 self._leave(*asked)
                 return
+
+    def _others_load(self) -> bool:
+        """Whether this rank's first step waits for one that loads, and whose heart beats."""
+        if not self._engine.calls_together or self._engine.steps:
+            return False
+        awaited, now = self._engine.awaited, time.time()
+        most = max((self._engine.patience or self._seconds) / 2, 3 * float(self._attempt.claim["heartbeat_seconds"]))
+        try:
+            beats = self._attempt.heartbeats().items()
+        except CheckpointError:
+            return False
+        those = [beat for rank, beat in beats if awaited is None or rank in awaited]
+        return any(beat.get("state") == "loading" and now - float(beat["time"]) < most for beat in those)
 
     def _end(self, seconds: float, awaited: Collection[int] | None) -> None:
         try:

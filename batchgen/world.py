@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -120,6 +122,23 @@ def _master(environment: Mapping[str, str]) -> str:
         job, step = (_number(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         port = port or str(_PORTS[(31 * job + step) % len(_PORTS)])
     return f"{host}:{port}" if host and port else ""
+
+
+def free_port() -> int:
+    """A port of this host that nobody has, and that Linux gives to no client meanwhile.
+
+    Raises:
+        WorldError: there is none.
+    """
+    first = time.monotonic_ns() // 1000  # two that start at once begin to look in two places
+    for number in range(len(_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", _PORTS[(first + number) % len(_PORTS)]))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise WorldError(f"no port from {_PORTS[0]} to {_PORTS[-1]} is free here, where ranks could meet")
 
 
 def _first_node(nodes: str) -> str:

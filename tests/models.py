@@ -21,6 +21,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -104,6 +106,12 @@ def qwen3(vocabulary: int, **settings: Any) -> PreTrainedModel:
 def mistral(vocabulary: int, **settings: Any) -> PreTrainedModel:
     """Two layers that look back at 24 tokens only."""
     return MistralForCausalLM(MistralConfig(**SMALL | {"vocab_size": vocabulary, "sliding_window": 24} | settings))
+
+
+def mamba(vocabulary: int, **settings: Any) -> PreTrainedModel:
+    """Two layers of states, no attention."""
+    small = {name: value for name, value in SMALL.items() if "heads" not in name and "position" not in name}
+    return MambaForCausalLM(MambaConfig(**small | {"vocab_size": vocabulary, "initializer_range": 1.0} | settings))
 
 
 SMALL: dict[str, Any] = {

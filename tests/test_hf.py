@@ -28,7 +28,13 @@ def bloom(tiny_bloom: Path) -> Model:
     return Model(tiny_bloom)
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom"])
+@pytest.fixture(scope="module")
+def mamba(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model without attention, whose batches have the size that memory allows."""
+    return Model(models.save(tmp_path_factory.mktemp("models") / "mamba", models.mamba), batch_size=None)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "mamba"])
 def test_a_batch_of_mixed_lengths_gives_the_tokens_of_one_prompt_at_a_time(
     name: str, request: pytest.FixtureRequest
 ) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, LlamaConfig
+from transformers import BloomConfig, FalconConfig, LlamaConfig, MambaConfig
 
 from batchgen.memory import (
     SizeLimits,
     bytes_per_row,
+    cached_heads,
     free_bytes,
     host_free_bytes,
     is_out_of_memory,
@@ -70,6 +71,19 @@ def test_a_row_takes_what_the_cache_of_a_published_model_takes() -> None:
         assert more - one == 1000 * a_token
     sdpa, eager = (bytes_per_row(bloom, prompt_tokens=512, new_tokens=1, item_bytes=2, eager=e) for e in (False, True))
     assert eager - sdpa == 32 * 512 * 512 * 6
+
+
+def test_heads_that_share_one_key_and_models_without_any_are_known_from_the_config() -> None:
+    falcon_7b = FalconConfig(hidden_size=4544, num_hidden_layers=32, num_attention_heads=71, multi_query=True)
+    assert cached_heads(falcon_7b) == (1, 64)
+    falcon_40b = FalconConfig(
+        hidden_size=8192, num_attention_heads=128, num_kv_heads=8, multi_query=True, new_decoder_architecture=True
+    )
+    assert cached_heads(falcon_40b) == (8, 64)
+    mamba = MambaConfig(hidden_size=2560, num_hidden_layers=64, vocab_size=50_280, state_size=16, conv_kernel=4)
+    assert cached_heads(mamba) == (0, 0)
+    few, many = (bytes_per_row(mamba, prompt_tokens=0, new_tokens=n, item_bytes=2, eager=False) for n in (1, 1001))
+    assert few == many == 50_280 * 8 + 64 * 5120 * 20 * 2
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
 _MEMORY = re.compile(r"(cpu|\d+)=(\d+(?:\.\d+)?[KMG]i?B)")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # the maps that Accelerate works out itself
 
 

@@ -107,6 +107,7 @@ class DsInference(Engine):
             self.steps += 1
             return self.any_rank(stop())
 
+        self._group.await_loaded(stop)
         yield from self._batches.run(prompts, any_stop)
         self.patience, self.at_ease = None, True
         self._group.await_others(stop)

@@ -127,11 +127,11 @@ class DsZero(Engine):
             # A step takes as long as the weights need to come over: until computing takes as long, more rows are free.
             most_rows=_MOST_ROWS if options.offload else None,
         )
-        self.patience = options.timeout_seconds
+        self.patience, self._idle = options.timeout_seconds, False
         self._stop: Callable[[], bool] = lambda: False
-        self._idle = False
         self._model.register_forward_pre_hook(self._before_forward, prepend=True)
-        self._model.forward = gather.fatal_if_out_of_memory(self._model.forward)
+        if not (self._whole_model and self._by_layers):  # which only makes the batch smaller
+            self._model.forward = gather.fatal_if_out_of_memory(self._model.forward)
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         if self._batches is None:
@@ -141,8 +141,8 @@ class DsZero(Engine):
             # Never by the local answer alone: `_before_forward` ends all ranks at the same forward.
             begun, steps = time.perf_counter(), self.steps
             for batch in self._batches.run(prompts, lambda: False):
-                seconds = (time.perf_counter() - begun) / max(self.steps - steps, 1)
-                yield replace(batch, share_of_bound=self._share_of_bound(seconds))
+                share = self._share_of_bound(time.perf_counter() - begun, self.steps - steps)
+                yield replace(batch, share_of_bound=share)
                 begun, steps = time.perf_counter(), self.steps
             while self._agree(works=False):
                 self._forward_for_the_others()
@@ -177,7 +177,7 @@ class DsZero(Engine):
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         config = self._configuration(setup, options, dtype)
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
-        self._transformers_config = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
+        _alive = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
         layers = gather.layers(model)
         if self._by_layers and (layers or self._whole_model):
@@ -285,10 +285,10 @@ class DsZero(Engine):
             raise _Stopped
         return bool(flags[0])
 
-    def _share_of_bound(self, seconds_per_step: float) -> float | None:
-        if self._bandwidth is None:
+    def _share_of_bound(self, seconds: float, steps: int) -> float | None:
+        if self._bandwidth is None or not steps:
             return None
-        return round(offload.share_of_bound(seconds_per_step, self._weight_bytes, self._bandwidth), 3)
+        return round(offload.share_of_bound(seconds / steps, self._weight_bytes, self._bandwidth), 3)
 
     def _forward_for_the_others(self) -> None:
         token = torch.tensor([[self._encoder.pad_token]], device=self._device)

@@ -40,13 +40,13 @@ def most_ranks(config: Any) -> int:
 
 def check_split(config: Any, ranks: int) -> None:
     """Raises EngineError if the model of `config` cannot be split over `ranks` ranks; the message says what can."""
-    most = most_ranks(config)
     kind = config.model_type
     if kind not in PROVEN or (kind == "falcon" and not config.new_decoder_architecture):
         raise EngineError(
             f"models of type {kind} have not been shown to generate the right text when DeepSpeed's AutoTP splits "
             "them. --engine ds-zero shards any model; --tp 1 keeps it whole"
         )
+    most = most_ranks(config)
     if ranks > most:
         able = "1" if most == 1 else f"1 to {most}"
         raise EngineError(

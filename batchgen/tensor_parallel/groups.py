@@ -12,7 +12,7 @@ import torch.distributed as dist
 from batchgen.engine import EngineError
 from batchgen.world import World
 
-_FOR_EVER = timedelta(days=365)  # a group with little to do waits for the others at the end
+_FOR_EVER = timedelta(days=365)  # for ranks that load, and at the end for groups with more to do
 _LONGEST_NAP = 0.1  # s, between two looks at whether the others have come
 
 
@@ -58,8 +58,10 @@ class Group:
         of_models = [dist.new_group([*range(first, first + size)], timeout, backend) for first in firsts]
         # NCCL would make the CPU wait for the GPU at every step; these are for the CPUs alone.
         of_flags = [dist.new_group([*range(first, first + size)], timeout, "gloo") for first in firsts]
+        of_loading = [dist.new_group([*range(first, first + size)], _FOR_EVER, "gloo") for first in firsts]
         self.model: dist.ProcessGroup = of_models[world.rank // size]
         self._flags: dist.ProcessGroup = of_flags[world.rank // size]
+        self._loading: dist.ProcessGroup = of_loading[world.rank // size]
         self._everyone = dist.new_group(backend="gloo", timeout=_FOR_EVER)
 
     def any_rank(self, flag: bool) -> bool:
@@ -78,18 +80,28 @@ class Group:
             dist.broadcast(tokens, src=self.ranks[0], group=self.model)
         return tokens
 
-    def await_others(self, stop: Callable[[], bool]) -> None:
-        """Waits until all groups have come here: the first rank of the world keeps what the others meet by.
+    def await_loaded(self, stop: Callable[[], bool]) -> None:
+        """Waits until all ranks of the group have come here, however long that takes: from a cold disk one may read for
+        an hour longer than another from its page cache.
 
         Returns early if `stop()` is true, or another rank is gone.
         """
-        arrived = dist.barrier(group=self._everyone, async_op=True)
-        nap = 0.001
-        while arrived is not None and not arrived.is_completed() and not stop():
-            time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_NAP)
+        if len(self.ranks) > 1:
+            _meet(self._loading, stop)
+
+    def await_others(self, stop: Callable[[], bool]) -> None:
+        """The same of all groups: the first rank of the world keeps what the others meet by."""
+        _meet(self._everyone, stop)
 
     def _reduced(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
         tensor = torch.tensor([number])
         dist.all_reduce(tensor, op=operation, group=self._flags)
         return int(tensor.item())
+
+
+def _meet(group: dist.ProcessGroup, stop: Callable[[], bool]) -> None:
+    arrived = dist.barrier(group=group, async_op=True)
+    nap = 0.001
+    while arrived is not None and not arrived.is_completed() and not stop():
+        time.sleep(nap)
+        nap = min(2 * nap, _LONGEST_NAP)

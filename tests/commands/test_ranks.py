@@ -113,12 +113,13 @@ def test_signal_is_passed_on_and_all_end_in_order(tmp_path: Path, rows: Path, nu
 
 def test_second_interrupt_ends_the_ranks_at_once(tmp_path: Path, rows: Path) -> None:
     out = tmp_path / "out"
-    stuck = [*echo(rows, "-o", out), "--set", "seconds=1000", "--ranks", 2]
+    stuck = [*echo(rows, "-o", out), "--set", "seconds=1000", "--ranks", 2, "--heartbeat-seconds", 0.1]
     with Started(batchgen(*stuck), tmp_path) as process:
-        until(lambda: len(heartbeats(out)) == 2, process)
+        until(lambda: [beat["steps"] for beat in heartbeats(out).values()] == [1, 1], process)
         pids = [beat["pid"] for beat in heartbeats(out).values()]
         process.send(signal.SIGINT)
-        time.sleep(0.3)  # two signals that wait together are one
+        # Two signals that wait together are one: the first has been passed on when the ranks know of it.
+        until(lambda: all(beat["reason"] for beat in heartbeats(out).values()), process)
         process.send(signal.SIGINT)
         assert process.end().code == 75
     assert not any(map(is_alive, pids))

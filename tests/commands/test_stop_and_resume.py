@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -82,10 +81,12 @@ def test_killed_run_is_taken_over_at_once_by_another_batch_size_and_ranks(
 def test_second_interrupt_ends_at_once_and_is_resumable(tmp_path: Path, rows: Path, unbroken: bytes) -> None:
     out = tmp_path / "out"
     # One row takes longer than anybody waits.
-    with Started(batchgen(*echo(rows, "-o", out, "--set", "seconds=1000")), tmp_path) as process:
-        until(lambda: heartbeats(out).get(0, {}).get("state") == "running", process)
+    stuck = [*echo(rows, "-o", out), "--set", "seconds=1000", "--heartbeat-seconds", 0.1]
+    with Started(batchgen(*stuck), tmp_path) as process:
+        until(lambda: heartbeats(out).get(0, {}).get("steps") == 1, process)
         process.send(signal.SIGINT)
-        time.sleep(0.3)  # two signals that wait together are one
+        # Two signals that wait together are one: the next is sent when the first has been heard.
+        until(lambda: heartbeats(out)[0]["reason"], process)
         assert process.runs()
         process.send(signal.SIGINT)
         ended = process.end()

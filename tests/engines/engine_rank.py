@@ -21,7 +21,7 @@ from batchgen.engine import Setup
 from batchgen.models import cache_folder
 from batchgen.schedule import order, shard
 from batchgen.types import Prompt
-from batchgen.world import from_environment
+from batchgen.world import free_port, from_environment
 from tests.models import random_prompts
 
 SETS = (1, 2, 3, 7, 50)  # prompts
@@ -53,7 +53,7 @@ def ranks(
     """Texts by prompt and set, from `count` ranks."""
     folder.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [
         sys.executable,
         "-m",
@@ -93,14 +93,6 @@ def logprobs(folder: Path) -> dict[int, dict[int, list[float]]]:
 def swap_files(folder: Path) -> list[int]:
     """How many each rank had, of the ranks whose results are in `folder`."""
     return [int(file.read_text()) for file in sorted(folder.glob("swapped-*"))]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from batchgen import memory
+from batchgen.engine import EngineError
 from batchgen.types import Generation, Prompt
 from batchgen.world import World
 from tests import models
@@ -73,11 +74,15 @@ def test_running_out_of_gpu_memory_halves_the_batch(tmp_path: Path, limited_memo
     assert (model.batches._limits.most(11) or 512) < 512, "short prompts never ran out"
 
 
-def test_a_rank_without_a_gpu_of_its_own_number_is_told(tiny_llama: Path) -> None:
+def test_a_rank_without_a_gpu_of_its_own_number_is_told(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.device_count() == 1:
         load(tiny_llama, world=World(1, 1, 2, 2)).close()  # the launcher shows each rank one GPU, number 0
     with pytest.raises(Exception, match=f"asks for GPU {torch.cuda.device_count()}, but there"):
         load(tiny_llama, f"device_map=cuda:{torch.cuda.device_count()}")
+    monkeypatch.setenv("BATCHGEN_STARTER", "1")  # which shows all ranks the same GPUs
+    last = torch.cuda.device_count()
+    with pytest.raises(EngineError, match=f"local rank {last} asks for GPU {last}, but there"):
+        load(tiny_llama, world=World(last, last, last + 1, last + 1))
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])

@@ -93,6 +93,39 @@ def test_a_killed_rank_ends_its_group_and_the_run_goes_on_over_another_number(ll
     assert texts(out) == texts_alone(prompts, llama, tmp_path / "one")
 
 
+# For sitecustomize: rank 1 loads ten seconds longer, and takes row 3 for finished.
+APART = """
+import os
+if os.environ.get("RANK") == "1":
+    import time
+    from batchgen import schedule, tensor_parallel
+    bring, open_rows = tensor_parallel.bring, schedule.open_rows
+    def slowly(*arguments, **options):
+        time.sleep(10)
+        return bring(*arguments, **options)
+    tensor_parallel.bring = slowly
+    schedule.open_rows = lambda *arguments: (row for row in open_rows(*arguments) if row != 3)
+"""
+
+
+@pytest.mark.slow
+def test_loading_may_take_longer_than_patience_and_ranks_with_other_rows_generate_nothing(
+    llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(APART)
+    prompts, out = rows(tmp_path / "p.jsonl", 12), tmp_path / "out"
+    words = [*command(prompts, out, llama, engine="ds-inference"), "--tp", "2", "--batch-size", "4"]
+    words += ["--set", "timeout_seconds=3", "--heartbeat-seconds", "0.2"]
+    ended = run(*words, environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert ended.returncode == 75, ended.stderr
+    assert "no step for" not in ended.stderr
+    assert "have not found the same rows finished" in ended.stderr
+    recorded = (out / "timing.jsonl").read_text() if (out / "timing.jsonl").exists() else ""
+    assert sum(json.loads(line)["prompts"] for line in recorded.splitlines()) == 0
+    assert run(*words).returncode == 0
+    assert texts(out) == texts_alone(prompts, llama, tmp_path / "one")
+
+
 # For sitecustomize: rank 1 has no room for more than 1 MB at once.
 SMALL = """
 import os
