@@ -34,7 +34,7 @@ from batchgen.checkpoint import (
 from batchgen.choice import AUTO
 from batchgen.description import asked, facts
 from batchgen.engine import Died
-from batchgen.input import Input
+from batchgen.input import Input, files_of
 from batchgen.output import ErrorFormat, renderer
 from batchgen.prepare import Ready, RunError, check_all, prepare
 from batchgen.prompts import Recipe
@@ -73,7 +73,7 @@ class Host:
 
 
 def run(
-    inputs: str | Sequence[str],
+    inputs: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     *,
     recipe: Recipe | None = None,
@@ -116,18 +116,19 @@ def run(
             WorldError. MergeError: all is generated and recorded, but the output files could not be written.
     """
     host = host or Host()
-    files = [inputs] if isinstance(inputs, str) else list(inputs)
+    files = [os.fspath(one) for one in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
     folder = RunFolder(Path(out) if out is not None else default_folder(files))
     world = from_environment(host.environment)
     check_start(host.environment, host.ranks)
     chosen = (recipe or Recipe(), host.environment, model, engine, settings, dtype, batch_size)
     stop = Stop()
     with stop.on_signals():
-        opened = partial(prepare, files, folder.input_cache, *chosen, selftest=selftest, ranks=host.ranks)
-        ready, attempt = _begun(folder, files, opened, world, host, strict, error_format)
-        with _end_if_it_fails(attempt, world, host):
-            attempt = _carry_out(ready, attempt, world, host, stop, max_error_rate, error_format)
-            return _finish(ready, attempt, world, stop, output_format)
+        opened = partial(prepare, files, folder, *chosen, selftest=selftest, ranks=host.ranks)
+        ready, first = _begun(folder, files, opened, world, host, strict, error_format)
+        attempts = [first]
+        with _end_if_it_fails(attempts, world, host):
+            _carry_out(ready, attempts, world, host, stop, max_error_rate, error_format)
+            return _finish(ready, attempts[-1], world, stop, output_format)
 
 
 def default_folder(inputs: Sequence[str]) -> Path:
@@ -152,7 +153,7 @@ def _begun(
     if world.rank > 0 or world.attempt is not None:
         attempt = checkpoint.join(folder, world)
         return opened(scan=False, begun=attempt.claim), attempt
-    folder.check_apart(inputs)
+    folder.check_apart(files_of(inputs))
     folder.make()
     try:
         before = checkpoint.check_free(folder, world, host.shard)
@@ -171,37 +172,40 @@ def _begun(
 
 
 @contextmanager
-def _end_if_it_fails(attempt: Attempt, world: World, host: Host) -> Iterator[None]:
-    """Records why the attempt ended, if this process alone speaks for it."""
+def _end_if_it_fails(attempts: Sequence[Attempt], world: World, host: Host) -> Iterator[None]:
+    """Records why the last attempt ended, if this process alone speaks for it."""
     try:
         yield
     except BaseException as error:
         if world.size == 1:
-            _end(attempt, redacted(f"failed: {type(error).__name__}: {error}", host.environment))
+            _end(attempts[-1], redacted(f"failed: {type(error).__name__}: {error}", host.environment))
         raise
 
 
 def _carry_out(
     ready: Ready,
-    attempt: Attempt,
+    attempts: list[Attempt],
     world: World,
     host: Host,
     stop: Stop,
     max_error_rate: float,
     error_format: ErrorFormat,
-) -> Attempt:
-    """This process's share, or its ranks' shares, over as many attempts as memory asks for; gives the last one."""
+) -> None:
+    """This process's share, or its ranks' shares, over as many attempts as memory asks for, which `attempts` gets."""
+    attempt = attempts[-1]
     # Before the engine exists: in a tensor-parallel group, a rank that read it later could see a batch that the first
     # one has just recorded, and the two would generate different batches.
     done = attempt.folder.done(len(ready.source))
     mine = done.part(host.shard)
     shown = host.watch if world.rank == 0 and world.attempt is None else None
-    if host.ranks == 1 or world.size > 1 or mine.good == len(mine.states):
+    if host.ranks > 1 and world.size == 1 and mine.good == len(mine.states):
+        return  # no rank has anything to do
+    if host.ranks == 1 or world.size > 1:
         model_name = ready.recipe.model or ready.model.name
         render = renderer(model_name, attempt.folder.created, error_format, ready.answers_requests)
         with shown(attempt, mine) if shown else nullcontext():
             Share(ready, world, attempt, done, stop, max_error_rate, host.stall_seconds, render).work()
-        return attempt
+        return
     while True:
         with shown(attempt, mine) if shown else nullcontext():
             codes = launch.start_ranks(
@@ -210,12 +214,13 @@ def _carry_out(
         if 4 in codes:
             raise RunError("a rank could not start; it says above why")
         if stop.signal is not None or not attempt.folder.has_limits_of(attempt.number):
-            return attempt
+            return
         stop.reason = None  # that a rank died is why we start again
         logger.warning("out of memory; starting the ranks again, with smaller batches")
         _end(attempt, "out of memory in a step that all ranks take together")
         known = facts(ready, host.ranks, host.environment)
         attempt = checkpoint.claim(attempt.folder, world, known, host.heartbeat_seconds, shard=host.shard)
+        attempts.append(attempt)
         mine = attempt.folder.done(len(ready.source)).part(host.shard)
 
 

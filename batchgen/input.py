@@ -29,10 +29,11 @@ class Input:
         self._begins = list(accumulate(map(len, sources), initial=0))
 
     @classmethod
-    def open(cls, paths: Sequence[str], cache: Path, *, scan: bool) -> Self:
+    def open(cls, paths: Sequence[str], cache: Path, *, scan: bool, begun: Callable[[], bool] = lambda: False) -> Self:
         """The input that `paths` name: files, folders, or patterns, whose files are taken in the order of their names.
 
         One process opens it with `scan`, which reads every file once; then others may, without, from the same `cache`.
+        Once a run has `begun` with what is in there, nothing in there is replaced by another content's.
 
         Raises:
             InputError: as `Source`; or there is nothing to read, a pattern matches nothing, a file is named twice.
@@ -40,7 +41,7 @@ class Input:
         files = files_of(paths)
         names = _names(files)
         each = enumerate(zip(files, names, strict=True))
-        return cls([find(path)(path, name, cache, number, scan) for number, (path, name) in each])
+        return cls([find(path)(path, name, cache, number, scan, begun) for number, (path, name) in each])
 
     def __len__(self) -> int:
         return self._begins[-1]

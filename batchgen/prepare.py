@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from batchgen import choice, formats, models
-from batchgen.checkpoint import CheckpointError, Damaged, read_json, to_json, write_atomic
+from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
 from batchgen.engine import Encoder, Engine
-from batchgen.formats import InputError
+from batchgen.formats import Begun, InputError
 from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
@@ -79,7 +79,7 @@ _NO_MODEL = ResolvedModel(Path(), "none", "")
 
 def prepare(
     inputs: Sequence[str],
-    cache: Path,
+    folder: RunFolder,
     recipe: Recipe,
     environment: Mapping[str, str],
     model: str | None,
@@ -96,7 +96,7 @@ def prepare(
     """Opens the input and finds engine and model.
 
     Args:
-        scan: read the input once and leave an index in `cache`.
+        scan: read the input once and leave an index in the run folder.
         ranks: that this process will start.
         begun: what is recorded of the attempt that this process joins, which has chosen the engine if none was named.
 
@@ -108,7 +108,8 @@ def prepare(
         raise RunError(f"there is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
-    source = _opened(inputs, cache, scan)
+    cache = folder.input_cache
+    source = _opened(inputs, cache, scan, folder.begun)
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
     if chosen is None or chosen.kind.needs_model:
@@ -118,7 +119,7 @@ def prepare(
     if chosen is None:
         world = from_environment(environment)
         chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
-    duplicates = _duplicates(source, cache / "duplicates.json", scan)
+    duplicates = _duplicates(source, cache / "duplicates.json", scan, folder.begun)
     try:
         reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates)
     except ValueError as error:  # the template is none
@@ -138,8 +139,8 @@ def prepare(
     )
 
 
-def _opened(inputs: Sequence[str], cache: Path, scan: bool) -> Input:
-    source = Input.open(inputs, cache, scan=scan)
+def _opened(inputs: Sequence[str], cache: Path, scan: bool, begun: Begun) -> Input:
+    source = Input.open(inputs, cache, scan=scan, begun=begun)
     if not len(source):  # a file that was never written, most likely
         raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
     return source
@@ -213,12 +214,14 @@ def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tupl
     return lengths, round(len(source) * len(prompts) / max(count, 1))
 
 
-def _duplicates(source: Input, path: Path, scan: bool) -> dict[int, str]:
+def _duplicates(source: Input, path: Path, scan: bool, begun: Begun) -> dict[int, str]:
     """Repeated ids, found once for the whole input: a rank that sees only its own rows could not find them."""
     try:
         known = read_json(path) if path.exists() else {}
     except Damaged:
         known = {}
+    if scan and known.get("input", source.digest) != source.digest and begun():
+        return {}  # this start will be refused, and others read what is there
     if known.get("input") != source.digest or known.get("checksum") != _checksum(known.get("rows")):
         if not scan:
             raise CheckpointError(f"{path} is of another input, or damaged; start again")

@@ -70,6 +70,9 @@ class Shard:
         return (self.index - other.index) % math.gcd(self.count, other.count) == 0
 
 
+TOO_MANY_FAILED = "more than --max-error-rate allows"
+"""Part of the reason of an attempt that has ended for it."""
+
 WHOLE = Shard()
 """All rows."""
 

@@ -15,7 +15,7 @@ from batchgen.prepare import Ready
 from batchgen.schedule import open_rows, order, shard, windows
 from batchgen.stacks import answering
 from batchgen.stop import Stop
-from batchgen.types import Batch, Generation, Prompt
+from batchgen.types import TOO_MANY_FAILED, Batch, Generation, Prompt
 from batchgen.watchdog import Watchdog
 from batchgen.world import World
 
@@ -162,8 +162,8 @@ class Share:
         heartbeat.beat()
         failed = self._failed + self._refused_before
         if failed > self._most_failures:
-            reason = f"{failed} of this stream's {len(self._rows)} rows have failed, more than --max-error-rate allows"
-            logger.error("%s; the last one: %s", reason, _last_error(generations))
+            reason = f"{failed} of this stream's {len(self._rows)} rows have failed, {TOO_MANY_FAILED}"
+            logger.error("%s; the last one: %s", reason, _last_error(generations) or "in an earlier start")
             self._stop.request(reason)
 
     def _look_at_devices(self) -> None:

@@ -123,7 +123,7 @@ def test_ids_never_become_paths(tmp_path: Path) -> None:
     run = file.parent / "out"
     made = {path.relative_to(run).as_posix() for path in files(tmp_path) - before}
     assert {name for name in made if not name.startswith(("attempts/", "input/"))} == {
-        *("run.json", "generations.jsonl", "errors.jsonl", "timing.jsonl"),
+        *("run.json", "generations.jsonl", "errors.jsonl", "timing.jsonl", "merged.json"),
         *("generations-00001-00000.jsonl", "batches-00001-00000.jsonl"),
     }
     assert {name for name in made if name.startswith("attempts/")} == {

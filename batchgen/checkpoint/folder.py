@@ -37,7 +37,9 @@ from batchgen.types import BatchRecord, Shard
 
 logger = logging.getLogger(__name__)
 
-_OWN = re.compile(r"(generations|errors|timing|batches|run)\b.*\.(jsonl|json|parquet|arrow)")
+_OWN = re.compile(r"(generations|errors|timing|batches|run|limits|merged)\b.*\.(jsonl|json|parquet|arrow)")
+_SCRATCH = re.compile(r"\.(generations|errors|timing|batches|run|limits|merged|duplicates|\d{5})\b.*\.\d+\.[0-9a-f]{8}")
+GENERATIONS = ("generations.jsonl", "generations.parquet", "generations.arrow")
 
 OPEN, FAILED, GOOD = 0, 1, 2  # what is known of a row; one byte each, so that ten million rows take 10 MB
 
@@ -96,7 +98,7 @@ class RunFolder:
         """The folder of claims and heartbeats."""
         return self.path / "attempts"
 
-    def check_apart(self, inputs: Sequence[str]) -> None:
+    def check_apart(self, inputs: Sequence[Path]) -> None:
         """Raises CheckpointError if an input is a file of this folder, whose place the output would take."""
         for name in inputs:
             path = os.path.realpath(name)
@@ -136,7 +138,9 @@ class RunFolder:
         """Removes the half-written outputs and indexes of killed processes. Only for the one that holds the claim."""
         for folder in (self.path, self.input_cache):
             for scratch in folder.glob(".*"):
-                scratch.unlink(missing_ok=True)
+                if _SCRATCH.fullmatch(scratch.name):  # others are the user's, or NFS's
+                    with suppress(OSError):
+                        scratch.unlink()
 
     def ask(self, asked: Mapping[str, object], facts: Mapping[str, object]) -> None:
         """Records what this run is, or checks that it is the same run as the folder's.
@@ -155,6 +159,12 @@ class RunFolder:
                 raise CheckpointError(
                     f"{self.path} holds generations, but no run.json, which says of what run they are. "
                     "Restore it, or start a new run with another -o"
+                )
+            there = [name for name in (*GENERATIONS, "errors.jsonl", "timing.jsonl") if (self.path / name).is_file()]
+            if there and not path.exists():
+                raise CheckpointError(
+                    f"{self.path} holds {there[0]}, but no run.json: it is of no run, and this one's output would take "
+                    "its place. Move it, or choose another folder with -o"
                 )
             # Links of other processes may be faster than ours: then theirs is what counts.
             try:
@@ -199,6 +209,23 @@ class RunFolder:
     def has_limits_of(self, attempt: int) -> bool:
         """Whether `attempt` died of too large a batch."""
         return any(self.path.glob(f"limits-{attempt:05d}-*.json"))
+
+    def begun(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / "run.json").exists()
+
+    def merged(self) -> bool:
+        """Whether the output files are there, and have all that is recorded."""
+        try:
+            known = read_json(self.path / "merged.json")
+        except CheckpointError:
+            return False
+        there = all((self.path / name).exists() for name in known.get("generations", [""]))
+        return there and known.get("batches") == self.batches()
+
+    def batches(self) -> dict[str, int]:
+        """The size in bytes of each file of batch records: it grows with every batch."""
+        return {path.name: path.stat().st_size for path in sorted(self.path.glob("batches-*.jsonl"))}
 
     def records(self, *, verify: bool) -> Iterator[tuple[Path, BatchRecord]]:
         """All trusted batch records with their generations file, oldest attempt first.

@@ -3,6 +3,7 @@
 generations.jsonl (or .parquet, .arrow)      every row, failed ones in their place
 errors.jsonl                                 the failed rows again
 timing.jsonl                                 the batches: attempt by attempt, stream by stream, oldest first
+merged.json                                  which batches these have, so that more recorded ones show
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchgen.checkpoint.files import CheckpointError, sync_folder
-from batchgen.checkpoint.folder import FAILED, GOOD, OPEN, RunFolder, check_rows
+from batchgen.checkpoint.files import CheckpointError, to_json, write_atomic
+from batchgen.checkpoint.folder import FAILED, GENERATIONS, GOOD, OPEN, RunFolder, check_rows
 from batchgen.types import BatchRecord
 
 # Rows gathered at once: few reads, and some MB of text.
@@ -155,13 +156,19 @@ def merge_with(write: Callable[[Path, Lines], None], folder: RunFolder, rows: in
     Raises:
         CheckpointError: the disk is full, say.
     """
+    batches = folder.batches()  # before they are read: what comes meanwhile is not merged
+    # Those of other formats are as good as this one, or say what is no longer so.
+    names = {one for one in GENERATIONS if (folder.path / one).exists()} | {name}
+    kept = sorted(names) if folder.merged() else [name]
     places = Places.find(folder, rows)
     output = folder.path / name
     try:
         _replace(output, lambda path: write(path, places.lines))
         _replace(folder.path / "errors.jsonl", lambda path: write_lines(path, places.failed))
         _replace(folder.path / "timing.jsonl", lambda path: _write_timing(path, folder))
-        sync_folder(folder.path)
+        for old in names.difference(kept):
+            (folder.path / old).unlink(missing_ok=True)
+        write_atomic(folder.path / "merged.json", to_json({"generations": kept, "batches": batches}))
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(

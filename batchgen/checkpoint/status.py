@@ -46,7 +46,7 @@ class Status:
     prompt_tokens: int  # of recorded batches
     generated_tokens: int
     batches: int
-    merged: bool  # the output files are there
+    merged: bool  # the output files are there, and have all that is recorded
     tokens_per_second: float  # generated tokens of the last attempt by wall time; 0 without one
     eta_seconds: float | None  # from tokens a row and tokens a second; None if unknown
     attempts: list[AttemptStatus]
@@ -84,7 +84,7 @@ def status(folder: RunFolder, shard: Shard = WHOLE, *, verify: bool = False) -> 
         for one in starts
     ]
     works = [one for one, state in zip(starts, known, strict=True) if state.live]
-    merged = any((folder.path / f"generations.{ending}").exists() for ending in ("jsonl", "parquet", "arrow"))
+    merged = folder.merged()
     ended: State = "finished" if merged and not part.open else "stopped" if starts else "new"
     # Of those that work together; else of the last one.
     tokens_per_second = sum(_rate(one, done.attempt_tokens.get(one.number, 0)) for one in works or starts[-1:])

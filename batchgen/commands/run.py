@@ -272,6 +272,7 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
 
 
 def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> None:
+    from batchgen.checkpoint import RunFolder
     from batchgen.description import describe
     from batchgen.prepare import check_all, prepare
 
@@ -282,7 +283,7 @@ def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> N
             chosen = {name: options[name] for name in names}
             ready = prepare(
                 inputs,
-                Path(scratch),
+                RunFolder(Path(scratch)),
                 engine_name=options["engine"],
                 environment=os.environ,
                 scan=True,

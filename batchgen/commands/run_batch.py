@@ -9,6 +9,7 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,14 +26,17 @@ from batchgen.types import WHOLE
 # vLLM's names of what torch calls otherwise.
 _DTYPES = {"half": "float16", "float": "float32"}
 
+_DISCARDING = "discarding"  # stands in a run folder while a finished run is removed from it
+
 _PUT_TRIES = 5  # vLLM's, as is the wait
 _PUT_WAIT_SECONDS = 5
 _TIMEOUT_SECONDS = 1000
 
 # What a run leaves in its folder; nothing else in there is ever deleted.
 _RUN_FILES = (
-    *("run.json", "attempts/*.json", "attempts/*.txt", "input/*", "fetched-*.jsonl", "timing.jsonl", "errors.jsonl"),
-    *("generations.jsonl", "generations-[0-9]*-[0-9]*.jsonl", "batches-[0-9]*-[0-9]*.jsonl"),
+    *("attempts/*.json", "attempts/*.txt", "input/*", "fetched-*", "timing.jsonl", "errors.jsonl", "merged.json"),
+    *("generations.jsonl", "generations-[0-9]*-[0-9]*.jsonl", "batches-[0-9]*-[0-9]*.jsonl", "limits-*.json"),
+    *("run.json", "delivered.json"),
 )
 
 
@@ -95,16 +99,21 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     del options["run_folder"]
     if not _is_url(output_file) and os.path.exists(output_file) and _is_same_file(input_file, output_file):
         raise CommandError(f"{output_file} is the input: the answers would take its place. Name another file with -o")
+    if (folder / _DISCARDING).exists():
+        _discard(folder)
     try:
         status, speaks = carry_out([_fetched(input_file, folder)], str(folder), **options)
     except CommandError as error:
         if not _is_finished_run_of_another_job(folder, error):
             raise
+        click.echo(f"batchgen: {error}", err=True)
+        click.echo(f"batchgen: the run in {folder} is finished, so this is a new one, from the beginning", err=True)
         _discard(folder)
         status, speaks = carry_out([_fetched(input_file, folder)], str(folder), **options)
     # Among ranks of torchrun or srun, the one that has merged ends the attempt.
     if not status.open and (speaks or status.attempts[-1].ended is not None):
         _deliver(folder / "generations.jsonl", output_file)
+        _note_delivered(folder)
         click.echo(redacted(output_file, os.environ))
     conclude(status, speaks)
 
@@ -170,23 +179,43 @@ def _is_finished(folder: Path) -> bool:
     from batchgen.checkpoint import CheckpointError, RunFolder, status
 
     try:
-        return (folder / "run.json").exists() and status(RunFolder(folder)).state == "finished"
+        return is_delivered(folder) and status(RunFolder(folder)).state == "finished"
     except CheckpointError as error:
         raise fail(error) from error
+
+
+def _note_delivered(folder: Path) -> None:
+    from batchgen.checkpoint import write_atomic
+
+    with suppress(OSError):  # it is delivered all the same
+        write_atomic(folder / "delivered.json", (folder / "merged.json").read_bytes())
+
+
+def is_delivered(folder: Path) -> bool:
+    """Whether what is merged now is what was delivered last."""
+    try:
+        return (folder / "delivered.json").read_bytes() == (folder / "merged.json").read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 def _is_finished_run_of_another_job(folder: Path, error: CommandError) -> bool:
     """vLLM overwrites its output and scripts count on it; but an unfinished run is never thrown away."""
     from batchgen.checkpoint import AskedDifferently
+    from batchgen.formats import Changed
 
-    return isinstance(error.__cause__, AskedDifferently) and _is_finished(folder)
+    return isinstance(error.__cause__, (AskedDifferently, Changed)) and _is_finished(folder)
 
 
 def _discard(folder: Path) -> None:
+    """Removes a finished run. Whatever ends this in the middle, the next start goes on with it."""
+    begun = folder / _DISCARDING
+    begun.touch()
     for pattern in _RUN_FILES:
         for path in folder.glob(pattern):
             if path.is_file():
                 path.unlink(missing_ok=True)
+    begun.unlink()
 
 
 def _deliver(generations: Path, output: str) -> None:

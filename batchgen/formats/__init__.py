@@ -26,11 +26,23 @@ if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does wi
 
 Value = Mapping[str, object] | RowError  # the columns of one row, or why they could not be read
 
+Begun = Callable[[], bool]
+"""Whether a run is under way with what is in the cache."""
+
 _PIECE_ROWS, _PIECE_BYTES = 1024, 1 << 22  # of a typed file, that become Python objects at once, at most about
+
+
+def not_begun() -> bool:
+    """No run is."""
+    return False
 
 
 class InputError(UserError):
     """The input cannot be read: a sentence for the person at the terminal."""
+
+
+class Changed(InputError):
+    """A file does not hold what it held when the run began."""
 
 
 class Scan(NamedTuple):
@@ -61,7 +73,7 @@ class Source(ABC):
         """Whether `path`, which exists, is of this format by its name."""
         return path.is_file() and path.name.lower().endswith(cls.suffixes)
 
-    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool) -> None:
+    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool, begun: Begun = not_begun) -> None:
         """Opens the `number`-th file of the input, counted from 0; rows call it `name`, or as the first start did.
 
         A row without an id is named, and sampled, by its file and line: of both, nothing may change with a new name.
@@ -70,8 +82,9 @@ class Source(ABC):
 
         Raises:
             InputError: it cannot be read, is not what its name says, was not scanned, or has changed since.
+            Changed: a run has begun with another content.
         """
-        self.path, self.name = path, name
+        self.path, self.name, self._begun = path, name, begun
         self._cursor: tuple[Generator[tuple[int, pa.RecordBatch], int | None, None], int, pa.RecordBatch] | None = None
         self.cache = cache / f"{number:05d}"  # an ending of its own for each file of a format
         record = self.cache.with_suffix(".json")
@@ -80,6 +93,7 @@ class Source(ABC):
             if scan:
                 cache.mkdir(parents=True, exist_ok=True)
                 self.scanned = self.scan()
+                self.check_first(self.scanned.digest)
                 self.name = self._first_name(record)
                 scratch = record.with_name(f".{record.name}.{os.getpid()}.{os.urandom(4).hex()}")
                 with open(scratch, "x") as file:
@@ -97,6 +111,19 @@ class Source(ABC):
         if found != name:
             raise InputError(f"file {number + 1} of the input is {name} now, but was {found} when the run started")
         self.check_unchanged()
+
+    def check_first(self, digest: str) -> None:
+        """Raises Changed if a run has begun with another content, whose text and index in the cache are not to be
+        replaced: its processes read them."""
+        try:
+            _, first, *_ = json.loads(self.cache.with_suffix(".json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return
+        if first != digest and self._begun():
+            raise Changed(
+                f"{self.path} is not what the run began with: it holds something else. Put it back as it was, or start "
+                "a new run with another -o"
+            )
 
     def _first_name(self, record: Path) -> str:
         """What a start before this one called the same bytes, or their name now."""

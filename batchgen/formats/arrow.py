@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchgen.batches import DAMAGE, check_names, check_stream_ends, find_bytes
-from batchgen.formats import Block, InputError, Scan, Source, blocks_of
+from batchgen.formats import Begun, Block, InputError, Scan, Source, blocks_of, not_begun
 
 _FILE_KIND = b"ARROW1"  # "File format" in Arrow's columnar format specification; a stream has no magic
 
@@ -30,9 +30,9 @@ class Arrow(Source):
 
     suffixes = (".arrow", ".feather", ".ipc")
 
-    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool) -> None:
+    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool, begun: Begun = not_begun) -> None:
         self._lengths: list[int] = []  # rows of the record batches that have been seen
-        super().__init__(path, name, cache, number, scan)
+        super().__init__(path, name, cache, number, scan, begun)
 
     def scan(self) -> Scan:
         """Reads all bytes for the digest, then every record batch."""

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from batchgen.formats import InputError, Scan, Source, Value, place_of
+from batchgen.formats import Begun, InputError, Scan, Source, Value, not_begun, place_of
 from batchgen.objects import BOM, DECODER, DEEPEST, read_carefully, writable
 
 WINDOW = 1 << 18  # bytes read at once: more costs no less time, and only this much lies around
@@ -44,11 +44,11 @@ class Jsonl(Source):
 
     suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
 
-    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool) -> None:
+    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool, begun: Begun = not_begun) -> None:
         self._begins: array[int] = array("Q")  # the byte where each row begins; then one past the newline of the last
         self._blanks: array[int] = array("Q")  # for each blank line, how many rows stand above it
         self._expected: list[int] = []  # what `_checksum` shall be
-        super().__init__(path, name, cache, number, scan)
+        super().__init__(path, name, cache, number, scan, begun)
         if not scan and self._load() != self.scanned:
             raise InputError(f"{self._index} is not the index of {path}, or damaged. Delete it and start again")
 
@@ -85,6 +85,7 @@ class Jsonl(Source):
     def _unpack(self) -> Scan:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.check_first(digest)
         before = self._load()
         if before and before.digest == digest and self._checksum() == self._expected:
             return before
@@ -122,6 +123,7 @@ class Jsonl(Source):
                 raise InputError(f"{self.path} is not JSON lines: {what}")
 
     def _save(self, digest: str, size: int) -> Scan:
+        self.check_first(digest)
         self._expected = self._checksum()
         with _replacing(self._index) as file:
             header = [digest, size, len(self._begins), len(self._blanks), self._expected]

@@ -5,6 +5,7 @@ In the run folder:
     jobs/12.json          a job of this run: what was submitted, and when
     jobs/12.out           its output (12_3.out of task 3 of an array)
     jobs/12.ended.json    why it has ended by itself (12_3.ended.json)
+    jobs/12.unwritten     all rows are done, but the answers are not where they should be
 """
 
 from __future__ import annotations
@@ -78,3 +79,18 @@ def end_of(run: Path, task: str) -> tuple[str, str] | None:
         return None
     known = read_json(path)
     return str(known["outcome"]), str(known["why"])
+
+
+def note_unwritten(run: Path, task: str, unwritten: bool) -> None:
+    """Keeps whether job `task` has left all rows done, but answers that are not written."""
+    path = _folder(run) / f"{task}.unwritten"
+    if unwritten:
+        prepare(run)
+        path.touch()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_unwritten(run: Path, task: str) -> bool:
+    """As `note_unwritten` has kept it."""
+    return (_folder(run) / f"{task}.unwritten").exists()

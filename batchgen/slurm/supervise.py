@@ -19,8 +19,8 @@ from types import FrameType
 
 from batchgen.checkpoint import RunFolder, Status, status
 from batchgen.slurm.queue import SlurmError, requeue
-from batchgen.slurm.records import GAVE_UP, Job, end_of, note_end, remember
-from batchgen.types import WHOLE, Shard
+from batchgen.slurm.records import GAVE_UP, Job, end_of, is_unwritten, note_end, note_unwritten, remember
+from batchgen.types import TOO_MANY_FAILED, WHOLE, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,12 @@ class Supervisor:
         if self._job:
             shards = self.shard.count if self._task != self._job else 0
             remember(self.run, Job(self._job, time.time(), shards=shards, offset=self._offset() if shards else 0))
-        before = self._status()
+        before, limits = self._status(), self._limits()
         why_not = self._why_not(before)
         if why_not is not None:
             return why_not
         code = self._wait(words)
-        return self._concluded(before, self._status(), code)
+        return self._concluded(before, self._status(), code, learnt=self._limits() > limits)
 
     def _offset(self) -> int:
         return self.shard.index - int(self.environment.get("SLURM_ARRAY_TASK_ID") or 0)
@@ -75,13 +75,18 @@ class Supervisor:
         folder = RunFolder(self.run)
         return status(folder, self.shard) if (self.run / "run.json").exists() else None
 
+    def _limits(self) -> int:
+        """How many sizes of batches have been found too large."""
+        return len(list(self.run.glob("limits-*.json")))
+
     def _why_not(self, before: Status | None) -> int | None:
         """The exit code, if this start of the job has nothing to do."""
-        again = self._restarts > 0 or self._predecessor() is not None
-        if again and before is not None and before.exit_code != _RESUMABLE:
+        predecessor = self._predecessor()
+        again = self._restarts > 0 or predecessor is not None
+        written = not is_unwritten(self.run, predecessor or self._task)
+        if again and written and before is not None and before.exit_code != _RESUMABLE:
             logger.info("the run is finished; nothing is left to do")
             return self._code_of(before)
-        predecessor = self._predecessor()
         last = end_of(self.run, predecessor) if predecessor else None
         if last is not None and last[0] == GAVE_UP:
             return self._give_up(last[1])
@@ -126,21 +131,46 @@ class Supervisor:
             if self._child is not None and self._child.returncode is None:
                 self._child.send_signal(signal.SIGUSR2)
 
-    def _concluded(self, before: Status | None, after: Status | None, code: int) -> int:
-        if after is not None and after.exit_code != _RESUMABLE:
+    def _concluded(self, before: Status | None, after: Status | None, code: int, *, learnt: bool) -> int:
+        """What comes next, after a start that has ended with `code`.
+
+        Args:
+            learnt: it has found that a batch was too large.
+        """
+        if after is not None and after.exit_code != _RESUMABLE and code != _RESUMABLE:
+            note_unwritten(self.run, self._task, unwritten=False)
             _say(after)
             return self._code_of(after)
         if self._ended:
-            logger.info("Slurm has ended this start; rows are open")
+            logger.info("Slurm has ended this start, which was not done")
             return _RESUMABLE
         if code == _COULD_NOT_RUN:
             return self._give_up("it could not run, and says why above")
-        if after is None or (before is not None and after.open >= before.open):
+        if after is not None and not after.open:
+            return self._not_written(before)
+        last = after.attempts[-1].ended if after is not None and after.attempts else None
+        if TOO_MANY_FAILED in (last or ""):
+            return self._give_up(str(last))
+        if learnt:
+            logger.info("batches of that size do not fit; the next start makes smaller ones")
+        elif after is None or (before is not None and after.open >= before.open):
             return self._give_up(
                 "this start has finished no row, so that another one would not either. See why above; if the time was "
                 "too short for one batch, ask for more with --time, or for smaller ones with --batch-size"
             )
-        _say(after)
+        if after is not None:
+            _say(after)
+        return self._goes_on()
+
+    def _not_written(self, before: Status | None) -> int:
+        """All rows are done; the files that are made of them, or their delivery, are not."""
+        if before is not None and not before.open:
+            return self._give_up("every row is done, but the answers could not be written; it says why above")
+        note_unwritten(self.run, self._task, unwritten=True)
+        logger.info("every row is done, but the answers are not written yet")
+        return self._goes_on()
+
+    def _goes_on(self) -> int:
         if self.chained:
             logger.info("the next job of the chain goes on")
             return _RESUMABLE

@@ -92,7 +92,7 @@ def test_a_file_that_changes_while_it_is_read_ends_the_run_and_loses_nothing(
     if change is not _delete:
         changed = call(tmp_path, "run", name, *COMMAND)
         assert changed.code == 4
-        assert "asked differently: input was" in changed.err or "cannot be read" in changed.err
+        assert "is not what the run began with" in changed.err or "cannot be read" in changed.err
     write(path)
     assert call(tmp_path, "run", name, "-o", "out", "--engine", "echo").code == 0
     assert [(row["id"], row["text"]) for row in answered(tmp_path / "out")] == [
@@ -129,8 +129,8 @@ def test_a_file_that_grows_between_two_starts_is_another_input(tmp_path: Path) -
         file.write(b'o"}\n')
     again = call(tmp_path, "run", "a.jsonl", "-o", "out", "--engine", "echo")
     assert again.code == 4
-    assert "out holds a run that was asked differently: input was " in again.err
-    assert "Start a new run with another -o" in again.err
+    assert "a.jsonl is not what the run began with: it holds something else" in again.err
+    assert "start a new run with another -o" in again.err
     path.unlink()
     gone = call(tmp_path, "run", "a.jsonl", "-o", "out", "--engine", "echo")
     assert (gone.code, gone.err) == (4, "Error: there is no file a.jsonl\n")

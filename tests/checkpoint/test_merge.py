@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.checkpoint import CheckpointError, RunFolder, merge, merge_with, write_lines
+from batchgen.checkpoint import CheckpointError, RunFolder, merge, merge_with, status, write_lines
 from tests.checkpoint.folders import batch, commit, made, objects, output, start
 
 
@@ -129,6 +129,25 @@ def test_merging_again_replaces_the_files(tmp_path: Path) -> None:
     assert [row["error"] for row in merged(folder, 2)] == [None, None]
     assert errors(folder) == []
     assert len(objects(folder.path / "timing.jsonl")) == 2
+
+
+def test_output_that_lacks_what_was_recorded_later_does_not_count_and_ends_with_the_next_merge(tmp_path: Path) -> None:
+    folder = made(tmp_path, 3)
+    commit(folder, 1, 0, batch([0, 1, 2], failed=[1]))
+    assert not folder.merged()
+    for name in ("generations.jsonl", "generations.arrow"):
+        merge_with(write_lines, folder, 3, name)
+    assert folder.merged()
+    assert {path.name for path in folder.path.glob("generations.*")} == {"generations.jsonl", "generations.arrow"}
+    commit(folder, 2, 0, batch([1]))
+    assert not folder.merged()
+    assert status(folder).exit_code == 75
+    merge_with(write_lines, folder, 3, "generations.parquet")
+    assert folder.merged()
+    assert status(folder).exit_code == 0
+    assert {path.name for path in folder.path.glob("generations.*")} == {"generations.parquet"}
+    (folder.path / "generations.parquet").unlink()
+    assert not folder.merged()
 
 
 def test_timing_has_a_line_a_batch_with_these_fields(tmp_path: Path) -> None:

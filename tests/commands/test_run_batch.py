@@ -115,7 +115,7 @@ def test_stopped_run_refuses_another_input_and_goes_on_with_its_own(tmp_path: Pa
     assert not (tmp_path / "out.jsonl").exists()
     ended = call(tmp_path, *answer("-i", "other.jsonl", "-o", "out.jsonl"))
     assert ended.code == 4
-    assert "asked differently: input was" in ended.err
+    assert "is not what the run began with" in ended.err
     assert call(tmp_path, *answer("-i", "in.jsonl", "-o", "out.jsonl"), "--ranks", 2).code == 0
     answers = read_rows(tmp_path / "out.jsonl")
     assert [line["custom_id"] for line in answers] == [line["custom_id"] for line in lines]

@@ -84,7 +84,7 @@ def test_changed_input_is_refused_and_the_same_content_elsewhere_is_not(tmp_path
     write_rows(moved, [*prompts(19), {"id": "row-19", "prompt": "other"}])
     ended = call(tmp_path, *echo(moved, "-o", "out"))
     assert ended.code == 4
-    assert "asked differently: input was" in ended.err
+    assert "is not what the run began with" in ended.err
 
 
 def test_folder_without_write_permission_is_exit_4(tmp_path: Path, rows: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import resource
 import signal
@@ -230,3 +232,60 @@ def test_disk_that_is_full_at_any_step_of_a_start_is_a_sentence(
         out = small_disk / f"out-{free}"
         assert call(tmp_path, *echo(rows, "-o", out)).code == 0
         assert (out / "generations.jsonl").read_bytes() == unbroken
+
+
+def test_a_packed_input_that_has_changed_is_refused_and_the_text_that_others_read_stays(tmp_path: Path) -> None:
+    def pack(letter: str) -> None:
+        lines = "".join(json.dumps({"prompt": letter * 5 + str(number)}) + "\n" for number in range(100, 160))
+        (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+    pack("a")
+    words = slow_echo("p.jsonl.gz", "-o", "out")
+    with Started(batchgen(*words), tmp_path) as process:
+        until(lambda: recorded(tmp_path / "out"), process)
+        process.send(signal.SIGTERM)
+        assert process.end().code == 75
+    cache = {path.name: path.read_bytes() for path in (tmp_path / "out" / "input").iterdir()}
+    pack("b")
+    refused = call(tmp_path, *words)
+    assert refused.code == 4
+    assert "p.jsonl.gz is not what the run began with" in refused.err
+    write_rows(tmp_path / "more.jsonl", [{"prompt": "c"}])
+    pack("a")
+    assert call(tmp_path, *slow_echo("p.jsonl.gz", "more.jsonl", "-o", "out")).code == 4
+    assert {name: (tmp_path / "out" / "input" / name).read_bytes() for name in cache} == cache
+    assert call(tmp_path, *words).code == 0
+    assert {row["text"][:5] for row in read_rows(tmp_path / "out" / "generations.jsonl")} == {"aaaaa"}
+
+
+def test_a_run_in_a_folder_of_ones_own_leaves_what_is_in_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "p.jsonl", prompts(3))
+    own = {name: f"{name} is mine" for name in (".env", ".gitignore", ".nfs0001", "notes.txt")}
+    for name, text in own.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".generations.jsonl.node1.77.0123abcd").write_text("half")  # of a start that was killed
+    assert call(tmp_path, *echo("p.jsonl", "-o", ".")).code == 0
+    assert {name: (tmp_path / name).read_text() for name in own} == own
+    assert (tmp_path / ".git").is_dir()
+    assert not (tmp_path / ".generations.jsonl.node1.77.0123abcd").exists()
+
+
+@pytest.mark.parametrize("name", ["errors.jsonl", "generations.jsonl", "generations.parquet", "timing.jsonl"])
+def test_a_file_of_ones_own_with_the_name_of_an_output_is_not_replaced(name: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / name).write_text("mine\n")
+    write_rows(tmp_path / "data.jsonl", prompts(3))
+    ended = call(tmp_path, *echo("data.jsonl"))
+    assert ended.code == 4
+    assert f"data holds {name}, but no run.json" in ended.err
+    assert [path.name for path in data.iterdir() if path.is_file()] == [name]
+    assert (data / name).read_text() == "mine\n"
+
+
+def test_a_pattern_that_names_an_output_is_refused_as_the_file_is(tmp_path: Path) -> None:
+    write_rows(tmp_path / "generations.jsonl", prompts(3))
+    ended = call(tmp_path, *echo("*.jsonl", "-o", "."))
+    assert ended.code == 4
+    assert "generations.jsonl is a file that the run in . writes" in ended.err

@@ -177,6 +177,10 @@ def test_a_run_goes_on_from_files_split_by_rank(llama: Path, tmp_path: Path) -> 
     done = run(*words)
     assert done.returncode == 0, done.stderr
     assert texts(out) == texts_alone(prompts, llama, tmp_path / "one")
+    (out / "generations.jsonl").unlink()  # all rows are good: nothing but the output is made again
+    again = run(*words)
+    assert (again.returncode, "loaded in" in again.stderr) == (0, False), again.stderr
+    assert texts(out) == texts_alone(prompts, llama, tmp_path / "two")
     # What does not fit is a sentence.
     wrong = run(*words[:-1], "1", "-o", tmp_path / "another")
     assert wrong.returncode == 4
