@@ -166,7 +166,13 @@ def _cgroup_limits(membership: Path, cgroups: Path) -> Iterator[tuple[int, int]]
         for folder in (own, *own.parents) if number == "0" else ():
             limit, used = folder / "memory.max", folder / "memory.current"
             if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-                yield int(most), int(used.read_text())
+                yield int(most), int(used.read_text()) - _page_cache(folder / "memory.stat")
+
+
+def _page_cache(statistics: Path) -> int:
+    """Bytes of files that were read and can be forgotten at once, which a cgroup counts as used."""
+    lines = statistics.read_text().splitlines() if statistics.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def refuse(prompt: Prompt) -> Generation:

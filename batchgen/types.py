@@ -70,6 +70,8 @@ class Shard:
         return (self.index - other.index) % math.gcd(self.count, other.count) == 0
 
 
+_END = 2**31  # of what devices count with 32 bits
+
 TOO_MANY_FAILED = "more than --max-error-rate allows"
 """Part of the reason of an attempt that has ended for it."""
 
@@ -104,11 +106,13 @@ class SamplingParams:
             _is_int(self.max_new_tokens) and self.max_new_tokens >= 1,
             "max_new_tokens must be a whole number, 1 or more",
         )
+        _check(self.max_new_tokens < _END, f"max_new_tokens must be below {_END}")
         _check(
             _is_number(self.temperature) and 0 <= self.temperature <= 100, "temperature must be a number from 0 to 100"
         )
         _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p must be a number above 0 and at most 1")
         _check(_is_int(self.top_k) and self.top_k >= 0, "top_k must be a whole number, 0 (off) or more")
+        _check(self.top_k < _END, f"top_k must be below {_END}")
         _check(_is_int(self.seed), "seed must be a whole number")
         _check(
             isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop),

@@ -123,6 +123,9 @@ def test_a_cgroup_of_a_parent_limits_what_is_free(tmp_path: Path) -> None:
     (cgroups / "job_7" / "memory.max").write_text("1000000\n")
     (cgroups / "job_7" / "memory.current").write_text("400000\n")
     assert host_free_bytes(meminfo, membership, cgroups) == 600_000
+    # Of what it counts as used, files that were read can be forgotten.
+    (cgroups / "job_7" / "memory.stat").write_text("anon 100000\ninactive_file 250000\nactive_file 50000\n")
+    assert host_free_bytes(meminfo, membership, cgroups) == 850_000
 
 
 def test_the_peak_of_a_process_without_a_gpu_is_its_resident_memory() -> None:

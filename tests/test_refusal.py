@@ -40,6 +40,8 @@ def test_values_are_shown_short_and_as_json_names_them(value: object, text: str)
         ),
         ("top_p", float("nan"), "top_p must be a number above 0 and at most 1, not nan"),
         ("top_k", -1, "top_k must be a whole number, 0 (off) or more, not -1"),
+        ("top_k", 10**20, "top_k must be below 2147483648, not 100000000000000000000"),
+        ("max_new_tokens", 2.0**31, "max_new_tokens must be below 2147483648, not 2147483648.0"),
         ("seed", True, "seed must be a whole number, not true"),
         ("stop", [""], "stop must be a text or a list of texts, none of them empty, not a list"),
         ("logprobs", 0, "logprobs must be true or false, not 0"),

@@ -51,6 +51,13 @@ class Paged(Engine):
         cache_tokens: int | None = None  # of the cache; None: as many as fit
         expected_share: float | None = None  # of its max_new_tokens that a row generates; None: learnt as rows end
 
+        def __post_init__(self) -> None:
+            for name in ("step_tokens", "cache_tokens"):
+                if getattr(self, name) is not None and getattr(self, name) < 1:
+                    raise EngineError(f"--set {name}={getattr(self, name)}: must be 1 or more")
+            if self.expected_share is not None and not 0 < self.expected_share <= 1:
+                raise EngineError(f"--set expected_share={self.expected_share}: must be above 0 and at most 1")
+
     def __init__(self, setup: Setup, options: Options) -> None:
         self._loop: Loop | None = None
         self._runner: Runner | None = None
@@ -91,7 +98,6 @@ class Paged(Engine):
         self._schedule = partial(
             Scheduler,
             slots=slots,
-            pages=pages,
             width=width,
             budget=budget,
             expected=options.expected_share,
@@ -113,7 +119,7 @@ class Paged(Engine):
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         if self._runner is None:
             raise EngineError("this engine is closed")
-        self._scheduler = self._schedule()
+        self._scheduler = self._schedule(pages=self._runner.pages)
         self._loop = loop = Loop(
             self._scheduler,
             self._runner,
@@ -121,6 +127,7 @@ class Paged(Engine):
             end_tokens=frozenset(self._encoder.end_tokens),
             watch=self._watch,
             check=self._selftest if self._check else None,
+            enough=lambda rows: len(selftest.choose([row.prompt for row in _long(rows)])) == selftest.ROWS,
             count=self._count,
         )
         loop.start()
@@ -161,6 +168,7 @@ class Paged(Engine):
         return Batch(generations, 0, memory.take_peak_bytes([self._device]))
 
     def _selftest(self, rows: list[Finished]) -> None:
+        rows = _long(rows) or rows
         for place in selftest.choose([row.prompt for row in rows]):
             prompt, tokens = rows[place].prompt, rows[place].tokens or []
             selftest.check(self._model, prompt, tokens, self._rows, self._device, self._encoder.decode)
@@ -180,6 +188,11 @@ class Paged(Engine):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _long(rows: list[Finished]) -> list[Finished]:
+    """Those whose text says something about decoding: one that ends at once is all prefill."""
+    return [row for row in rows if len(row.tokens or ()) >= selftest.TOKENS // 2]
 
 
 def _slots(free: int, token: int, device: torch.device) -> int:

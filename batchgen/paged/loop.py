@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _IDLE_SECONDS = 0.05
 _SHRINK = 0.85  # of the cache, after a forward that has run out of memory
 _MOST_SHRINKS = 8
+_HELD_ROWS, _HELD_SECONDS = 64, 10.0  # that have ended and wait for the check of the first ones, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Loop:
     Args:
         end_tokens: that end a row.
         watch: makes what finds the stop texts of a prompt.
-        check: is shown the first rows that finish, in the thread that runs the model.
+        check: is shown the first rows that finish, in the thread that runs the model, before anybody else is.
+        enough: whether these rows are what the check wants; else more are waited for, a little.
         count: is told how many tokens each step has generated.
     """
 
@@ -56,11 +58,14 @@ class Loop:
         end_tokens: frozenset[int],
         watch: Callable[[Prompt], StopTexts],
         check: Callable[[list[Finished]], None] | None,
+        enough: Callable[[list[Finished]], bool] = bool,
         count: Callable[[int], None],
     ) -> None:
         self._scheduler, self._runner, self._device = scheduler, runner, device
         self._end, self._watch, self._count = end_tokens, watch, count
-        self._check = check
+        self._check, self._enough = check, enough
+        self._held: list[Finished] = []
+        self._held_since = 0.0
         self._inbox: queue.SimpleQueue[list[Prompt] | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[list[Finished] | BaseException | None] = queue.SimpleQueue()
         self._watched: dict[Sequence, StopTexts] = {}
@@ -137,6 +142,7 @@ class Loop:
                 flight = None
                 self._shrink()
             if flight is None and self._all_in and not self._scheduler.running and not self._scheduler.waiting:
+                self._hand_over([], last=True)
                 return
 
     def _advance(self, flight: Flight | None) -> Flight | None:
@@ -203,8 +209,26 @@ class Loop:
                 self._watched.pop(sequence, None)
                 ended.append(Finished(sequence.prompt, sequence.tokens[sequence.begin :], stopped, sequence.logprobs))
         self._count(kept)
-        if ended and self._check is not None:
-            self._check(ended)
+        self._hand_over(ended)
+
+    def _hand_over(self, ended: list[Finished], *, last: bool = False) -> None:
+        """Rows that have ended, once the check has seen the first of them."""
+        if self._check is not None:
+            if ended and not self._held:
+                self._held_since = time.monotonic()
+            self._held += ended
+            waited = time.monotonic() - self._held_since
+            if not self._held or not (
+                last or len(self._held) >= _HELD_ROWS or waited > _HELD_SECONDS or self._enough(self._held)
+            ):
+                return
+            ended, self._held = self._held, []
+            try:
+                self._check(ended)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                logger.warning("there is no memory for the self-test: the text of the first rows was not looked at")
             self._check = None
         if ended:
             self._outbox.put(ended)

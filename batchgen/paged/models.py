@@ -20,18 +20,30 @@ from batchgen.paged import products
 from batchgen.paged.attention import attend
 
 NAME = "batchgen_paged"
+_OF_THE_LONGEST = ("longrope", "dynamic")  # whose frequencies Transformers takes from the longest row of a forward
 COVERED = ("bloom", "llama", "mistral", "qwen2", "qwen3")
 
 
 def covers(config: Any) -> bool:
     """Whether models of this config are covered."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return str(config.model_type) in COVERED and kinds <= {"full_attention", "sliding_attention"}
+    known = str(config.model_type) in COVERED and kinds <= {"full_attention", "sliding_attention"}
+    return known and _positions(config) not in _OF_THE_LONGEST
+
+
+def _positions(config: Any) -> str:
+    """The type of the rotary positions."""
+    return str((getattr(config.get_text_config(), "rope_parameters", None) or {}).get("rope_type", "default"))
 
 
 def check(config: Any) -> None:
     """Raises EngineError if models of this config are not covered; the message says what to use instead."""
     if not covers(config):
+        if _positions(config) in _OF_THE_LONGEST:
+            raise EngineError(
+                f"--engine paged does not cover rotary positions of type {_positions(config)}, which hang on the "
+                "longest row of a step; use --engine accelerate with --batch-size 1"
+            )
         raise EngineError(
             f"--engine paged does not cover models of type {config.model_type} (it does {', '.join(COVERED)}); "
             "use --engine accelerate"

@@ -84,7 +84,7 @@ class Runner:
         self._host = [_pinned((Arrays.length(self.most),), torch.int32, gpu) for _ in range(_RING)]
         self._chosen = [_pinned((slots,), torch.long, gpu) for _ in range(_RING)]
         self._logprobs = [_pinned((slots,), torch.float32, gpu) for _ in range(_RING)]
-        self._turn = 0
+        self._turn = self.pages = 0
         self._caches: list[torch.Tensor] = []
         self._logits: torch.Tensor | None = None  # of decode steps with rows that are sampled or ask for logprobs
         self._graphs: Graphs | None = None
@@ -97,6 +97,8 @@ class Runner:
     def allocate(self, pages: int) -> None:
         """Makes the cache, in the place of one that there may be."""
         heads, size = memory.cached_heads(self._model.config)
+        self.pages = pages
+        self._table.zero_()  # a larger cache had pages that this one has not
         shape = (2, pages, heads, SIZE, size)
         gpu = self._device.type == "cuda"
         self._caches, self._logits, self._graphs = [], None, Graphs(self._device) if gpu else None

@@ -23,7 +23,8 @@ SAMPLING: list[tuple[dict[str, Any], str | None]] = [
     ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, 1 or more, not 1.5"),
     ({"max_new_tokens": "8"}, 'max_new_tokens must be a whole number, 1 or more, not "8"'),
     ({"max_new_tokens": 1e9}, None),  # the echo ends with its prompt; a model's context would be the limit
-    ({"max_new_tokens": 10**400}, None),
+    ({"max_new_tokens": 10**400}, "max_new_tokens must be below 2147483648, not a number of many digits"),
+    ({"top_k": 1e20}, "top_k must be below 2147483648, not 1e+20"),
     ({"top_p": 0}, "top_p must be a number above 0 and at most 1, not 0"),
     ({"top_p": False}, "top_p must be a number above 0 and at most 1, not false"),
     ({"top_k": -1}, "top_k must be a whole number, 0 (off) or more, not -1"),

@@ -6,11 +6,13 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from batchgen import selftest
 from batchgen.engine import EngineError, Setup, parse_options
 from batchgen.engines.accelerate import Accelerate
 from batchgen.engines.paged import Paged
@@ -198,10 +200,65 @@ def test_the_first_rows_are_looked_at_again_alone(tiny_llama: Path, monkeypatch:
         texts(engine, prompts(20))
 
 
+@plain_path
+def test_rows_that_end_at_once_are_not_all_that_is_looked_at(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    check = selftest.check
+
+    def counted(model: object, prompt: Prompt, tokens: Sequence[int], *more: Any) -> None:
+        looked.append(len(tokens))
+        check(model, prompt, tokens, *more)
+
+    monkeypatch.setattr(selftest, "check", counted)
+    rows = models.random_prompts(12, max_new_tokens=40)
+    rows[3].params = SamplingParams(max_new_tokens=1, temperature=1.0)
+    rows[5].params = SamplingParams(max_new_tokens=2)
+    with load(tiny_llama) as engine:
+        texts(engine, rows)
+    assert len(looked) == selftest.ROWS
+    assert min(looked) >= selftest.TOKENS // 2
+
+
+def test_a_self_test_without_memory_loses_no_row(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+    monkeypatch.setattr(selftest, "check", full)
+    with load(tiny_llama) as engine:
+        texts(engine, prompts(30))
+    assert "there is no memory for the self-test" in caplog.text
+
+
+@plain_path
+def test_a_cache_that_became_smaller_serves_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = prompts(30)
+    with load(tiny_llama, "cache_tokens=600", selftest=False) as engine:
+        expected = texts(engine, rows)
+        with pytest.MonkeyPatch.context() as patch:
+            OutOfMemory(patch, calls=(3,))
+            assert texts(engine, rows) == expected
+        assert texts(engine, rows) == expected
+
+
+@pytest.mark.parametrize("setting", ["step_tokens=-1", "cache_tokens=0", "expected_share=nan", "expected_share=0"])
+def test_settings_that_nothing_can_run_with_are_sentences(setting: str) -> None:
+    with pytest.raises(EngineError, match=f"--set {setting.partition('=')[0]}=.*: must be"):
+        parse_options(Paged, [setting])
+
+
+def test_positions_that_hang_on_the_longest_row_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    path = models.save(tmp_path / "llama", lambda vocabulary: models.llama(vocabulary, rope_parameters=rope))
+    with pytest.raises(EngineError, match="rotary positions of type dynamic, which hang on the longest row"):
+        load(path)
+
+
 def test_a_stop_request_leaves_soon_with_what_has_finished(tiny_llama: Path) -> None:
     rows = models.random_prompts(40, max_new_tokens=400, longest=20)
     rows[7].params = SamplingParams(max_new_tokens=1)
-    with load(tiny_llama) as engine:
+    with load(tiny_llama, selftest=False) as engine:
         batches: list[Batch] = list(engine.generate(iter(rows), lambda: engine.steps > 30))
         finished = [generation.id for batch in batches for generation in batch.generations]
         assert "row-7" in finished
