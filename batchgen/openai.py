@@ -11,6 +11,7 @@ Answers come in two shapes, which differ where a request failed: OpenAI's own, a
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,8 +90,8 @@ class Request:
 
 def is_request(columns: Mapping[str, object]) -> bool:
     """Whether a row is a request line, be it a faulty one, and not a plain row that happens to have a `body`."""
-    if "body" not in columns:
-        return False
+    if "body" not in columns:  # left out, perhaps
+        return "custom_id" in columns and str(columns.get("url")).startswith("/v1/")
     body, url = columns["body"], columns.get("url")
     if isinstance(body, Mapping) and isinstance(url, str) and url.startswith("/v1/"):
         return True
@@ -139,7 +140,10 @@ def _check_model(named: object, model: str | None) -> None:
     if named is not None and not isinstance(named, str):
         raise Refused("wrong_type", f"body.model must be a text, not {shown(named)}")
     if model is not None and named is not None and named != model:
-        raise Refused("model_not_found", f"body.model is {shown(named)}, but this run's model is {shown(model)}")
+        raise Refused(
+            "model_not_found",
+            f"body.model is {shown(named)}, but this run's model is {shown(model)}; --served-model-name can be another",
+        )
 
 
 def _check_keys(body: Mapping[str, object], url: str) -> list[str]:
@@ -156,7 +160,7 @@ def _check_keys(body: Mapping[str, object], url: str) -> list[str]:
         if neutral is None:
             ignored.append(key)
         elif value not in neutral:
-            allowed = " or ".join([*map(shown, neutral), "left out"])
+            allowed = " or ".join([*(json.dumps(one) for one in neutral), "left out"])
             raise Refused("unknown_parameter", f"body.{key} is not supported: it must be {allowed}, not {shown(value)}")
     return ignored
 

@@ -23,6 +23,9 @@ from batchgen.types import Generation, Prompt, Row, RowError, SamplingParams, To
 _log = logging.getLogger(__name__)
 
 _PARAMS = frozenset(param.name for param in dataclasses.fields(SamplingParams))
+_DEFAULT_MOST = SamplingParams().max_new_tokens
+# Keys of a request's body that somebody who puts them into a plain row takes for settings.
+_OF_REQUESTS = frozenset({"max_tokens", "max_completion_tokens", "response_format", "tools", "frequency_penalty"})
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def _own_id(columns: Mapping[str, object]) -> str | None:
         name, own = "custom_id", columns.get("custom_id")
     if own is None or (isinstance(own, str) and own):
         return own
+    if isinstance(own, float) and own.is_integer():  # a Parquet column of whole numbers with gaps
+        own = int(own)
     # Beyond some thousand digits Python refuses to write a number.
     if isinstance(own, int) and not isinstance(own, bool) and own.bit_length() <= 4096:
         return str(own)
@@ -147,6 +152,9 @@ class PromptReader:
         else:
             text = _text(value, self._recipe.prompt_column)
         params = self._recipe.sampling
+        if not _OF_REQUESTS.isdisjoint(value):
+            for key in _OF_REQUESTS.intersection(value):
+                self._say_once(row, key, "the column %s is carried along and changes no text", shown(key))
         if not _PARAMS.isdisjoint(value):
             given = {name: value[name] for name in _PARAMS if value.get(name) is not None}
             if isinstance(given.get("logprobs"), list):
@@ -161,6 +169,8 @@ class PromptReader:
         """The prompt, and whether its text is from a chat template; None if it brought its tokens along."""
         request = openai.parse(value, self._recipe.model)
         self._report(row, request.ignored)
+        if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
+            self._say_once(row, "max_tokens", "the body sets no max_tokens: its answer ends after %s tokens", most)
         params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
         text = request.text or ""
         if request.messages is not None:
@@ -179,13 +189,12 @@ class PromptReader:
 
     def _report(self, row: Row, ignored: Sequence[str]) -> None:
         for key in ignored:
-            if key not in self._reported:
-                self._reported.add(key)
-                _log.warning(
-                    "%s: the body's key %s is not known to batchgen and is ignored, here and in all other lines",
-                    _place(row),
-                    shown(key),
-                )
+            self._say_once(row, key, "the body's key %s is not known to batchgen and is ignored", shown(key))
+
+    def _say_once(self, row: Row, key: str, sentence: str, value: object) -> None:
+        if key not in self._reported:
+            self._reported.add(key)
+            _log.warning(f"%s: {sentence}, here and in all other lines", _place(row), value)
 
     def _check_vocabulary(self, tokens: Tokens) -> None:
         size = self._encoder.vocabulary

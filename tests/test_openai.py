@@ -165,7 +165,8 @@ def test_body_must_name_the_runs_model_or_none() -> None:
     parse(chat(), "m")
     parse(line({"messages": HELLO}), "m")
     problem = refused(chat(), "other")
-    assert (problem.type, problem.message) == ("model_not_found", 'body.model is "m", but this run\'s model is "other"')
+    sentence = 'body.model is "m", but this run\'s model is "other"; --served-model-name can be another'
+    assert (problem.type, problem.message) == ("model_not_found", sentence)
 
 
 def done(request: Mapping[str, object] | None = None, **changed: object) -> Generation:

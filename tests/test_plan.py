@@ -219,7 +219,7 @@ def test_the_command_says_lengths_forecasts_and_a_command_line(tiny_llama: Path,
     assert "8 rows of " in done.stdout
     assert "up to 10 new ones, on the average (as the model's tokenizer has them)" in done.stdout
     assert (
-        f"the fastest that fits: batchgen run '{prompts}' --model {tiny_llama} --dtype bfloat16 --engine "
+        f"the fastest that fits: batchgen run '{prompts}' --model {tiny_llama} --dtype bfloat16 --max-new-tokens 10 "
         in done.stdout
     )
     shape = ["plan", str(prompts), "--model", "bloom-176b", "--gpu-memory", "80", "--gpus", "8", "--json"]

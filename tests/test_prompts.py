@@ -281,11 +281,27 @@ def test_with_a_model_every_row_must_be_a_request_for_it() -> None:
     assert result.request == {"prompt": "x"}
 
 
+def test_what_somebody_may_take_for_a_setting_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    def said(recipe: Recipe, *values: object) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="batchgen.prompts"):
+            results = PromptReader(recipe, ByteEncoder(), {}).read(rows(*values, *values))
+        assert all(isinstance(result, Prompt) for result in results)
+        return [record.getMessage() for record in caplog.records]
+
+    (limit,) = said(Recipe(), request({"messages": HELLO}))
+    assert "the body sets no max_tokens: its answer ends after 128 tokens, here and in all other lines" in limit
+    assert not said(Recipe(sampling=SamplingParams(max_new_tokens=7)), request({"messages": HELLO}))
+    (column,) = said(Recipe(), {"prompt": "a", "max_tokens": 5, "n": 3})
+    assert 'the column "max_tokens" is carried along and changes no text' in column
+
+
 def test_unknown_key_of_a_body_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     reader = PromptReader(Recipe(), ByteEncoder(), {})
     with caplog.at_level(logging.WARNING, logger="batchgen.prompts"):
         for _ in range(2):
-            results = reader.read(rows(*[request({"messages": HELLO, "mystery": 1}) for _ in range(2)]))
+            body = {"messages": HELLO, "mystery": 1, "max_tokens": 5}
+            results = reader.read(rows(*[request(body) for _ in range(2)]))
             assert all(isinstance(result, Prompt) for result in results)
     assert [record.getMessage() for record in caplog.records] == [
         "line 3 of prompts.jsonl: "

@@ -67,7 +67,8 @@ def asked_of(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
         UsageError: an option is wrong.
     """
     if not words or words[0] not in ("run", "run-batch"):
-        raise CommandError(f"{' '.join(words[:1]) or 'nothing'} makes no run: it must be run …, or run-batch …")
+        what = f"{words[0]} makes no run" if words else "there is no command behind --"
+        raise CommandError(f"{what}: it must be -- run …, or -- run-batch …")
     module = importlib.import_module(f"{__name__}.{words[0].replace('-', '_')}")
     # With the settings of the real one: Click makes a command's -h once, and keeps it.
     context = module.command.make_context(words[0], list(words[1:]), **main.context_settings)
@@ -193,6 +194,22 @@ def _say(sentence: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def _first_failure(run: Path) -> str:
+    """The first of its errors, for whoever looks at the terminal alone."""
+    import json
+
+    try:
+        with (run / "errors.jsonl").open(encoding="utf-8") as file:
+            row = json.loads(file.readline())
+    except (OSError, ValueError):
+        return ""
+    error = row.get("error") or ((row.get("response") or {}).get("body") or {}).get("error") or {}
+    while isinstance(error, dict) and isinstance(error.get("error"), dict):
+        error = error["error"]
+    said = error.get("message") if isinstance(error, dict) else error
+    return f", first: {str(said)[:300]}" if said else ""
+
+
 def conclude(status: Status, speaks: bool) -> None:
     """Says how the run stands, and exits with its code."""
     if not speaks:
@@ -205,5 +222,8 @@ def conclude(status: Status, speaks: bool) -> None:
         which = "" if status.shard.count == 1 else f"shard {status.shard} "
         _say(f"{which}finished; {counts}")
         if status.failed:
-            _say(f"what failed is in {status.folder / 'errors.jsonl'}; the same command tries it again")
+            _say(
+                f"what failed is in {status.folder / 'errors.jsonl'}{_first_failure(status.folder)}; the same command "
+                "tries again what may succeed without a change of the input"
+            )
     sys.exit(status.exit_code)

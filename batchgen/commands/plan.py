@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
-from batchgen.commands.run import recipe_of, sampling_options
+from batchgen.commands.run import recipe_of, sampling_options, template_text
+from batchgen.types import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,7 +46,7 @@ _BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @sampling_options
 @click.option("--prompt-column", metavar="NAME", help="As of `run`.")
-@click.option("--template", metavar="TEXT", help="As of `run`.")
+@click.option("--template", metavar="TEXT|@FILE", callback=template_text, help="As of `run`.")
 def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what fits, how large a batch and how long, before any weight is loaded.
 
@@ -56,7 +57,7 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     from batchgen.types import UserError
 
     log_to_stderr(0, 1)
-    recipe = recipe_of(options)
+    recipe = options["recipe"] = recipe_of(options)
     try:
         with results_only_on_stdout():
             work, note, found, node = _planned(inputs, recipe, options)
@@ -139,6 +140,8 @@ def _text(
     prompts, new = (sum(one[place] for one in work.lengths) / len(work.lengths) for place in (0, 1))
     yield f"{work.rows:,} rows of {prompts:,.0f} prompt tokens and up to {new:,.0f} new ones, on the average ({note})"
     yield f"{options['model']} in {options['dtype']} on {node.gpus} GPU(s) of {node.card.memory / 1e9:,.0f} GB"
+    if options["gpu"] is None and options["gpu_memory"] is None:
+        yield "no --gpu was given: an H100 is assumed"
     if not node.card.measured:
         yield "the speeds of this GPU are its maker's, less a tenth: expect less"
     for one in found:
@@ -159,7 +162,14 @@ def _text(
 
 
 def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any]) -> str:
-    words = ["batchgen", "run", *inputs, "--model", options["model"], "--dtype", options["dtype"]]
+    there = "/" in options["model"] and not options["model"].endswith(".json")
+    words = ["batchgen", "run", *inputs, "--model", options["model"] if there else "MODEL", "--dtype", options["dtype"]]
+    recipe = options["recipe"]
+    given = {name: getattr(recipe.sampling, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    given = {name: value for name, value in given.items() if value != getattr(SamplingParams, name)}
+    given |= {name: value for name in ("prompt_column", "template") if (value := getattr(recipe, name)) is not None}
+    for name, value in given.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--engine", best.engine]
     for setting in best.placement.settings:
         words += ["--set", setting]

@@ -39,7 +39,8 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str | None)
         raise click.BadParameter(str(error)) from error
 
 
-def _template(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+def template_text(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """The template, which may stand in a file: @FILE."""
     if text is None or not text.startswith("@"):
         return text
     try:
@@ -178,7 +179,10 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--prompt-column", metavar="NAME", help='The column with the prompt; "prompt" or "messages" unless given.'
 )
 @click.option(
-    "--template", metavar="TEXT|@FILE", callback=_template, help="Render the prompt from the columns: a Jinja template."
+    "--template",
+    metavar="TEXT|@FILE",
+    callback=template_text,
+    help="Render the prompt from the columns: a Jinja template.",
 )
 @click.option(
     "--chat-template-kwargs", metavar="JSON", callback=_json_object, help="Passed to the model's chat template."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import shutil
@@ -19,6 +20,7 @@ import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail
+from batchgen.commands.run import command as run_command
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
 from batchgen.redaction import redacted
 from batchgen.types import WHOLE
@@ -83,9 +85,10 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     another model than --model are answered with 404. Exit codes are those of `run`.
     """
     if context.args:
+        _check_ignored(context)
         click.echo(f"batchgen: ignored, not known here: {' '.join(context.args)}", err=True)
     model, revision = options.pop("model"), options.pop("revision")
-    served = options.pop("served_model_name") or model
+    served = options.pop("served_model_name") or (model and model.partition("@")[0])
     sequences = options.pop("max_num_seqs")
     options["batch_size"] = options["batch_size"] or sequences
     options["dtype"] = _DTYPES.get(options["dtype"], options["dtype"])
@@ -97,6 +100,10 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
             raise CommandError(f"{name} has a user or a password in it, which cannot be used: take a signed address")
     folder = folder_of({**options, "output_file": output_file})
     del options["run_folder"]
+    parents = Path(output_file).absolute().parent, folder.absolute().parent  # that of the run folder will be made
+    there = parents[0].is_dir() or parents[0] == parents[1]
+    if not _is_url(output_file) and (os.path.isdir(output_file) or not there):
+        raise CommandError(f"{output_file} cannot be written: it is a folder, or is to be in one that is not there")
     if not _is_url(output_file) and os.path.exists(output_file) and _is_same_file(input_file, output_file):
         raise CommandError(f"{output_file} is the input: the answers would take its place. Name another file with -o")
     if (folder / _DISCARDING).exists():
@@ -116,6 +123,20 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
         _note_delivered(folder)
         click.echo(redacted(output_file, os.environ))
     conclude(status, speaks)
+
+
+def _check_ignored(context: click.Context) -> None:
+    """Raises CommandError for what must not be ignored: what `run` knows, what would change the answers, and what is
+    nearly an option of this command."""
+    own = {name for parameter in context.command.params for name in parameter.opts}
+    others = {name for parameter in run_command.params for name in parameter.opts if name.startswith("--")} - own
+    for word in context.args:
+        name = word.partition("=")[0]
+        if name in others or name == "--chat-template":
+            raise CommandError(f"run-batch has no {name}; {'`batchgen run` has' if name in others else 'leave it out'}")
+        near = difflib.get_close_matches(name, own, 1, 0.9) if name.startswith("--") else []
+        if near:
+            raise CommandError(f"run-batch has no {name}; is {near[0]} meant?")
 
 
 def folder_of(options: dict[str, Any]) -> Path:
@@ -149,7 +170,8 @@ def _fetched(name: str, folder: Path) -> str:
     unfinished one goes on with what it began with, and a finished one must see whether there is a new input."""
     if not _is_url(name):
         return name
-    place = folder / f"fetched-{hashlib.sha256(name.encode()).hexdigest()[:16]}.jsonl"
+    packed = [end for end in (".gz", ".zst") if urllib.parse.urlsplit(name).path.endswith(f".jsonl{end}")]
+    place = folder / f"fetched-{hashlib.sha256(name.encode()).hexdigest()[:16]}.jsonl{''.join(packed)}"
     if not place.exists() or _is_finished(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,8 @@ def command(
 
     folder, asked = asked_of(context.obj)
     shards, at_once = array
+    if shards and "shard" not in asked:
+        raise CommandError("--array splits a run into shards, which `run` knows and `run-batch` does not")
     if shards and asked.get("shard", WHOLE) != WHOLE:
         raise CommandError("--array gives each job its --shard: leave that one out")
     try:

@@ -27,7 +27,9 @@ from batchgen.objects import BOM, DECODER, DEEPEST, read_carefully, writable
 
 WINDOW = 1 << 18  # bytes read at once: more costs no less time, and only this much lies around
 # How the first line of a file begins that is something else as a whole, and what to do.
+_ARRAY = "it is one JSON array. Turn it into lines: jq -c '.[]'"
 _OTHER_KINDS = {
+    **dict.fromkeys((b"[\n", b"[\r\n", b"[{"), _ARRAY),
     b"\x1f\x8b": "it is compressed with gzip. Let its name end in .jsonl.gz",
     b"\x28\xb5\x2f\xfd": "it is compressed with Zstandard. Let its name end in .jsonl.zst",
     b"PAR1": "it is Parquet. Let its name end in .parquet",

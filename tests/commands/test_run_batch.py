@@ -133,11 +133,54 @@ def test_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
 
 def test_output_that_cannot_be_written_is_a_sentence_and_the_answers_stay(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", [completion("a", "x")])
-    (tmp_path / "out.jsonl").mkdir()
-    ended = call(tmp_path, *answer("-i", "in.jsonl", "-o", "out.jsonl"))
+    long = "x" * 250  # with what stands behind the name of a scratch file it is longer than a name may be
+    ended = call(tmp_path, *answer("-i", "in.jsonl", "-o", long, "--run-folder", "rf"))
     assert ended.code == 75
-    assert "cannot write out.jsonl: Is a directory. All answers are in out.jsonl.run/generations.jsonl" in ended.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.run"]
+    assert f"cannot write {long}: File name too long. All answers are in rf/generations.jsonl" in ended.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "rf"]
+
+
+@pytest.mark.parametrize("words", [["-o", "there"], ["-o", "none/out.jsonl", "--run-folder", "rf"]])
+def test_output_that_can_never_be_written_is_refused_before_anything_is_generated(
+    words: list[str], tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "in.jsonl", [completion("a", "x")])
+    (tmp_path / "there").mkdir()
+    ended = call(tmp_path, *answer("-i", "in.jsonl", *words))
+    assert ended.code == 4
+    assert f"{words[1]} cannot be written" in ended.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "there"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--shard", "0/2"], "run-batch has no --shard; `batchgen run` has"),
+        (["--strict"], "run-batch has no --strict; `batchgen run` has"),
+        (["--chat-template", "x"], "run-batch has no --chat-template; leave it out"),
+        (["--max-new-token", "3"], "run-batch has no --max-new-token; is --max-new-tokens meant?"),
+    ],
+)
+def test_options_that_would_change_the_answers_are_not_ignored(words: list[str], sentence: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [completion("a", "x")])
+    ended = call(tmp_path, *answer("-i", "in.jsonl", "-o", "out.jsonl", *words))
+    assert (ended.code, sentence in ended.err) == (4, True), ended.err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_finished_run_that_is_thrown_away_is_said_and_its_removal_is_gone_on_with(tmp_path: Path) -> None:
+    words = answer("-i", "in.jsonl", "-o", "out.jsonl")
+    write_rows(tmp_path / "in.jsonl", [completion("a", "x")])
+    assert call(tmp_path, *words).code == 0
+    write_rows(tmp_path / "in.jsonl", [completion("b", "y"), completion("c", "z")])
+    (tmp_path / "out.jsonl.run" / "discarding").touch()  # as if a start had been killed while it removed the run
+    (tmp_path / "out.jsonl.run" / "run.json").unlink()
+    assert call(tmp_path, *words).code == 0
+    assert [line["custom_id"] for line in read_rows(tmp_path / "out.jsonl")] == ["b", "c"]
+    write_rows(tmp_path / "in.jsonl", [completion("d", "x")])
+    ended = call(tmp_path, *words)
+    assert ended.code == 0
+    assert "the run in out.jsonl.run is finished, so this is a new one, from the beginning" in ended.err
 
 
 def test_under_srun_the_last_task_writes_the_output(tmp_path: Path) -> None:

@@ -79,9 +79,13 @@ def test_what_is_typed_comes_before_the_working_folder_and_that_before_the_home(
     [
         (["--wrap=x", *RUN], "sbatch's own --wrap cannot be used here: the command stands behind --"),
         (["3", *RUN], "'3' is no option of sbatch"),
-        (["--print"], "nothing makes no run"),
+        (["--print"], "there is no command behind --: it must be -- run …"),
         (["--print", "--", "status", "out"], "status makes no run"),
         (["--print", "--array=0-4", *RUN], "must be the number of shards, 2 or more"),
+        (
+            ["--print", "--array", "4", "--", "run-batch", "-i", "a.jsonl", "-o", "b.jsonl"],
+            "--array splits a run into shards, which `run` knows and `run-batch` does not",
+        ),
         (["--print", *RUN, "--shard", "5/5"], "there is no shard 5/5"),
         (["--print", *RUN, "--max-tokens", "5"], "No such option"),
     ],

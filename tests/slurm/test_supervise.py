@@ -7,12 +7,22 @@ from pathlib import Path
 
 from tests.commands.starts import Ended, call, echo, found, prompts, read_rows, write_rows
 
+ROOT = Path(__file__).parents[2]
+
+# For sitecustomize: there is no room for the answers beside the run folder.
+FULL = """
+import shutil
+def full(*files):
+    raise OSError(28, "No space left on device")
+shutil.copyfileobj = full
+"""
+
 BATCHGEN = Path(sys.executable).with_name("batchgen")
 
 
 def job(folder: Path, number: int, *words: object, after: int | None = None) -> Ended:
     """Job `number` of a chain, which follows job `after`."""
-    environment = {"SLURM_JOB_ID": str(number)}
+    environment = {"SLURM_JOB_ID": str(number), "PYTHONPATH": f"{folder}:{ROOT}"}
     if after is not None:
         environment["SLURM_JOB_DEPENDENCY"] = f"afternotok:{after}"
     return call(folder, "job", "--chained", "--", BATCHGEN, *words, environment=environment)
@@ -21,8 +31,8 @@ def job(folder: Path, number: int, *words: object, after: int | None = None) -> 
 def test_answers_that_cannot_be_delivered_are_delivered_by_the_next_start_or_given_up(tmp_path: Path) -> None:
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
     write_rows(tmp_path / "in.jsonl", [line])
-    words = ["run-batch", "-i", "in.jsonl", "-o", "there/out.jsonl", "--run-folder", "rf", "--engine", "echo"]
-    (tmp_path / "there" / "out.jsonl").mkdir(parents=True)  # in the place of the answers
+    words = ["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--run-folder", "rf", "--engine", "echo"]
+    (tmp_path / "sitecustomize.py").write_text(FULL)
     first = job(tmp_path, 1, *words)
     assert first.code == 75, first.err
     assert "every row is done, but the answers are not written yet" in first.err
@@ -30,10 +40,10 @@ def test_answers_that_cannot_be_delivered_are_delivered_by_the_next_start_or_giv
     assert again.code == 4, again.err
     assert "not starting again: every row is done, but the answers could not be written" in again.err
     (tmp_path / "rf" / "jobs" / "2.ended.json").unlink()  # as if it had not been tried again
-    (tmp_path / "there" / "out.jsonl").rmdir()
+    (tmp_path / "sitecustomize.py").write_text("")
     last = job(tmp_path, 3, *words, after=1)
     assert last.code == 0, last.err
-    assert [row["custom_id"] for row in read_rows(tmp_path / "there" / "out.jsonl")] == ["a"]
+    assert [row["custom_id"] for row in read_rows(tmp_path / "out.jsonl")] == ["a"]
     done = job(tmp_path, 4, *words, after=3)
     assert (done.code, "the run is finished; nothing is left to do" in done.err) == (0, True)
 
@@ -52,7 +62,7 @@ def test_a_start_that_has_learnt_that_a_batch_was_too_large_is_not_in_vain(tmp_p
         "        yield\n"
         "    Echo.generate = generate\n"
     )
-    environment = {"SLURM_JOB_ID": "1", "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    environment = {"SLURM_JOB_ID": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     words = ["job", "--chained", "--", BATCHGEN, *echo(rows, "-o", "out")]
     for _ in range(2):
         ended = call(tmp_path, *words, environment=environment)
