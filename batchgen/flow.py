@@ -240,7 +240,8 @@ def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_for
         except CheckpointError as error:
             raise MergeError(str(error)) from error
     reasons = [stop.reason, *(beat.get("reason") for beat in attempt.heartbeats().values())]
-    why = next(filter(None, reasons), "ended with open rows: a rank died")
+    otherwise = "what was recorded of some rows is damaged" if damaged else "ended with open rows: a rank died"
+    why = next(filter(None, reasons), otherwise)
     status = checkpoint.status(attempt.folder, shard, verify=damaged)
     _end(attempt, why if status.open else "finished")
     if missing and status.open:

@@ -6,13 +6,10 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from batchgen import selftest
 from batchgen.engine import EngineError, Setup, parse_options
 from batchgen.engines.accelerate import Accelerate
 from batchgen.engines.paged import Paged
@@ -122,124 +119,6 @@ def test_sampled_rows_and_stop_texts_are_those_of_another_engine(tiny_llama: Pat
         assert texts(engine, rows) == expected
         assert engine.preemptions > 0
     assert any(generation.finish_reason == "stop" for generation in expected.values())
-
-
-def test_rows_that_do_not_fit_are_failed_rows(tiny_llama: Path) -> None:
-    rows = models.random_prompts(6, max_new_tokens=20)
-    rows[3].tokens = [models.BEGIN] * 200
-    with load(tiny_llama, "cache_tokens=128") as engine:
-        found = texts(engine, rows)
-    failed = [row for row in found.values() if row.error is not None]
-    assert [row.id for row in failed] == ["row-3"]
-    assert failed[0].error is not None
-    assert "200 prompt tokens and up to 20 new ones do not fit" in failed[0].error.message
-
-
-# What these tests strike is not what a GPU runs: there a forward is a graph, captured once, over kernels.
-plain_path = pytest.mark.skipif(torch.cuda.is_available(), reason="strikes the path of the CPU")
-
-
-class OutOfMemory:
-    """Lets a forward fail now and then, as a full GPU does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: Sequence[int]) -> None:
-        self.count = 0
-        embedding = torch.nn.functional.embedding
-
-        def full(*arguments: object, **options: object) -> torch.Tensor:
-            self.count += 1
-            if self.count in calls:
-                raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
-            return embedding(*arguments, **options)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(torch.nn.functional, "embedding", full)
-
-
-@plain_path
-def test_out_of_memory_makes_the_cache_smaller_and_changes_no_text(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = prompts(30)
-    for row in rows[::2]:
-        row.params = SamplingParams(max_new_tokens=30, temperature=1.0, logprobs=True)
-    with load(tiny_llama, "cache_tokens=2000", selftest=False) as engine:
-        expected = texts(engine, rows)
-    with load(tiny_llama, "cache_tokens=2000", selftest=False) as engine:
-        OutOfMemory(monkeypatch, calls=(3, 4, 20))
-        found = texts(engine, rows)
-    for row in rows:
-        logprobs, before = found[row.id].logprobs, expected[row.id].logprobs
-        assert logprobs == before if before is None else logprobs == pytest.approx(before, abs=1e-4)
-        found[row.id].logprobs = before
-    assert found == expected
-    cache = r"out of memory in a forward; going on with a cache of (\d+) tokens"
-    assert len([record for record in caplog.records if record.getMessage().startswith(cache[:26])]) == 3
-
-
-def test_memory_that_is_never_enough_ends_with_a_sentence(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with load(tiny_llama, selftest=False) as engine:
-        OutOfMemory(monkeypatch, calls=range(1, 1000))
-        with pytest.raises(EngineError, match=r"however small the cache; use a smaller --batch-size"):
-            texts(engine, prompts(4))
-
-
-def test_any_other_error_leaves(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("no such thing")
-
-    with load(tiny_llama) as engine:
-        monkeypatch.setattr(torch.nn.functional, "embedding", broken)
-        with pytest.raises(RuntimeError, match="no such thing"):
-            texts(engine, prompts(4))
-
-
-@plain_path
-def test_the_first_rows_are_looked_at_again_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchgen.paged.attention.SIZE", 8)  # keys land in the wrong places of their pages
-    with load(tiny_llama) as engine, pytest.raises(EngineError, match=r"self-test: .* Batches change the text"):
-        texts(engine, prompts(20))
-
-
-@plain_path
-def test_rows_that_end_at_once_are_not_all_that_is_looked_at(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[int] = []
-    check = selftest.check
-
-    def counted(model: object, prompt: Prompt, tokens: Sequence[int], *more: Any) -> None:
-        looked.append(len(tokens))
-        check(model, prompt, tokens, *more)
-
-    monkeypatch.setattr(selftest, "check", counted)
-    rows = models.random_prompts(12, max_new_tokens=40)
-    rows[3].params = SamplingParams(max_new_tokens=1, temperature=1.0)
-    rows[5].params = SamplingParams(max_new_tokens=2)
-    with load(tiny_llama) as engine:
-        texts(engine, rows)
-    assert len(looked) == selftest.ROWS
-    assert min(looked) >= selftest.TOKENS // 2
-
-
-def test_a_self_test_without_memory_loses_no_row(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
-
-    monkeypatch.setattr(selftest, "check", full)
-    with load(tiny_llama) as engine:
-        texts(engine, prompts(30))
-    assert "there is no memory for the self-test" in caplog.text
-
-
-@plain_path
-def test_a_cache_that_became_smaller_serves_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = prompts(30)
-    with load(tiny_llama, "cache_tokens=600", selftest=False) as engine:
-        expected = texts(engine, rows)
-        with pytest.MonkeyPatch.context() as patch:
-            OutOfMemory(patch, calls=(3,))
-            assert texts(engine, rows) == expected
-        assert texts(engine, rows) == expected
 
 
 @pytest.mark.parametrize("setting", ["step_tokens=-1", "cache_tokens=0", "expected_share=nan", "expected_share=0"])
