@@ -283,17 +283,9 @@ def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> N
     log_to_stderr(0, 1)
     try:
         with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch, results_only_on_stdout():
-            names = ("recipe", "model", "settings", "dtype", "batch_size")
-            chosen = {name: options[name] for name in names}
-            ready = prepare(
-                inputs,
-                RunFolder(Path(scratch)),
-                engine_name=options["engine"],
-                environment=os.environ,
-                scan=True,
-                ranks=ranks,
-                **chosen,
-            )
+            chosen = {name: options[name] for name in ("recipe", "model", "settings", "dtype", "batch_size")}
+            chosen |= {"engine_name": options["engine"], "environment": os.environ, "ranks": ranks}
+            ready = prepare(inputs, RunFolder(Path(scratch)), scan=True, **chosen)
             if options["strict"]:
                 check_all(ready)
             plan = describe(ready, ranks)
