@@ -164,7 +164,7 @@ class Supervisor:
 
     def _not_written(self, before: Status | None) -> int:
         """All rows are done; the files that are made of them, or their delivery, are not."""
-        if before is not None and not before.open:
+        if before is not None and not before.open and self._warned_at is None:  # else the time was too short
             return self._give_up("every row is done, but the answers could not be written; it says why above")
         note_unwritten(self.run, self._task, unwritten=True)
         logger.info("every row is done, but the answers are not written yet")
