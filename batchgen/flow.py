@@ -198,14 +198,14 @@ def _carry_out(
     done = attempt.folder.done(len(ready.source))
     mine = done.part(host.shard)
     shown = host.watch if world.rank == 0 and world.attempt is None else None
-    if host.ranks > 1 and world.size == 1 and mine.good == len(mine.states):
-        return  # no rank has anything to do
     if host.ranks == 1 or world.size > 1:
         model_name = ready.recipe.model or ready.model.name
         render = renderer(model_name, attempt.folder.created, error_format, ready.answers_requests)
         with shown(attempt, mine) if shown else nullcontext():
             Share(ready, world, attempt, done, stop, max_error_rate, host.stall_seconds, render).work()
         return
+    if mine.good == len(mine.states):
+        return  # no rank has anything to do
     while True:
         with shown(attempt, mine) if shown else nullcontext():
             codes = launch.start_ranks(

@@ -14,7 +14,7 @@ from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from batchgen.formats import InputError, Source, Value, find, place_of
+from batchgen.formats import Begun, InputError, Source, Value, find, not_begun, place_of
 from batchgen.types import Row
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
@@ -29,7 +29,7 @@ class Input:
         self._begins = list(accumulate(map(len, sources), initial=0))
 
     @classmethod
-    def open(cls, paths: Sequence[str], cache: Path, *, scan: bool, begun: Callable[[], bool] = lambda: False) -> Self:
+    def open(cls, paths: Sequence[str], cache: Path, *, scan: bool, begun: Begun = not_begun) -> Self:
         """The input that `paths` name: files, folders, or patterns, whose files are taken in the order of their names.
 
         One process opens it with `scan`, which reads every file once; then others may, without, from the same `cache`.

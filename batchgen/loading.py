@@ -87,7 +87,8 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
                 f"the model in {model} does not fit into memory; use a smaller --dtype or more GPUs"
             ) from error
         # Where ranks load together, one may be gone; NCCL's errors have a type, gloo's have not.
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if lost and isinstance(error, RuntimeError):  # an OSError names files
             raise Died(f"another rank has gone while the ranks loaded together: {error}") from error
         raise EngineError(f"the model in {model} cannot be loaded: {error}") from error
     if report["missing_keys"]:

@@ -9,7 +9,7 @@ import decimal
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from batchgen import openai
 from batchgen.types import Generation
@@ -73,6 +73,14 @@ def _plain(generation: Generation) -> str:
         f'"prompt_tokens":{generation.prompt_tokens},"generated_tokens":{generation.generated_tokens},'
         f'"error":{"null" if error is None else _json(dataclasses.asdict(error))}{logprobs}{own}}}'
     )
+
+
+def failure_of(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a row of the output says of its failure, with its `message`, in whichever shape; None: it has not failed."""
+    failure = row.get("error") or ((row.get("response") or {}).get("body") or {}).get("error")
+    while isinstance(failure, dict) and isinstance(failure.get("error"), dict):
+        failure = failure["error"]
+    return failure if failure is None or isinstance(failure, dict) else {"message": failure}
 
 
 def _any(value: object) -> str:

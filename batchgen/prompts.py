@@ -103,7 +103,7 @@ class PromptReader:
         self._encoder = encoder
         self._duplicates = duplicates
         self._render = None if recipe.template is None else compiled(recipe.template)
-        self._reported: set[str] = set()
+        self._reported: set[tuple[str, str | int]] = set()
 
     def read(self, rows: Sequence[Row]) -> list[Prompt | Generation]:
         """A window of rows, in their order. Calls the tokenizer at most twice, however many rows there are."""
@@ -154,7 +154,7 @@ class PromptReader:
         params = self._recipe.sampling
         if not _OF_REQUESTS.isdisjoint(value):
             for key in _OF_REQUESTS.intersection(value):
-                self._say_once(row, key, "the column %s is carried along and changes no text", shown(key))
+                self._say_once(row, "the column %s is carried along and changes no text", key)
         if not _PARAMS.isdisjoint(value):
             given = {name: value[name] for name in _PARAMS if value.get(name) is not None}
             if isinstance(given.get("logprobs"), list):
@@ -170,7 +170,7 @@ class PromptReader:
         request = openai.parse(value, self._recipe.model)
         self._report(row, request.ignored)
         if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
-            self._say_once(row, "max_tokens", "the body sets no max_tokens: its answer ends after %s tokens", most)
+            self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most)
         params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
         text = request.text or ""
         if request.messages is not None:
@@ -189,12 +189,12 @@ class PromptReader:
 
     def _report(self, row: Row, ignored: Sequence[str]) -> None:
         for key in ignored:
-            self._say_once(row, key, "the body's key %s is not known to batchgen and is ignored", shown(key))
+            self._say_once(row, "the body's key %s is not known to batchgen and is ignored", key)
 
-    def _say_once(self, row: Row, key: str, sentence: str, value: object) -> None:
-        if key not in self._reported:
-            self._reported.add(key)
-            _log.warning(f"%s: {sentence}, here and in all other lines", _place(row), value)
+    def _say_once(self, row: Row, sentence: str, value: str | int) -> None:
+        if (sentence, value) not in self._reported:
+            self._reported.add((sentence, value))
+            _log.warning(f"%s: {sentence}, here and in all other lines", _place(row), shown(value))
 
     def _check_vocabulary(self, tokens: Tokens) -> None:
         size = self._encoder.vocabulary

@@ -187,7 +187,7 @@ class Watchdog(threading.Thread):
         if not self._engine.calls_together or self._engine.steps:
             return False
         awaited, now = self._engine.awaited, time.time()
-        most = max((self._engine.patience or self._seconds) / 2, 3 * float(self._attempt.claim["heartbeat_seconds"]))
+        most = _oldest_beat(self._attempt, self._engine.patience or self._seconds)
         try:
             beats = self._attempt.heartbeats().items()
         except CheckpointError:
@@ -247,7 +247,7 @@ def culprits(attempt: Attempt, patience: float, awaited: Collection[int] | None 
     now = time.time()
     ages = {rank: now - float(beat["time"]) for rank, beat in beats.items()}
     steps = {rank: int(beat.get("steps", 0)) for rank, beat in beats.items()}
-    most = max(patience / 2, 3 * float(attempt.claim["heartbeat_seconds"]))
+    most = _oldest_beat(attempt, patience)
     fewest = min(steps.values())
     named = [rank for rank in beats if ages[rank] > most] or [rank for rank in beats if steps[rank] == fewest]
     if len(named) == len(beats) > 1:
@@ -258,3 +258,8 @@ def culprits(attempt: Attempt, patience: float, awaited: Collection[int] | None 
         for rank in named
     ]
     return f"{', '.join(words)} stopped answering at step {min(steps[rank] for rank in named)}"
+
+
+def _oldest_beat(attempt: Attempt, patience: float) -> float:
+    """Seconds after which a heartbeat has stopped, to those who wait for `patience` seconds."""
+    return max(patience / 2, 3 * float(attempt.claim["heartbeat_seconds"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +82,8 @@ def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop
         known = [one for one in folder.results() if (one.system, one.ranks) == (system.text, bench.ranks)]
         settled = {(one.job, one.batch) for one in known if one.outcome in ("ok", "oom")}  # a crash may not come again
         lost = [one.batch for one in known if one.job == "seed" and one.outcome == "oom" and one.batch is not None]
-        batches = [one for one in bench.batches if ("seed", one) not in settled and one < min(lost, default=one + 1)]
+        least = min(lost, default=math.inf)
+        batches = [one for one in bench.batches if ("seed", one) not in settled and one < least]
         jobs = [job for job in bench.jobs if (job.name, None) not in settled]
         for some, others in ((batches, []), ([], jobs)):
             if (some or others) and not stop():
@@ -106,8 +108,6 @@ def _measured(
 ) -> Iterable[Result]:
     """Starts the ranks once, and puts together what they have found."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir=folder.path) as scratch:
-        rows = Path(scratch, "jobs.json")
-        rows.write_text(json.dumps([[[list(ids), new] for ids, new in job.rows] for job in jobs]), encoding="utf-8")
         task = {
             "engine": system.engine,
             "settings": list(system.settings),
@@ -116,8 +116,7 @@ def _measured(
             "batches": list(batches),
             "tokens": bench.tokens,
             "cycles": bench.cycles,
-            "jobs": [job.name for job in jobs],
-            "rows": str(rows),
+            "jobs": {job.name: [[list(ids), new] for ids, new in job.rows] for job in jobs},
             "folder": scratch,
             "cache": bench.cache,
             "machine": folder.known().get("machine", {}).get("name"),

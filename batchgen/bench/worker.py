@@ -38,8 +38,7 @@ class Task:
     batches: list[int]  # of the seed's
     tokens: int  # new ones of the seed's rows
     cycles: int
-    jobs: list[str]  # their names
-    rows: str  # a JSON file with their rows, [token ids, new tokens] each
+    jobs: dict[str, list[tuple[list[int], int]]]  # token ids and new tokens of each row, by name
     folder: str  # of this task alone: what each rank has found, and their barriers
     cache: str
     machine: str | None  # that these measurements belong to; None: any
@@ -78,8 +77,8 @@ class Worker:
             for rows in task.batches:
                 if not self._seeds_batch(made, rows, floor):
                     return
-            for name, rows in zip(task.jobs, json.loads(Path(task.rows).read_text(encoding="utf-8")), strict=True):
-                self._job(made, name, rows)
+            for name, job in task.jobs.items():
+                self._job(made, name, job)
 
     def _floor(self) -> Floor | None:
         config = getattr(self._encoder, "config", None)

@@ -37,10 +37,9 @@ from batchgen.types import BatchRecord, Shard
 
 logger = logging.getLogger(__name__)
 
-_OWN = re.compile(r"(generations|errors|timing|batches|run|limits|merged)\b.*\.(jsonl|json|parquet|arrow)")
-_SCRATCH = re.compile(
-    r"\.(generations|errors|timing|batches|run|limits|merged|delivered|duplicates|\d{5})\b.*\.\d+\.[0-9a-f]{8}"
-)
+_NAMES = "generations|errors|timing|batches|run|limits|merged"
+_OWN = re.compile(rf"({_NAMES})\b.*\.(jsonl|json|parquet|arrow)")
+_SCRATCH = re.compile(rf"\.({_NAMES}|delivered|duplicates|\d{{5}})\b.*\.\d+\.[0-9a-f]{{8}}")
 GENERATIONS = ("generations.jsonl", "generations.parquet", "generations.arrow")
 
 OPEN, FAILED, GOOD = 0, 1, 2  # what is known of a row; one byte each, so that ten million rows take 10 MB

@@ -198,15 +198,14 @@ def _first_failure(run: Path) -> str:
     """The first of its errors, for whoever looks at the terminal alone."""
     import json
 
+    from batchgen.output import failure_of
+
     try:
         with (run / "errors.jsonl").open(encoding="utf-8") as file:
-            row = json.loads(file.readline())
+            failure = failure_of(json.loads(file.readline()))
     except (OSError, ValueError):
         return ""
-    error = row.get("error") or ((row.get("response") or {}).get("body") or {}).get("error") or {}
-    while isinstance(error, dict) and isinstance(error.get("error"), dict):
-        error = error["error"]
-    said = error.get("message") if isinstance(error, dict) else error
+    said = (failure or {}).get("message")
     return f", first: {str(said)[:300]}" if said else ""
 
 

@@ -100,8 +100,8 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
             raise CommandError(f"{name} has a user or a password in it, which cannot be used: take a signed address")
     folder = folder_of({**options, "output_file": output_file})
     del options["run_folder"]
-    parents = Path(output_file).absolute().parent, folder.absolute().parent  # that of the run folder will be made
-    there = parents[0].is_dir() or parents[0] == parents[1]
+    parent = Path(output_file).absolute().parent
+    there = parent.is_dir() or parent == folder.absolute().parent  # which is made with the run folder
     if not _is_url(output_file) and (os.path.isdir(output_file) or not there):
         raise CommandError(f"{output_file} cannot be written: it is a folder, or is to be in one that is not there")
     if not _is_url(output_file) and os.path.exists(output_file) and _is_same_file(input_file, output_file):
@@ -201,7 +201,7 @@ def _is_finished(folder: Path) -> bool:
     from batchgen.checkpoint import CheckpointError, RunFolder, status
 
     try:
-        return is_delivered(folder) and status(RunFolder(folder)).state == "finished"
+        return _is_delivered(folder) and status(RunFolder(folder)).state == "finished"
     except CheckpointError as error:
         raise fail(error) from error
 
@@ -213,7 +213,7 @@ def _note_delivered(folder: Path) -> None:
         write_atomic(folder / "delivered.json", (folder / "merged.json").read_bytes())
 
 
-def is_delivered(folder: Path) -> bool:
+def _is_delivered(folder: Path) -> bool:
     """Whether what is merged now is what was delivered last."""
     try:
         return (folder / "delivered.json").read_bytes() == (folder / "merged.json").read_bytes()

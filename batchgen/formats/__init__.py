@@ -94,7 +94,7 @@ class Source(ABC):
                 cache.mkdir(parents=True, exist_ok=True)
                 self.scanned = self.scan()
                 self.check_first(self.scanned.digest)
-                self.name = self._first_name(record)
+                self.name = self._first_name()
                 scratch = record.with_name(f".{record.name}.{os.getpid()}.{os.urandom(4).hex()}")
                 with open(scratch, "x") as file:
                     file.write(json.dumps([name, *self.scanned, self.name]))
@@ -115,24 +115,26 @@ class Source(ABC):
     def check_first(self, digest: str) -> None:
         """Raises Changed if a run has begun with another content, whose text and index in the cache are not to be
         replaced: its processes read them."""
-        try:
-            _, first, *_ = json.loads(self.cache.with_suffix(".json").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return
+        first, _ = self._first() or (digest, "")
         if first != digest and self._begun():
             raise Changed(
                 f"{self.path} is not what the run began with: it holds something else. Put it back as it was, or start "
                 "a new run with another -o"
             )
 
-    def _first_name(self, record: Path) -> str:
+    def _first_name(self) -> str:
         """What a start before this one called the same bytes, or their name now."""
+        digest, name = self._first() or ("", "")
+        return name if digest == self.scanned.digest else self.name
+
+    def _first(self) -> tuple[str, str] | None:
+        """Digest and name of what a start before this one has scanned."""
         try:
-            name, digest, *_, first = json.loads(record.read_bytes())
+            name, digest, *_, first = json.loads(self.cache.with_suffix(".json").read_bytes())
         except (FileNotFoundError, ValueError):
-            return self.name
+            return None
         # From before there was a first name, four values were kept, and the last one is a number.
-        return str(first if isinstance(first, str) else name) if digest == self.scanned.digest else self.name
+        return digest, str(first if isinstance(first, str) else name)
 
     def __len__(self) -> int:
         return self.scanned.rows

@@ -82,6 +82,7 @@ class Jsonl(Source):
         sha = hashlib.sha256()
         with self.path.open("rb", buffering=WINDOW) as lines:
             size = self._note(_passed(lines, sha.update))
+        self.check_first(sha.hexdigest())
         return self._save(sha.hexdigest(), size)
 
     def _unpack(self) -> Scan:
@@ -125,7 +126,6 @@ class Jsonl(Source):
                 raise InputError(f"{self.path} is not JSON lines: {what}")
 
     def _save(self, digest: str, size: int) -> Scan:
-        self.check_first(digest)
         self._expected = self._checksum()
         with _replacing(self._index) as file:
             header = [digest, size, len(self._begins), len(self._blanks), self._expected]

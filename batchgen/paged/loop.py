@@ -217,10 +217,10 @@ class Loop:
             if ended and not self._held:
                 self._held_since = time.monotonic()
             self._held += ended
-            waited = time.monotonic() - self._held_since
-            if not self._held or not (
-                last or len(self._held) >= _HELD_ROWS or waited > _HELD_SECONDS or self._enough(self._held)
-            ):
+            if not self._held:
+                return
+            long = len(self._held) >= _HELD_ROWS or time.monotonic() - self._held_since > _HELD_SECONDS
+            if not (last or long or (ended and self._enough(self._held))):
                 return
             ended, self._held = self._held, []
             try:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from batchgen.checkpoint import Places
 from batchgen.checkpoint.folder import FAILED, GOOD
-from batchgen.output import LOGPROBS, RESULT
+from batchgen.output import LOGPROBS, RESULT, failure_of
 from batchgen.report.batches import Batches
 
 _CHUNK = 1000  # rows that a browser unpacks at once
@@ -97,19 +97,14 @@ def _conversation(value: object) -> str:
 
 def _answer(row: dict[str, Any]) -> Shown:
     body = (row.get("response") or {}).get("body") or {}
-    failure = row.get("error") or body.get("error")
+    failure = failure_of(row)
     usage = body.get("usage") or {}
     choice = (body.get("choices") or [{}])[0]
     text = choice.get("text", (choice.get("message") or {}).get("content"))
     ending = choice.get("finish_reason")
     if failure is not None:
-        while isinstance(failure, dict) and isinstance(failure.get("error"), dict):
-            failure = failure["error"]
-        known: dict[str, Any] = failure if isinstance(failure, dict) else {"message": failure}
-        text, ending = (
-            known.get("message"),
-            next((known[name] for name in ("code", "type") if isinstance(known.get(name), str)), "error"),
-        )
+        text = failure.get("message")
+        ending = next((failure[name] for name in ("code", "type") if isinstance(failure.get(name), str)), "error")
     return Shown(
         id=str(row.get("custom_id")),
         prompt="",

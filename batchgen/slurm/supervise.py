@@ -73,7 +73,7 @@ class Supervisor:
     def _status(self) -> Status | None:
         """How far the run is; None if it has not begun."""
         folder = RunFolder(self.run)
-        return status(folder, self.shard) if (self.run / "run.json").exists() else None
+        return status(folder, self.shard) if folder.begun() else None
 
     def _limits(self) -> int:
         """How many sizes of batches have been found too large."""
@@ -148,18 +148,17 @@ class Supervisor:
             return self._give_up("it could not run, and says why above")
         if after is not None and not after.open:
             return self._not_written(before)
-        last = after.attempts[-1].ended if after is not None and after.attempts else None
-        if TOO_MANY_FAILED in (last or ""):
-            return self._give_up(str(last))
-        if learnt:
-            logger.info("batches of that size do not fit; the next start makes smaller ones")
-        elif after is None or (before is not None and after.open >= before.open):
+        last = (after.attempts[-1].ended or "") if after is not None and after.attempts else ""
+        if TOO_MANY_FAILED in last:
+            return self._give_up(last)
+        if after is None or (not learnt and before is not None and after.open >= before.open):
             return self._give_up(
                 "this start has finished no row, so that another one would not either. See why above; if the time was "
                 "too short for one batch, ask for more with --time, or for smaller ones with --batch-size"
             )
-        if after is not None:
-            _say(after)
+        if learnt:
+            logger.info("batches of that size do not fit; the next start makes smaller ones")
+        _say(after)
         return self._goes_on()
 
     def _not_written(self, before: Status | None) -> int:

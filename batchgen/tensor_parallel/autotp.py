@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from batchgen import memory
 from batchgen.engine import EngineError
 
 # Kinds of model, as config.json has them, whose logits have been compared with those of one process
@@ -32,10 +33,7 @@ _GRAIN = 64  # matrix products are fastest where each rank's part is a multiple 
 
 def most_ranks(config: Any) -> int:
     """Into how many ranks the model can be split: each needs a key/value head of its own."""
-    text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    cached = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
-    return int(cached or heads)
+    return memory.cached_heads(config)[0]
 
 
 def check_split(config: Any, ranks: int) -> None:

@@ -41,6 +41,12 @@ if os.environ.get("RANK") == "1":
 """
 
 
+def altered(folder: Path, code: str, **more: str) -> dict[str, str]:
+    """Variables with which each Python process runs `code` first, a sitecustomize that is put into `folder`."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', ROOT)}", **more}
+
+
 def rows(path: Path, count: int, bad: tuple[int, ...] = ()) -> Path:
     with path.open("w") as file:
         for number in range(count):

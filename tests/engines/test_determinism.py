@@ -135,8 +135,7 @@ def test_over_ranks_and_after_a_kill(job: tuple[Path, list[str | None]], tiny_ll
     path, expected = job
     out = tmp_path / "out"
     # Rank 1 stores a batch and never ends the run: the kill comes neither too early nor too late.
-    (tmp_path / "sitecustomize.py").write_text(runs.STUCK)
-    stuck = os.environ | {"PYTHONPATH": f"{tmp_path}:{runs.ROOT}", "STUCK": "1"}
+    stuck = os.environ | runs.altered(tmp_path, runs.STUCK, STUCK="1")
     words = runs.command(path, out, tiny_llama, "--heartbeat-seconds", "0.1", "--ranks", "2", "--batch-size", "2")
     starter = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=runs.ROOT, env=stuck)
     runs.process_of_rank_1(out, starter, 0, of="committed_tokens")

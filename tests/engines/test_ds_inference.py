@@ -19,7 +19,7 @@ from batchgen.types import UserError
 from batchgen.world import World
 from tests import models
 from tests.engines import engine_rank, zero_matrix
-from tests.engines.runs import OUT_OF_MEMORY, ROOT, command, process_of_rank_1, rows, run, texts, texts_alone
+from tests.engines.runs import OUT_OF_MEMORY, ROOT, altered, command, process_of_rank_1, rows, run, texts, texts_alone
 
 SETS = (1, 7, 50)
 
@@ -112,11 +112,10 @@ if os.environ.get("RANK") == "1":
 def test_loading_may_take_longer_than_patience_and_ranks_with_other_rows_generate_nothing(
     llama: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(APART)
     prompts, out = rows(tmp_path / "p.jsonl", 12), tmp_path / "out"
     words = [*command(prompts, out, llama, engine="ds-inference"), "--tp", "2", "--batch-size", "4"]
     words += ["--set", "timeout_seconds=2", "--heartbeat-seconds", "0.2"]
-    ended = run(*words, environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    ended = run(*words, environment=altered(tmp_path, APART))
     assert ended.returncode == 75, ended.stderr
     assert "no step for" not in ended.stderr
     assert "have not found the same rows finished" in ended.stderr
@@ -149,12 +148,9 @@ if os.environ.get("RANK") == "1":
 def test_out_of_memory_of_one_rank_shrinks_the_batches_of_its_group(
     tp: int, fault: str, attempts: int, llama: Path, tmp_path: Path
 ) -> None:
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(fault)
     prompts, out = rows(tmp_path / "p.jsonl", 60), tmp_path / "out"
     words = command(prompts, out, llama, "--batch-size", "16", "--tp", str(tp), engine="ds-inference")
-    done = run(*words, environment={"PYTHONPATH": f"{site}:{ROOT}"})
+    done = run(*words, environment=altered(tmp_path, fault))
     assert done.returncode == 0, done.stderr
     made = len(list(out.glob("attempts/?????.json")))
     assert made == 1 if attempts == 1 else made >= 2, done.stderr

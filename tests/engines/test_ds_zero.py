@@ -12,7 +12,7 @@ import pytest
 
 from batchgen.engine import EngineError, find, parse_options
 from tests.engines import engine_rank, zero_matrix
-from tests.engines.runs import OUT_OF_MEMORY, ROOT, command, process_of_rank_1, rows, run, texts, texts_alone
+from tests.engines.runs import OUT_OF_MEMORY, ROOT, altered, command, process_of_rank_1, rows, run, texts, texts_alone
 
 
 @pytest.mark.slow
@@ -101,12 +101,9 @@ def test_weights_of_8_bits_run_and_change_the_text(tiny_llama: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_out_of_memory_inside_a_shared_step_starts_the_ranks_again_smaller(tiny_llama: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(OUT_OF_MEMORY)
     prompts, out = rows(tmp_path / "p.jsonl", 60), tmp_path / "zero"
     words = command(prompts, out, tiny_llama, "--batch-size", "8", "--ranks", "2")
-    done = run(*words, environment={"PYTHONPATH": f"{site}:{ROOT}"})
+    done = run(*words, environment=altered(tmp_path, OUT_OF_MEMORY))
     assert done.returncode == 0, done.stderr
     assert "starting the ranks again, with smaller batches" in done.stderr
     # From 8 rows to 4 to 2; a limit is for a number of tokens, so that shorter prompts may try more rows once more.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.runs import ROOT, STUCK, command, process_of_rank_1, rows, run
+from tests.engines.runs import ROOT, STUCK, altered, command, process_of_rank_1, rows, run
 
 
 @pytest.mark.slow
@@ -36,11 +36,10 @@ def test_a_rank_that_stops_answering_is_named_and_ends_the_attempt(
 def test_a_rank_that_never_comes_to_a_collective_ends_the_attempt_with_its_stack(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(STUCK)
     prompts, out = rows(tmp_path / "p.jsonl", 200), tmp_path / "out"
     words = command(prompts, out, tiny_llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", engine="ds-inference")
     words += ["--ranks", "2", "--set", "timeout_seconds=4"]
-    ended = run(*words, environment={"PYTHONPATH": f"{tmp_path}:{ROOT}", "STUCK": "1"})
+    ended = run(*words, environment=altered(tmp_path, STUCK, STUCK="1"))
     assert ended.returncode == 75, ended.stderr
     # Both hearts beat: a rank may have counted the step or not.
     assert "no step for 4 s: " in ended.stderr
@@ -52,10 +51,9 @@ def test_a_rank_that_never_comes_to_a_collective_ends_the_attempt_with_its_stack
 
 @pytest.mark.parametrize("engine", ["accelerate", "paged"])
 def test_an_engine_alone_that_stands_still_says_where_and_ends(engine: str, tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(STUCK)
     prompts, out = rows(tmp_path / "p.jsonl", 30), tmp_path / "out"
     words = command(prompts, out, tiny_llama, "--batch-size", "2", "--stall-seconds", "2", engine=engine)
-    ended = run(*words, environment={"PYTHONPATH": str(tmp_path), "STUCK": "0"})
+    ended = run(*words, environment=altered(tmp_path, STUCK, STUCK="0"))
     assert ended.returncode == 75, ended.stderr
     assert "no step for 2 s: rank 0 (process" in ended.stderr
     for said in (ended.stderr, (out / "attempts" / "00001-stacks-00000.txt").read_text()):

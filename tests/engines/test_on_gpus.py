@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from batchgen.launch import GRACE_SECONDS
-from tests.engines.runs import ROOT, STUCK, command, process_of_rank_1, read, rows, run, texts, texts_alone
+from tests.engines.runs import ROOT, STUCK, altered, command, process_of_rank_1, read, rows, run, texts, texts_alone
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,10 +81,9 @@ def test_a_killed_rank_ends_the_others_in_time_and_the_run_goes_on(
 def test_ranks_that_wait_for_one_in_vain_end_and_say_where(
     how: str, system: str, tiny_llama: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(STUCK)
     prompts, out = rows(tmp_path / "p.jsonl", 300), tmp_path / "out"
     first = words(system, prompts, out, tiny_llama, 2, "--set", f"timeout_seconds={_PATIENCE}", "--batch-size", 2)
-    stuck = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', ROOT)}", "STUCK": "1" if how == "stuck" else ""}
+    stuck = altered(tmp_path, STUCK, STUCK="1" if how == "stuck" else "")
     starter = subprocess.Popen(first, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | stuck)
     process = process_of_rank_1(out, starter, 20)
     if how == "frozen":
