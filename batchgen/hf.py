@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from batchgen import memory, selftest
+from batchgen import loading, memory, selftest
 from batchgen.decoding import Agreed, Sampler, Stopper, StopTexts, generation
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Died, OutOfStep
@@ -109,6 +109,7 @@ class StaticBatches:
             self._limits.remember(length, rows)
         self._held: Prompt | None = None
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        loading.read_head_once(model)
 
     def run(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         """Every prompt of `prompts`, in finished batches; ends early, without what is in flight, once `stop()` is true.

@@ -50,6 +50,18 @@ def _repeated_whole(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
     return _repeated(hidden_states, n_rep).contiguous()
 
 
+def read_head_once(model: Any) -> None:
+    """Has the head's weights read once for all rows of a prompt's last token, in a model that is not trained.
+
+    Those [rows, 1, hidden] are a view of [rows, tokens, hidden]. `torch.matmul` makes one product of such a view only
+    if the weights want gradients; else it makes one a row, and reads the weights for each: 249 of the 356 ms that 512
+    rows of BLOOM-7b1 took on an H200.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+
+
 def check_weights(model: str) -> None:
     """Raises EngineError if the folder `model` holds no weights, or weights that are split by rank."""
     if (split := presplit.read(Path(model))) is not None:

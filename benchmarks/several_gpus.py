@@ -2,7 +2,7 @@
 
     python benchmarks/several_gpus.py FOLDER [--seconds N] [--only WORD] [SHAPE…]
 
-For each shape (llama-8b, then bloom-7b1), over four, two and one GPUs as far as there are so many, by `batchgen bench`:
+For each shape (llama-8b and bloom-7b1), over four, two and one GPUs as far as there are so many, by `batchgen bench`:
 FOLDER/SHAPE-jobs with the mixed jobs of `paged`, FOLDER/SHAPE with the seed's table, and FOLDER/SHAPE-offload with 20
 tokens a row and weights in host memory. What needs fewer GPUs than there are runs side by side, each on its own; what
 waits for the host's memory runs alone. What is there already is not measured again; after `--seconds`, what still runs
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 SEEDS = "1,32,128,512,1024"
-OFFLOADED = "1,32,512,2048"
+OFFLOADED = "1,512,2048"
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def main() -> None:
         sys.exit("there is no GPU here")
     waiting = [job for shape in given.shapes for job in jobs(shape, most)]
     waiting = [job for job in waiting if any(given.only in word for word in (job.folder, *job.words))]
+    waiting.sort(key=lambda job: (job.alone, -job.gpus))  # the widest first: the others fill the host side by side
     if given.dry_run:
         print("\n".join(" ".join(job.command(given.folder)[4:]) for job in waiting))
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from batchgen.types import Prompt, SamplingParams
 from tests import models
@@ -50,6 +51,21 @@ def test_a_batch_of_mixed_lengths_gives_the_tokens_of_one_prompt_at_a_time(
         assert generation.finish_reason == ("stop" if tokens[-1] == models.END else "length")
         assert (generation.prompt_tokens, generation.columns) == (len(prompt.tokens), prompt.columns)
     assert model.counted - counted == sum(map(len, expected.values()))
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_bloom"])
+def test_the_weights_of_the_head_are_read_once_for_all_rows(name: str, request: pytest.FixtureRequest) -> None:
+    model = Model(request.getfixturevalue(name))
+    model.model.requires_grad_(False)  # as the loader of ds-inference leaves it
+    vocabulary = model.model.config.vocab_size
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        model.run(random_prompts(8))
+    products = [
+        event.name
+        for event in profiled.events()
+        if event.name.endswith("mm") and any(vocabulary in shape for shape in event.input_shapes)
+    ]
+    assert set(products) == {"aten::mm"}
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
