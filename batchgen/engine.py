@@ -112,7 +112,7 @@ class Engine(ABC):
     """Takes models whose files are split by rank."""
     dtypes: ClassVar[Sequence[str]] = ("auto", "float32", "bfloat16", "float16")
     pace: ClassVar[Pace] = Pace()
-    calls_together: ClassVar[bool] = False
+    calls_together: bool = False
     """Ranks take part in each other's steps, so that each is needed even when its own queue is empty."""
 
     generated_tokens: int = 0
@@ -135,6 +135,11 @@ class Engine(ABC):
     def stream(cls, world: World, options: Any) -> Stream:
         """This rank's part: by default every rank is a stream of its own."""
         return Stream(world.rank, world.size, writes=True)
+
+    @classmethod
+    def will_call_together(cls, options: Any) -> bool:
+        """What `calls_together` is of an engine with these options."""
+        return cls.calls_together
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:

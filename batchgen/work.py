@@ -90,7 +90,7 @@ class Share:
         # Before the engine, so that a start with nothing left to generate costs no loading. Engines whose ranks call
         # together are made on every rank: the others wait for this one.
         first = next(prompts, None)
-        together = self._ready.kind.calls_together and self._anything_open()
+        together = self._ready.kind.will_call_together(self._ready.options) and self._anything_open()
         if self._stop() and not together:
             return
         if first is None and not together:

@@ -8,24 +8,19 @@ one of them was asked to stop, and on the first rank's tokens. Groups know nothi
 from __future__ import annotations
 
 import gc
-import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from batchgen import loading, presplit, ranks, tensor_parallel
+from batchgen import loading, ranks, tensor_parallel
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
 from batchgen.hf import HfEncoder, Peers, StaticBatches
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
-
-logger = logging.getLogger(__name__)
 
 
 class DsInference(Engine):
@@ -81,7 +76,7 @@ class DsInference(Engine):
         ranks.without_shared_memory()
         try:
             self._group = tensor_parallel.Group(setup.world, self.awaited, device, timeout)
-            model = _load(setup, options, encoder.config, self._group, device)
+            model = tensor_parallel.load(setup, encoder.config, self._group, device, options.attn_implementation)
         except BaseException:
             self.close()
             raise
@@ -133,55 +128,3 @@ class DsInference(Engine):
 
     def _count(self, tokens: int) -> None:
         self.generated_tokens += tokens
-
-
-def _load(
-    setup: Setup, options: DsInference.Options, config: Any, group: tensor_parallel.Group, device: torch.device
-) -> Any:
-    """This rank's share of the model, on its device."""
-    begun = time.perf_counter()
-    eight_bits = setup.dtype == "int8"
-    dtype = _computed_in(setup.dtype, config, device)
-    found = presplit.read(Path(setup.model))
-    if found is not None:
-        _check_presplit(found, setup, len(group.ranks), dtype)
-        model = tensor_parallel.read(Path(setup.model), found, group.model, device, options.attn_implementation)
-    else:
-        loading.check_weights(setup.model)
-        model = tensor_parallel.mapped(setup.model, options.attn_implementation)
-        if len(group.ranks) > 1:
-            tensor_parallel.split(model, group.model)
-    if found is None or (eight_bits and found.dtype != "int8"):
-        tensor_parallel.bring(model, setup.model, device, dtype, eight_bits=eight_bits)
-    if setup.world.rank == 0:
-        size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-        logger.info(
-            "loaded in %.1f s: %.2f GB of weights on each of %d ranks, %d of which share a model",
-            time.perf_counter() - begun,
-            size / 1e9,
-            setup.world.size,
-            len(group.ranks),
-        )
-    return model
-
-
-def _computed_in(dtype: str, config: Any, device: torch.device) -> torch.dtype:
-    """The type of products; with 8 bits the model's own, but on a GPU never float32, which its units are slow at."""
-    if dtype != "int8":
-        return loading.floating_dtype(dtype, config)
-    own = loading.floating_dtype("auto", config)
-    return torch.bfloat16 if own == torch.float32 and device.type == "cuda" else own
-
-
-def _check_presplit(found: presplit.Split, setup: Setup, size: int, dtype: torch.dtype) -> None:
-    if found.ranks != size:
-        raise EngineError(
-            f"{setup.model} is split over {found.ranks} ranks, and a group of this run has {size}: give --tp "
-            f"{found.ranks} with a multiple of {found.ranks} ranks, or the model it was made from, {found.model}"
-        )
-    wanted = "int8" if setup.dtype == "int8" else str(dtype).removeprefix("torch.")
-    if found.dtype != wanted and not (wanted == "int8" and found.dtype in loading.FLOATING):
-        raise EngineError(
-            f"{setup.model} holds weights of type {found.dtype}, and the run is to have {wanted}: give --dtype "
-            f"{found.dtype}, or split the model again with --dtype {setup.dtype}"
-        )

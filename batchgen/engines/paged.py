@@ -1,7 +1,8 @@
 """Engine `paged`: continuous batching over a paged cache, on one GPU a rank or on the CPU.
 
 Rows enter and leave the batch one by one, so that a short row never waits for a long one and nothing is padded. Every
-rank holds a whole model and is a stream of its own.
+rank holds a whole model and is a stream of its own; with `tp`, the ranks of a group hold one model together and are one
+stream, whose steps the first of them plans.
 """
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from batchgen import loading, memory, selftest
+from batchgen import loading, memory, ranks, selftest, tensor_parallel
 from batchgen.decoding import StopTexts, generation
 from batchgen.encoder import HfEncoder
-from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
+from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
 from batchgen.paged import models
 from batchgen.paged.loop import Finished, Loop
 from batchgen.paged.pages import SIZE
+from batchgen.paged.peers import Leader, Peers, follow
 from batchgen.paged.runner import Runner
 from batchgen.paged.scheduler import Scheduler
 from batchgen.types import Batch, Prompt
+from batchgen.world import World
 
 _YIELD_SECONDS = 1.0
 _FEED = 256  # prompts tokenised and handed in at once
@@ -37,7 +42,7 @@ _STEP_OPERATIONS = 20e12  # of a step with parts of prompts: some 30 ms of an H1
 
 
 class Paged(Engine):
-    """A whole model a rank, its rows in flight all the time."""
+    """A whole model a rank, or a group, its rows in flight all the time."""
 
     serves_cpu = True
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
@@ -50,6 +55,8 @@ class Paged(Engine):
         step_tokens: int | None = None  # most tokens of a forward with parts of prompts; None: by the model's size
         cache_tokens: int | None = None  # of the cache; None: as many as fit
         expected_share: float | None = None  # of its max_new_tokens that a row generates; None: learnt as rows end
+        tp: int | None = None  # ranks that share a model; None: each has a whole one
+        timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
 
         def __post_init__(self) -> None:
             for name in ("step_tokens", "cache_tokens"):
@@ -58,34 +65,87 @@ class Paged(Engine):
             if self.expected_share is not None and not 0 < self.expected_share <= 1:
                 raise EngineError(f"--set expected_share={self.expected_share}: must be above 0 and at most 1")
 
+    @classmethod
+    def will_call_together(cls, options: Options) -> bool:
+        return (options.tp or 1) > 1
+
+    @classmethod
+    def stream(cls, world: World, options: Options) -> Stream:
+        group = tensor_parallel.ranks_of_group(world, options.tp or 1)
+        return Stream(group.start // len(group), world.size // len(group), writes=world.rank == group.start)
+
     def __init__(self, setup: Setup, options: Options) -> None:
         self._loop: Loop | None = None
         self._runner: Runner | None = None
+        self._group: tensor_parallel.Group | None = None
+        self._peers: Peers | None = None
         self._encoder = HfEncoder(setup.model)
         models.check(self._encoder.config)
-        loading.check_weights(setup.model)
         loading.prepare_transformers()
+        self._check = setup.selftest
+        self.calls_together = self.will_call_together(options)
+        if self.calls_together:
+            try:
+                self._join(setup, options)
+                self._make(setup, options)
+            except BaseException:
+                self.close()
+                raise
+            self.patience = options.timeout_seconds
+            return
+        loading.check_weights(setup.model)
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         self._device = loading.device_of(setup.world)
-        self._check = setup.selftest
         self._model = loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
         self._make(setup, options)
 
+    def _join(self, setup: Setup, options: Options) -> None:
+        """This rank's share of the model, and the others of its group."""
+        world, config = setup.world, self._encoder.config
+        self.awaited = those = tensor_parallel.ranks_of_group(world, options.tp)
+        tensor_parallel.check_split(config, len(those))
+        heads, _ = memory.cached_heads(config)
+        if heads % len(those):
+            able = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+            raise EngineError(
+                f"tp={len(those)}: this model has {heads} key/value heads, of which each rank of --engine paged takes "
+                f"as many as the others: tp can be {able}. --engine ds-inference splits unevenly, too"
+            )
+        # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
+        timeout = timedelta(seconds=2 * options.timeout_seconds)
+        self._device = ranks.join(world, timeout)
+        ranks.without_shared_memory()
+        self._group = group = tensor_parallel.Group(world, those, self._device, timeout)
+        self._model = tensor_parallel.load(setup, config, group, self._device)
+        tensor_parallel.plain(self._model, group.model)
+        place = world.rank - those.start
+        self._peers = Peers(place, len(those), group.tell, group.told, group.any_rank, group.least, group.tokens)
+
     def _make(self, setup: Setup, options: Options) -> None:
         """Runner and scheduler, in the memory that there is."""
-        token = memory.cache_bytes_per_token(self._encoder.config, self._model.dtype.itemsize)
+        peers = self._peers or Peers.alone()
+        token = memory.cache_bytes_per_token(self._encoder.config, self._model.dtype.itemsize) // peers.count
         slots = setup.batch_size or _slots(
             memory.free_bytes([self._device], setup.world.local_size), token, self._device
         )
-        parameters = sum(one.numel() for one in self._model.parameters())
+        slots = peers.least(min([slots, *setup.limits.values()]))
+        parameters = peers.least(sum(one.numel() for one in self._model.parameters()))
         budget = options.step_tokens or min(8192, max(2048, int(_STEP_OPERATIONS / 2 / parameters)))
         width = min(self._encoder.context or _WIDEST, options.cache_tokens or _WIDEST)
-        runner = Runner(self._model, slots=slots, columns=-(-width // SIZE), budget=budget)
+        runner = Runner(
+            self._model,
+            slots=slots,
+            columns=-(-width // SIZE),
+            budget=budget,
+            place=peers.place,
+            ranks=peers.count,
+            agreed=peers.tokens,
+        )
         if self._device.type == "cuda":
             free = runner.free_bytes()
         else:  # half of what is free, or what all slots can need
             free = min(memory.host_free_bytes() // 2 // setup.world.local_size, slots * width * token)
-        pages = free // (token * SIZE)
+        pages = peers.least(free // (token * SIZE))
         if options.cache_tokens is not None:
             pages = min(pages, -(-options.cache_tokens // SIZE))
         if pages < 1:
@@ -119,16 +179,33 @@ class Paged(Engine):
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         if self._runner is None:
             raise EngineError("this engine is closed")
-        self._scheduler = self._schedule(pages=self._runner.pages)
+        if self._peers is None or self._group is None:
+            yield from self._plan(self._runner, prompts, stop, None)
+            return
+        self._group.await_loaded(stop)
+        if self._peers.place == 0:
+            leader = Leader(self._runner, self._peers, self._step)
+            yield from self._plan(self._runner, prompts, lambda: stop() or leader.asked_to_stop, leader)
+            leader.end()
+        else:
+            follow(self._runner, self._peers, self._selftest, stop, self._step)
+        self.patience, self.at_ease = None, True
+        self._group.await_others(stop)
+
+    def _plan(
+        self, runner: Runner, prompts: Iterator[Prompt], stop: Callable[[], bool], leader: Leader | None
+    ) -> Iterator[Batch]:
+        self._scheduler = self._schedule(pages=runner.pages)
         self._loop = loop = Loop(
             self._scheduler,
-            self._runner,
+            runner,
             device=self._device,
             end_tokens=frozenset(self._encoder.end_tokens),
             watch=self._watch,
-            check=self._selftest if self._check else None,
+            check=partial(self._selftests, leader) if self._check else None,
             enough=lambda rows: len(selftest.choose([row.prompt for row in _long(rows)])) == selftest.ROWS,
             count=self._count,
+            leader=leader,
         )
         loop.start()
         try:
@@ -167,11 +244,16 @@ class Paged(Engine):
         ]
         return Batch(generations, 0, memory.take_peak_bytes([self._device]))
 
-    def _selftest(self, rows: list[Finished]) -> None:
+    def _selftests(self, leader: Leader | None, rows: list[Finished]) -> None:
         rows = _long(rows) or rows
         for place in selftest.choose([row.prompt for row in rows]):
             prompt, tokens = rows[place].prompt, rows[place].tokens or []
-            selftest.check(self._model, prompt, tokens, self._rows, self._device, self._encoder.decode)
+            if leader is not None:
+                leader.check(prompt, tokens)
+            self._selftest(prompt, tokens)
+
+    def _selftest(self, prompt: Prompt, tokens: list[int]) -> None:
+        selftest.check(self._model, prompt, tokens, self._rows, self._device, self._encoder.decode)
 
     def _watch(self, prompt: Prompt) -> StopTexts:
         encoder = self._encoder
@@ -179,7 +261,15 @@ class Paged(Engine):
 
     def _count(self, tokens: int) -> None:
         self.generated_tokens += tokens
+        if self._peers is None:
+            self._step()
+
+    def _step(self) -> None:
         self.steps += 1
+
+    def abandon(self) -> None:
+        if self.calls_together:
+            ranks.abandon()
 
     def close(self) -> None:
         if self._loop is not None:
@@ -188,6 +278,8 @@ class Paged(Engine):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if self.calls_together and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _long(rows: list[Finished]) -> list[Finished]:

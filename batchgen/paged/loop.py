@@ -14,8 +14,10 @@ import torch
 from batchgen import memory
 from batchgen.decoding import StopTexts
 from batchgen.engine import EngineError
+from batchgen.paged.flight import Flight
 from batchgen.paged.pages import SIZE
-from batchgen.paged.runner import Flight, Runner
+from batchgen.paged.peers import Leader, no_memory
+from batchgen.paged.runner import Runner
 from batchgen.paged.scheduler import Scheduler
 from batchgen.paged.step import Sequence
 from batchgen.types import Prompt
@@ -47,6 +49,7 @@ class Loop:
         check: is shown the first rows that finish, in the thread that runs the model, before anybody else is.
         enough: whether these rows are what the check wants; else more are waited for, a little.
         count: is told how many tokens each step has generated.
+        leader: of the ranks that make each step together with this one, if it is not alone.
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class Loop:
         check: Callable[[list[Finished]], None] | None,
         enough: Callable[[list[Finished]], bool] = bool,
         count: Callable[[int], None],
+        leader: Leader | None = None,
     ) -> None:
         self._scheduler, self._runner, self._device = scheduler, runner, device
+        self._leader = leader
         self._end, self._watch, self._count = end_tokens, watch, count
         self._check, self._enough = check, enough
         self._held: list[Finished] = []
@@ -130,6 +135,8 @@ class Loop:
     def _work(self) -> None:
         flight: Flight | None = None
         while not self._leave.is_set():
+            if self._leader is not None:
+                self._leader.breathe()
             self._take(wait=flight is None and not self._scheduler.running)
             try:
                 flight = self._advance(flight)
@@ -137,6 +144,8 @@ class Loop:
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_out_of_memory(error):
                     raise
+                if self._leader is not None:
+                    raise no_memory(self._scheduler.running) from error
                 continue_smaller = True
             if continue_smaller:  # only here: while the exception is handled, it holds the tensors of the failed call
                 flight = None
@@ -151,7 +160,7 @@ class Loop:
             self._read(flight)
             flight = None
         step = self._scheduler.plan()
-        following = self._runner.launch(step) if step is not None else None
+        following = (self._leader or self._runner).launch(step) if step is not None else None
         if flight is not None:
             self._read(flight)
         return following
@@ -226,7 +235,7 @@ class Loop:
             try:
                 self._check(ended)
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
+                if not memory.is_out_of_memory(error) or self._leader is not None:
                     raise
                 logger.warning("there is no memory for the self-test: the text of the first rows was not looked at")
             self._check = None

@@ -50,18 +50,21 @@ def check(config: Any) -> None:
         )
 
 
-def exchange(model: Any) -> list[torch.nn.Module]:
+def exchange(model: Any, place: int = 0, ranks: int = 1) -> list[torch.nn.Module]:
     """Gives the attention of a loaded, covered model to `attention.attend` and its products to `products`; its layers,
     in order. Their products of the same input become one.
+
+    Args:
+        place, ranks: of those that share the model: `model` is that one's share, with as many of the heads as each.
     """
     text = model.config.get_text_config()
     layers = list(model.transformer.h if text.model_type == "bloom" else model.model.layers)
     if text.model_type == "bloom":
         model.transformer.__class__ = _PagedBloomModel
-        slopes = alibi_slopes(text.num_attention_heads)
+        slopes = alibi_slopes(text.num_attention_heads).chunk(ranks)[place].to(model.device)
         for layer in layers:
             layer.self_attention.__class__ = _PagedBloomAttention
-            layer.self_attention.slopes = slopes.to(layer.self_attention.dense.weight.device)
+            layer.self_attention.slopes = slopes
             # The same function; theirs comes with a backward pass, and rounds after each of its eight operations.
             layer.mlp.gelu_impl = torch.nn.GELU(approximate="tanh")
     for number, layer in enumerate(layers):

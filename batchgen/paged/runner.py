@@ -8,8 +8,8 @@ that are compiled once for all shapes.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from batchgen.likelihood import log_probabilities
 from batchgen.paged import models, sampling
 from batchgen.paged.arrays import Arrays
 from batchgen.paged.attention import Layout, over
+from batchgen.paged.flight import Flight
 from batchgen.paged.graphs import Graphs
 from batchgen.paged.graphs import size as graph_size
 from batchgen.paged.pages import SIZE
-from batchgen.paged.step import Part, Sequence, Step
+from batchgen.paged.step import Part, Step
 
 _RING = 3  # steps whose arrays may be on their way at once: one runs, one waits, one is being filled
 _PROGRAMS = 528  # that keep a large GPU busy: four on each of an H100's 132 multiprocessors
@@ -35,29 +36,6 @@ _ROUND = 64  # to which the tokens of a step without a graph are filled up
 _TOKENS_OF_A_BLOCK = 16  # on average, at least, in a graph of parts of prompts; the others run without one
 
 
-@dataclass
-class Flight:
-    """A step under way."""
-
-    step: Step
-    _tokens: torch.Tensor
-    _logprobs: torch.Tensor  # of the tokens of the rows in `_asked`
-    _asked: Rows[int]
-    _arrived: torch.cuda.Event | None
-
-    def read(self) -> list[int]:
-        """The tokens chosen for the step's rows; waits for them."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._tokens[: len(self.step.rows)].tolist()
-
-    def logprobs(self) -> list[tuple[Sequence, float]]:
-        """Those of the tokens that have been `read`, of the sequences that ask for them."""
-        sequences = self.step.sequences
-        values = self._logprobs[: len(self._asked)].tolist()
-        return [(sequences[row], value) for row, value in zip(self._asked, values, strict=True)]
-
-
 class Runner:
     """Runs the steps of one scheduler.
 
@@ -66,12 +44,25 @@ class Runner:
         slots: most sequences at once.
         columns: most pages of a sequence.
         budget: most tokens of a step with parts of prompts in it.
+        place, ranks: of those that share the model, of which `model` is a share.
+        agreed: puts the tokens that the first of them has chosen in the place of those given.
     """
 
-    def __init__(self, model: Any, *, slots: int, columns: int, budget: int) -> None:
-        self._model, self._device = model, model.device
+    def __init__(
+        self,
+        model: Any,
+        *,
+        slots: int,
+        columns: int,
+        budget: int,
+        place: int = 0,
+        ranks: int = 1,
+        agreed: Callable[[torch.Tensor], torch.Tensor] = lambda tokens: tokens,
+    ) -> None:
+        self._model, self._device, self._agreed = model, model.device, agreed
         self._body, self._head = model.base_model, model.get_output_embeddings()
-        self._layers = models.exchange(model)
+        self._layers = models.exchange(model, place, ranks)
+        self._heads = memory.cached_heads(model.config)[0] // ranks
         self.slots, self.columns = slots, columns
         self.most = -(-max(2, slots, budget) // _ROUND) * _ROUND
         self._takes_positions = "position_ids" in inspect.signature(type(self._body).forward).parameters
@@ -96,10 +87,10 @@ class Runner:
 
     def allocate(self, pages: int) -> None:
         """Makes the cache, in the place of one that there may be."""
-        heads, size = memory.cached_heads(self._model.config)
+        size = memory.cached_heads(self._model.config)[1]
         self.pages = pages
         self._table.zero_()  # a larger cache had pages that this one has not
-        shape = (2, pages, heads, SIZE, size)
+        shape = (2, pages, self._heads, SIZE, size)
         gpu = self._device.type == "cuda"
         self._caches, self._logits, self._graphs = [], None, Graphs(self._device) if gpu else None
         if gpu:
@@ -140,29 +131,28 @@ class Runner:
             at = self._send(torch.from_numpy(step.table_at))
             self._table.view(-1)[at] = self._send(torch.from_numpy(step.table_to))
         rows, decoding = len(step.rows), len(step.slots) == step.decoding
-        sampled = any(sequence.prompt.params.temperature > 0 for sequence in step.sequences)
-        asked = [row for row, sequence in enumerate(step.sequences) if sequence.logprobs is not None]
         with torch.inference_mode():
             if decoding and self._graphs is not None:
-                slots, logits = self._decode(step, turn, sampled or bool(asked))
+                slots, logits = self._decode(step, turn)
             else:
                 arrays, hidden = self._mixed(step, turn)
                 at = self._send(torch.from_numpy(step.rows.astype(np.int64)))
                 slots = arrays.slots[at]
                 logits = self._head(hidden[at])
                 self._choose(logits, slots)
-            if sampled:
+            if step.sampled:
+                if step.sequences:
+                    assert logits is not None
+                    sampling.draw(logits, step.sequences, self._next, self._send)
+                self._last[slots] = self._agreed(self._next[:rows])
+            if step.asked and step.sequences:
                 assert logits is not None
-                sampling.draw(logits, step.sequences, self._next, self._send)
-                self._last[slots] = self._next[:rows]
-            if asked:
-                assert logits is not None
-                at = self._send(torch.tensor(asked))
+                at = self._send(torch.tensor(step.asked))
                 found = log_probabilities(logits, at, self._next[at])
-                self._logprobs[turn][: len(asked)].copy_(found, non_blocking=True)
+                self._logprobs[turn][: len(step.asked)].copy_(found, non_blocking=True)
         chosen = self._chosen[turn]
         chosen[:rows].copy_(self._next[:rows], non_blocking=True)
-        return Flight(step, chosen, self._logprobs[turn], asked, self._mark())
+        return Flight(step, chosen, self._logprobs[turn], self._mark())
 
     def _mark(self) -> torch.cuda.Event | None:
         if self._graphs is None:
@@ -197,9 +187,10 @@ class Runner:
     def _send(self, values: torch.Tensor) -> torch.Tensor:
         return values if self._graphs is None else values.pin_memory().to(self._device, non_blocking=True)
 
-    def _decode(self, step: Step, turn: int, wanted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A step in which every sequence takes one token, its tokens chosen; its slots, and its logits if `wanted`."""
+    def _decode(self, step: Step, turn: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A step in which every sequence takes one token, its tokens chosen; its slots, and its logits if wanted."""
         assert self._graphs is not None
+        wanted = step.sampled or bool(step.asked)
         size = graph_size(len(step.slots), self.most)
         splits = self._splits(size, int(step.positions.max()) + 1)
         if self._logits is None and wanted:
@@ -247,7 +238,7 @@ class Runner:
 
     def _choose(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
         best = torch.argmax(logits, -1, out=self._next[: len(logits)])
-        self._last[slots] = best
+        self._last[slots] = self._agreed(best)
 
     def _layout(
         self,
@@ -276,8 +267,7 @@ class Runner:
 
     def _splits(self, decoding: int, longest: int) -> int:
         """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""
-        heads, _ = memory.cached_heads(self._model.config)
-        wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * heads), longest // _SPLIT_TOKENS)
+        wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * self._heads), longest // _SPLIT_TOKENS)
         return 1 << max(0, wanted.bit_length() - 1)
 
 

@@ -75,7 +75,9 @@ class Step:
     decoding: int  # tokens of the first kind
     parts: list[Part]
     rows: Ints  # [rows], the tokens whose logits are wanted
-    sequences: list[Sequence]  # of those rows
+    sequences: list[Sequence]  # of those rows; none where another rank has planned the step
+    sampled: bool  # one of those rows draws its next token
+    asked: list[int]  # those rows that ask for log-probabilities, by their place among them
     table_at: NDArray[np.int64]  # places of the table of pages, counted through, that change before this step
     table_to: Ints  # the pages there
 
@@ -126,6 +128,8 @@ class Draft:
             self._parts,
             np.array(self._rows, np.int32),
             self._sequences,
+            any(sequence.prompt.params.temperature > 0 for sequence in self._sequences),
+            [row for row, sequence in enumerate(self._sequences) if sequence.logprobs is not None],
             np.array(table_at, np.int64),
             np.array(table_to, np.int32),
         )

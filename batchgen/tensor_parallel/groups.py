@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from batchgen.engine import EngineError
 from batchgen.world import World
 
-_FOR_EVER = timedelta(days=365)  # for ranks that load, and at the end for groups with more to do
+_FOR_EVER = timedelta(days=365)  # for ranks that load, that are told, and at the end for groups with more to do
 _LONGEST_NAP = 0.1  # s, between two looks at whether the others have come
 
 
@@ -58,9 +59,11 @@ class Group:
         of_models = [dist.new_group([*range(first, first + size)], timeout, backend) for first in firsts]
         # NCCL would make the CPU wait for the GPU at every step; these are for the CPUs alone.
         of_flags = [dist.new_group([*range(first, first + size)], timeout, "gloo") for first in firsts]
+        of_told = [dist.new_group([*range(first, first + size)], _FOR_EVER, "gloo") for first in firsts]
         of_loading = [dist.new_group([*range(first, first + size)], _FOR_EVER, "gloo") for first in firsts]
         self.model: dist.ProcessGroup = of_models[world.rank // size]
         self._flags: dist.ProcessGroup = of_flags[world.rank // size]
+        self._told: dist.ProcessGroup = of_told[world.rank // size]
         self._loading: dist.ProcessGroup = of_loading[world.rank // size]
         self._everyone = dist.new_group(backend="gloo", timeout=_FOR_EVER)
 
@@ -79,6 +82,16 @@ class Group:
         if len(self.ranks) > 1:
             dist.broadcast(tokens, src=self.ranks[0], group=self.model)
         return tokens
+
+    def tell(self, what: object) -> None:
+        """Sends something to the others; the group's first rank alone calls this."""
+        dist.broadcast_object_list([what], src=self.ranks[0], group=self._told)
+
+    def told(self) -> Any:
+        """What the first rank sends next, however long it takes."""
+        received: list[Any] = [None]
+        dist.broadcast_object_list(received, src=self.ranks[0], group=self._told)
+        return received[0]
 
     def await_loaded(self, stop: Callable[[], bool]) -> None:
         """Waits until all ranks of the group have come here, however long that takes: from a cold disk one may read for

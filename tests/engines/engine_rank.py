@@ -1,8 +1,8 @@
 """One rank of an engine for the tests: several sets of prompts through one engine, started by `ranks`.
 
-    python -m tests.engines.engine_rank MODEL OPTIONS-AND-SETS RESULT
+    python -m tests.engines.engine_rank MODEL[:MODEL…] OPTIONS-AND-SETS RESULT
 
-writes to RESULT/<rank> the text of each prompt that this rank's stream generated, for each set, to
+writes to RESULT/<rank>, or RESULT/<name of the model>/<rank> if there are several, the text of each prompt that this rank's stream generated, for each set, to
 RESULT/logprobs-<rank> the log-probabilities of those that ask, and to RESULT/swapped-<rank> how many swap files it had.
 """
 
@@ -51,6 +51,22 @@ def ranks(
     dtype: str = "float32",
 ) -> dict[int, dict[int, str]]:
     """Texts by prompt and set, from `count` ranks."""
+    start(count, [model], options, folder, sets, most_tokens, patience, engine, dtype)
+    return texts(folder)
+
+
+def start(
+    count: int,
+    models: Sequence[Path],
+    options: Sequence[str],
+    folder: Path,
+    sets: Sequence[int] = SETS,
+    most_tokens: int = 40,
+    patience: float = PATIENCE,
+    engine: str = "ds-zero",
+    dtype: str = "float32",
+) -> None:
+    """Has `count` ranks write what they generate with one model after the other."""
     folder.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -58,7 +74,7 @@ def ranks(
         sys.executable,
         "-m",
         "tests.engines.engine_rank",
-        str(model),
+        ":".join(map(str, models)),
         json.dumps([engine, dtype, list(options), list(sets), most_tokens]),
         str(folder),
     ]
@@ -74,11 +90,15 @@ def ranks(
         for process in processes:
             process.kill()
             process.wait()
-    texts: dict[int, dict[int, str]] = {}
-    for rank in range(count):
-        for set_, found in json.loads((folder / str(rank)).read_text()).items():
-            texts.setdefault(int(set_), {}).update({int(index): text for index, text in found.items()})
-    return texts
+
+
+def texts(folder: Path) -> dict[int, dict[int, str]]:
+    """Those of all ranks whose results are in `folder`, by set and prompt."""
+    found: dict[int, dict[int, str]] = {}
+    for file in folder.glob("[0-9]*"):
+        for set_, by_prompt in json.loads(file.read_text()).items():
+            found.setdefault(int(set_), {}).update({int(index): text for index, text in by_prompt.items()})
+    return found
 
 
 def logprobs(folder: Path) -> dict[int, dict[int, list[float]]]:
@@ -124,4 +144,8 @@ def main(
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])
-    main(sys.argv[1], *given, Path(sys.argv[3]))
+    every = sys.argv[1].split(":")
+    for one in every:
+        results = Path(sys.argv[3], *([Path(one).name] if len(every) > 1 else []))
+        results.mkdir(exist_ok=True)
+        main(one, *given, results)

@@ -13,13 +13,13 @@ from tests.engines.runs import ROOT, STUCK, altered, command, process_of_rank_1,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ds-zero", "ds-inference"])
+@pytest.mark.parametrize("engine", ["ds-zero", "ds-inference", "paged"])
 def test_a_rank_that_stops_answering_is_named_and_ends_the_attempt(
     engine: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     prompts, out = rows(tmp_path / "p.jsonl", 200), tmp_path / "out"
     words = command(prompts, out, tiny_llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", engine=engine)
-    words += ["--ranks", "2", "--set", "timeout_seconds=4"]
+    words += ["--ranks", "2", "--set", "timeout_seconds=4", *(["--tp", "2"] if engine == "paged" else [])]
     starter = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.kill(process_of_rank_1(out, starter, 20), signal.SIGSTOP)
     _, said = starter.communicate(timeout=120)

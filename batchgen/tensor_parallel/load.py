@@ -1,0 +1,73 @@
+"""A rank's share of a model, from whatever files there are: the model's own, or some that are split by rank."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchgen import loading, presplit
+from batchgen.engine import EngineError, Setup
+from batchgen.tensor_parallel.autotp import split
+from batchgen.tensor_parallel.files import read
+from batchgen.tensor_parallel.groups import Group
+from batchgen.tensor_parallel.weights import bring, mapped
+
+logger = logging.getLogger(__name__)
+
+
+def load(setup: Setup, config: Any, group: Group, device: torch.device, attn_implementation: str | None = None) -> Any:
+    """This rank's share of the model, on its device.
+
+    Raises:
+        EngineError: the model has no such share, or the files are split in another way.
+    """
+    begun = time.perf_counter()
+    eight_bits = setup.dtype == "int8"
+    dtype = _computed_in(setup.dtype, config, device)
+    found = presplit.read(Path(setup.model))
+    if found is not None:
+        _check_presplit(found, setup, len(group.ranks), dtype)
+        model = read(Path(setup.model), found, group.model, device, attn_implementation)
+    else:
+        loading.check_weights(setup.model)
+        model = mapped(setup.model, attn_implementation)
+        if len(group.ranks) > 1:
+            split(model, group.model)
+    if found is None or (eight_bits and found.dtype != "int8"):
+        bring(model, setup.model, device, dtype, eight_bits=eight_bits)
+    if setup.world.rank == 0:
+        size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        logger.info(
+            "loaded in %.1f s: %.2f GB of weights on each of %d ranks, %d of which share a model",
+            time.perf_counter() - begun,
+            size / 1e9,
+            setup.world.size,
+            len(group.ranks),
+        )
+    return model
+
+
+def _computed_in(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+    """The type of products; with 8 bits the model's own, but on a GPU never float32, which its units are slow at."""
+    if dtype != "int8":
+        return loading.floating_dtype(dtype, config)
+    own = loading.floating_dtype("auto", config)
+    return torch.bfloat16 if own == torch.float32 and device.type == "cuda" else own
+
+
+def _check_presplit(found: presplit.Split, setup: Setup, size: int, dtype: torch.dtype) -> None:
+    if found.ranks != size:
+        raise EngineError(
+            f"{setup.model} is split over {found.ranks} ranks, and a group of this run has {size}: give --tp "
+            f"{found.ranks} with a multiple of {found.ranks} ranks, or the model it was made from, {found.model}"
+        )
+    wanted = "int8" if setup.dtype == "int8" else str(dtype).removeprefix("torch.")
+    if found.dtype != wanted and not (wanted == "int8" and found.dtype in loading.FLOATING):
+        raise EngineError(
+            f"{setup.model} holds weights of type {found.dtype}, and the run is to have {wanted}: give --dtype "
+            f"{found.dtype}, or split the model again with --dtype {setup.dtype}"
+        )

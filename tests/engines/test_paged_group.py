@@ -1,0 +1,131 @@
+"""Engine `paged` over ranks that share a model: the text of one process, by whichever rank is lost or late."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from batchgen.engine import EngineError, Setup, Stream, find, parse_options
+from batchgen.world import World
+from tests import models
+from tests.engines import engine_rank, zero_matrix
+from tests.engines.runs import ROOT, altered, command, process_of_rank_1, read, rows, run, texts, texts_alone
+
+KINDS = {
+    "llama": partial(models.llama, num_key_value_heads=4),
+    "bloom": models.bloom,
+    "qwen3": models.qwen3,
+    "mistral": models.mistral,
+}
+# A cache in which rows are put back, and steps in which prompts are computed in parts.
+TIGHT = ("tp=2", "cache_tokens=256", "expected_share=0.05", "step_tokens=64")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    scratch = tmp_path_factory.mktemp("models")
+    return {name: models.save(scratch / name, build) for name, build in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def over_two(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks generate with each model."""
+    results = tmp_path_factory.mktemp("ranks") / "two"
+    engine_rank.start(2, list(folders.values()), TIGHT, results, (50,), engine="paged")
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_model_over_two_ranks_says_what_it_says_alone(
+    kind: str, folders: dict[str, Path], over_two: Path
+) -> None:
+    expected = zero_matrix.alone(folders[kind], engine_rank.prompts(50))
+    found = engine_rank.texts(over_two / kind)
+    assert found[50] == {index: one.text for index, one in expected.items()}
+    zero_matrix.check_logprobs(engine_rank.logprobs(over_two / kind)[50], expected)
+
+
+@pytest.mark.slow
+def test_groups_are_streams_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    found = engine_rank.ranks(4, folders["llama"], ["tp=2"], tmp_path / "ranks", (1, 7, 50), engine="paged")
+    for count in (1, 7, 50):  # of one prompt, the second group has none
+        expected = zero_matrix.alone(folders["llama"], engine_rank.prompts(count))
+        assert found[count] == {index: one.text for index, one in expected.items()}
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_its_group_and_a_whole_model_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:
+    model, out, whole = folders["llama"], tmp_path / "out", tmp_path / "whole"
+    prompts = rows(tmp_path / "p.jsonl", 60, bad=(5, 7))
+    words = command(prompts, out, model, "--heartbeat-seconds", "0.1", "--temperature", "0.7", engine="paged")
+    starter = subprocess.Popen([*words, "--tp", "2", "--batch-size", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
+    _, said = starter.communicate(timeout=60)
+    assert starter.returncode == 75, said
+    assert "rank 1 died" in said
+    # Two groups, and a stop that reaches one rank alone, which plans nothing.
+    two = subprocess.Popen(
+        [*words, "--tp", "2", "--ranks", "4", "--batch-size", "1"], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.kill(process_of_rank_1(out, two, 10, attempt=2), signal.SIGUSR2)
+    _, said = two.communicate(timeout=120)
+    assert two.returncode == 75, said
+    ends = [json.loads(path.read_bytes()) for path in sorted(out.glob("attempts/00002-*.json"))]
+    assert ends[1]["state"] == "stopped"
+    assert {end["state"] for end in ends} <= {"stopped", "finished"}
+    for first, second in ((0, 1), (2, 3)):
+        assert ends[first]["steps"] == ends[second]["steps"], "what one has told, the other has done"
+    assert run(*words).returncode == 3  # a rank alone; two rows are bad
+    done = run(*command(prompts, whole, model, "--temperature", "0.7", engine="accelerate"))
+    assert done.returncode == 3, done.stderr
+    assert texts(out) == texts(whole)
+
+
+# For sitecustomize: on one rank, the forward of more than four decoding rows finds no memory.
+NO_MEMORY = """
+import os
+if os.environ.get("RANK") == os.environ.get("SMALL"):
+    import torch
+    from batchgen.paged import runner
+    launch = runner.Runner.launch
+    def small(self, step):
+        if step.decoding > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        return launch(self, step)
+    runner.Runner.launch = small
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_out_of_memory_of_one_rank_starts_the_group_again_with_fewer_rows(
+    rank: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    prompts, out = rows(tmp_path / "p.jsonl", 30), tmp_path / "out"
+    words = command(prompts, out, folders["llama"], "--batch-size", "8", "--tp", "2", engine="paged")
+    done = run(*words, environment=altered(tmp_path, NO_MEMORY, SMALL=str(rank)))
+    assert done.returncode == 0, done.stderr
+    assert len(list(out.glob("attempts/?????.json"))) == 2, done.stderr
+    assert len(read(out)) == 30
+    assert texts(out) == texts_alone(prompts, folders["llama"], tmp_path / "one")
+
+
+def test_groups_are_streams_whose_first_ranks_write() -> None:
+    paged = find("paged")
+    streams = [paged.stream(World(rank, rank, 4, 4), parse_options(paged, ["tp=2"])) for rank in range(4)]
+    assert streams == [Stream(0, 2, True), Stream(0, 2, False), Stream(1, 2, True), Stream(1, 2, False)]
+    assert paged.stream(World(1, 1, 2, 2), parse_options(paged, [])) == Stream(1, 2, True)
+
+
+def test_heads_that_do_not_divide_are_a_sentence(folders: dict[str, Path]) -> None:
+    paged = find("paged")
+    setup = Setup(str(folders["llama"]), "float32", None, World(0, 0, 3, 3))
+    with pytest.raises(EngineError, match="takes as many as the others: tp can be 1, 2, 4"):
+        paged(setup, parse_options(paged, ["tp=3"]))
