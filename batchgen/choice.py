@@ -6,7 +6,7 @@ lengths, the kind and number of GPUs. The choice is recorded with the attempt, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,8 +91,7 @@ def automatic(
     first, kind = next(iter(left.items()))
     if len(left) == 1:
         return Choice(first, kind, engine.parse_options(kind, settings), f"the only one left ({_grouped(out)})")
-    given = [text.partition("=")[0] for text in settings]
-    search = _Search(kind.encoder(str(model)), dtype, given, list(left), machine, ranks, hosts)
+    search = _Search(kind.encoder(str(model)), dtype, settings, list(left), machine, ranks, hosts)
     best, why = search.best(lengths)
     why += f" (not asked: {_grouped(out)})" if out else ""
     options = engine.parse_options(kinds[best.engine], (*best.placement.settings, *settings))
@@ -121,7 +120,7 @@ class _Search:
 
     encoder: Any
     dtype: str
-    given: Sequence[str]  # names of settings
+    given: Sequence[str]  # settings
     engines: Sequence[str]
     machine: Machine
     ranks: int
@@ -167,14 +166,20 @@ class _Search:
         # One rank may spread a model over all GPUs that it sees.
         for gpus in {ranks, max(1, machine.gpus)} if ranks == 1 else {ranks}:
             node = plan.Node(machine.card, gpus, self.hosts * machine.host_memory, hosts=self.hosts)
-            found += [
+            there = [
                 one
                 for one in plan.forecasts(model, work, node, {}, self.engines)
-                if one.placement.ranks == ranks
-                and not one.placement.disk  # whose folder only the user knows
-                and not {text.partition("=")[0] for text in one.placement.settings} & set(self.given)
+                if one.placement.ranks == ranks and not one.placement.disk  # whose folder only the user knows
+            ]
+            found += [one for one in there if self._is_asked_for(one, there)] or [
+                one for one in there if not _names(one.placement.settings) & _names(self.given)
             ]
         return sorted(found, key=lambda one: (bool(one.why_not), one.seconds))
+
+    def _is_asked_for(self, one: Forecast, there: Sequence[Forecast]) -> bool:
+        """Whether its placement is what the given settings say, of those that the placements differ in."""
+        differing = {name for other in there for name in _names(other.placement.settings)}
+        return {text for text in self.given if _names([text]) <= differing} <= set(one.placement.settings)
 
     def _nothing_fits(self, model: Model, work: Work, found: Sequence[Forecast]) -> str:
         lines = [f"no engine has room for this model with {self.ranks} rank(s):"]
@@ -188,6 +193,10 @@ class _Search:
             "An --engine that is named is tried all the same"
         )
         return "\n".join(lines)
+
+
+def _names(settings: Iterable[str]) -> set[str]:
+    return {text.partition("=")[0] for text in settings}
 
 
 def _called(one: Forecast) -> str:

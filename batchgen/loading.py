@@ -66,8 +66,8 @@ def check_weights(model: str) -> None:
     """Raises EngineError if the folder `model` holds no weights, or weights that are split by rank."""
     if (split := presplit.read(Path(model))) is not None:
         raise EngineError(
-            f"{model} is split over {split.ranks} ranks, which only --engine ds-inference --tp {split.ranks} reads; "
-            f"give the model it was made from, {split.model}"
+            f"{model} is split over {split.ranks} ranks, which only ds-inference and paged read, with --tp "
+            f"{split.ranks}; give the model it was made from, {split.model}"
         )
     if not any(file for pattern in _WEIGHTS for file in Path(model).glob(pattern)):
         raise EngineError(

@@ -81,7 +81,12 @@ def test_settings_leave_the_engines_that_know_them(folders: dict[str, Path]) -> 
     model = folders["bloom-7b1"]
     assert chosen(model, CPU).name in [name for name in engine.names() if engine.find(name).serves_cpu]
     two = chosen(model, CPU, ranks=2, settings=["tp=2"])
+    assert (two.name, two.options.tp) == ("paged", 2)
+    two = chosen(model, of("H100", 4), ranks=4, settings=["tp=2"])
     assert (two.name, two.options.tp) == ("ds-inference", 2)
+    assert " of ds-inference" not in two.why, "other groups were not asked for"
+    waits = chosen(model, of("H100", 2), ranks=2, settings=["offload=cpu"])
+    assert (waits.name, waits.options.offload) == ("ds-zero", "cpu")
     assert chosen(model, of("H100", 1), settings=["offload=nvme=/scratch"]).options.offload == "nvme=/scratch"
     assert chosen(model, of("H100", 1), settings=["attn_implementation=eager"]).options.attn_implementation == "eager"
     assert chosen(model, of("H100", 1), dtype="nf4").name == "accelerate"
@@ -161,7 +166,7 @@ def test_engines_for_gpus_that_settings_ask_for_are_compared_without_one(tiny_ll
         pytest.skip("there is a GPU here")
     assert not here.card.gpu
     assert here.card.memory == here.host_memory // 2
-    found = chosen(tiny_llama, here, ranks=2, settings=["timeout_seconds=5"])
+    found = chosen(tiny_llama, here, ranks=2, settings=["timeout_seconds=5", "attn_implementation=eager"])
     assert found.name in ("ds-inference", "ds-zero")
     assert found.options.timeout_seconds == 5
     assert "tokens/s are forecast; " in found.why

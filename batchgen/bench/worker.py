@@ -102,7 +102,8 @@ class Worker:
         """Measures a batch size; False if it does not fit."""
         tokens = self._task.tokens
         _, batches = self._timed(made, self._batch(rows, tokens))  # the warm-up
-        fits = max((len(batch.generations) for batch in batches), default=0)
+        # A rank that writes nothing may be told no more than steps.
+        fits = max((len(batch.generations) for batch in batches), default=0 if self._stream.writes else rows)
         refused = any(g.error is not None for batch in batches for g in batch.generations)
         if not self._all(fits >= rows and not refused):
             self._say({"job": "seed", "batch": rows, "outcome": "oom", "fits": 0 if refused else fits})

@@ -110,7 +110,7 @@ _ENGINE_OPTIONS = (
         "--tp",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Ranks that share a model (ds-inference), and how many to start. Short for --set tp=N.",
+        help="Ranks that share a model (ds-inference, paged), and how many to start. Short for --set tp=N.",
     ),
     click.option(
         "--batch-size",

@@ -26,9 +26,9 @@ from batchgen.types import UserError
 def command(model: str, out: str, tp: int, dtype: str) -> None:
     """Write MODEL into the folder OUT, split over N ranks; print its path.
 
-    `batchgen run --model OUT --engine ds-inference --tp N` reads it. Not needed for speed on a local disk: each rank
-    reads only its own part of an ordinary model, too. On a parallel file system that is many small reads, and here it
-    is few large ones. A run that was begun with MODEL goes on with OUT.
+    `batchgen run --model OUT --tp N` reads it, with engine ds-inference or paged. Not needed for speed on a local disk:
+    each rank reads only its own part of an ordinary model, too. On a parallel file system that is many small reads, and
+    here it is few large ones. A run that was begun with MODEL goes on with OUT.
 
     Needs memory for one rank's share, and no GPU.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +15,7 @@ from batchgen.engine import EngineError
 from batchgen.world import World
 
 _FOR_EVER = timedelta(days=365)  # for ranks that load, that are told, and at the end for groups with more to do
+_LETTER_BYTES = 1 << 16  # of what is told, that go in one message: a step of some thousand rows
 _LONGEST_NAP = 0.1  # s, between two looks at whether the others have come
 
 
@@ -65,6 +67,7 @@ class Group:
         self._flags: dist.ProcessGroup = of_flags[world.rank // size]
         self._told: dist.ProcessGroup = of_told[world.rank // size]
         self._loading: dist.ProcessGroup = of_loading[world.rank // size]
+        self._letter = torch.zeros(_LETTER_BYTES, dtype=torch.uint8)
         self._everyone = dist.new_group(backend="gloo", timeout=_FOR_EVER)
 
     def any_rank(self, flag: bool) -> bool:
@@ -85,13 +88,24 @@ class Group:
 
     def tell(self, what: object) -> None:
         """Sends something to the others; the group's first rank alone calls this."""
-        dist.broadcast_object_list([what], src=self.ranks[0], group=self._told)
+        content = pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
+        size, head = len(content), content[: _LETTER_BYTES - 8]
+        self._letter[: 8 + len(head)] = _as_tensor(size.to_bytes(8, "little") + head)
+        dist.broadcast(self._letter, src=self.ranks[0], group=self._told)
+        if rest := content[len(head) :]:
+            dist.broadcast(_as_tensor(rest), src=self.ranks[0], group=self._told)
 
     def told(self) -> Any:
         """What the first rank sends next, however long it takes."""
-        received: list[Any] = [None]
-        dist.broadcast_object_list(received, src=self.ranks[0], group=self._told)
-        return received[0]
+        dist.broadcast(self._letter, src=self.ranks[0], group=self._told)
+        received = self._letter.numpy().tobytes()
+        size = int.from_bytes(received[:8], "little")
+        content = received[8 : 8 + size]
+        if size > len(content):
+            rest = torch.empty(size - len(content), dtype=torch.uint8)
+            dist.broadcast(rest, src=self.ranks[0], group=self._told)
+            content += rest.numpy().tobytes()
+        return pickle.loads(content)
 
     def await_loaded(self, stop: Callable[[], bool]) -> None:
         """Waits until all ranks of the group have come here, however long that takes: from a cold disk one may read for
@@ -118,3 +132,7 @@ def _meet(group: dist.ProcessGroup, stop: Callable[[], bool]) -> None:
     while arrived is not None and not arrived.is_completed() and not stop():
         time.sleep(nap)
         nap = min(2 * nap, _LONGEST_NAP)
+
+
+def _as_tensor(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

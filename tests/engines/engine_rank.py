@@ -2,8 +2,9 @@
 
     python -m tests.engines.engine_rank MODEL[:MODEL…] OPTIONS-AND-SETS RESULT
 
-writes to RESULT/<rank>, or RESULT/<name of the model>/<rank> if there are several, the text of each prompt that this rank's stream generated, for each set, to
-RESULT/logprobs-<rank> the log-probabilities of those that ask, and to RESULT/swapped-<rank> how many swap files it had.
+writes to RESULT/<rank>, or RESULT/<name of the model>/<rank> if there are several, the text of each prompt that this
+rank's stream generated, for each set; beside it, to logprobs-<rank> the log-probabilities of those that ask, and to
+swapped-<rank> how many swap files it had.
 """
 
 from __future__ import annotations

@@ -27,6 +27,19 @@ if os.environ.get("RANK", "0") == os.environ.get("STUCK"):
     torch.nn.functional.embedding = walks_in_circles
 """
 
+# The same of engine `paged`, whose forwards on a GPU are recorded: on the rank STUCK, the 60th step does not begin.
+STUCK_STEP = """
+import itertools, os
+if os.environ.get("RANK", "0") == os.environ.get("STUCK"):
+    from batchgen.paged import runner
+    launch, steps = runner.Runner.launch, itertools.count()
+    def walks_in_circles(*arguments):
+        while next(steps) >= 60:
+            pass
+        return launch(*arguments)
+    runner.Runner.launch = walks_in_circles
+"""
+
 # For sitecustomize: rank 1 runs out of memory inside a forward of more than 3 rows.
 OUT_OF_MEMORY = """
 import os

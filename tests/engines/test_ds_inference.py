@@ -170,9 +170,11 @@ def test_a_run_goes_on_from_files_split_by_rank(llama: Path, tmp_path: Path) -> 
     os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
     starter.communicate(timeout=60)
     words[words.index(str(llama))] = str(parts)
+    words[words.index("ds-inference")] = "paged"  # the other engine that reads them
     done = run(*words)
     assert done.returncode == 0, done.stderr
     assert texts(out) == texts_alone(prompts, llama, tmp_path / "one")
+    words[words.index("paged")] = "ds-inference"
     (out / "generations.jsonl").unlink()  # all rows are good: nothing but the output is made again
     again = run(*words)
     assert (again.returncode, "loaded in" in again.stderr) == (0, False), again.stderr
@@ -181,7 +183,7 @@ def test_a_run_goes_on_from_files_split_by_rank(llama: Path, tmp_path: Path) -> 
     wrong = run(*words[:-1], "1", "-o", tmp_path / "another")
     assert wrong.returncode == 4
     assert f"{parts} is split over 2 ranks, and a group of this run has 1" in wrong.stderr
-    with pytest.raises(UserError, match="which only --engine ds-inference --tp 2 reads"):
+    with pytest.raises(UserError, match="which only ds-inference and paged read, with --tp 2"):
         texts_alone(prompts, parts, tmp_path / "whole")
 
 

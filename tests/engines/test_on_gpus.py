@@ -13,7 +13,19 @@ import pytest
 import torch
 
 from batchgen.launch import GRACE_SECONDS
-from tests.engines.runs import ROOT, STUCK, altered, command, process_of_rank_1, read, rows, run, texts, texts_alone
+from tests.engines.runs import (
+    ROOT,
+    STUCK,
+    STUCK_STEP,
+    altered,
+    command,
+    process_of_rank_1,
+    read,
+    rows,
+    run,
+    texts,
+    texts_alone,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,9 +37,15 @@ Record = Callable[[str, object], None]
 
 _PATIENCE = 4  # s
 _GPUS = [count for count in (2, 4, 8) if count <= torch.cuda.device_count()]
-_TOGETHER = {"ds-zero": [], "ds-zero:offload=cpu": ["--set", "offload=cpu"], "ds-inference": ["--tp", "2"]}
 # Paged would take all memory for its cache, and tests may run side by side.
-_SYSTEMS = {"accelerate": [], "paged": ["--set", "cache_tokens=20000"], **_TOGETHER}
+_CACHE = ["--set", "cache_tokens=20000"]
+_TOGETHER = {
+    "ds-zero": [],
+    "ds-zero:offload=cpu": ["--set", "offload=cpu"],
+    "ds-inference": ["--tp", "2"],
+    "paged:tp=2": ["--tp", "2", *_CACHE],
+}
+_SYSTEMS = {"accelerate": [], "paged": _CACHE, **_TOGETHER}
 
 
 def words(system: str, prompts: Path, out: Path, model: Path, gpus: int, *more: object) -> list[str]:
@@ -83,7 +101,8 @@ def test_ranks_that_wait_for_one_in_vain_end_and_say_where(
 ) -> None:
     prompts, out = rows(tmp_path / "p.jsonl", 300), tmp_path / "out"
     first = words(system, prompts, out, tiny_llama, 2, "--set", f"timeout_seconds={_PATIENCE}", "--batch-size", 2)
-    stuck = altered(tmp_path, STUCK, STUCK="1" if how == "stuck" else "")
+    fault = STUCK_STEP if system.startswith("paged") else STUCK
+    stuck = altered(tmp_path, fault, STUCK="1" if how == "stuck" else "")
     starter = subprocess.Popen(first, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | stuck)
     process = process_of_rank_1(out, starter, 20)
     if how == "frozen":
