@@ -266,7 +266,7 @@ class Expected:
             moved = placement.moved * placement.ranks / self.node.disk_bandwidth  # all ranks read the same disk
         elif placement.path:
             moved = placement.moved / (_LINK * card.host_link if placement.path == "host" else card.gpu_link)
-        shared = together > 1 and pace.shared_layer_seconds is not None
+        shared = (together > 1 or placement.gathered > 0) and pace.shared_layer_seconds is not None
         work = (pace.shared_layer_seconds or 0.0) if shared else pace.layer_seconds
         times = {
             "Python's work": work * self.model.layers,

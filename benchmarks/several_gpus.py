@@ -4,10 +4,12 @@
 
 For each shape (llama-8b and bloom-7b1), over four, two and one GPUs as far as there are so many, by `batchgen bench`:
 FOLDER/SHAPE-jobs with the mixed jobs of `paged`, FOLDER/SHAPE with the seed's table, and FOLDER/SHAPE-offload with 20
-tokens a row and weights in host memory. What needs fewer GPUs than there are runs side by side, each on its own; what
-waits for the host's memory runs alone. What is there already is not measured again; after `--seconds`, what still runs
-is stopped, and keeps its cells. `--only` picks the commands that have the word. Speeds of two hosts do not belong into
-one FOLDER: bench refuses another card, and nobody else knows.
+tokens a row and weights in host memory. Of llama-70b, over four GPUs, what shares a model among all.
+
+What needs fewer GPUs than there are runs side by side, each on its own; what waits for the host's memory runs alone.
+What is there already is not measured again; after `--seconds`, what still runs is stopped, and keeps its cells.
+`--only` picks the commands that have the word. Speeds of two hosts do not belong into one FOLDER: bench refuses another
+card, and nobody else knows.
 """
 
 from __future__ import annotations
@@ -46,13 +48,22 @@ class Job:
 
 def jobs(shape: str, most: int) -> Iterator[Job]:
     """What is measured of a shape, over up to `most` GPUs, the widest first."""
+    seeds = ("--batch-sizes", SEEDS, "--cycles", "1")
+    mixed = ("--batch-sizes=", "--mixed", "1024,4096", "--cycles", "2")
+    if shape == "llama-70b":
+        if most >= 4:
+            yield Job(f"{shape}-jobs", shape, 4, ("--engines", "paged:tp=4", *mixed))
+            for system in ("paged:tp=4", "ds-inference:tp=4", "ds-zero"):
+                yield Job(shape, shape, 4, ("--engines", system, *seeds))
+        return
     counts = [count for count in (4, 2, 1) if count <= most]
     for count in counts:
-        mixed = ("--engines", "paged", "--batch-sizes=", "--mixed", "1024,4096", "--cycles", "2")
-        yield Job(f"{shape}-jobs", shape, count, mixed)
-        yield Job(shape, shape, count, ("--engines", "ds-zero", "--batch-sizes", SEEDS, "--cycles", "1"))
-        system = "ds-inference" if count == 1 else "ds-inference:tp=2"
-        yield Job(shape, shape, count, ("--engines", system, "--batch-sizes", SEEDS, "--cycles", "1"))
+        yield Job(f"{shape}-jobs", shape, count, ("--engines", "paged", *mixed))
+        if count > 1:
+            yield Job(f"{shape}-jobs", shape, count, ("--engines", "paged:tp=2", *mixed))
+        yield Job(shape, shape, count, ("--engines", "ds-zero", *seeds))
+        for system in ("ds-inference", "paged") if count == 1 else ("ds-inference:tp=2", "paged:tp=2"):
+            yield Job(shape, shape, count, ("--engines", system, *seeds))
     for count in counts:
         words = ("--engines", "ds-zero:offload=cpu", "--batch-sizes", OFFLOADED, "--tokens", "20", "--cycles", "1")
         yield Job(f"{shape}-offload", shape, count, words, alone=True)

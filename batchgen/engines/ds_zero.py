@@ -42,7 +42,7 @@ class DsZero(Engine):
     """A share of the weights and a stream of its own on every rank."""
 
     calls_together = True
-    pace = Pace(layer_seconds=0.00104)
+    pace = Pace(layer_seconds=0.00062, shared_layer_seconds=0.0011)  # H100s and H200s, one to four
 
     @dataclass(frozen=True)
     class Options:
