@@ -58,11 +58,11 @@ def test_a_cell_that_runs_out_of_memory_is_a_cell_and_the_bench_goes_on(tmp_path
     assert found["accelerate", "seed", 4]["fits"] == 2
 
     # The same again has nothing to do; another system and a job are added, in the same folder.
-    more = ["--engines", "accelerate,ds-inference:tp=2,echo", "--batch-sizes", "1,2"]
+    more = ["--engines", "accelerate,paged:tp=2,echo", "--batch-sizes", "1,2"]
     done = bench(tmp_path, *words, *more)
     assert "accelerate: batches" not in done.stderr
     found = cells(tmp_path)
-    assert found["ds-inference:tp=2", "seed", 2]["generated"] == 2 * 5, "a group is one stream"
+    assert found["paged:tp=2", "seed", 2]["generated"] == 2 * 5, "a group is one stream"
     assert found["echo", "seed", 2]["outcome"] == "ok"
     tables = (tmp_path / "bench" / "tables.md").read_text()
     assert "random weights of tiny.json, float32, 5 new tokens, median of 2 cycles" in tables
