@@ -88,7 +88,7 @@ class Setup:
     batch_size: int | None  # most prompts in a batch; None: the engine's choice
     world: World
     selftest: bool = True  # look at the first batch's text twice
-    run: str = ""  # what tells this run from all others, the same in all its attempts
+    run: str = ""  # what tells this run, or its shard, from all others; the same in all its attempts
     cache: str = ""  # batchgen's own folder on this machine, for what is built once
     limits: Mapping[int, int] = field(default_factory=dict)
     """Most rows of a batch, by its length in tokens: what earlier attempts died of (`OutOfStep`)."""

@@ -15,7 +15,7 @@ from batchgen.prepare import Ready
 from batchgen.schedule import open_rows, order, shard, windows
 from batchgen.stacks import answering
 from batchgen.stop import Stop
-from batchgen.types import TOO_MANY_FAILED, Batch, Generation, Prompt
+from batchgen.types import TOO_MANY_FAILED, WHOLE, Batch, Generation, Prompt
 from batchgen.watchdog import Watchdog
 from batchgen.world import World
 
@@ -49,7 +49,7 @@ class Share:
             ready.dtype,
             ready.batch_size,
             world,
-            run=str(attempt.folder.path.absolute()),
+            run=_name_of(attempt),
             cache=str(ready.cache),
             selftest=ready.selftest,
             limits=limits,
@@ -189,6 +189,12 @@ class Share:
             "refused_again": self._refused_before,
             "at_ease": self._engine is not None and self._engine.at_ease,
         }
+
+
+def _name_of(attempt: Attempt) -> str:
+    """What tells this run, or its shard, from others that work on this host at the same time."""
+    path, shard = str(attempt.folder.path.absolute()), attempt.shard
+    return path if shard == WHOLE else f"{path} {shard}"
 
 
 def _last_error(generations: list[Generation]) -> str:

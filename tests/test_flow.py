@@ -17,8 +17,11 @@ import pytest
 import batchgen
 from batchgen import Host, Recipe, SamplingParams, Status, run
 from batchgen.checkpoint import CheckpointError, RunFolder
+from batchgen.engine import Setup
+from batchgen.engines.echo import Echo
 from batchgen.flow import MergeError, default_folder
 from batchgen.formats import InputError
+from batchgen.offload import SwapFolder
 from batchgen.prepare import RunError
 from batchgen.progress import watch
 from batchgen.types import Shard
@@ -169,6 +172,28 @@ def test_shards_do_the_run_together_and_the_last_one_merges(tmp_path: Path, rows
     assert run(rows, out, engine="echo", host=Host(ENVIRONMENT, shard=Shard(1, 3))).exit_code == 0
     whole = run(rows, out, engine="echo", host=ALONE)
     assert (whole.rows, whole.good, whole.state) == (20, 20, "finished")
+
+
+def test_shards_on_one_host_keep_what_waits_on_its_disk_apart(
+    tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, setups, made = tmp_path / "out", [], Echo.__init__
+
+    def recording(self: Echo, setup: Setup, options: Echo.Options) -> None:
+        setups.append(setup)
+        made(self, setup, options)
+
+    monkeypatch.setattr(Echo, "__init__", recording)
+    for shard in (Shard(0, 2), Shard(1, 2)):
+        run(rows, out, engine="echo", host=Host(ENVIRONMENT, shard=shard))
+    run(rows, tmp_path / "whole", engine="echo", host=ALONE)
+    folders = [SwapFolder(tmp_path, setup.run, 0) for setup in setups]
+    assert len({folder.path for folder in folders}) == 3
+    folders[0].open()
+    folders[1].clean(patience=0)
+    folders[1].open()
+    for folder in folders[:2]:
+        folder.close()
 
 
 def test_the_ranks_of_a_shard_do_its_rows_alone(tmp_path: Path, rows: str) -> None:
