@@ -122,8 +122,12 @@ class Engine(ABC):
     steps: int = 0
     """Forwards so far, those for other ranks' sake included. The others wait for the rank with the fewest."""
 
+    heard: int = 0
+    """How often another rank has said that it is there, and has nothing to do either."""
+
     patience: float | None = None
-    """Seconds without a step after which this rank takes another one for dead; None: it waits for nobody now."""
+    """Seconds without a step, and nothing `heard`, after which this rank takes another one for dead; None: it waits for
+    nobody now."""
 
     awaited: Collection[int] | None = None
     """The ranks whose steps this one's wait for; None: all of the world's."""

@@ -170,7 +170,7 @@ class Watchdog(threading.Thread):
             patience = self._engine.patience
             waits = self._others_load()
             own.look(progress(self._count()), rest=self._engine.at_ease or waits)
-            step.look((self._engine.steps,), rest=patience is None or waits)
+            step.look((self._engine.steps, self._engine.heard), rest=patience is None or waits)
             if patience is not None and step.seconds > patience:
                 self._end(patience, self._engine.awaited)
             if own.too_long:

@@ -24,7 +24,7 @@ from batchgen.decoding import StopTexts, generation
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
 from batchgen.paged import models
-from batchgen.paged.loop import Finished, Loop
+from batchgen.paged.loop import MOST_SHRINKS, SHRINK, TOO_LARGE, Finished, Loop
 from batchgen.paged.pages import SIZE
 from batchgen.paged.peers import Leader, Peers, follow
 from batchgen.paged.runner import Runner
@@ -102,15 +102,9 @@ class Paged(Engine):
     def _join(self, setup: Setup, options: Options) -> None:
         """This rank's share of the model, and the others of its group."""
         world, config = setup.world, self._encoder.config
+        loading.floating_dtype(setup.dtype, config)
         self.awaited = those = tensor_parallel.ranks_of_group(world, options.tp)
-        tensor_parallel.check_split(config, len(those))
-        heads, _ = memory.cached_heads(config)
-        if heads % len(those):
-            able = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
-            raise EngineError(
-                f"tp={len(those)}: this model has {heads} key/value heads, of which each rank of --engine paged takes "
-                f"as many as the others: tp can be {able}. --engine ds-inference splits unevenly, too"
-            )
+        tensor_parallel.check_split(config, len(those), evenly=True)
         # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
         timeout = timedelta(seconds=2 * options.timeout_seconds)
         self._device = ranks.join(world, timeout)
@@ -118,6 +112,8 @@ class Paged(Engine):
         self._group = group = tensor_parallel.Group(world, those, self._device, timeout)
         self._model = tensor_parallel.load(setup, config, group, self._device)
         tensor_parallel.plain(self._model, group.model)
+        # However much longer another rank reads. What it takes to be ready then has collectives, which wait no longer.
+        group.await_loaded(lambda: False)
         place = world.rank - those.start
         self._peers = Peers(place, len(those), group.tell, group.told, group.any_rank, group.least, group.tokens)
 
@@ -128,7 +124,7 @@ class Paged(Engine):
         slots = setup.batch_size or _slots(
             memory.free_bytes([self._device], setup.world.local_size), token, self._device
         )
-        slots = peers.least(min([slots, *setup.limits.values()]))
+        slots = peers.least(slots)
         parameters = peers.least(sum(one.numel() for one in self._model.parameters()))
         budget = options.step_tokens or min(8192, max(2048, int(_STEP_OPERATIONS / 2 / parameters)))
         width = min(self._encoder.context or _WIDEST, options.cache_tokens or _WIDEST)
@@ -148,10 +144,13 @@ class Paged(Engine):
         pages = peers.least(free // (token * SIZE))
         if options.cache_tokens is not None:
             pages = min(pages, -(-options.cache_tokens // SIZE))
+        if len(setup.limits) > MOST_SHRINKS:
+            raise EngineError(TOO_LARGE)
+        pages = int(pages * SHRINK ** len(setup.limits))  # attempts of a group that have died of it
         if pages < 1:
             raise EngineError(
-                "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), or "
-                "--engine accelerate, which can put weights elsewhere"
+                "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), more "
+                "GPUs for a model (--tp), or --engine accelerate, which can put weights elsewhere"
             )
         runner.allocate(pages)
         self._runner, self._rows = runner, slots
@@ -184,11 +183,11 @@ class Paged(Engine):
             return
         self._group.await_loaded(stop)
         if self._peers.place == 0:
-            leader = Leader(self._runner, self._peers, self._step)
+            leader = Leader(self._runner, self._peers, self._step, self._hear)
             yield from self._plan(self._runner, prompts, lambda: stop() or leader.asked_to_stop, leader)
             leader.end()
         else:
-            follow(self._runner, self._peers, self._selftest, stop, self._step)
+            follow(self._runner, self._peers, self._selftest, stop, self._step, self._hear)
         self.patience, self.at_ease = None, True
         self._group.await_others(stop)
 
@@ -213,6 +212,8 @@ class Paged(Engine):
         finally:
             loop.stop()
             self._loop = None
+        if loop.error is not None:  # at the moment of a stop, perhaps: the other ranks wait inside that step
+            raise loop.error
 
     def _drive(self, loop: Loop, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         """Feeds the loop and hands over what has finished, about once a second."""
@@ -266,6 +267,9 @@ class Paged(Engine):
 
     def _step(self) -> None:
         self.steps += 1
+
+    def _hear(self) -> None:
+        self.heard += 1
 
     def abandon(self) -> None:
         if self.calls_together:

@@ -25,8 +25,12 @@ from batchgen.types import Prompt
 logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.05
-_SHRINK = 0.85  # of the cache, after a forward that has run out of memory
-_MOST_SHRINKS = 8
+SHRINK = 0.85  # of the cache, after a forward that has run out of memory
+MOST_SHRINKS = 8
+TOO_LARGE = (
+    "out of memory in a forward, however small the cache; use a smaller --batch-size, --set step_tokens=1024, or a "
+    "smaller --dtype"
+)
 _HELD_ROWS, _HELD_SECONDS = 64, 10.0  # that have ended and wait for the check of the first ones, at most
 
 
@@ -78,6 +82,7 @@ class Loop:
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="paged", daemon=True)
         self._shrunk = 0
+        self.error: BaseException | None = None  # of which the thread has died
         self._pending = 0  # prompts given and not finished
 
     @property
@@ -129,7 +134,11 @@ class Loop:
                 torch.cuda.set_device(self._device)
             self._work()
             self._outbox.put(None)
+            # The rows may take long to be recorded, and the other ranks wait for as long.
+            while self._leader is not None and not self._leave.wait(_IDLE_SECONDS):
+                self._leader.breathe()
         except BaseException as error:  # it belongs to whoever waits for the rows
+            self.error = error
             self._outbox.put(error)
 
     def _work(self) -> None:
@@ -145,7 +154,7 @@ class Loop:
                 if not memory.is_out_of_memory(error):
                     raise
                 if self._leader is not None:
-                    raise no_memory(self._scheduler.running) from error
+                    raise no_memory(self._scheduler.pages) from error
                 continue_smaller = True
             if continue_smaller:  # only here: while the exception is handled, it holds the tensors of the failed call
                 flight = None
@@ -168,12 +177,9 @@ class Loop:
     def _shrink(self) -> None:
         """Goes on with a smaller cache, and whatever ran begins again: a forward has found no memory beside it."""
         self._shrunk += 1
-        pages = int(self._scheduler.pages * _SHRINK)
-        if self._shrunk > _MOST_SHRINKS or pages == 0:
-            raise EngineError(
-                "out of memory in a forward, however small the cache; use a smaller --batch-size, "
-                "--set step_tokens=1024, or a smaller --dtype"
-            )
+        pages = int(self._scheduler.pages * SHRINK)
+        if self._shrunk > MOST_SHRINKS or pages == 0:
+            raise EngineError(TOO_LARGE)
         logger.warning("out of memory in a forward; going on with a cache of %d tokens", pages * SIZE)
         refused = self._scheduler.restart(pages)
         self._runner.allocate(pages)

@@ -14,6 +14,7 @@ import torch
 from batchgen import memory
 from batchgen.engine import OutOfStep
 from batchgen.paged.flight import Flight
+from batchgen.paged.pages import SIZE
 from batchgen.paged.runner import Runner
 from batchgen.paged.step import Step
 from batchgen.types import Prompt
@@ -56,10 +57,14 @@ class _Check:
     tokens: list[int]
 
 
-def no_memory(rows: int) -> OutOfStep:
-    """What ends the attempt when one of the ranks had no memory for a step of so many rows."""
+def no_memory(pages: int) -> OutOfStep:
+    """What ends the attempt when one of the ranks had no memory beside a cache of so many pages.
+
+    The limit that is recorded of it has the size of that cache as its length: each attempt that ends so adds one, and
+    by their number the next one's cache is smaller.
+    """
     error = OutOfStep("out of memory in a step that several ranks take together")
-    error.length, error.rows = 1, rows  # rows of all lengths are in flight together
+    error.length, error.rows = pages * SIZE, 2
     return error
 
 
@@ -67,11 +72,12 @@ class Leader:
     """A runner whose steps the other ranks make, too.
 
     Args:
-        count: is called when the others are about to be told something.
+        count: is called when the others are about to be told to do something.
+        hear: is called when they have answered, and there is nothing to do.
     """
 
-    def __init__(self, runner: Runner, peers: Peers, count: Callable[[], None]) -> None:
-        self._runner, self._peers, self._count = runner, peers, count
+    def __init__(self, runner: Runner, peers: Peers, count: Callable[[], None], hear: Callable[[], None]) -> None:
+        self._runner, self._peers, self._count, self._hear = runner, peers, count, hear
         self._spoke = time.monotonic()
         self.asked_to_stop = False  # one of the others was
 
@@ -83,9 +89,10 @@ class Leader:
     def breathe(self) -> None:
         """About once a second asks whether another rank was asked to stop, so that those hear from this one."""
         if time.monotonic() - self._spoke > _WORD_SECONDS:
-            self._tell(_Word.ASK)
+            self._peers.tell(_Word.ASK)
             self.asked_to_stop |= self._peers.any_rank(False)
             self._spoke = time.monotonic()
+            self._hear()
 
     def check(self, prompt: Prompt, tokens: list[int]) -> None:
         """The others are about to look at that row, and so should this one."""
@@ -106,35 +113,37 @@ def follow(
     check: Callable[[Prompt, list[int]], None],
     stop: Callable[[], bool],
     count: Callable[[], None],
+    hear: Callable[[], None],
 ) -> None:
     """Makes the steps that the first rank tells, until it says that there are no more.
 
     Args:
         check: looks at the tokens of a row, as the first rank does.
         stop: whether this rank was asked to stop; the first one is told.
-        count: is called when this rank is about to be told something. So whoever does not come to that, the first rank
+        count: is called when this rank is ready to be told what to do. So whoever does not come to that, the first rank
             included, has counted less than the others that wait for it.
+        hear: is called when the first rank has said that there is nothing to do.
 
     Raises:
         OutOfStep: this rank has no memory for a step.
     """
     before: Flight | None = None
-    while True:
-        count()
-        told = peers.told()
-        if told is _Word.END:
-            return
+    count()
+    while (told := peers.told()) is not _Word.END:
         if told is _Word.ASK:
             peers.any_rank(stop())
-        elif isinstance(told, _Check):
-            check(told.prompt, told.tokens)
-        else:
-            try:
+            hear()
+            continue
+        try:
+            if isinstance(told, _Check):
+                check(told.prompt, told.tokens)
+            else:
                 flight = runner.launch(told)
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-                raise no_memory(len(set(told.slots.tolist()))) from error
-            if before is not None:
-                before.wait()  # its arrays are filled again two steps later
-            before = flight
+                if before is not None:
+                    before.wait()  # its arrays are filled again two steps later
+                before = flight
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            raise no_memory(runner.pages) from error
+        count()

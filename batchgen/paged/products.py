@@ -48,7 +48,7 @@ def _product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
     rows = inputs.reshape(-1, inputs.shape[-1])
     if few.covers(rows, weight):
-        return few.product(rows, weight, bias).view(*inputs.shape[:-1], -1)
+        return few.product(rows, weight, bias).view(*inputs.shape[:-1], len(weight))
     return F.linear(inputs, weight, bias)
 
 

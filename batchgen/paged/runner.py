@@ -136,6 +136,8 @@ class Runner:
                 slots, logits = self._decode(step, turn)
             else:
                 arrays, hidden = self._mixed(step, turn)
+                if not rows:  # parts of prompts, of which none ends here
+                    return Flight(step, self._chosen[turn], self._logprobs[turn], self._mark())
                 at = self._send(torch.from_numpy(step.rows.astype(np.int64)))
                 slots = arrays.slots[at]
                 logits = self._head(hidden[at])

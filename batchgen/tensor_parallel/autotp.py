@@ -36,8 +36,9 @@ def most_ranks(config: Any) -> int:
     return memory.cached_heads(config)[0]
 
 
-def check_split(config: Any, ranks: int) -> None:
-    """Raises EngineError if the model of `config` cannot be split over `ranks` ranks; the message says what can."""
+def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:
+    """Raises EngineError if the model of `config` cannot be split over `ranks` ranks, with as many key/value heads on
+    each if `evenly`; the message says what can."""
     kind = config.model_type
     if kind not in PROVEN or (kind == "falcon" and not config.new_decoder_architecture):
         raise EngineError(
@@ -51,6 +52,12 @@ def check_split(config: Any, ranks: int) -> None:
             f"tp={ranks}: this model has {most} key/value head{'s' if most > 1 else ''}, and each rank of a group "
             f"needs one of its own: tp can be {able}. More ranks can work side by side, as several groups, or share "
             "the weights with --engine ds-zero"
+        )
+    if evenly and most % ranks:
+        able = ", ".join(str(count) for count in range(1, most + 1) if most % count == 0)
+        raise EngineError(
+            f"tp={ranks}: this model has {most} key/value heads, of which each rank of --engine paged takes as many as "
+            f"the others: tp can be {able}. --engine ds-inference splits unevenly, too"
         )
 
 

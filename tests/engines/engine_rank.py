@@ -70,7 +70,8 @@ def start(
     """Has `count` ranks write what they generate with one model after the other."""
     folder.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # One meeting place a model: at the same one, a rank could find what another has left there of the model before.
+    environment |= {"MASTER_ADDR": "127.0.0.1", "PORTS": ",".join(str(free_port()) for _ in models)}
     command = [
         sys.executable,
         "-m",
@@ -146,7 +147,8 @@ def main(
 if __name__ == "__main__":
     given = json.loads(sys.argv[2])
     every = sys.argv[1].split(":")
-    for one in every:
+    for one, port in zip(every, os.environ["PORTS"].split(","), strict=True):
+        os.environ["MASTER_PORT"] = port
         results = Path(sys.argv[3], *([Path(one).name] if len(every) > 1 else []))
         results.mkdir(exist_ok=True)
         main(one, *given, results)

@@ -98,12 +98,13 @@ APART = """
 import os
 if os.environ.get("RANK") == "1":
     import time
-    from batchgen import schedule, tensor_parallel
-    bring, open_rows = tensor_parallel.bring, schedule.open_rows
+    from batchgen import schedule
+    from batchgen.tensor_parallel import share
+    bring, open_rows = share.bring, schedule.open_rows
     def slowly(*arguments, **options):
         time.sleep(6)
         return bring(*arguments, **options)
-    tensor_parallel.bring = slowly
+    share.bring = slowly
     schedule.open_rows = lambda *arguments: (row for row in open_rows(*arguments) if row != 3)
 """
 

@@ -24,7 +24,7 @@ KINDS = {
     "mistral": models.mistral,
 }
 # A cache in which rows are put back, and steps in which prompts are computed in parts.
-TIGHT = ("tp=2", "cache_tokens=256", "expected_share=0.05", "step_tokens=64")
+TIGHT = ("tp=2", "cache_tokens=256", "expected_share=0.05", "step_tokens=16")
 
 
 @pytest.fixture(scope="module")
@@ -88,33 +88,88 @@ def test_a_killed_rank_ends_its_group_and_a_whole_model_goes_on(folders: dict[st
     assert texts(out) == texts(whole)
 
 
-# For sitecustomize: on one rank, the forward of more than four decoding rows finds no memory.
+# For sitecustomize: on rank 0, a step finds no memory beside a cache of more than 110 pages.
 NO_MEMORY = """
 import os
-if os.environ.get("RANK") == os.environ.get("SMALL"):
+if os.environ.get("RANK") == "0":
     import torch
     from batchgen.paged import runner
     launch = runner.Runner.launch
     def small(self, step):
-        if step.decoding > 4:
+        if self.pages > 110 and step.decoding:
             raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
         return launch(self, step)
     runner.Runner.launch = small
 """
 
+# On rank 1, the look at the first rows finds none, once.
+NO_MEMORY_TO_LOOK = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch
+    from batchgen import selftest
+    check, looked = selftest.check, os.environ["LOOKED"]
+    def small(*arguments):
+        if not os.path.exists(looked):
+            open(looked, "w").close()
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        return check(*arguments)
+    selftest.check = small
+"""
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_out_of_memory_of_one_rank_starts_the_group_again_with_fewer_rows(
-    rank: int, folders: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("fault", [NO_MEMORY, NO_MEMORY_TO_LOOK], ids=["in a step", "in the self-test"])
+def test_out_of_memory_of_one_rank_starts_the_group_again_with_a_smaller_cache(
+    fault: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     prompts, out = rows(tmp_path / "p.jsonl", 30), tmp_path / "out"
-    words = command(prompts, out, folders["llama"], "--batch-size", "8", "--tp", "2", engine="paged")
-    done = run(*words, environment=altered(tmp_path, NO_MEMORY, SMALL=str(rank)))
+    words = command(prompts, out, folders["llama"], "--set", "cache_tokens=2000", "--tp", "2", engine="paged")
+    done = run(*words, environment=altered(tmp_path, fault, LOOKED=str(tmp_path / "looked")))
     assert done.returncode == 0, done.stderr
     assert len(list(out.glob("attempts/?????.json"))) == 2, done.stderr
     assert len(read(out)) == 30
     assert texts(out) == texts_alone(prompts, folders["llama"], tmp_path / "one")
+
+
+# For sitecustomize: rank 1 loads eight seconds longer, and rank 0 never comes back from its first commit.
+LATE = """
+import os
+if os.environ.get("RANK") == "1":
+    import time
+    from batchgen.tensor_parallel import share
+    bring = share.bring
+    def slowly(*arguments, **options):
+        time.sleep(8)
+        return bring(*arguments, **options)
+    share.bring = slowly
+if os.environ.get("RANK") == "0":
+    import time
+    from batchgen.checkpoint import Writer
+    Writer.commit = lambda *arguments: time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+def test_loading_may_take_longer_than_patience_and_a_first_rank_that_hangs_is_found(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    prompts, out = rows(tmp_path / "p.jsonl", 20), tmp_path / "out"
+    words = command(prompts, out, folders["llama"], "--tp", "2", "--set", "timeout_seconds=3", engine="paged")
+    words += ["--stall-seconds", "5", "--heartbeat-seconds", "0.2"]
+    ended = run(*words, environment=altered(tmp_path, LATE))
+    assert ended.returncode == 75, ended.stderr
+    # The two tell each other that they are there, so the patience of neither has come to its end.
+    assert "no step for 5 s: " in ended.stderr
+    assert "no step for 3 s" not in ended.stderr
+    assert "in _commit" in (out / "attempts" / "00001-stacks-00000.txt").read_text()
+
+
+def test_8_bits_are_refused_before_anything_is_loaded(folders: dict[str, Path]) -> None:
+    paged = find("paged")
+    setup = Setup(str(folders["llama"]), "int8", None, World(0, 0, 2, 2))
+    with pytest.raises(EngineError, match="no dtype int8"):
+        paged(setup, parse_options(paged, ["tp=2"]))
 
 
 def test_groups_are_streams_whose_first_ranks_write() -> None:

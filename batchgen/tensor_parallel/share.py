@@ -67,7 +67,8 @@ def _check_presplit(found: presplit.Split, setup: Setup, size: int, dtype: torch
         )
     wanted = "int8" if setup.dtype == "int8" else str(dtype).removeprefix("torch.")
     if found.dtype != wanted and not (wanted == "int8" and found.dtype in loading.FLOATING):
+        able = f"{found.dtype} with --engine ds-inference" if found.dtype == "int8" else found.dtype
         raise EngineError(
-            f"{setup.model} holds weights of type {found.dtype}, and the run is to have {wanted}: give --dtype "
-            f"{found.dtype}, or split the model again with --dtype {setup.dtype}"
+            f"{setup.model} holds weights of type {found.dtype}, and the run is to have {wanted}: give --dtype {able}, "
+            f"or split the model again with --dtype {setup.dtype}"
         )
