@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from batchgen.commands import CommandError, fail
+
+if TYPE_CHECKING:
+    from batchgen.slurm import Job, Task
 
 
 @click.command("cancel")
@@ -24,7 +28,7 @@ def command(run: str) -> None:
         known = slurm.jobs(folder)
         if not known:
             raise CommandError(f"{folder} knows of no Slurm job. A run that was started by hand is stopped with Ctrl-C")
-        tasks = [task for job in known for task in slurm.tasks(job.number)]
+        tasks = _tasks(folder, known)
         # Those that follow in a chain first, or they would begin as soon as the one before them ends.
         ends = list(dict.fromkeys(task.job for task in reversed(tasks) if task.works or task.waits))
         if not ends:
@@ -35,3 +39,13 @@ def command(run: str) -> None:
         raise fail(error) from error
     for job in ends:
         click.echo(job)
+
+
+def _tasks(folder: Path, known: list[Job]) -> list[Task]:
+    from batchgen import slurm
+
+    try:
+        return [task for job in known for task in slurm.tasks(job.number)]
+    except slurm.SlurmError as error:
+        numbers = ", ".join(job.number for job in known)
+        raise CommandError(f"{error}. Nothing was cancelled: jobs of {folder} may be running ({numbers})") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,10 +74,13 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
 def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any:
     import torch
 
-    from batchgen import cards, plan
+    from batchgen import cards, models, plan
     from batchgen.models import shapes
 
-    config, folder = shapes.find(options["model"])
+    name = options["model"]
+    if name == models.DEFAULT:
+        name = str(models.resolve(name, models.cache_folder(os.environ), logger.info).folder)
+    config, folder = shapes.find(name)
     work, note = _work(inputs, recipe, folder)
     host = options["host_memory"]
     card = cards.card_of(options["gpu"], options["gpu_memory"])
@@ -162,14 +166,19 @@ def _text(
 
 
 def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any]) -> str:
-    there = "/" in options["model"] and not options["model"].endswith(".json")
-    words = ["batchgen", "run", *inputs, "--model", options["model"] if there else "MODEL", "--dtype", options["dtype"]]
+    from batchgen.models import shapes
+
+    name = options["model"]
+    model = "MODEL" if name in shapes.SHAPES or Path(name).is_file() else name  # neither of them can be run
+    words = ["batchgen", "run", *inputs, "--model", model, "--dtype", options["dtype"]]
     recipe = options["recipe"]
-    given = {name: getattr(recipe.sampling, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    numbers = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    given = {name: getattr(recipe.sampling, name) for name in numbers}
     given = {name: value for name, value in given.items() if value != getattr(SamplingParams, name)}
     given |= {name: value for name in ("prompt_column", "template") if (value := getattr(recipe, name)) is not None}
-    for name, value in given.items():
+    for name, value in [*given.items(), *(("stop", text) for text in recipe.sampling.stop)]:
         words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--logprobs"] if recipe.sampling.logprobs else []
     words += ["--engine", best.engine]
     for setting in best.placement.settings:
         words += ["--set", setting]

@@ -42,7 +42,24 @@ _RUN_FILES = (
 )
 
 
-@click.command("run-batch", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+class _RunBatch(click.Command):
+    """vLLM has flags of one dash and several characters, like -O3 and -cc.mode=3. Click would look for our -i and -o
+    among their letters; with a NUL in front, which no argument can hold, each is a plain word to it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options = (one for one in self.params if isinstance(one, click.Option) and not one.is_flag)
+        with_value = {name for one in options for name in one.opts}
+        words, is_value = [], False
+        for word in args:
+            unknown = len(word) > 2 and word[0] == "-" and word[1] not in "-io" and not is_value
+            words.append(f"\0{word}" if unknown else word)
+            is_value = word in with_value and not is_value
+        rest = super().parse_args(ctx, words)
+        ctx.args = [word.removeprefix("\0") for word in ctx.args]
+        return rest
+
+
+@click.command("run-batch", cls=_RunBatch, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.option(
     "-i", "--input-file", required=True, metavar="FILE|URL", help="OpenAI batch lines; http(s) is read with GET."
 )
@@ -84,27 +101,29 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     goes on where it stopped when it is called again. vLLM's other flags are ignored with a warning. Lines that name
     another model than --model are answered with 404. Exit codes are those of `run`.
     """
+    from batchgen import models
+
     if context.args:
         _check_ignored(context)
         click.echo(f"batchgen: ignored, not known here: {' '.join(context.args)}", err=True)
-    model, revision = options.pop("model"), options.pop("revision")
+    model, options["model"] = options["model"], model_of(options)
+    del options["revision"]
     served = options.pop("served_model_name") or (model and model.partition("@")[0])
     sequences = options.pop("max_num_seqs")
     options["batch_size"] = options["batch_size"] or sequences
     options["dtype"] = _DTYPES.get(options["dtype"], options["dtype"])
-    options["model"] = f"{model}@{revision}" if model and revision else model
-    options["recipe"] = recipe_of(options, served or _default_model())
+    options["recipe"] = recipe_of(options, served or models.DEFAULT)
     options["heartbeat_seconds"], options["shard"] = HEARTBEAT_SECONDS, WHOLE
     for name in (input_file, output_file):
-        if _is_url(name) and "@" in urllib.parse.urlsplit(name).netloc:
+        if is_url(name) and "@" in urllib.parse.urlsplit(name).netloc:
             raise CommandError(f"{name} has a user or a password in it, which cannot be used: take a signed address")
     folder = folder_of({**options, "output_file": output_file})
     del options["run_folder"]
     parent = Path(output_file).absolute().parent
     there = parent.is_dir() or parent == folder.absolute().parent  # which is made with the run folder
-    if not _is_url(output_file) and (os.path.isdir(output_file) or not there):
+    if not is_url(output_file) and (os.path.isdir(output_file) or not there):
         raise CommandError(f"{output_file} cannot be written: it is a folder, or is to be in one that is not there")
-    if not _is_url(output_file) and os.path.exists(output_file) and _is_same_file(input_file, output_file):
+    if not is_url(output_file) and os.path.exists(output_file) and _is_same_file(input_file, output_file):
         raise CommandError(f"{output_file} is the input: the answers would take its place. Name another file with -o")
     if (folder / _DISCARDING).exists():
         _discard(folder)
@@ -144,31 +163,32 @@ def folder_of(options: dict[str, Any]) -> Path:
     return Path(options["run_folder"] or f"{_local_name(options['output_file'])}.run")
 
 
-def _default_model() -> str:
-    from batchgen import models
+def model_of(options: dict[str, Any]) -> str | None:
+    """The model of these options, as `run` names it."""
+    model, revision = options["model"], options["revision"]
+    return f"{model}@{revision}" if model and revision else model
 
-    return models.DEFAULT
 
-
-def _is_url(name: str) -> bool:
+def is_url(name: str) -> bool:
+    """Whether this file is read with GET, or written with PUT."""
     return name.startswith(("http://", "https://"))
 
 
 def _local_name(output: str) -> str:
-    if not _is_url(output):
+    if not is_url(output):
         return output
     # Not what stands behind "?": the signature of a signed URL, another one at every start.
     return PurePosixPath(urllib.parse.unquote(urllib.parse.urlsplit(output).path)).name or "output"
 
 
 def _is_same_file(name: str, other: str) -> bool:
-    return not _is_url(name) and os.path.exists(name) and os.path.samefile(name, other)
+    return not is_url(name) and os.path.exists(name) and os.path.samefile(name, other)
 
 
 def _fetched(name: str, folder: Path) -> str:
     """The local file of the input. A URL is fetched into the run folder, once for a run and all its ranks: an
     unfinished one goes on with what it began with, and a finished one must see whether there is a new input."""
-    if not _is_url(name):
+    if not is_url(name):
         return name
     packed = [end for end in (".gz", ".zst") if urllib.parse.urlsplit(name).path.endswith(f".jsonl{end}")]
     place = folder / f"fetched-{hashlib.sha256(name.encode()).hexdigest()[:16]}.jsonl{''.join(packed)}"
@@ -243,7 +263,7 @@ def _discard(folder: Path) -> None:
 def _deliver(generations: Path, output: str) -> None:
     scratch = f"{output}.{os.getpid()}.{os.urandom(4).hex()}"
     try:
-        if _is_url(output):
+        if is_url(output):
             _put(generations, output)
             return
         try:

@@ -29,7 +29,7 @@ def command(run: str, as_json: bool, exit_code: bool) -> None:
     """Say how far a run is, from its files and from Slurm's queue.
 
     Safe at any time and from any host: it only reads. Of a job array it says which shards are missing, running or
-    failed, and the command that does those again.
+    failed, and, where the queue can be read, the command that does those again.
     """
     from batchgen import slurm
     from batchgen.checkpoint import RunFolder, status
@@ -38,7 +38,7 @@ def command(run: str, as_json: bool, exit_code: bool) -> None:
     folder = Path(run)
     try:
         jobs = slurm.jobs(folder)
-        queued = [(job, task) for job in jobs for task in slurm.tasks(job.number)] if slurm.is_there() else []
+        queued, unread = _queue(jobs)
         begun = (folder / "run.json").exists() or not jobs  # a job may wait for hours before it makes that file
         found = status(RunFolder(folder)) if begun else None
     except (UserError, OSError) as error:
@@ -46,10 +46,11 @@ def command(run: str, as_json: bool, exit_code: bool) -> None:
     if as_json:
         values = {} if found is None else {**dataclasses.asdict(found), "exit_code": found.exit_code}
         values |= {"folder": str(folder), "jobs": [dataclasses.asdict(task) for _, task in queued]}
+        values["queue_error"] = unread
         values["shard"] = None if found is None else str(found.shard)
         click.echo(json.dumps(values, indent=1))
     else:
-        click.echo("\n".join([*_lines(folder, found), *_of_slurm(folder, jobs, queued, found)]))
+        click.echo("\n".join([*_lines(folder, found), *_of_slurm(folder, jobs, queued, unread, found)]))
     sys.exit((75 if found is None else found.exit_code) if exit_code else 0)
 
 
@@ -78,10 +79,24 @@ def _lines(folder: Path, found: Status | None) -> Iterator[str]:
         yield f"  {attempt.where}, {shard}{attempt.ranks} rank(s): {state}{lost}"
 
 
-def _of_slurm(folder: Path, jobs: list[Job], queued: list[tuple[Job, Task]], found: Status | None) -> Iterator[str]:
+def _queue(jobs: list[Job]) -> tuple[list[tuple[Job, Task]], str | None]:
+    """What Slurm says of the jobs, or why it says nothing: a run folder is also read where there is no Slurm."""
+    from batchgen import slurm
+
+    try:
+        return [(job, task) for job in jobs for task in slurm.tasks(job.number)], None
+    except slurm.SlurmError as error:
+        return [], str(error)
+
+
+def _of_slurm(
+    folder: Path, jobs: list[Job], queued: list[tuple[Job, Task]], unread: str | None, found: Status | None
+) -> Iterator[str]:
     """The jobs that are in the queue or have given up, and what is to be done about shards."""
     from batchgen import slurm
 
+    if unread is not None:
+        yield f"  jobs    {', '.join(job.number for job in jobs)}: {unread}"
     for job, task in queued:
         if task.works or task.waits:
             yield f"  job     {task.name}: {task.words}"
@@ -93,11 +108,14 @@ def _of_slurm(folder: Path, jobs: list[Job], queued: list[tuple[Job, Task]], fou
     shards = shards or ["missing"] * max((job.shards for job in jobs), default=0)
     if not shards:
         return
-    busy = {job.offset + task.index for job, task in queued if task.index is not None and (task.works or task.waits)}
+    in_queue = [(job, task) for job, task in queued if task.works or task.waits]
+    busy = {job.offset + task.index for job, task in in_queue if task.index is not None}
+    # A task that may run must not be submitted again. In the accounting, those that wait have no index of their own.
+    unsure = unread is not None or any(task.index is None for job, task in in_queue if job.shards)
     for state in ("missing", "running", "failed"):
         which = [index for index, one in enumerate(shards) if one == state]
         if which:
             yield f"  {state:7} shards {slurm.ranges(which)} of {len(shards)}"
     again = [index for index, one in enumerate(shards) if one in ("missing", "failed") and index not in busy]
-    if again:
+    if again and not unsure:
         yield from (f"  again   {line}" for line in slurm.retries(jobs, again))

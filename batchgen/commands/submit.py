@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -69,7 +70,6 @@ def command(
     --chain is for clusters where a job cannot requeue itself, for want of `scontrol` in its container.
     """
     from batchgen import slurm
-    from batchgen.prepare import check_there
     from batchgen.types import WHOLE, UserError
 
     folder, asked = asked_of(context.obj)
@@ -87,9 +87,9 @@ def command(
             folder, context.obj, given, site, tasks, max_requeues=max_requeues, chained=chain is not None
         )
         if only_print:
-            click.echo(script.text(), nl=False)
+            click.echo(_bytes(script), nl=False)
             return
-        check_there(asked.get("inputs", ()) or [asked["input_file"]], asked["model"])
+        _check_there(asked)
         jobs = _submit(folder, script, tasks, chain or 1)
     except UserError as error:
         raise fail(error) from error
@@ -97,18 +97,35 @@ def command(
         click.echo(job)
 
 
+def _check_there(asked: dict[str, Any]) -> None:
+    """Whether input and model are on this machine, as far as they are files, by the options of `run` or `run-batch`."""
+    from batchgen import models
+    from batchgen.commands.run_batch import is_url, model_of
+    from batchgen.prepare import check_there
+
+    if "inputs" in asked:
+        check_there(asked["inputs"], asked["model"])
+    elif is_url(asked["input_file"]):  # fetched when the job begins
+        models.check_there(model_of(asked))
+    else:
+        check_there([asked["input_file"]], model_of(asked))
+
+
 def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]:
     """Writes the script and submits it as often as it takes; the numbers of the jobs."""
     from batchgen import slurm
 
     path = folder.absolute().with_name(f"{folder.absolute().name}.sbatch")
-    _write(path, script.text())
+    _write(path, _bytes(script))
     slurm.prepare(folder)
-    made = []
+    made: list[str] = []
     for offset in range(0, array.shards, array.size) if array.shards else [0]:
         chain: list[str] = []
         for _ in range(links):
             options = [f"--array={array.indices(offset)}"] if array.shards else []
+            if made and not chain and array.at_once:
+                # Slurm counts what runs at once in one array alone: the next begins when the one before has ended.
+                options += [f"--dependency=afterany:{made[-1]}", "--kill-on-invalid-dep=yes"]
             if chain:
                 # A job that did all there was to do ends well, and those that follow it leave the queue: all of them
                 # wait for it, since to leave the queue is not to end well. Of an array, some tasks may be done.
@@ -123,15 +140,22 @@ def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]
     return made
 
 
-def _write(path: Path, text: str) -> None:
+def _bytes(script: Script) -> bytes:
+    """Its text as in a file: a path's bytes are those of the folder or file, be they UTF-8 or not."""
+    return script.text().encode("utf-8", "surrogateescape")
+
+
+def _write(path: Path, text: bytes) -> None:
     """The script at `path`; one that says something else, edited perhaps, is kept beside it."""
     from batchgen.checkpoint import write_atomic
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            os.replace(path, path.with_name(f"{path.name}.old"))
-            click.echo(f"batchgen: the script that was there is now {path.name}.old", err=True)
-        write_atomic(path, text.encode("utf-8"))  # never through a link that somebody has put there
+        if path.exists() and path.read_bytes() != text:
+            endings = itertools.chain([""], itertools.count(2))
+            kept = next(old for end in endings if not (old := path.with_name(f"{path.name}.old{end}")).exists())
+            os.replace(path, kept)
+            click.echo(f"batchgen: the script that was there is now {kept.name}", err=True)
+        write_atomic(path, text)  # never through a link that somebody has put there
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,7 +1,7 @@
 """Slurm: the text of a job, what its batch process does, its commands, and what the run folder remembers of jobs."""
 
 from batchgen.slurm.directives import Directive, parse
-from batchgen.slurm.queue import GONE, SlurmError, Task, cancel, is_there, largest_array, sbatch, tasks
+from batchgen.slurm.queue import GONE, SlurmError, Task, cancel, largest_array, sbatch, tasks
 from batchgen.slurm.records import Job, end_of, jobs, log_pattern, prepare, remember
 from batchgen.slurm.script import MAX_REQUEUES, SHARD, SRUN, Array, Script, ranges, retries, submitted
 from batchgen.slurm.site import Site, load
@@ -22,7 +22,6 @@ __all__ = [
     "Task",
     "cancel",
     "end_of",
-    "is_there",
     "jobs",
     "largest_array",
     "load",

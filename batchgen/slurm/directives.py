@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ _LONG = {
     "w": "nodelist",
     "x": "exclude",
 }
+_REFUSED = {"wrap": "the command stands behind --", "array": "--array N, with N shards, does it"}
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # what --signal may be
+_WARNING_NAMES = {name for one in WARNINGS for name in (one.name.removeprefix("SIG"), str(one.value))}
 _PLAIN = re.compile(r"[\w./:,=@%+\[\]*-]+", re.ASCII)
 
 
@@ -80,7 +84,28 @@ def parse(words: Sequence[str]) -> list[Directive]:
             found[-1] = Directive(found[-1].name, word)
         else:
             raise SlurmError(f"{word!r} is no option of sbatch. Options of sbatch come first, then --, then run …")
-    return found
+    return [usable(directive) for directive in found]
+
+
+def usable(directive: Directive) -> Directive:
+    """As a job can have it. A warning signal goes to the batch process, which passes it on; without B: it would kill
+    the tasks' shells.
+
+    Raises:
+        SlurmError: it contradicts what a run needs.
+    """
+    if directive.name in _REFUSED:
+        raise SlurmError(f"sbatch's own --{directive.name} cannot be used here: {_REFUSED[directive.name]}")
+    if directive.name != "signal":
+        return directive
+    found = re.fullmatch(r"(?:([RB]+):)?((?:SIG)?(\w+)(?:@\d+)?)", directive.value or "", re.ASCII | re.IGNORECASE)
+    if found is None or found[3].upper() not in _WARNING_NAMES:
+        raise SlurmError(
+            f"{directive.word} cannot be used here: a job takes only USR1, USR2 and XCPU for the warning before its "
+            "time limit, and after any other signal it does not begin again. Say --signal=USR2@SECONDS"
+        )
+    reserved = "R" if "R" in (found[1] or "").upper() else ""
+    return Directive("signal", f"{reserved}B:{found[2]}")
 
 
 def merged(*lists: Iterable[Directive]) -> list[Directive]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from batchgen.types import UserError
 _SECONDS = 60.0  # for a command; clients give up by themselves after ten seconds without a controller
 _FIELDS = "%i|%F|%K|%T|%r|%N|%S|%e"  # of squeue: its --json differs from one version of Slurm to the next
 
-GONE = "GONE"  # no command of Slurm knows the job any more, or none can be asked
+GONE = "GONE"  # Slurm has answered, and knows the job no more
+_UNKNOWN = "Invalid job id"  # how squeue says so; any other failure says nothing of the job
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 WORKING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 
@@ -59,11 +59,6 @@ class Task:
         return self.state in WORKING
 
 
-def is_there() -> bool:
-    """Whether this host has Slurm's commands."""
-    return shutil.which("squeue") is not None
-
-
 def sbatch(script: Path, options: Sequence[str] = (), arguments: Sequence[str] = ()) -> str:
     """Submits `script`; gives the job's number.
 
@@ -88,13 +83,21 @@ def largest_array() -> int | None:
 
 
 def tasks(job: str) -> list[Task]:
-    """The tasks of a job, one if it is no array: from the queue, else from the accounting, which few clusters lack."""
+    """The tasks of a job, one if it is no array: from the queue, else from the accounting, which few clusters lack.
+
+    Raises:
+        SlurmError: the queue cannot be read, and the accounting does not say: the job may be running.
+    """
+    text, unread = "", None
     try:
-        text = _asked(["squeue", "-h", "-r", "-t", "all", "-j", job, "-o", _FIELDS], "")
-    except SlurmError:
-        return _accounted(job)
+        text = _asked(["squeue", "-h", "-r", "-t", "all", "-j", job, "-o", _FIELDS], "the queue cannot be read")
+    except SlurmError as error:
+        unread = None if _UNKNOWN in str(error) else error
     found = [_task(line) for line in text.splitlines() if line.count("|") == _FIELDS.count("|")]
-    return found or _accounted(job)
+    found = found or _accounted(job)
+    if not found and unread is not None:
+        raise unread
+    return found or [Task(job, None, GONE)]
 
 
 def _task(line: str) -> Task:
@@ -103,16 +106,17 @@ def _task(line: str) -> Task:
 
 
 def _accounted(job: str) -> list[Task]:
+    """What the accounting says; nothing if it does not know the job, or cannot be asked."""
     try:
         text = _asked(["sacct", "-n", "-X", "-P", "-j", job, "-o", "JobID,State,NodeList,Start,End"], "")
     except SlurmError:
-        return [Task(job, None, GONE)]
+        return []
     found = []
     for line in text.splitlines():
         number, state, nodes, start, end = line.split("|")
         _, _, index = number.partition("_")
         found.append(Task(job, int(index) if index.isdigit() else None, state.split()[0], "", nodes, start, end))
-    return found or [Task(job, None, GONE)]
+    return found
 
 
 def requeue(job: str) -> None:

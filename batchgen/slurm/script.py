@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchgen.slurm.directives import Directive, merged
-from batchgen.slurm.queue import SlurmError
 from batchgen.slurm.records import Job, log_pattern
 from batchgen.slurm.site import Site
 
@@ -24,6 +23,7 @@ SRUN = ("srun", "--kill-on-bad-exit=1", "--wait=0", "--distribution=block")
 
 # Which of sbatch's options say how many tasks there are.
 _TASKS = ("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-socket")
+_REQUEUE = ("requeue", "no-requeue")
 SHARD = '"$((SLURM_ARRAY_TASK_ID + ${1:-0}))/%s"'  # in an array behind the first, $1 is the number of its first shard
 
 
@@ -107,18 +107,14 @@ def submitted(
 
     Args:
         run: the run folder.
-        command: words of `run …`, as typed.
+        command: words of `run …` or `run-batch …`, as typed.
         typed: options of sbatch; they come before the site's, and those before ours.
         chained: more jobs follow by dependency, instead of this one being requeued.
-
-    Raises:
-        SlurmError: an option of sbatch contradicts what a run needs.
     """
-    for refused, instead in (("wrap", "the command stands behind --"), ("array", "--array N, with N shards, does it")):
-        if any(directive.name == refused for directive in typed):
-            raise SlurmError(f"sbatch's own --{refused} cannot be used here: {instead}")
-    if any(directive.name == "no-requeue" for directive in typed):
+    given = [*site.directives, *typed]
+    if [one.name for one in given if one.name in _REQUEUE][-1:] == ["no-requeue"]:
         max_requeues = 0
+    given = merged(one for one in given if one.name not in _REQUEUE)
     ours = [
         Directive("job-name", run.absolute().name),
         Directive("chdir", str(Path.cwd())),
@@ -129,7 +125,7 @@ def submitted(
     ]
     if array.shards:
         ours.append(Directive("array", array.indices()))
-    given = merged(site.directives, [_heard(one) for one in typed if one.name not in ("requeue", "no-requeue")])
+    shard = ["--shard", SHARD % array.shards] if array.shards else []
     return Script(
         title=["Written by `batchgen submit`. It can be edited, and submitted again as it stands, with sbatch."],
         directives=merged(ours, given, _one_task_a_gpu(given)),
@@ -137,15 +133,9 @@ def submitted(
         batchgen=f"{shlex.quote(sys.executable)} -m batchgen",
         supervise=["--chained"] if chained else [f"--max-requeues={max_requeues}"],
         srun=[*SRUN, *map(shlex.quote, site.srun)],
-        command=[*map(shlex.quote, command), *(["--shard", SHARD % array.shards] if array.shards else [])],
+        # Right behind `run`: what follows a `--` is input.
+        command=[command[0], *shard, *map(shlex.quote, command[1:])],
     )
-
-
-def _heard(directive: Directive) -> Directive:
-    """A warning signal goes to the batch process, which passes it on; without B: it would kill the tasks' shells."""
-    if directive.name == "signal" and directive.value is not None and ":" not in directive.value:
-        return Directive("signal", f"B:{directive.value}")
-    return directive
 
 
 def _one_task_a_gpu(directives: Sequence[Directive]) -> list[Directive]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchgen.slurm.directives import Directive, merged
+from batchgen.slurm.directives import Directive, merged, usable
 from batchgen.slurm.queue import SlurmError
 
 _LISTS = ("modules", "setup", "srun")
@@ -38,7 +38,7 @@ def load(environment: Mapping[str, str], working: Path) -> Site:
     """The defaults of the user, each replaced by the working folder's where that names it too.
 
     Raises:
-        SlurmError: a file is no TOML, or has a name that means nothing.
+        SlurmError: a file is no TOML, has a name that means nothing, or an option that a run cannot have.
     """
     config = Path(environment.get("XDG_CONFIG_HOME") or Path(environment.get("HOME", "/")) / ".config")
     paths = (config / "batchgen" / "slurm.toml", working / "slurm.toml")
@@ -47,10 +47,18 @@ def load(environment: Mapping[str, str], working: Path) -> Site:
     for path in paths:
         known = _read(path)
         lists |= {name: [str(line) for line in known[name]] for name in _LISTS if name in known}
-        options = {name: known[name] for name in ("account", "partition") if name in known}
+        options: dict[str, Any] = {name: known[name] for name in ("account", "partition") if name in known}
         options |= known.get("sbatch", {})
-        given = [Directive(name, None if value is True else str(value)) for name, value in options.items()]
-        directives = merged(directives, given)
+        left_out = [name for name, value in options.items() if value is False]
+        given = [
+            Directive(name, None if value is True else str(value))
+            for name, value in options.items()
+            if name not in left_out
+        ]
+        try:
+            directives = merged((one for one in directives if one.name not in left_out), map(usable, given))
+        except SlurmError as error:
+            raise SlurmError(f"{path}: {error}") from error
     return Site(directives, **lists)
 
 

@@ -18,15 +18,15 @@ from pathlib import Path
 from types import FrameType
 
 from batchgen.checkpoint import RunFolder, Status, status
+from batchgen.slurm.directives import WARNINGS
 from batchgen.slurm.queue import SlurmError, requeue
-from batchgen.slurm.records import GAVE_UP, Job, end_of, is_unwritten, note_end, note_unwritten, remember
+from batchgen.slurm.records import GAVE_UP, Job, end_of, is_unwritten, jobs, note_end, note_unwritten, remember
 from batchgen.types import TOO_MANY_FAILED, WHOLE, Shard
 
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 60.0  # for the ranks to end after the warning; then the job is requeued all the same
 _AGAIN_SECONDS = 5.0  # a rank that is just starting does not hear the first one
-_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # what --signal may be
 # Preemption, a lost node, scancel: Slurm decides what comes next.
 _ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _COULD_NOT_RUN, _RESUMABLE = 4, 75
@@ -55,7 +55,7 @@ class Supervisor:
 
     def carry_out(self, words: Sequence[str]) -> int:
         """Runs the command `words` to its end; the exit code of the job."""
-        for number in (*_WARNINGS, *_ENDINGS):
+        for number in (*WARNINGS, *_ENDINGS):
             signal.signal(number, self._hear)
         if self._job:
             shards = self.shard.count if self._task != self._job else 0
@@ -100,7 +100,11 @@ class Supervisor:
         job = dependency.rpartition(":")[2].partition("_")[0].partition("(")[0]
         if not job.isdigit():
             return None
-        return f"{job}_{self.environment['SLURM_ARRAY_TASK_ID']}" if self._task != self._job else job
+        if self._task == self._job:
+            return job
+        # Of several arrays, the first of a chain may wait for one of other shards.
+        others = (one.number for one in jobs(self.run) if one.offset != self._offset())
+        return None if job in others else f"{job}_{self.environment['SLURM_ARRAY_TASK_ID']}"
 
     def _wait(self, words: Sequence[str]) -> int:
         """The exit code of the command, negative for a signal."""

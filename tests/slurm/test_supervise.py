@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from batchgen import slurm
 from tests.commands.starts import Ended, call, echo, found, prompts, read_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +77,17 @@ def test_too_many_errors_are_not_tried_again(tmp_path: Path) -> None:
     ended = job(tmp_path, 1, *echo(rows, "-o", "out", "--max-error-rate", "0", "--batch-size", "5"))
     assert ended.code == 4, ended.err
     assert "not starting again: 1 of this stream's 21 rows have failed, more than --max-error-rate allows" in ended.err
+
+
+def test_a_task_of_other_shards_is_not_the_one_before_it_in_the_chain(tmp_path: Path) -> None:
+    slurm.remember(tmp_path / "out", slurm.Job("1", 0, shards=9, offset=0))
+    (tmp_path / "out" / "jobs" / "1_2.ended.json").write_text('{"outcome": "gave up", "why": "of its own"}')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    for offset, given_up in ((0, True), (5, False)):
+        environment = {"SLURM_ARRAY_JOB_ID": "2", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": f"2{offset}"}
+        environment["SLURM_JOB_DEPENDENCY"] = "afterany:1"
+        words = ["true", "batchgen", "run", "p.jsonl", "-o", "out", "--shard", f"{2 + offset}/9"]
+        ended = call(tmp_path, "job", "--chained", "--", *words, environment=environment)
+        assert ended.code == 4
+        assert ("not starting again: of its own" in ended.err) is given_up, ended.err
+        (tmp_path / "out" / "jobs" / "2.json").unlink()

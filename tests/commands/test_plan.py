@@ -1,0 +1,55 @@
+"""`batchgen plan` takes what `run` takes, and the command that it suggests makes the same texts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from batchgen import models
+from batchgen.commands import main
+from batchgen.commands.run import command as run
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n')
+    return tmp_path / "p.jsonl"
+
+
+def suggested(*words: str) -> list[str]:
+    """The words behind `batchgen run` of the command that is said to be the fastest."""
+    done = CliRunner().invoke(main, ["plan", "p.jsonl", *words])
+    assert done.exit_code == 0, done.output
+    line = done.stdout.splitlines()[-1].removeprefix("the fastest that fits: ")
+    assert shlex.split(line)[:2] == ["batchgen", "run"]
+    return shlex.split(line)[2:]
+
+
+def test_all_that_decides_the_text_is_in_the_suggested_command(prompts: Path) -> None:
+    asked = ["--stop", "END", "--stop", "-x y", "--seed", "5", "--logprobs", "--temperature", "0.5", "--top-k", "3"]
+    given = run.make_context("run", suggested("--model", "llama-8b", *asked)).params
+    assert (given["stop"], given["seed"], given["logprobs"]) == (("END", "-x y"), 5, True)
+    assert (given["temperature"], given["top_k"], given["top_p"]) == (0.5, 3, 1.0)
+    assert not {"--stop", "--seed", "--logprobs"} & set(suggested("--model", "llama-8b"))
+
+
+def test_a_model_that_can_be_run_is_in_the_suggested_command(prompts: Path, tiny_llama: Path) -> None:
+    shutil.copytree(tiny_llama, "mine")
+    for model, said in (("mine", "mine"), ("llama-8b", "MODEL"), ("mine/config.json", "MODEL")):
+        assert suggested("--model", model)[1:3] == ["--model", said]
+
+
+def test_the_default_model_is_found_by_its_name(
+    prompts: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "cache" / "models" / models.DEFAULT
+    shutil.copytree(tiny_llama, place)  # as if it had been prepared
+    (place / "manifest.json").write_text(json.dumps({"sizes": {}}))
+    monkeypatch.setenv("BATCHGEN_CACHE", str(tmp_path / "cache"))
+    assert suggested("--model", models.DEFAULT)[1:3] == ["--model", models.DEFAULT]
