@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.server
 import json
 import os
@@ -100,6 +101,9 @@ def test_weights_in_several_files_are_found_by_their_index(tmp_path: Path) -> No
         weight_files(tmp_path)
     (tmp_path / names[1]).touch()
     assert [file.name for file in weight_files(tmp_path)] == names
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(models.ModelError, match=r"1 of its 1 weight files are missing \(1\)"):
+        weight_files(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +115,10 @@ def test_weights_in_several_files_are_found_by_their_index(tmp_path: Path) -> No
         ("./org/nowhere", "there is no folder './org/nowhere' here"),
         ("org/na--me", "there is no folder"),
         ("org/name@", "there is no folder"),
+        ("org/name.git", "neither a folder here nor the name of a hub model: .*'.git'"),
+        ("org/name-", "neither a folder here nor the name of a hub model"),
+        ("~nobody-of-that-name/x", "neither a folder here nor the name of a hub model: Could not determine home"),
+        ("n" * 300, "cannot read nnn.*: File name too long"),
     ],
 )
 def test_what_is_no_model_is_refused_with_a_sentence(
@@ -122,6 +130,73 @@ def test_what_is_no_model_is_refused_with_a_sentence(
     Path("no-weights/model.safetensors").unlink()
     with pytest.raises(models.ModelError, match=sentence):
         models.resolve(name, tmp_path / "cache", silent)
+
+
+def test_a_home_folder_that_nobody_knows_is_a_sentence() -> None:
+    with pytest.raises(models.ModelError, match="set BATCHGEN_CACHE to another folder"):
+        models.cache_folder({"BATCHGEN_CACHE": "~nobody-of-that-name/cache"})
+
+
+# `check_there` and `resolve`, for each name that follows.
+LOOK = """
+import sys
+from pathlib import Path
+from batchgen import models
+for name in sys.argv[1:]:
+    for look in models.check_there, lambda name: models.resolve(name, Path("/nowhere"), print):
+        try: look(name)
+        except models.ModelError as error: print(error)
+        else: print("found")
+"""
+
+
+def look(*names: Path) -> list[str]:
+    """What is said of each name, in a process that permission bits bind."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, *map(str, names)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=obey_permissions,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def obey_permissions() -> None:
+    """Root without CAP_DAC_OVERRIDE (1) and CAP_DAC_READ_SEARCH (2) reads what its owner lets it. capabilities(7)."""
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; refused where it is not needed
+
+
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "closed" / "model")
+    folder.chmod(0)
+    said = look(folder)
+    (tmp_path / "closed").chmod(0)
+    said += look(folder)
+    (tmp_path / "closed").chmod(0o700)
+    for sentence in said:
+        assert sentence.startswith(f"cannot read {folder}"), said
+        assert "Permission denied. Look at who may read the model" in sentence
+    assert len(said) == 4
+
+
+def test_files_without_permission_are_named(tmp_path: Path) -> None:
+    names = {"weights": "model.safetensors", "tokenizer": "tokenizer.json"}
+    folders = {what: tiny_folder(tmp_path / what) for what in names}
+    folders["hub"] = tiny_folder(tmp_path / "models--org--name" / "snapshots" / ("a" * 40))
+    folders["split"] = tiny_folder(tmp_path / "split")
+    names |= {"hub": "model.safetensors", "split": "rank"}
+    split = {"ranks": 1, "dtype": "float32", "computes_in": "float32", "model": "m", "revision": "", "deepspeed": ""}
+    (folders["split"] / "split.json").write_text(json.dumps({**split, "files": [["rank"]]}))
+    for what, name in names.items():
+        (folders[what] / name).touch()
+        (folders[what] / name).chmod(0)
+    said = look(*(folders[what] for what in names))
+    assert said[::2] == ["found"] * len(names)  # before a job is submitted, no weights are looked at
+    for sentence, (what, name) in zip(said[1::2], names.items(), strict=True):
+        assert sentence.startswith(f"cannot read {folders[what] / name}: Permission denied"), said
 
 
 def test_the_default_model_is_used_without_a_name(smollm2: Path) -> None:

@@ -218,6 +218,7 @@ def test_a_model_that_is_not_whole_is_not_used(tmp_path: Path, hub: Hub) -> None
         ("org/busy", "HTTP status 429. Wait some minutes"),
         ("org/gguf", "holds no weights that Transformers reads"),
         ("org/data", "org/data is no model for Transformers: it holds no config.json"),
+        ("org/one.git", "'org/one.git' is neither a folder here nor the name of a hub model"),
         ("not-a-name", "a hub model is named ORG/NAME or ORG/NAME@REVISION"),
     ],
 )

@@ -57,6 +57,9 @@ def test_a_shape_that_is_none_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such"}')
     with pytest.raises(ModelError, match="is no config that Transformers knows"):
         shapes.config_of(str(tmp_path))
+    for look in (shapes.config_of, shapes.find):
+        with pytest.raises(ModelError, match=r"cannot read nnn.*: File name too long"):
+            look("n" * 300)
 
 
 # In a process of its own: DeepSpeed changes torch and Transformers for good.

@@ -13,7 +13,15 @@ from pathlib import Path
 
 from batchgen import presplit
 from batchgen.models import hub
-from batchgen.models.folder import ModelError, Report, fingerprint, weight_files
+from batchgen.models.folder import (
+    ModelError,
+    Report,
+    check_readable,
+    definition_files,
+    explained,
+    fingerprint,
+    weight_files,
+)
 from batchgen.models.packaged import DEFAULT, prepare_default
 
 __all__ = [
@@ -39,12 +47,21 @@ class ResolvedModel:
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
-    """Where batchgen keeps what it prepared: $BATCHGEN_CACHE, else $XDG_CACHE_HOME/batchgen, else ~/.cache/batchgen."""
-    if environment.get("BATCHGEN_CACHE"):
-        return Path(environment["BATCHGEN_CACHE"]).expanduser().absolute()
-    # The XDG base directory specification says to ignore a relative path.
-    base = Path(environment.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "batchgen"
+    """Where batchgen keeps what it prepared: $BATCHGEN_CACHE, else $XDG_CACHE_HOME/batchgen, else ~/.cache/batchgen.
+
+    Raises:
+        ModelError: it is below a home folder, and nobody knows where that is.
+    """
+    try:
+        if environment.get("BATCHGEN_CACHE"):
+            return Path(environment["BATCHGEN_CACHE"]).expanduser().absolute()
+        # The XDG base directory specification says to ignore a relative path.
+        base = Path(environment.get("XDG_CACHE_HOME", ""))
+        return (base if base.is_absolute() else Path.home() / ".cache") / "batchgen"
+    except RuntimeError as error:
+        raise ModelError(
+            "cannot tell where to keep models, for there is no such home folder: set BATCHGEN_CACHE to another folder"
+        ) from error
 
 
 def pull(name: str, cache: Path, report: Report) -> Path:
@@ -53,7 +70,10 @@ def pull(name: str, cache: Path, report: Report) -> Path:
     Raises:
         ModelError: it cannot be had; the message says why and what to do.
     """
-    return prepare_default(cache, report) if name == DEFAULT else hub.pull(name, report)
+    if name == DEFAULT:
+        return prepare_default(cache, report)
+    with explained(name):
+        return hub.pull(name, report)
 
 
 def check_there(name: str | None) -> None:
@@ -63,7 +83,8 @@ def check_there(name: str | None) -> None:
         ModelError: it is not here, or not whole; the message says how to get it.
     """
     if name is not None and name != DEFAULT:
-        _there(name)
+        with explained(name):
+            _there(name)
 
 
 def _there(name: str) -> Path:
@@ -79,17 +100,24 @@ def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
     `name` is a folder, else `ORG/NAME[@REVISION]` of the hub, else `DEFAULT`; None is the default model.
 
     Raises:
-        ModelError: it is not here, or not whole; the message says how to get it.
+        ModelError: it is not here, not whole or not readable; the message says how to get it.
     """
-    folder = prepare_default(cache, report) if name is None or name == DEFAULT else _there(name)
+    if name is None or name == DEFAULT:
+        name = str(prepare_default(cache, report))
+    with explained(name):
+        return _resolved(_there(name))
+
+
+def _resolved(folder: Path) -> ResolvedModel:
     try:
         split = presplit.read(folder)
     except presplit.SplitError as error:
         raise ModelError(str(error)) from error
     if split is not None:
+        check_readable(folder / name for names in split.files for name in names)
         return ResolvedModel(folder, split.model, split.revision)
     snapshot = hub.snapshot_of(folder)
     if snapshot is None:
         return ResolvedModel(folder, folder.name, fingerprint(folder))
-    weight_files(folder)
+    check_readable([*definition_files(folder), *weight_files(folder)])
     return ResolvedModel(folder, *snapshot)

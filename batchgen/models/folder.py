@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from batchgen.types import UserError
@@ -39,6 +40,20 @@ class ModelError(UserError):
     """The model cannot be had: a sentence for the person at the terminal."""
 
 
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """What the file system, or the hub's own check of names, says to the search for model `name`, as a ModelError."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            f"cannot read {error.filename or name}: {error.strerror or error}. Look at who may read the model, and "
+            "whether the path is right"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(f"{name!r} is neither a folder here nor the name of a hub model: {error}") from error
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights of the model in `folder`, in the order of their names.
 
@@ -66,9 +81,20 @@ def indexed(index: Path) -> list[str]:
         ModelError: it is no such index.
     """
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} cannot be read as an index of weight files: {error!r}") from error
+
+
+def definition_files(folder: Path) -> list[Path]:
+    """The files of `DEFINITION` that the model in `folder` has."""
+    return [folder / name for name in DEFINITION if (folder / name).is_file()]
+
+
+def check_readable(files: Iterable[Path]) -> None:
+    """Raises OSError if one of `files` cannot be opened: a loader would say so later, and in words of its own."""
+    for file in files:
+        file.open("rb").close()
 
 
 def fingerprint(folder: Path) -> str:
@@ -79,12 +105,12 @@ def fingerprint(folder: Path) -> str:
 
     Raises:
         ModelError: as `weight_files`.
+        OSError: a file cannot be read.
     """
     digest = hashlib.sha256()
-    for name in DEFINITION:
-        if (folder / name).is_file():
-            content = (folder / name).read_bytes()
-            digest.update(f"{name} {len(content)}\n".encode() + content)
+    for file in definition_files(folder):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
     for file in weight_files(folder):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())

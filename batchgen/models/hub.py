@@ -28,6 +28,7 @@ def pull(name: str, report: Report) -> Path:
 
     Raises:
         ModelError: it cannot be had; the message says why and what to do.
+        ValueError: the hub allows no such name.
     """
     model, revision = _parse(name)
     folder = _fetch(model, revision, _SMALL)
@@ -49,6 +50,8 @@ def find(name: str) -> Path:
 
     Raises:
         ModelError: it is not there, or not whole; the message says how to get it.
+        ValueError: the hub allows no such name.
+        OSError: the cache cannot be read.
     """
     from huggingface_hub import try_to_load_from_cache
 

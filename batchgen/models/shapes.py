@@ -16,7 +16,7 @@ import torch
 
 from batchgen import loading
 from batchgen.models import hub
-from batchgen.models.folder import ModelError
+from batchgen.models.folder import ModelError, explained
 
 _FILE_BYTES = 5 << 30  # of weights a file, as the hub's are
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -79,9 +79,10 @@ def config_of(shape: str) -> Any:
     if shape in SHAPES:
         values = dict(SHAPES[shape])
         return AutoConfig.for_model(values.pop("model_type"), **values)
-    path = Path(shape) / "config.json" if Path(shape).is_dir() else Path(shape)
-    if not path.is_file():
-        raise ModelError(f"there is no shape {shape}: name a config.json, or one of {', '.join(SHAPES)}")
+    with explained(shape):
+        path = Path(shape) / "config.json" if Path(shape).is_dir() else Path(shape)
+        if not path.is_file():
+            raise ModelError(f"there is no shape {shape}: name a config.json, or one of {', '.join(SHAPES)}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -94,13 +95,16 @@ def find(name: str) -> tuple[Any, Path | None]:
     Raises:
         ModelError: as `config_of`, or `models.resolve`.
     """
-    if name in SHAPES or Path(name).is_file():
+    if name in SHAPES:
         return config_of(name), None
-    folder = Path(name) if Path(name).is_dir() else hub.find(name)
-    has_tokenizer = any(
-        (folder / one).exists() for one in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    )
-    return config_of(str(folder)), folder if has_tokenizer else None
+    with explained(name):
+        if Path(name).is_file():
+            return config_of(name), None
+        folder = Path(name) if Path(name).is_dir() else hub.find(name)
+        has_tokenizer = any(
+            (folder / one).exists() for one in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+        )
+        return config_of(str(folder)), folder if has_tokenizer else None
 
 
 def make(shape: str, dtype: torch.dtype, folder: Path) -> Path:

@@ -13,8 +13,6 @@ from batchgen.checkpoint import (
     CheckpointError,
     Places,
     RunFolder,
-    all_heartbeats,
-    attempts,
     read_json,
     status,
     write_atomic,
@@ -61,7 +59,7 @@ def write(
     state = status(folder)
     known = read_json(folder.path / "run.json")
     batches = Batches.read(folder)
-    history = starts(attempts(folder), all_heartbeats(folder), state.attempts, batches.table)
+    history = starts(folder, state.attempts, batches.table)
     clock = Clock.of([(one.begin, one.end) for one in history])
     places = Places.find(folder, state.rows)
     read = gather(places, batches, folder.asked().get("prompt_column"), rows or _MEASURED, text_characters)

@@ -107,7 +107,9 @@ class Clock:
         return cls(spans, starts)
 
     def at(self, times: Floats) -> Floats:
-        """Unix times as places on the axis; one inside a pause is its begin."""
+        """Unix times as places on the axis; one inside a pause is its begin. Zeros where nothing worked."""
+        if not self.spans:
+            return np.zeros(len(times))
         begins = np.array([begin for begin, _ in self.spans])
         lengths = np.array([end - begin for begin, end in self.spans])
         number = np.maximum(np.searchsorted(begins, times, side="right") - 1, 0)
@@ -158,7 +160,9 @@ def speed(table: Table, clock: Clock, steps: int = 300) -> Speed:
     """Tokens a second in about `steps` equal steps; the tokens of a batch are spread evenly over its seconds."""
     ends, lengths = table["finished"], np.maximum(table["seconds"], 1e-6)
     rates = table["generated_tokens"] / lengths
-    rising, falling = _Ramp(ends - lengths, rates), _Ramp(ends, rates)
+    begins, generates = ends - lengths, rates > 0
+    rising, falling = _Ramp(begins, rates), _Ramp(ends, rates)
+    first, last = np.sort(begins[generates]), np.sort(ends[generates])
     width = max(clock.worked / steps, min(0.1, clock.worked / 20), 1e-3)
     at: list[Floats] = [np.empty(0)]
     rate: list[Floats] = [np.empty(0)]
@@ -168,7 +172,9 @@ def speed(table: Table, clock: Clock, steps: int = 300) -> Speed:
         tokens = rising(edges) - falling(edges)
         step = max((end - begin) / count, 1e-6)
         at += [np.asarray(start + (np.arange(count) + 0.5) * step, np.float64), np.array([np.nan])]
-        change: Floats = np.maximum(np.diff(tokens), 0.0)
+        # The ramps are sums of all batches, so their difference leaves residue where none is at work.
+        works = np.searchsorted(first, edges[1:]) > np.searchsorted(last, edges[:-1], side="right")
+        change: Floats = np.where(works, np.maximum(np.diff(tokens), 0.0), 0.0)
         rate += [np.divide(change, step, dtype=np.float64), np.array([np.nan])]
     return Speed(np.concatenate(at), np.concatenate(rate), width)
 

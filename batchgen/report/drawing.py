@@ -15,8 +15,9 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # Parts and their colours on white; page.css has the same names. No two are the same, or the SVG could not tell them.
 INK, SOFT, LINE, PAPER = "#1d2733", "#5d6b7c", "#e3e8ee", "#ffffff"
@@ -97,6 +98,14 @@ def axes(count: int = 1, *, wide: bool = False, height: float = 2.7, widths: Seq
     return [figure.add_subplot(grid[number]) for number in range(count)]
 
 
+def rows_of_bars(drawn: Axes, count: int) -> None:
+    """The first bar at the top, and one alone no thicker than others."""
+    middle, half = (count - 1) / 2, max(count, 3) / 2
+    drawn.set_ylim(middle + half, middle - half)
+    drawn.grid(visible=False)
+    drawn.tick_params(axis="y", labelcolor=INK)
+
+
 def finished(name: str, title: str, caption: str, drawn: Axes) -> Plot:
     """The plot of the figure that `drawn` is in."""
     figure = drawn.get_figure(root=True)
@@ -132,3 +141,9 @@ def short(number: float) -> str:
 
 
 SHORT = FuncFormatter(lambda number, _: short(number))
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Of a logarithmic axis, whose own labels are formulas, which no part of the page can show."""
+    axis.set_major_formatter(SHORT)
+    axis.set_minor_formatter(NullFormatter())

@@ -16,9 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from batchgen.checkpoint import Status
 from batchgen.report.batches import Clock, Speed
 from batchgen.report.drawing import Plot
-from batchgen.report.history import Start
+from batchgen.report.history import Start, unseen_gpu_seconds
 from batchgen.report.rows import Rows, endings
-from batchgen.report.words import counted, duration, machine_time, moment, percent, plural
+from batchgen.report.words import counted, duration, machine_time, moment, percent, plural, rate
 
 _HERE = Path(__file__).parent
 _ATTEMPTS = 500  # that the page lists
@@ -64,9 +64,11 @@ def render(found: Found, plots: Sequence[Plot]) -> str:
 
 def _head(found: Found) -> dict[str, object]:
     status, asked = found.status, found.known["asked"]
-    engines = ", ".join(dict.fromkeys(one.engine for one in found.starts)) or "no engine yet"
-    model = found.starts[-1].model if found.starts else ""
-    named = [model or asked.get("model"), asked.get("dtype"), f"engine {engines}", *_sampling(asked)]
+    first = found.known.get("first_start", {})  # it speaks for attempts whose claims are damaged
+    engines = ", ".join(dict.fromkeys(one.engine for one in found.starts if one.engine)) or first.get("engine")
+    model = next((one.model for one in reversed(found.starts) if one.model), first.get("model"))
+    dtype = f"dtype {asked['dtype']}" if asked.get("dtype") else ""
+    named = [model or asked.get("model"), dtype, f"engine {engines or 'not chosen yet'}", *_sampling(asked)]
     when = "No attempt has begun."
     if found.starts:
         begin, end = min(one.begin for one in found.starts), max(one.end for one in found.starts)
@@ -111,16 +113,22 @@ def _tiles(found: Found) -> Iterator[dict[str, object]]:
         return
     span = max(one.end for one in starts) - min(one.begin for one in starts)
     overall = status.generated_tokens / span if span > 0 else 0.0
-    peak = f"median while it worked; peak {found.speed.peak:,.0f}; {overall:,.0f} over all, pauses and loading included"
-    yield _tile("tokens a second", counted(found.speed.median), peak)
-    gpus, ranks = sum(one.gpu_seconds for one in starts), sum(one.rank_seconds for one in starts)
+    rates = f"peak {rate(found.speed.peak)}; {rate(overall)} over all, pauses and loading included"
+    yield _tile("tokens a second", rate(found.speed.median), f"median while it worked; {rates}")
+    unseen = unseen_gpu_seconds(starts)
+    gpus, ranks = unseen + sum(one.gpu_seconds for one in starts), sum(one.rank_seconds for one in starts)
     name, one, spent = ("GPU time", "GPU", gpus) if gpus else ("time of all ranks", "rank", ranks)
     each = f"{status.generated_tokens / spent * 3600:,.0f} tokens a {one} hour" if spent else ""
     kinds = ", ".join(dict.fromkeys(kind for one in starts for kind in one.devices))
-    yield _tile(name, machine_time(spent), "; ".join(filter(None, [each, kinds or "no GPU is recorded"])))
+    assumed = f"{machine_time(unseen)} of it by ranks that had not loaded, counted like others" if unseen else ""
+    yield _tile(name, machine_time(spent), "; ".join(filter(None, [each, kinds or "no GPU is recorded", assumed])))
     lost = sum(one.lost_tokens for one in starts)
     waited = sum(seconds for _, _, seconds in found.clock.pauses)
-    again = f"{counted(lost)} tokens were generated and never recorded" if lost else "no generated token was lost"
+    again = "no generated token was lost"
+    if lost:
+        again = f"{counted(lost)} tokens were generated and never recorded"
+    elif not all(one.orderly for one in starts):
+        again = "no lost token is known of; what died was counted up to its last heartbeat"
     yield _tile("between attempts", duration(waited) if waited else "none", again)
 
 
@@ -135,7 +143,7 @@ def _went(starts: Sequence[Start], clock: Clock) -> dict[str, object] | None:
         {
             "name": name,
             "colour": colour,
-            "share": seconds,
+            "share": 100 * seconds / whole,  # parts that grow by less than 1 together would not fill their bar
             "value": f"{percent(seconds, whole)}, {machine_time(seconds)}",
         }
         for name, colour, seconds in (
@@ -172,6 +180,7 @@ def _went(starts: Sequence[Start], clock: Clock) -> dict[str, object] | None:
 def _attempts(found: Found) -> dict[str, object]:
     """The table of attempts; columns that would say nothing are left out."""
     starts = found.starts
+    recorded = any(one.devices for one in starts)  # else a column of GPUs would say nothing
     columns: dict[str, Callable[[Start], object]] = {
         "attempt": lambda one: one.number,
         "shard": lambda one: one.shard,
@@ -183,10 +192,11 @@ def _attempts(found: Found) -> dict[str, object]:
         "tokens": lambda one: counted(one.generated_tokens),
         "lost": lambda one: counted(one.lost_tokens),
         "engine": lambda one: one.engine,
-        "batch": lambda one: "by memory" if one.batch_size is None else one.batch_size,
+        "batch": lambda one: one.batch_size or ("by memory" if one.engine else ""),
         "ranks": lambda one: one.ranks,
-        "GPUs": lambda one: ", ".join(
-            f"{count} x {kind.removeprefix('NVIDIA ')}" for kind, count in one.devices.items()
+        "GPUs": lambda one: (
+            ", ".join(f"{count} x {kind.removeprefix('NVIDIA ')}" for kind, count in one.devices.items())
+            or ("not recorded" if recorded and one.unseen else "")
         ),
         "host": lambda one: (
             ", ".join(one.hosts[:2]) + (f" and {len(one.hosts) - 2} more" if len(one.hosts) > 2 else "")
@@ -196,6 +206,10 @@ def _attempts(found: Found) -> dict[str, object]:
     idle = {"shard": {"0/1"}, "GPUs": {""}, "job": {""}}
     names = [name for name, cell in columns.items() if {cell(one) for one in starts} - idle.get(name, set())]
     notes = list(found.jobs)
+    unread = sorted({one.number for one in found.status.attempts} - {one.number for one in starts})
+    if unread:
+        which = ", ".join(map(str, unread[:10])) + (" and more" if len(unread) > 10 else "")
+        notes.insert(0, f"Not listed, since no file tells when it was: attempt {which}.")
     if len(starts) > _ATTEMPTS:
         notes.insert(0, f"{len(starts) - _ATTEMPTS:,} earlier attempts are not listed.")
     return {

@@ -24,16 +24,19 @@ from batchgen.report.drawing import (
     Plot,
     axes,
     finished,
+    plain_numbers,
+    rows_of_bars,
     style,
 )
 from batchgen.report.history import Start
 from batchgen.report.rows import Rows
-from batchgen.report.words import counted, duration, percent, plural, size_of
+from batchgen.report.words import counted, duration, percent, plural, rate, size_of
 
 NAMES = ("tokens-per-second", "batch-latency", "lengths", "padding", "memory", "errors")
 """Of all plots there may be, in the order of the page."""
 
 _DOTS = 2000  # batches up to which each is a dot of its own
+_FEW = 60  # and up to which each is a dot on its line
 _LINES = 6  # ranks up to which each has a line
 _BARS = 12
 _BEHIND = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5, "alpha": 0.85}  # so that a line does not cross a text
@@ -87,16 +90,18 @@ def _speed(clock: Clock, speed: Speed, starts: Sequence[Start]) -> Plot:
     top = speed.peak * 1.22 or 1.0
     drawn.set_ylim(0, top)
     _write(
-        drawn, clock.end, speed.median, f"median {speed.median:,.0f}", (-2, 4), color=ORANGE, ha="right", bbox=_BEHIND
+        drawn, clock.end, speed.median, f"median {rate(speed.median)}", (-2, 4), color=ORANGE, ha="right", bbox=_BEHIND
     )
     _mark_starts(drawn, clock, starts, top)
     drawn.set_ylabel("generated tokens a second")
     drawn.yaxis.set_major_formatter(SHORT)
     _time_axis(drawn, clock)
     caption = (
-        f"All ranks together, in steps of {duration(speed.width)}: median {speed.median:,.0f}, peak {speed.peak:,.0f} "
-        f"tokens a second, over {plural(len(starts), 'attempt')}."
+        f"All ranks together, in steps of {duration(speed.width)}: median {rate(speed.median)}, peak "
+        f"{rate(speed.peak)} tokens a second, over {plural(len(starts), 'attempt')}."
     )
+    if len(starts) > 1:
+        caption += " Dotted: where an attempt begins, with its number."
     if clock.pauses:
         waited = sum(seconds for _, _, seconds in clock.pauses)
         caption += f" Grey: nothing worked, {duration(waited)} in all; a long pause is drawn short."
@@ -105,12 +110,14 @@ def _speed(clock: Clock, speed: Speed, starts: Sequence[Start]) -> Plot:
 
 def _mark_starts(drawn: Axes, clock: Clock, starts: Sequence[Start], top: float) -> None:
     """A line at each start, and its number where there is room for it; of starts at the same time, the first one's."""
+    if len(starts) == 1:
+        return
     last = -np.inf
     for one, at in zip(starts, clock.at(np.array([one.begin for one in starts])), strict=True):
-        if len(starts) > 1 and len(starts) <= 200:
+        if len(starts) <= 200:
             drawn.axvline(at, color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
-        if at - last >= 0.07 * clock.end:
-            _write(drawn, float(at), top, f"attempt {one.number}", (4, -2), color=SOFT, va="top")
+        if at - last >= 0.007 * clock.end * (1 + len(str(one.number))):
+            _write(drawn, float(at), top, str(one.number), (3, -2), color=SOFT, va="top")
             last = float(at)
 
 
@@ -118,7 +125,8 @@ def _latency(table: Table, clock: Clock) -> Plot:
     over, spread = axes(2, height=2.7, widths=[2.4, 1])
     at, seconds = clock.at(table["finished"]), table["seconds"]
     if len(table) <= _DOTS:
-        over.scatter(at, seconds, s=9 if len(table) > 200 else 18, color=BLUE, alpha=0.55, linewidths=0)
+        size = 9 if len(table) > 200 else 18
+        over.scatter(at, seconds, s=size, color=BLUE, alpha=0.55, linewidths=0, clip_on=False)
     else:
         found = band(at, seconds)
         over.fill_between(found.at, found.low, found.high, color=BLUE, alpha=0.25, linewidth=0)
@@ -131,6 +139,7 @@ def _latency(table: Table, clock: Clock) -> Plot:
     for one in (over, spread):
         if _wide_range(seconds):
             one.set_yscale("log")
+            plain_numbers(one.yaxis)
         else:
             one.set_ylim(0, most * 1.05 or 1)
     over.set_ylabel("seconds a batch")
@@ -183,6 +192,7 @@ def _lengths(rows: Rows) -> Plot:
         drawn.hist(values, bins=_whole_bins(values, min(40, 8 + len(values) // 10)), color=colour, alpha=0.85)
         if _wide_range(values):
             drawn.set_xscale("log")
+            plain_numbers(drawn.xaxis)
         else:
             drawn.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             if np.ptp(values) < 4:
@@ -206,7 +216,7 @@ def _lengths(rows: Rows) -> Plot:
 def _padding(table: Table, starts: Sequence[Start]) -> Plot:
     """Real and padded token positions, an attempt or, where there are many, an engine a bar."""
     labels: dict[str, Table] = {}
-    names = {one.number: f"attempt {one.number}, {one.engine}" for one in starts}
+    names = {one.number: f"attempt {one.number}, {one.engine or '?'}" for one in starts}
     if len(names) > _BARS:
         names = {one.number: one.engine for one in starts}
     for label in dict.fromkeys(names.values()):
@@ -228,7 +238,7 @@ def _padding(table: Table, starts: Sequence[Start]) -> Plot:
         share = percent(mine["padded_tokens"].sum(), left[at])
         _write(drawn, left[at], at, f"{share} padding", (6, 0), color=SOFT, va="center")
     drawn.set_xlim(0, left.max() * 1.3 or 1)
-    _rows_of_bars(drawn, len(labels))
+    rows_of_bars(drawn, len(labels))
     drawn.xaxis.set_major_formatter(SHORT)
     drawn.set_xlabel("token positions computed")
     drawn.figure.legend(loc="outside upper right", ncols=3, handlelength=1, handleheight=0.8)
@@ -237,14 +247,6 @@ def _padding(table: Table, starts: Sequence[Start]) -> Plot:
     if not padded:
         caption = f"None of {counted(real)} positions was padding."
     return finished("padding", "Padding", caption, drawn)
-
-
-def _rows_of_bars(drawn: Axes, count: int) -> None:
-    """The first bar at the top, and one alone no thicker than others."""
-    middle, half = (count - 1) / 2, max(count, 3) / 2
-    drawn.set_ylim(middle + half, middle - half)
-    drawn.grid(visible=False)
-    drawn.tick_params(axis="y", labelcolor=INK)
 
 
 def _memory(table: Table, clock: Clock) -> Plot:
@@ -258,7 +260,10 @@ def _memory(table: Table, clock: Clock) -> Plot:
             if len(mine) > _DOTS:
                 found = band(at, values, 300)
                 at, values = found.at, found.most
-            drawn.plot(at, values / 1e9, color=colour, label=f"rank {rank}", drawstyle="steps-post")
+            breaks = np.searchsorted(at, [left for left, _, _ in clock.pauses], side="right")
+            at, values = np.insert(at, breaks, np.nan), np.insert(values, breaks, np.nan)
+            look: Any = {"markersize": 3 if len(mine) <= _FEW else 0, "clip_on": False}  # no line shows one point alone
+            drawn.plot(at, values / 1e9, "o-", color=colour, label=f"rank {rank}", drawstyle="steps-pre", **look)
     else:
         found = band(clock.at(there["finished"]), there["peak_memory"])
         drawn.fill_between(found.at, found.low / 1e9, found.most / 1e9, color=BLUE, alpha=0.25, linewidth=0)
@@ -285,7 +290,7 @@ def _errors(rows: Rows) -> Plot:
     for at, count in enumerate(counts):
         _write(drawn, count, at, f"{count:,}", (6, 0), va="center")
     drawn.set_xlim(0, max(counts) * 1.18)
-    _rows_of_bars(drawn, len(kinds))
+    rows_of_bars(drawn, len(kinds))
     drawn.xaxis.set_major_formatter(SHORT)
     drawn.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     drawn.set_xlabel("rows")

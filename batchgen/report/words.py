@@ -7,6 +7,8 @@ import time
 
 def duration(seconds: float) -> str:
     """A time span with its two largest units; parts of a second if it is short."""
+    if not seconds:
+        return "0 s"
     if seconds < 0.01:
         return f"{1000 * seconds:.1f} ms"
     if seconds < 10:
@@ -31,6 +33,11 @@ def machine_time(seconds: float) -> str:
 def counted(number: float) -> str:
     """A count with its thousands set apart."""
     return f"{number:,.0f}"
+
+
+def rate(number: float) -> str:
+    """A speed; below ten with two digits, so that a slow one is not taken for none."""
+    return counted(number) if number >= 9.95 or not number else f"{number:.2g}"
 
 
 def plural(number: int, one: str, many: str = "") -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from batchgen.report.batches import Batches, Clock, band, speed
+from batchgen.report.batches import Batches, Clock, Speed, band, speed
+from batchgen.report.plots import draw
+from batchgen.report.rows import Rows
 from tests.checkpoint.folders import batch, commit, made
 
 
@@ -44,11 +46,38 @@ def test_area_under_the_speed_is_the_tokens_and_a_pause_breaks_the_line() -> Non
     assert clock.at(np.array([100.0, 119.0, 500.0, 1005.0])) == pytest.approx([0, 19, 20, 25.9])
 
 
+def test_median_is_of_the_steps_in_which_something_was_generated_alone() -> None:
+    """Twenty minutes of 1,000 tokens a second, then five half hours in which attempts were killed as they loaded."""
+    seconds = np.random.default_rng(0).uniform(0.3, 1.7, (8, 1200))
+    seconds *= 1200 / seconds.sum(axis=1, keepdims=True)
+    table = np.zeros(seconds.size + 1, dtype=[("finished", "f8"), ("seconds", "f8"), ("generated_tokens", "f8")])
+    table["finished"][:-1] = 1.79e9 + np.cumsum(seconds, axis=1).ravel()
+    table["seconds"][:-1], table["generated_tokens"][:-1] = seconds.ravel(), np.round(seconds.ravel() * 125)
+    later = [1.79e9 + 2000 * number for number in range(1, 6)]
+    table[-1] = (later[0] + 1700, 1700, 0)  # of failed rows alone
+    found = speed(table, Clock.of([(1.79e9, 1.79e9 + 1200), *((at, at + 1800) for at in later)]))
+    assert found.median == pytest.approx(1000, rel=0.01)
+    assert np.nansum(found.rate > 0) == pytest.approx(1200 / found.width, abs=1)
+
+
+def test_clock_of_no_attempt_has_one_place() -> None:
+    assert Clock.of([]).at(np.array([1.79e9, 0.0])).tolist() == [0, 0]
+
+
 def test_attempts_that_overlap_are_one_span_and_short_pauses_keep_their_length() -> None:
     clock = Clock.of([(0, 50), (40, 90), (91, 100), (60, 70)])
     assert clock.spans == [(0, 90), (91, 100)]
     assert clock.pauses == [(90, 91, 1)]
     assert clock.end == 100
+
+
+def test_a_logarithmic_axis_has_numbers_that_a_browser_can_show() -> None:
+    table = np.zeros(9, dtype=[("finished", "f8"), ("seconds", "f8"), ("prompt_tokens", "i8"), ("peak_memory", "f8")])
+    table["seconds"], table["peak_memory"] = [1] * 8 + [1000], np.nan
+    nothing = Speed(np.zeros(0), np.zeros(0), 1.0)
+    (latency,) = draw(table, Clock.of([(0, 1)]), nothing, [], Rows())
+    assert ">100</text>" in latency.svg
+    assert "math" not in latency.svg
 
 
 def test_band_leaves_out_steps_without_a_value() -> None:

@@ -179,3 +179,10 @@ def test_every_drawing_shows_in_the_page_colours_and_nothing_is_wider_than_the_p
         assert "rgb(0, 0, 0)" not in labels  # what a colour without a name in the style sheet comes to
     assert ink == ("rgb(29, 39, 51)" if scheme == "light" else "rgb(228, 233, 240)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_parts_of_a_second_fill_their_bar_too(with_errors: Path, opened: Open) -> None:
+    page = opened(with_errors)  # of a run of less than a second
+    bar = page.locator("[aria-labelledby=went] .bar")
+    widths = bar.evaluate("bar => [bar.clientWidth, ...[...bar.children].map(part => part.clientWidth)]")
+    assert sum(widths[1:]) > 0.97 * widths[0]

@@ -64,9 +64,10 @@ def test_page_says_what_a_killed_and_resumed_run_has_cost(finished: Path, tmp_pa
     ended = call(tmp_path, "report", finished, "--output", "pages/mine.html", "--plots", "images")
     assert (ended.code, ended.out) == (0, "pages/mine.html\n")
     text = text_of(page)
-    assert "out finished auto, engine echo, greedy, at most 128 new tokens" in text
+    assert "out finished dtype auto, engine echo, greedy, at most 128 new tokens" in text
     assert "rows finished 300 300 good, 0 failed, 0 open" in text
-    assert re.search(r"between attempts [\d.]+ m?s", text)
+    # A kill loses what no heartbeat has counted.
+    assert re.search(r"between attempts [\d.]+ m?s (no lost token is known of; what died|[\d,]+ tokens were)", text)
     assert re.search(r"in [12] pauses?; the longest took [\d.]+ m?s", text)
     attempts = re.findall(
         r"(\d) 20\d\d-\d\d-\d\d [\d:]+ [\d.]+ m?s (\w+) (\d+) 0 \S+ \S+ echo (?:5|by memory) ([12]) \S", text
@@ -209,6 +210,60 @@ def test_hours_of_gpus_are_those_of_all_that_its_ranks_hold(tmp_path: Path) -> N
     assert re.search(r"GPU time 6 h [\d,.]+ tokens a GPU hour; NVIDIA A100", text)
     assert "6 x A100" in text
     assert "starting and loading 1.7 %, 2 min behind a rank's last recorded batch 49 %, 59 min" in text
+
+
+def test_hours_of_gpus_include_those_of_ranks_that_were_killed_while_they_loaded(tmp_path: Path) -> None:
+    folder = made(tmp_path, 5)
+    now = time.time()
+    for hours, gpus, loaded in ((4, 3, True), (2, 3, False), (1, 1, False)):  # of each of two ranks
+        attempt = died(folder, ranks=2)
+        began = now - hours * 3600
+        edit(attempt.path, started=began, ended="killed", ended_at=began + 3600, engine=f"like {gpus}", ranks=2)
+        held: dict[str, object] = {"devices": ["NVIDIA A100"] * gpus, "ready": began + 60} if loaded else {}
+        for rank in range(2):
+            beat = folder.attempts / f"{attempt.number:05d}-{rank:05d}.json"
+            edit(beat, **{"time": began + 3600, "devices": [], "ready": None} | held)
+    # 2 x 3 that are recorded, 2 x 3 like those, and where no other attempt was alike one a rank.
+    text = report(folder.path)
+    assert "batches that are recorded 0 %, 0 s" in text
+    assert re.search(r"GPU time 14 h [^;]+; NVIDIA A100; 8 h of it by ranks that had not loaded, counted like", text)
+    assert text.count("not recorded") == 2
+
+
+def only_emptied(folder: RunFolder) -> None:
+    for path in folder.attempts.glob("?????.json"):
+        path.write_bytes(b"")
+
+
+def all_gone(folder: RunFolder) -> None:
+    shutil.rmtree(folder.attempts)
+    folder.attempts.mkdir()
+
+
+@pytest.mark.parametrize("damage", [only_emptied, all_gone])
+def test_an_attempt_without_its_claim_begins_with_what_else_is_known(
+    tmp_path: Path, damage: Callable[[RunFolder], None]
+) -> None:
+    folder = made(tmp_path, 6)
+    died(folder)
+    commit(folder, 1, 0, batch([0, 1, 2]), batch([3, 4, 5]))
+    damage(folder)
+    text = report(folder.path)
+    assert "1970" not in text
+    assert re.search(r"From 20\S+ \S+ to 20\S+ \S+: [12](\.\d)? s, 1 attempt\.", text)  # the batches take 0.5 and 1.5 s
+    assert "not known: its claim is damaged or gone 6 0" in text
+
+
+def test_an_attempt_of_which_nothing_is_left_but_an_empty_claim_is_not_listed(tmp_path: Path) -> None:
+    folder = made(tmp_path, 5)
+    died(folder)
+    only_emptied(folder)
+    died(folder)
+    (folder.attempts / "00001-00000.json").write_bytes(b"")
+    text = report(folder.path)
+    assert "1970" not in text
+    assert "1 attempt." in text
+    assert "Not listed, since no file tells when it was: attempt 1." in text
 
 
 def test_jobs_that_have_given_up_say_why(tmp_path: Path) -> None:
