@@ -1,4 +1,4 @@
-"""Engine `paged` on one GPU, in the 16 bits that its own kernels are for. Run with `pytest -m gpu` where there is one."""
+"""Engine `paged` on one GPU, in the 16 bits that its own kernels are for: `pytest -m gpu` where there is one."""
 
 from __future__ import annotations
 
