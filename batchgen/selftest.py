@@ -32,6 +32,19 @@ def choose(batch: Sequence[Prompt]) -> list[int]:
     return greedy if len(greedy) <= ROWS else [greedy[0], greedy[-1]]
 
 
+def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: torch.device) -> torch.Tensor:
+    """By one forward without a cache, the logits at the places of the first `tokens`, [tokens, vocabulary], float32."""
+    tokens = tokens[:TOKENS]
+    whole = torch.tensor([[*prompt, *tokens[:-1]]], device=device)
+    last = {}
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+        last = {"logits_to_keep": len(tokens)}
+    with torch.inference_mode():
+        output = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False, **last)
+        found: torch.Tensor = output.logits[0, -len(tokens) :].float()
+    return found
+
+
 def check(
     model: Any, prompt: Prompt, tokens: Sequence[int], rows: int, device: torch.device, decode: Callable[..., str]
 ) -> None:
@@ -41,13 +54,8 @@ def check(
         EngineError: alone, the model would not have said this; the message has the evidence.
     """
     tokens = list(tokens[:TOKENS])
-    whole = torch.tensor([[*prompt.tokens, *tokens[:-1]]], device=device)
-    last = {}
-    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-        last = {"logits_to_keep": len(tokens)}
     with torch.inference_mode():
-        output = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False, **last)
-        logits = output.logits[0, -len(tokens) :].float()
+        logits = logits_of(model, prompt.tokens, tokens, device)
         chosen = logits.gather(1, torch.tensor(tokens, device=device)[:, None]).squeeze(1)
         best, alone = logits.max(dim=1)
         behind = (best - chosen) / logits.std(dim=1)

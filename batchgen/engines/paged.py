@@ -187,7 +187,8 @@ class Paged(Engine):
             yield from self._plan(self._runner, prompts, lambda: stop() or leader.asked_to_stop, leader)
             leader.end()
         else:
-            follow(self._runner, self._peers, self._selftest, stop, self._step, self._hear)
+            look = partial(selftest.logits_of, self._model, device=self._device)
+            follow(self._runner, self._peers, look, stop, self._step, self._hear)
         self.patience, self.at_ease = None, True
         self._group.await_others(stop)
 
@@ -250,11 +251,8 @@ class Paged(Engine):
         for place in selftest.choose([row.prompt for row in rows]):
             prompt, tokens = rows[place].prompt, rows[place].tokens or []
             if leader is not None:
-                leader.check(prompt, tokens)
-            self._selftest(prompt, tokens)
-
-    def _selftest(self, prompt: Prompt, tokens: list[int]) -> None:
-        selftest.check(self._model, prompt, tokens, self._rows, self._device, self._encoder.decode)
+                leader.look(prompt.tokens, tokens)
+            selftest.check(self._model, prompt, tokens, self._rows, self._device, self._encoder.decode)
 
     def _watch(self, prompt: Prompt) -> StopTexts:
         encoder = self._encoder

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from batchgen import memory
 from batchgen.engine import OutOfStep
@@ -17,7 +18,7 @@ from batchgen.paged.flight import Flight
 from batchgen.paged.pages import SIZE
 from batchgen.paged.runner import Runner
 from batchgen.paged.step import Step
-from batchgen.types import Prompt
+from batchgen.types import Tokens
 
 _WORD_SECONDS = 1.0
 
@@ -28,8 +29,8 @@ class Peers:
 
     place: int  # of this rank among them; 0: it plans
     count: int
-    tell: Callable[[object], None]  # the others; of the first rank
-    told: Callable[[], Any]  # what it tells; of the others
+    tell: Callable[[NDArray[np.int64]], None]  # the others; of the first rank
+    told: Callable[[], NDArray[np.int64]]  # what it tells; of the others
     any_rank: Callable[[bool], bool]  # whether it is true on one of them
     least: Callable[[int], int]  # the smallest of their numbers
     tokens: Callable[[torch.Tensor], torch.Tensor]  # puts the first rank's in their place
@@ -41,20 +42,16 @@ class Peers:
         def same(what: Any) -> Any:
             return what
 
-        return cls(0, 1, tell=same, told=lambda: None, any_rank=same, least=same, tokens=same)
+        return cls(0, 1, tell=same, told=lambda: np.array([_Word.END]), any_rank=same, least=same, tokens=same)
 
 
-class _Word(Enum):
-    ASK = "does one of us want to stop?"
-    END = "that was all"
+class _Word(IntEnum):
+    """What the first rank tells begins with one of these."""
 
-
-@dataclass(frozen=True)
-class _Check:
-    """The first tokens of a row, to be looked at by all ranks: it takes a forward."""
-
-    prompt: Prompt
-    tokens: list[int]
+    ASK = 0  # whether one of them wants to stop
+    END = 1
+    STEP = 2  # a packed `Step` follows
+    LOOK = 3  # at the first tokens of a row, which takes a forward: those of its prompt, counted, and generated ones
 
 
 def no_memory(pages: int) -> OutOfStep:
@@ -83,34 +80,34 @@ class Leader:
 
     def launch(self, step: Step) -> Flight:
         """Starts a step, on all ranks."""
-        self._tell(dataclasses.replace(step, sequences=[]))
+        self._tell(_Word.STEP, step.packed())
         return self._runner.launch(step)
 
     def breathe(self) -> None:
         """About once a second asks whether another rank was asked to stop, so that those hear from this one."""
         if time.monotonic() - self._spoke > _WORD_SECONDS:
-            self._peers.tell(_Word.ASK)
+            self._peers.tell(np.array([_Word.ASK]))
             self.asked_to_stop |= self._peers.any_rank(False)
             self._spoke = time.monotonic()
             self._hear()
 
-    def check(self, prompt: Prompt, tokens: list[int]) -> None:
-        """The others are about to look at that row, and so should this one."""
-        self._tell(_Check(prompt, tokens))
+    def look(self, prompt: Tokens, tokens: Tokens) -> None:
+        """The others are about to look at those tokens, and so should this one."""
+        self._tell(_Word.LOOK, np.array([len(prompt), *prompt, *tokens]))
 
     def end(self) -> None:
         """The others leave `follow`."""
         self._tell(_Word.END)
 
-    def _tell(self, what: object) -> None:
+    def _tell(self, word: _Word, numbers: NDArray[np.int64] | None = None) -> None:
         self._count()
-        self._peers.tell(what)
+        self._peers.tell(np.array([word]) if numbers is None else np.concatenate([[word], numbers]))
 
 
 def follow(
     runner: Runner,
     peers: Peers,
-    check: Callable[[Prompt, list[int]], None],
+    look: Callable[[Tokens, Tokens], object],
     stop: Callable[[], bool],
     count: Callable[[], None],
     hear: Callable[[], None],
@@ -118,7 +115,7 @@ def follow(
     """Makes the steps that the first rank tells, until it says that there are no more.
 
     Args:
-        check: looks at the tokens of a row, as the first rank does.
+        look: makes the forward of the first rank's look at a row, given the tokens of its prompt and generated ones.
         stop: whether this rank was asked to stop; the first one is told.
         count: is called when this rank is ready to be told what to do. So whoever does not come to that, the first rank
             included, has counted less than the others that wait for it.
@@ -129,16 +126,17 @@ def follow(
     """
     before: Flight | None = None
     count()
-    while (told := peers.told()) is not _Word.END:
-        if told is _Word.ASK:
+    while (told := peers.told())[0] != _Word.END:
+        if told[0] == _Word.ASK:
             peers.any_rank(stop())
             hear()
             continue
         try:
-            if isinstance(told, _Check):
-                check(told.prompt, told.tokens)
+            if told[0] == _Word.LOOK:
+                prompt, tokens = np.split(told[2:], [told[1]])
+                look(prompt.tolist(), tokens.tolist())
             else:
-                flight = runner.launch(told)
+                flight = runner.launch(Step.unpacked(told[1:]))
                 if before is not None:
                     before.wait()  # its arrays are filled again two steps later
                 before = flight

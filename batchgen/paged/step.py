@@ -81,6 +81,24 @@ class Step:
     table_at: NDArray[np.int64]  # places of the table of pages, counted through, that change before this step
     table_to: Ints  # the pages there
 
+    def packed(self) -> NDArray[np.int64]:
+        """All of it but the sequences, as one row of numbers."""
+        parts = np.array([(one.first, one.count, one.slot, one.length) for one in self.parts], np.int64).reshape(-1)
+        asked = np.array(self.asked, np.int64)
+        fields = (self.slots, self.positions, self.ids, parts, self.rows, asked, self.table_at, self.table_to)
+        head = np.array([self.decoding, self.sampled, *(len(field) for field in fields)], np.int64)
+        return np.concatenate([head, *fields])
+
+    @classmethod
+    def unpacked(cls, numbers: NDArray[np.int64]) -> Step:
+        """The step that was `packed`, without its sequences."""
+        decoding, sampled, *lengths = numbers[:10].tolist()
+        fields = np.split(numbers[10:], np.cumsum(lengths)[:-1])
+        slots, positions, ids, _, rows, _, _, table_to = (field.astype(np.int32) for field in fields)
+        parts = [Part(*row) for row in fields[3].reshape(-1, 4).tolist()]
+        asked = fields[5].tolist()
+        return cls(slots, positions, ids, decoding, parts, rows, [], bool(sampled), asked, fields[6], table_to)
+
 
 class Draft:
     """A step in the making."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from batchgen.engine import EngineError
 from batchgen.world import World
 
 _FOR_EVER = timedelta(days=365)  # for ranks that load, that are told, and at the end for groups with more to do
-_LETTER_BYTES = 1 << 16  # of what is told, that go in one message: a step of some thousand rows
+_LETTER = 1 << 13  # numbers that go in one message, the first of them their count: a step of two thousand rows
 _LONGEST_NAP = 0.1  # s, between two looks at whether the others have come
 
 
@@ -67,7 +67,7 @@ class Group:
         self._flags: dist.ProcessGroup = of_flags[world.rank // size]
         self._told: dist.ProcessGroup = of_told[world.rank // size]
         self._loading: dist.ProcessGroup = of_loading[world.rank // size]
-        self._letter = torch.zeros(_LETTER_BYTES, dtype=torch.uint8)
+        self._letter = torch.zeros(_LETTER, dtype=torch.int64)
         self._everyone = dist.new_group(backend="gloo", timeout=_FOR_EVER)
 
     def any_rank(self, flag: bool) -> bool:
@@ -86,26 +86,24 @@ class Group:
             dist.broadcast(tokens, src=self.ranks[0], group=self.model)
         return tokens
 
-    def tell(self, what: object) -> None:
-        """Sends something to the others; the group's first rank alone calls this."""
-        content = pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
-        size, head = len(content), content[: _LETTER_BYTES - 8]
-        self._letter[: 8 + len(head)] = _as_tensor(size.to_bytes(8, "little") + head)
+    def tell(self, numbers: NDArray[np.int64]) -> None:
+        """Sends these to the others; the group's first rank alone calls this."""
+        head, rest = numbers[: _LETTER - 1], numbers[_LETTER - 1 :]
+        letter = self._letter.numpy()
+        letter[0], letter[1 : 1 + len(head)] = len(numbers), head
         dist.broadcast(self._letter, src=self.ranks[0], group=self._told)
-        if rest := content[len(head) :]:
-            dist.broadcast(_as_tensor(rest), src=self.ranks[0], group=self._told)
+        if len(rest):
+            dist.broadcast(torch.from_numpy(rest.copy()), src=self.ranks[0], group=self._told)
 
-    def told(self) -> Any:
+    def told(self) -> NDArray[np.int64]:
         """What the first rank sends next, however long it takes."""
         dist.broadcast(self._letter, src=self.ranks[0], group=self._told)
-        received = self._letter.numpy().tobytes()
-        size = int.from_bytes(received[:8], "little")
-        content = received[8 : 8 + size]
-        if size > len(content):
-            rest = torch.empty(size - len(content), dtype=torch.uint8)
-            dist.broadcast(rest, src=self.ranks[0], group=self._told)
-            content += rest.numpy().tobytes()
-        return pickle.loads(content)
+        count, head = int(self._letter[0]), self._letter.numpy()[1:].copy()
+        if count <= len(head):
+            return head[:count]
+        rest = torch.empty(count - len(head), dtype=torch.int64)
+        dist.broadcast(rest, src=self.ranks[0], group=self._told)
+        return np.concatenate([head, rest.numpy()])
 
     def await_loaded(self, stop: Callable[[], bool]) -> None:
         """Waits until all ranks of the group have come here, however long that takes: from a cold disk one may read for
@@ -132,7 +130,3 @@ def _meet(group: dist.ProcessGroup, stop: Callable[[], bool]) -> None:
     while arrived is not None and not arrived.is_completed() and not stop():
         time.sleep(nap)
         nap = min(2 * nap, _LONGEST_NAP)
-
-
-def _as_tensor(content: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def over_two(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks generate with each model."""
     results = tmp_path_factory.mktemp("ranks") / "two"
-    engine_rank.start(2, list(folders.values()), TIGHT, results, (50,), engine="paged")
+    engine_rank.start(2, list(folders.values()), TIGHT, results, (30,), engine="paged")
     return results
 
 
@@ -46,16 +46,16 @@ def over_two(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 def test_each_kind_of_model_over_two_ranks_says_what_it_says_alone(
     kind: str, folders: dict[str, Path], over_two: Path
 ) -> None:
-    expected = zero_matrix.alone(folders[kind], engine_rank.prompts(50))
+    expected = zero_matrix.alone(folders[kind], engine_rank.prompts(30))
     found = engine_rank.texts(over_two / kind)
-    assert found[50] == {index: one.text for index, one in expected.items()}
-    zero_matrix.check_logprobs(engine_rank.logprobs(over_two / kind)[50], expected)
+    assert found[30] == {index: one.text for index, one in expected.items()}
+    zero_matrix.check_logprobs(engine_rank.logprobs(over_two / kind)[30], expected)
 
 
 @pytest.mark.slow
 def test_groups_are_streams_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
-    found = engine_rank.ranks(4, folders["llama"], ["tp=2"], tmp_path / "ranks", (1, 7, 50), engine="paged")
-    for count in (1, 7, 50):  # of one prompt, the second group has none
+    found = engine_rank.ranks(4, folders["llama"], ["tp=2"], tmp_path / "ranks", (1, 20), engine="paged")
+    for count in (1, 20):  # of one prompt, the second group has none
         expected = zero_matrix.alone(folders["llama"], engine_rank.prompts(count))
         assert found[count] == {index: one.text for index, one in expected.items()}
 
@@ -70,18 +70,15 @@ def test_a_killed_rank_ends_its_group_and_a_whole_model_goes_on(folders: dict[st
     _, said = starter.communicate(timeout=60)
     assert starter.returncode == 75, said
     assert "rank 1 died" in said
-    # Two groups, and a stop that reaches one rank alone, which plans nothing.
-    two = subprocess.Popen(
-        [*words, "--tp", "2", "--ranks", "4", "--batch-size", "1"], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    # A stop that reaches one rank alone, which plans nothing.
+    two = subprocess.Popen([*words, "--tp", "2", "--batch-size", "1"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.kill(process_of_rank_1(out, two, 10, attempt=2), signal.SIGUSR2)
     _, said = two.communicate(timeout=120)
     assert two.returncode == 75, said
     ends = [json.loads(path.read_bytes()) for path in sorted(out.glob("attempts/00002-*.json"))]
     assert ends[1]["state"] == "stopped"
     assert {end["state"] for end in ends} <= {"stopped", "finished"}
-    for first, second in ((0, 1), (2, 3)):
-        assert ends[first]["steps"] == ends[second]["steps"], "what one has told, the other has done"
+    assert ends[0]["steps"] == ends[1]["steps"], "what one has told, the other has done"
     assert run(*words).returncode == 3  # a rank alone; two rows are bad
     done = run(*command(prompts, whole, model, "--temperature", "0.7", engine="accelerate"))
     assert done.returncode == 3, done.stderr
@@ -108,13 +105,13 @@ import os
 if os.environ.get("RANK") == "1":
     import torch
     from batchgen import selftest
-    check, looked = selftest.check, os.environ["LOOKED"]
-    def small(*arguments):
+    logits_of, looked = selftest.logits_of, os.environ["LOOKED"]
+    def small(*arguments, **options):
         if not os.path.exists(looked):
             open(looked, "w").close()
             raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
-        return check(*arguments)
-    selftest.check = small
+        return logits_of(*arguments, **options)
+    selftest.logits_of = small
 """
 
 
@@ -132,7 +129,7 @@ def test_out_of_memory_of_one_rank_starts_the_group_again_with_a_smaller_cache(
     assert texts(out) == texts_alone(prompts, folders["llama"], tmp_path / "one")
 
 
-# For sitecustomize: rank 1 loads eight seconds longer, and rank 0 never comes back from its first commit.
+# For sitecustomize: rank 1 loads five seconds longer, and rank 0 never comes back from its first commit.
 LATE = """
 import os
 if os.environ.get("RANK") == "1":
@@ -140,7 +137,7 @@ if os.environ.get("RANK") == "1":
     from batchgen.tensor_parallel import share
     bring = share.bring
     def slowly(*arguments, **options):
-        time.sleep(8)
+        time.sleep(5)
         return bring(*arguments, **options)
     share.bring = slowly
 if os.environ.get("RANK") == "0":
@@ -155,13 +152,13 @@ def test_loading_may_take_longer_than_patience_and_a_first_rank_that_hangs_is_fo
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     prompts, out = rows(tmp_path / "p.jsonl", 20), tmp_path / "out"
-    words = command(prompts, out, folders["llama"], "--tp", "2", "--set", "timeout_seconds=3", engine="paged")
+    words = command(prompts, out, folders["llama"], "--tp", "2", "--set", "timeout_seconds=2", engine="paged")
     words += ["--stall-seconds", "5", "--heartbeat-seconds", "0.2"]
     ended = run(*words, environment=altered(tmp_path, LATE))
     assert ended.returncode == 75, ended.stderr
     # The two tell each other that they are there, so the patience of neither has come to its end.
     assert "no step for 5 s: " in ended.stderr
-    assert "no step for 3 s" not in ended.stderr
+    assert "no step for 2 s" not in ended.stderr
     assert "in _commit" in (out / "attempts" / "00001-stacks-00000.txt").read_text()
 
 
