@@ -42,9 +42,7 @@ class DsInference(Engine):
 
     @classmethod
     def stream(cls, world: World, options: Options) -> Stream:
-        group = tensor_parallel.ranks_of_group(world, options.tp)
-        size = len(group)
-        return Stream(group.start // size, world.size // size, writes=world.rank == group.start)
+        return tensor_parallel.stream_of(world, options.tp)
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:

@@ -71,8 +71,7 @@ class Paged(Engine):
 
     @classmethod
     def stream(cls, world: World, options: Options) -> Stream:
-        group = tensor_parallel.ranks_of_group(world, options.tp or 1)
-        return Stream(group.start // len(group), world.size // len(group), writes=world.rank == group.start)
+        return tensor_parallel.stream_of(world, options.tp or 1)
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._loop: Loop | None = None

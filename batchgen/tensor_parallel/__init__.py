@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from batchgen.tensor_parallel.autotp import check_split, most_ranks, split
 from batchgen.tensor_parallel.files import make, read
-from batchgen.tensor_parallel.groups import Group, ranks_of_group
+from batchgen.tensor_parallel.groups import Group, ranks_of_group, stream_of
 from batchgen.tensor_parallel.plain import plain
 from batchgen.tensor_parallel.share import load
 from batchgen.tensor_parallel.weights import bring, mapped
@@ -25,4 +25,5 @@ __all__ = [
     "ranks_of_group",
     "read",
     "split",
+    "stream_of",
 ]

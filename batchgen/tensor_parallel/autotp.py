@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from batchgen import memory
 from batchgen.engine import EngineError
+from batchgen.tensor_parallel.groups import divisors
 
 # Kinds of model, as config.json has them, whose logits have been compared with those of one process
 # (tests/tensor_parallel/families.py). AutoTP goes by names of layers, and splits others wrong without a word.
@@ -54,10 +55,9 @@ def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:
             "the weights with --engine ds-zero"
         )
     if evenly and most % ranks:
-        able = ", ".join(str(count) for count in range(1, most + 1) if most % count == 0)
         raise EngineError(
             f"tp={ranks}: this model has {most} key/value heads, of which each rank of --engine paged takes as many as "
-            f"the others: tp can be {able}. --engine ds-inference splits unevenly, too"
+            f"the others: tp can be {divisors(most)}. --engine ds-inference splits unevenly, too"
         )
 
 

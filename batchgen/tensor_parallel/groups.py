@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from batchgen.engine import EngineError
+from batchgen.engine import EngineError, Stream
 from batchgen.world import World
 
 _FOR_EVER = timedelta(days=365)  # for ranks that load, that are told, and at the end for groups with more to do
@@ -29,7 +29,7 @@ def ranks_of_group(world: World, size: int | None) -> range:
     if size < 1:
         raise EngineError(f"tp={size}: must be 1 or more")
     if world.size % size:
-        fits = ", ".join(str(n) for n in range(1, world.size + 1) if world.size % n == 0)
+        fits = divisors(world.size)
         raise EngineError(
             f"tp={size} does not divide the {world.size} rank{'s' if world.size > 1 else ''} of this run: start a "
             f"multiple of {size} (--gpus {size}, or as many tasks under srun or torchrun), or choose a tp of {fits}"
@@ -41,6 +41,17 @@ def ranks_of_group(world: World, size: int | None) -> range:
         )
     first = world.rank // size * size
     return range(first, first + size)
+
+
+def stream_of(world: World, size: int | None) -> Stream:
+    """A group is a stream, and its first rank writes. Raises as `ranks_of_group`."""
+    group = ranks_of_group(world, size)
+    return Stream(group.start // len(group), world.size // len(group), writes=world.rank == group.start)
+
+
+def divisors(number: int) -> str:
+    """All of them, in words."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 class Group:

@@ -42,7 +42,7 @@ def prompts(count: int, most_tokens: int = 40) -> list[Prompt]:
 
 def ranks(
     count: int,
-    model: Path,
+    model: Path | Sequence[Path],
     options: Sequence[str],
     folder: Path,
     sets: Sequence[int] = SETS,
@@ -51,23 +51,9 @@ def ranks(
     engine: str = "ds-zero",
     dtype: str = "float32",
 ) -> dict[int, dict[int, str]]:
-    """Texts by prompt and set, from `count` ranks."""
-    start(count, [model], options, folder, sets, most_tokens, patience, engine, dtype)
-    return texts(folder)
-
-
-def start(
-    count: int,
-    models: Sequence[Path],
-    options: Sequence[str],
-    folder: Path,
-    sets: Sequence[int] = SETS,
-    most_tokens: int = 40,
-    patience: float = PATIENCE,
-    engine: str = "ds-zero",
-    dtype: str = "float32",
-) -> None:
-    """Has `count` ranks write what they generate with one model after the other."""
+    """Texts by prompt and set, from `count` ranks; of several models, each one's results are in the folder of its name,
+    and none are given."""
+    models = [model] if isinstance(model, Path) else model
     folder.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     # One meeting place a model: at the same one, a rank could find what another has left there of the model before.
@@ -92,6 +78,7 @@ def start(
         for process in processes:
             process.kill()
             process.wait()
+    return texts(folder)
 
 
 def texts(folder: Path) -> dict[int, dict[int, str]]:

@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def over_two(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks generate with each model."""
     results = tmp_path_factory.mktemp("ranks") / "two"
-    engine_rank.start(2, list(folders.values()), TIGHT, results, (30,), engine="paged")
+    engine_rank.ranks(2, list(folders.values()), TIGHT, results, (30,), engine="paged")
     return results
 
 
