@@ -233,6 +233,7 @@ class Batch:
     padded_tokens: int = 0  # token positions computed for padding, in prompts and in rows that had ended
     peak_memory_bytes: int | None = None  # of the device since the batch before; without a device, of the process
     share_of_bound: float | None = None  # of what the path that offloaded weights come over allows; None: no offload
+    at_once: int | None = None  # rows that the device has had in work together, at most; None: those of this batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@
 
 For each shape (llama-8b and bloom-7b1), over four, two and one GPUs as far as there are so many, by `batchgen bench`:
 FOLDER/SHAPE-jobs with the mixed jobs of `paged`, FOLDER/SHAPE with the seed's table, and FOLDER/SHAPE-offload with 20
-tokens a row and weights in host memory. Of llama-70b, over four GPUs, what shares a model among all.
+tokens a row and weights in host memory. Of llama-70b, over four GPUs or two, what shares a model among all.
 
 What needs fewer GPUs than there are runs side by side, each on its own; what waits for the host's memory runs alone.
 What is there already is not measured again; after `--seconds`, what still runs is stopped, and keeps its cells.
@@ -51,10 +51,10 @@ def jobs(shape: str, most: int) -> Iterator[Job]:
     seeds = ("--batch-sizes", SEEDS, "--cycles", "1")
     mixed = ("--batch-sizes=", "--mixed", "1024,4096", "--cycles", "2")
     if shape == "llama-70b":
-        if most >= 4:
-            yield Job(f"{shape}-jobs", shape, 4, ("--engines", "paged:tp=4", *mixed))
-            for system in ("paged:tp=4", "ds-inference:tp=4", "ds-zero"):
-                yield Job(shape, shape, 4, ("--engines", system, *seeds))
+        gpus = 4 if most >= 4 else 2
+        yield Job(f"{shape}-jobs", shape, gpus, ("--engines", f"paged:tp={gpus}", *mixed))
+        for system in (f"paged:tp={gpus}", f"ds-inference:tp={gpus}", "ds-zero"):
+            yield Job(shape, shape, gpus, ("--engines", system, *seeds))
         return
     counts = [count for count in (4, 2, 1) if count <= most]
     for count in counts:

@@ -103,9 +103,11 @@ class Worker:
         tokens = self._task.tokens
         _, batches = self._timed(made, self._batch(rows, tokens))  # the warm-up
         # A rank that writes nothing may be told no more than steps.
-        fits = max((len(batch.generations) for batch in batches), default=0 if self._stream.writes else rows)
+        fits = _at_once(batches) if self._stream.writes else rows
         refused = any(g.error is not None for batch in batches for g in batch.generations)
-        if not self._all(fits >= rows and not refused):
+        # Where rows leave one by one, others take their place before all have come.
+        enough = fits >= rows or self._kind.pace.continuous
+        if not self._all(enough and not refused):
             self._say({"job": "seed", "batch": rows, "outcome": "oom", "fits": 0 if refused else fits})
             return False
         prefill = min(self._timed(made, self._batch(rows, 1))[0] for _ in range(2))
@@ -140,8 +142,8 @@ class Worker:
             warm, counts = True, warm or not self._all(spent < _LONG_SECONDS)
             if counts:
                 seconds.append(spent)
-                fits = max((len(batch.generations) for batch in batches), default=0)
-                self._say(self._found(batches) | {"job": name, "batch": None, "fits": fits, "seconds": seconds})
+                found = self._found(batches) | {"fits": _at_once(batches)}
+                self._say(found | {"job": name, "batch": None, "seconds": seconds})
 
     def _timed(self, made: Engine, prompts: Callable[[], list[Prompt]]) -> tuple[float, list[Batch]]:
         """Seconds from the texts to the texts, all ranks having begun at once."""
@@ -185,3 +187,8 @@ class Worker:
     def _say(self, found: dict[str, Any]) -> None:
         with (Path(self._task.folder) / f"rank-{self._world.rank}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
+
+
+def _at_once(batches: Sequence[Batch]) -> int:
+    """Most rows that were in work together."""
+    return max((batch.at_once or len(batch.generations) for batch in batches), default=0)

@@ -229,21 +229,21 @@ class Paged(Engine):
             found = loop.finished(timeout=0.05)
             collected += found or []
             if collected and (found is None or time.monotonic() - handed >= _YIELD_SECONDS):
-                yield self._batch(collected)
+                yield self._batch(collected, loop.most_running)
                 collected, handed = [], time.monotonic()
             if found is None:
                 return
         if collected:
-            yield self._batch(collected)
+            yield self._batch(collected, loop.most_running)
 
-    def _batch(self, rows: list[Finished]) -> Batch:
+    def _batch(self, rows: list[Finished], at_once: int) -> Batch:
         generations = [
             memory.refuse(row.prompt)
             if row.tokens is None
             else generation(row.prompt, row.tokens, row.stopped, self._encoder, row.logprobs)
             for row in rows
         ]
-        return Batch(generations, 0, memory.take_peak_bytes([self._device]))
+        return Batch(generations, 0, memory.take_peak_bytes([self._device]), at_once=at_once)
 
     def _selftests(self, leader: Leader | None, rows: list[Finished]) -> None:
         rows = _long(rows) or rows

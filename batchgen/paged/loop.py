@@ -82,6 +82,7 @@ class Loop:
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="paged", daemon=True)
         self._shrunk = 0
+        self.most_running = 0  # sequences at once
         self.error: BaseException | None = None  # of which the thread has died
         self._pending = 0  # prompts given and not finished
 
@@ -169,6 +170,7 @@ class Loop:
             self._read(flight)
             flight = None
         step = self._scheduler.plan()
+        self.most_running = max(self.most_running, self._scheduler.running)
         following = (self._leader or self._runner).launch(step) if step is not None else None
         if flight is not None:
             self._read(flight)

@@ -12,6 +12,8 @@ import pytest
 
 from batchgen.bench import System, _cells
 from batchgen.bench.results import Folder, Result
+from batchgen.bench.worker import Task, Worker
+from batchgen.world import World
 from tests.engines.runs import OUT_OF_MEMORY, ROOT
 from tests.test_models_shapes import TINY
 
@@ -142,6 +144,22 @@ def test_what_had_no_room_ends_larger_batches_of_as_many_ranks_and_a_crash_ends_
     bench(tmp_path, *words, "--engines", "echo", "--batch-sizes", "1,2,4,8")
     found = {(one.ranks, one.batch): one.outcome for one in kept.results()}
     assert found == {(2, 1): "oom", (1, 1): "ok", (1, 2): "ok", (1, 4): "oom"}
+
+
+def test_rows_that_end_one_after_another_are_no_lack_of_memory(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Handed over as they end, in many pieces.
+    monkeypatch.setattr("batchgen.engines.paged._YIELD_SECONDS", 0.0)
+    settings, tokens, rows = ["step_tokens=16"], 100, 64
+    task = Task(
+        "paged", settings, str(tiny_llama), "float32", [rows], tokens, 1, {}, str(tmp_path), str(tmp_path), None
+    )
+    Worker(task, World()).work()
+    (said,) = [json.loads(line) for line in (tmp_path / "rank-0.jsonl").read_text().splitlines() if '"seed"' in line]
+    assert said["outcome"] == "ok"
+    assert said["rows"] == rows
+    assert said["fits"] == 16, "a step has no more tokens, and a row in work takes one"
 
 
 def test_a_job_keeps_the_cycles_that_all_ranks_have_ended(tmp_path: Path) -> None:
