@@ -77,8 +77,11 @@ def automatic(
     Raises:
         EngineError: none fits, or none knows the settings; the message says why of each, and what to do.
     """
+    split = presplit.read(model)
+    if split is not None and "tp" not in _names(settings):
+        settings = [f"tp={split.ranks}", *settings]
     kinds = {name: kind for name in engine.names() if (kind := engine.find(name)).needs_model}
-    out = {name: why for name, kind in kinds.items() if (why := _why_not(kind, model, dtype, settings))}
+    out = {name: why for name, kind in kinds.items() if (why := _why_not(kind, split is not None, dtype, settings))}
     if len(out) == len(kinds):
         raise EngineError(
             f"no engine can do this: {_grouped(out)}. Change the settings or --dtype; "
@@ -98,15 +101,17 @@ def automatic(
     return Choice(best.engine, kinds[best.engine], options, why)
 
 
-def _why_not(kind: type[Engine], model: Path, dtype: str, settings: Sequence[str]) -> str:
+def _why_not(kind: type[Engine], split: bool, dtype: str, settings: Sequence[str]) -> str:
     """Why the engine cannot do this on any machine; "" if it can."""
+    if split and not kind.reads_split:
+        return "no use for files that are split by rank"
     known = {one.name for one in fields(kind.Options)}
     unknown = [name for text in settings if (name := text.partition("=")[0]) not in known]
     if unknown:
         return f"no setting {', '.join(unknown)}"
     if dtype not in kind.dtypes:
         return f"no dtype {dtype}"
-    return "" if kind.reads_split or presplit.read(model) is None else "no use for files that are split by rank"
+    return ""
 
 
 def _grouped(out: Mapping[str, str]) -> str:
@@ -179,7 +184,8 @@ class _Search:
     def _is_asked_for(self, one: Forecast, there: Sequence[Forecast]) -> bool:
         """Whether its placement is what the given settings say, of those that the placements differ in."""
         differing = {name for other in there for name in _names(other.placement.settings)}
-        return {text for text in self.given if _names([text]) <= differing} <= set(one.placement.settings)
+        settings = {f"tp={one.placement.sharing}", *one.placement.settings}  # a rank with a whole model names no group
+        return {text for text in self.given if _names([text]) <= differing} <= settings
 
     def _nothing_fits(self, model: Model, work: Work, found: Sequence[Forecast]) -> str:
         lines = [f"no engine has room for this model with {self.ranks} rank(s):"]

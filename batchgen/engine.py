@@ -54,6 +54,7 @@ class Pace:
 
     layer_seconds: float = 0.0010  # of Python's work for each layer, however few the rows
     shared_layer_seconds: float | None = None  # the same where several ranks share each layer; None: as alone
+    read_share: float = 0.5  # of the bandwidth, that a step's weights are read at: many matrices, some of them small
     # How often a step moves the cache: `generate` copies it to make it longer, and attention that writes its scores
     # out (BLOOM's) moves them in several types besides. The first is a count, not measured.
     cache_passes: float = 5.0

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import zlib
 from collections import deque
@@ -204,9 +203,7 @@ class StaticBatches:
                 alone.length, alone.rows = sum(_lengths(batch)), len(batch)
                 raise alone from error
         # Only here: while the exception is handled, its traceback holds every tensor of the failed call.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        memory.release()
         return None
 
     def _can_reserve(self, batch: Sequence[Prompt]) -> bool:

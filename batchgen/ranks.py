@@ -18,8 +18,16 @@ from batchgen.engine import Died, EngineError
 from batchgen.world import World, free_port
 
 
-def join(world: World, timeout: timedelta) -> torch.device:
+def timeout(patience: float) -> timedelta:
+    """Of collectives. Twice the patience: the watchdog, which knows whom to name, shall come before their own end."""
+    return timedelta(seconds=2 * patience)
+
+
+def join(world: World, patience: float) -> torch.device:
     """Makes the process group of all ranks, NCCL's or gloo's; gives this rank's device.
+
+    Args:
+        patience: seconds without a sign of another rank, after which the watchdog takes it for dead.
 
     Raises:
         EngineError: the launcher named no place to meet, or another program has it.
@@ -46,7 +54,7 @@ def join(world: World, timeout: timedelta) -> torch.device:
     # Not for several: torchrun's agent keeps the store on that port, and torch sees from the variables that it does.
     place: dict[str, Any] = {"init_method": f"tcp://{master}", "rank": 0, "world_size": 1} if alone else {}
     try:
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, **place)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout(patience), **place)
     except (ValueError, RuntimeError) as error:
         said = f"rank {world.rank} of {world.size} cannot join the other ranks at {master}: {error}"
         taken = "address already in use" in str(error)
@@ -55,7 +63,14 @@ def join(world: World, timeout: timedelta) -> torch.device:
         if taken and (alone or world.attempt is not None):
             raise Died(f"{said}. Another process was faster; the same command takes another port") from error
         raise EngineError(f"{said}. If another job has that port, MASTER_PORT names another one") from error
+    without_shared_memory()
     return device
+
+
+def leave() -> None:
+    """Ends the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def abandon() -> None:
@@ -93,5 +108,4 @@ def pretending(rank: int, size: int) -> Iterator[None]:
     finally:
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()

@@ -54,10 +54,12 @@ def test_what_fits_and_is_the_fastest_is_chosen(folders: dict[str, Path]) -> Non
     assert "tokens/s are forecast; " in alone.why
     # 141 GB: shared by all eight, on each of which a group of two has more room and of eight waits less.
     shared = chosen(large, of("H100", 8), ranks=8)
-    assert shared.name == "ds-inference"
+    assert shared.name == "paged"
     assert shared.options.tp > 1
     assert "accelerate does not fit: 141.1 GB of weights are more than the 84.0 GB of a GPU" in shared.why
-    assert str(shared) == f"ds-inference --set tp={shared.options.tp}"
+    assert str(shared) == f"paged --set tp={shared.options.tp}"
+    # One that fits is held whole by each where rows are many: ranks of a group wait for each other.
+    assert str(chosen(small, of("H100", 2), ranks=2)) == "paged"
     # One rank that sees eight spreads it.
     assert chosen(large, of("H100", 8)).name == "accelerate"
     # One GPU: only ZeRO's weights in the host's memory are left.
@@ -83,8 +85,11 @@ def test_settings_leave_the_engines_that_know_them(folders: dict[str, Path]) -> 
     two = chosen(model, CPU, ranks=2, settings=["tp=2"])
     assert (two.name, two.options.tp) == ("paged", 2)
     two = chosen(model, of("H100", 4), ranks=4, settings=["tp=2"])
-    assert (two.name, two.options.tp) == ("ds-inference", 2)
-    assert " of ds-inference" not in two.why, "other groups were not asked for"
+    assert (two.name, two.options.tp) == ("paged", 2)
+    assert " of paged" not in two.why, "other groups were not asked for"
+    assert " of ds-inference tp=2 (" in two.why
+    whole = chosen(model, of("H100", 2), ranks=2, settings=["tp=1"])
+    assert (whole.name, whole.options.tp) == ("paged", 1), "a group of one is a rank with a whole model"
     waits = chosen(model, of("H100", 2), ranks=2, settings=["offload=cpu"])
     assert (waits.name, waits.options.offload) == ("ds-zero", "cpu")
     assert chosen(model, of("H100", 1), settings=["offload=nvme=/scratch"]).options.offload == "nvme=/scratch"
@@ -97,10 +102,14 @@ def test_settings_leave_the_engines_that_know_them(folders: dict[str, Path]) -> 
         chosen(model, CPU, settings=["tp=2"], dtype="nf4")
 
 
-def test_files_that_are_split_by_rank_have_one_reader(tmp_path: Path) -> None:
-    split = presplit.Split(2, "bfloat16", "bfloat16", "m", "", [[], []], "0.19.8")
-    (tmp_path / presplit.NAME).write_bytes(presplit.to_json(split))
-    assert chosen(tmp_path, of("H100", 2), ranks=2).name == "ds-inference"
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "paged"), ("int8", "ds-inference")])
+def test_files_that_are_split_by_rank_are_read_by_groups_of_as_many(dtype: str, name: str, tmp_path: Path) -> None:
+    folder = shapes.make("bloom-7b1", torch.bfloat16, tmp_path / "model")
+    split = presplit.Split(2, dtype, "bfloat16", "m", "", [[], []], "0.19.8")
+    (folder / presplit.NAME).write_bytes(presplit.to_json(split))
+    found = chosen(folder, of("H100", 4), ranks=4, dtype="int8" if dtype == "int8" else "auto")
+    assert (found.name, found.options.tp) == (name, 2)
+    assert f"no dtype {dtype}: " in found.why or "no use for files that are split by rank: accelerate" in found.why
 
 
 def test_nothing_fits_is_said_of_each_engine_with_what_to_do(folders: dict[str, Path]) -> None:
@@ -112,7 +121,7 @@ def test_nothing_fits_is_said_of_each_engine_with_what_to_do(folders: dict[str, 
     assert "ds-zero offload=cpu: 141.1 GB of weights are more than the host's memory" in said
     assert "--offload nvme=FOLDER" in said
     assert "echo" not in said
-    with pytest.raises(EngineError, match=r"With --gpus 4, ds-(zero|inference tp=4) has"):
+    with pytest.raises(EngineError, match=r"With --gpus 4, paged tp=4 has"):
         chosen(folders["llama-70b"], poor, ranks=3)
 
 

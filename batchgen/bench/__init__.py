@@ -171,11 +171,12 @@ def _cells(
             "streams": loads[0]["streams"] if loads else 0,
         }
         mine = [[line for line in each if (line.get("job"), line.get("batch")) == (job, batch)] for each in found]
-        lines = [said[-1] for said in mine if said]
+        lines = [of_rank[-1] for of_rank in mine if of_rank]
         if len(lines) < ranks:
-            # A rank that is killed for memory says nothing.
+            # A rank that is killed for memory says nothing; one that has said that it has none may end in any way.
+            said = any(line["outcome"] == "oom" for line in lines)
             killed = any(code in (OUT_OF_STEP, -9, 137) for code in codes)
-            yield Result(outcome="oom" if killed else f"exit code {max(codes, default=0)}", **general)
+            yield Result(outcome="oom" if said or killed else f"exit code {max(codes, default=0)}", **general)
             return
         if any(line["outcome"] != "ok" for line in lines):
             yield Result(outcome="oom", fits=min(line["fits"] for line in lines), **general)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from batchgen import engine, loading
+from batchgen import engine, loading, memory
 from batchgen.bench import workloads
 from batchgen.bench.machine import Floor, measure, synchronize
 from batchgen.bench.results import BenchError
-from batchgen.engine import Engine, Setup
+from batchgen.engine import Engine, OutOfStep, Setup
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
 
@@ -75,10 +75,21 @@ class Worker:
             synchronize(self._device)
             self._say({"load_seconds": time.perf_counter() - begun, "streams": self._stream.count})
             for rows in task.batches:
-                if not self._seeds_batch(made, rows, floor):
-                    return
+                with self._saying("seed", rows):
+                    if not self._seeds_batch(made, rows, floor):
+                        return
             for name, job in task.jobs.items():
-                self._job(made, name, job)
+                with self._saying(name, None):
+                    self._job(made, name, job)
+
+    @contextmanager
+    def _saying(self, job: str, batch: int | None) -> Iterator[None]:
+        """Says at once if this rank has no memory: those that wait for it may die of that before it has ended."""
+        try:
+            yield
+        except OutOfStep:
+            self._say({"job": job, "batch": batch, "outcome": "oom", "fits": 0})
+            raise
 
     def _floor(self) -> Floor | None:
         config = getattr(self._encoder, "config", None)
@@ -92,9 +103,7 @@ class Worker:
                 f"what {Path(self._task.folder).parent} holds was measured on {self._task.machine}, and this is "
                 f"{machine.name}: they do not belong into one table. Choose another folder with -o"
             )
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        memory.release()
         self._say({"machine": [machine.name, machine.bandwidth, machine.arithmetic]})
         return Floor.of(config, dtype, machine)
 

@@ -6,7 +6,6 @@ Alone, the model is spread over all GPUs, then over the host's memory and a disk
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import re
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from batchgen import loading
+from batchgen import loading, memory
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
 from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
@@ -87,9 +86,7 @@ class Accelerate(Engine):
 
     def close(self) -> None:
         self._batches = None
-        gc.collect()  # modules refer to each other, and their tensors would outlive the engine
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        memory.release()
         if self._spill is not None:
             self._spill.cleanup()
 

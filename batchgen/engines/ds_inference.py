@@ -7,16 +7,11 @@ one of them was asked to stop, and on the first rank's tokens. Groups know nothi
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from batchgen import loading, ranks, tensor_parallel
+from batchgen import loading, memory, ranks, tensor_parallel
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
 from batchgen.hf import HfEncoder, Peers, StaticBatches
 from batchgen.types import Batch, Prompt
@@ -47,12 +42,7 @@ class DsInference(Engine):
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
         found = []
-        for tp in (size for size in range(1, gpus + 1) if gpus % size == 0):
-            try:
-                if tp > 1:
-                    tensor_parallel.check_split(config, tp)
-            except EngineError:
-                continue
+        for tp in tensor_parallel.sizes(config, gpus):
             share = -(-weights.read_bytes // tp)
             found.append(Placement((f"tp={tp}",), gpus, gpus // tp, device=share, sharing=tp))
         return found
@@ -68,20 +58,16 @@ class DsInference(Engine):
         if len(self.awaited) > 1:
             tensor_parallel.check_split(encoder.config, len(self.awaited))
         loading.prepare_transformers()
-        # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
-        timeout = timedelta(seconds=2 * options.timeout_seconds)
-        device = ranks.join(setup.world, timeout)
-        ranks.without_shared_memory()
         try:
-            self._group = tensor_parallel.Group(setup.world, self.awaited, device, timeout)
-            model = tensor_parallel.load(setup, encoder.config, self._group, device, options.attn_implementation)
+            self._group = group = tensor_parallel.Group.meet(setup.world, self.awaited, options.timeout_seconds)
+            model = tensor_parallel.load(setup, encoder.config, group, options.attn_implementation)
         except BaseException:
             self.close()
             raise
         self._batches = StaticBatches(
             model,
             encoder,
-            device=device,
+            device=group.device,
             batch_size=setup.batch_size,
             check=setup.selftest,
             local_size=setup.world.local_size,
@@ -113,11 +99,8 @@ class DsInference(Engine):
 
     def close(self) -> None:
         self._batches = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        memory.release()
+        ranks.leave()
 
     def _peers(self) -> Peers | None:
         """A rank alone shrinks a batch in place, whatever it ran out of memory in."""

@@ -11,19 +11,17 @@ cache all the while; here nobody waits for anybody's batch.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from batchgen import extensions, gather, loading, offload, ranks, zero
+from batchgen import extensions, gather, loading, memory, offload, ranks, zero
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
 from batchgen.gather import Gathered
 from batchgen.hf import HfEncoder, StaticBatches
@@ -98,11 +96,9 @@ class DsZero(Engine):
         self._encoder = HfEncoder(setup.model)
         loading.check_weights(setup.model)
         loading.prepare_transformers()
-        # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
-        timeout = timedelta(seconds=2 * options.timeout_seconds)
-        self._device = ranks.join(setup.world, timeout)
+        self._device = ranks.join(setup.world, options.timeout_seconds)
         # NCCL would make the CPU wait for the GPU at every step; these flags are for the CPUs alone.
-        self._flags = dist.new_group(backend="gloo", timeout=timeout)
+        self._flags = dist.new_group(backend="gloo", timeout=ranks.timeout(options.timeout_seconds))
         self._swap: offload.SwapFolder | None = None
         self._bandwidth: float | None = None  # bytes/s of the path that weights come over; None: no offload
         self._weight_bytes = 0  # that come over it in a step
@@ -161,11 +157,8 @@ class DsZero(Engine):
         if self._gathered is not None:
             self._gathered.close()
         self._batches = self._model = self._gathered = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        memory.release()
+        ranks.leave()
         if self._swap is not None:
             self._swap.close()
 
@@ -173,7 +166,6 @@ class DsZero(Engine):
         import deepspeed
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-        ranks.without_shared_memory()
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         config = self._configuration(setup, options, dtype)
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.

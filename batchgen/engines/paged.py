@@ -7,17 +7,14 @@ stream, whose steps the first of them plans.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from batchgen import loading, memory, ranks, selftest, tensor_parallel
 from batchgen.decoding import StopTexts, generation
@@ -44,9 +41,16 @@ _STEP_OPERATIONS = 20e12  # of a step with parts of prompts: some 30 ms of an H1
 class Paged(Engine):
     """A whole model a rank, or a group, its rows in flight all the time."""
 
-    serves_cpu = True
+    serves_cpu = reads_split = True
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
-    pace = Pace(layer_seconds=0.00003, cache_passes=1.0, cache_passes_eager=1.0, continuous=True)
+    pace = Pace(
+        layer_seconds=0.00003,
+        shared_layer_seconds=0.00009,
+        read_share=0.85,
+        cache_passes=1.0,
+        cache_passes_eager=1.0,
+        continuous=True,
+    )
 
     @dataclass(frozen=True)
     class Options:
@@ -104,12 +108,9 @@ class Paged(Engine):
         loading.floating_dtype(setup.dtype, config)
         self.awaited = those = tensor_parallel.ranks_of_group(world, options.tp)
         tensor_parallel.check_split(config, len(those), evenly=True)
-        # Twice the patience: the watchdog, which knows whom to name, shall come before the collective's own end.
-        timeout = timedelta(seconds=2 * options.timeout_seconds)
-        self._device = ranks.join(world, timeout)
-        ranks.without_shared_memory()
-        self._group = group = tensor_parallel.Group(world, those, self._device, timeout)
-        self._model = tensor_parallel.load(setup, config, group, self._device)
+        self._group = group = tensor_parallel.Group.meet(world, those, options.timeout_seconds)
+        self._device = group.device
+        self._model = tensor_parallel.load(setup, config, group)
         tensor_parallel.plain(self._model, group.model)
         # However much longer another rank reads. What it takes to be ready then has collectives, which wait no longer.
         group.await_loaded(lambda: False)
@@ -168,7 +169,12 @@ class Paged(Engine):
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
-        return [Placement((), gpus, gpus, device=weights.read_bytes)] if models.covers(config) else []
+        if not models.covers(config):
+            return []
+        return [
+            Placement((f"tp={tp}",) * (tp > 1), gpus, gpus // tp, device=-(-weights.read_bytes // tp), sharing=tp)
+            for tp in tensor_parallel.sizes(config, gpus, evenly=True)
+        ]
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:
@@ -276,11 +282,9 @@ class Paged(Engine):
         if self._loop is not None:
             self._loop.stop()
         self._loop = self._model = self._runner = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if self.calls_together and dist.is_initialized():
-            dist.destroy_process_group()
+        memory.release()
+        if self.calls_together:
+            ranks.leave()
 
 
 def _long(rows: list[Finished]) -> list[Finished]:

@@ -6,7 +6,7 @@ its share of an ordinary model, of which it reads nothing else; `make` and `read
 
 from __future__ import annotations
 
-from batchgen.tensor_parallel.autotp import check_split, most_ranks, split
+from batchgen.tensor_parallel.autotp import check_split, most_ranks, sizes, split
 from batchgen.tensor_parallel.files import make, read
 from batchgen.tensor_parallel.groups import Group, ranks_of_group, stream_of
 from batchgen.tensor_parallel.plain import plain
@@ -24,6 +24,7 @@ __all__ = [
     "plain",
     "ranks_of_group",
     "read",
+    "sizes",
     "split",
     "stream_of",
 ]

@@ -61,6 +61,19 @@ def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:
         )
 
 
+def sizes(config: Any, ranks: int, *, evenly: bool = False) -> list[int]:
+    """Of the groups that `ranks` ranks can make, for a model of `config`; 1 is always one of them."""
+    return [size for size in range(1, ranks + 1) if ranks % size == 0 and (size == 1 or _can(config, size, evenly))]
+
+
+def _can(config: Any, ranks: int, evenly: bool) -> bool:
+    try:
+        check_split(config, ranks, evenly=evenly)
+    except EngineError:
+        return False
+    return True
+
+
 def split(model: Any, group: dist.ProcessGroup) -> None:
     """Replaces the layers of `model`, in place, by those of this rank's share; their weights are views of the old ones.
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from batchgen import ranks
 from batchgen.engine import EngineError, Stream
 from batchgen.world import World
 
@@ -57,15 +58,14 @@ def divisors(number: int) -> str:
 class Group:
     """This rank's group: its process groups, and what its ranks agree on. All of a group's ranks make each call."""
 
-    def __init__(self, world: World, ranks: range, device: torch.device, timeout: timedelta) -> None:
+    def __init__(self, world: World, those: range, device: torch.device, timeout: timedelta) -> None:
         """Every rank of the world makes its `Group` at the same time.
 
         Args:
             timeout: after which a rank that waits in vain gives up.
         """
-        self.ranks = ranks
-        self._device = device
-        size = len(ranks)
+        self.ranks, self.device = those, device
+        size = len(those)
         firsts = range(0, world.size, size)
         # Each rank takes part in the making of all groups: torch counts them.
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -80,6 +80,15 @@ class Group:
         self._loading: dist.ProcessGroup = of_loading[world.rank // size]
         self._letter = torch.zeros(_LETTER, dtype=torch.int64)
         self._everyone = dist.new_group(backend="gloo", timeout=_FOR_EVER)
+
+    @classmethod
+    def meet(cls, world: World, those: range, patience: float) -> Group:
+        """Joins the other ranks of the world, and makes the group of those that share a model.
+
+        Args:
+            patience: in seconds, as in `ranks.join`.
+        """
+        return cls(world, those, ranks.join(world, patience), ranks.timeout(patience))
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on a rank of the group."""

@@ -19,13 +19,13 @@ from batchgen.tensor_parallel.weights import bring, mapped
 logger = logging.getLogger(__name__)
 
 
-def load(setup: Setup, config: Any, group: Group, device: torch.device, attn_implementation: str | None = None) -> Any:
+def load(setup: Setup, config: Any, group: Group, attn_implementation: str | None = None) -> Any:
     """This rank's share of the model, on its device.
 
     Raises:
         EngineError: the model has no such share, or the files are split in another way.
     """
-    begun = time.perf_counter()
+    begun, device = time.perf_counter(), group.device
     eight_bits = setup.dtype == "int8"
     dtype = _computed_in(setup.dtype, config, device)
     found = presplit.read(Path(setup.model))

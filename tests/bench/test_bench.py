@@ -172,3 +172,13 @@ def test_a_job_keeps_the_cycles_that_all_ranks_have_ended(tmp_path: Path) -> Non
     done, lost = _cells(System.parse("echo"), 2, cells, found, [-15, -15])
     assert (done.outcome, done.seconds, done.generated) == ("ok", [4.0, 5.0], 60)
     assert (lost.job, lost.outcome) == ("another", "exit code -15")
+
+
+def test_a_rank_that_had_no_memory_has_said_so_before_another_one_dies_of_it() -> None:
+    # The starter ends rank 1, which says goodbye slowly, since rank 0 has missed it first.
+    found: list[list[dict[str, object]]] = [
+        [{"load_seconds": 1.0, "streams": 2}],
+        [{"load_seconds": 1.0, "streams": 2}, {"job": "seed", "batch": 4, "outcome": "oom", "fits": 0}],
+    ]
+    (cell,) = _cells(System.parse("ds-zero"), 2, [("seed", 4), ("seed", 8)], found, [1, -15])
+    assert (cell.batch, cell.outcome) == (4, "oom")

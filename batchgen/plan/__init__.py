@@ -1,59 +1,31 @@
 """What fits, how large a batch, how long: from a model's config and the lengths of an input. No weights, no GPU.
 
-Memory is counted as the engines count it (`memory.bytes_per_row`, `zero.gathered_bytes`). A decode step is made of
-Python's work around the layers, of products and the cache, and of weights that come from far. These overlap in part, so
-that a step takes less than their sum and more than the longest. What an engine is slow at is in its own file (`Pace`);
-the constants here were fitted to the cells in benchmarks/h100, and hosts of the same kind differ by a factor of 1.5 in
-Python's part. Cells of a bench of the same model come before all of that.
+Memory is counted as the engines count it (`memory.bytes_per_row`, `zero.gathered_bytes`), and time as `speed` has it.
+Cells of a bench of the same model come before its formulas.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from batchgen import engine, memory, offload
-from batchgen.cards import Card
+from batchgen import engine, memory
 from batchgen.engine import Pace, Placement
+from batchgen.plan.speed import Model, Node, Speed
 from batchgen.types import UserError
 
-_CONTEXT_BYTES = int(1.0e9)  # of a CUDA context, cuBLAS's workspaces and a reserve
-_PRODUCTS = 0.8  # of the arithmetic that one large product reaches: those of a step are many, and some are small
-_READ = 0.5  # of the bandwidth that the weights of a step are read at, being many matrices and some of them small
-_LINK = 0.87  # of the host's link that DeepSpeed's copies reach
+__all__ = ["Expected", "Forecast", "Model", "Node", "PlanError", "Work", "forecasts"]
+
 _STAGES = 16  # in which rows that come and go become fewer
-_GROUP = 64  # weights that share a scale, where they are rounded
-_OVERLAP = 1.75  # the parts of a step add up as numbers to this power do: 1 is a plain sum, infinity the longest alone
 
 
 class PlanError(UserError):
     """There is nothing to plan with: a sentence for the person at the terminal."""
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """The machine that the run is for, or several like it."""
-
-    card: Card
-    gpus: int  # of all hosts; where there are none, ranks
-    host_memory: int | None = None  # bytes, of all hosts; None: not known
-    disk_bandwidth: float = 2e9  # bytes/s of a local disk's reads
-    hosts: int = 1
-
-    @property
-    def room(self) -> int:
-        """Bytes of a device that a run can use."""
-        return self.card.memory - _CONTEXT_BYTES
-
-    @property
-    def device(self) -> str:
-        """What a rank computes on."""
-        return "GPU" if self.card.gpu else "rank's share of the host"
 
 
 @dataclass(frozen=True)
@@ -62,46 +34,6 @@ class Work:
 
     lengths: Sequence[tuple[int, int]]  # prompt tokens, new tokens
     rows: int  # that these stand for
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model from its config alone."""
-
-    config: Any
-    dtype: torch.dtype
-    weights: offload.Parameters = field(repr=False)
-
-    @classmethod
-    def of(cls, config: Any, dtype: torch.dtype, bits: Literal[0, 4, 8] = 0) -> Model:
-        """With weights of type `dtype`, or those of matrices rounded to so many bits."""
-        weights = offload.parameters(config, dtype)
-        return cls(config, dtype, offload.quantized(weights, bits, _GROUP) if bits else weights)
-
-    @property
-    def layers(self) -> int:
-        """Of the decoder."""
-        return int(self.config.get_text_config().num_hidden_layers)
-
-    @property
-    def eager(self) -> bool:
-        """Whether its attention writes out scores: BLOOM's position biases have no other."""
-        return str(self.config.model_type) == "bloom"
-
-    def row_bytes(self, prompt: int, new: int, sharing: int) -> int:
-        """Of one row, on each of the devices that share it."""
-        return memory.bytes_per_row(
-            self.config,
-            prompt_tokens=prompt,
-            new_tokens=new,
-            item_bytes=self.dtype.itemsize,
-            eager=self.eager,
-            ranks=sharing,
-        )
-
-    def cache_bytes(self) -> int:
-        """Of one token, on all devices together."""
-        return memory.cache_bytes_per_token(self.config, self.dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +108,7 @@ class Expected:
         seconds, bounds = 0.0, dict[str, float]()
         for part in self._in_flight(work) if self.pace.continuous else self._batches(work):
             step, bound = self.step(part.rows, part.context)
-            spent = part.times * (part.steps * step + self._products(part.prompts))
+            spent = part.times * (part.steps * step + self._speed.prefill(part.prompts))
             seconds += spent
             bounds[bound] = bounds.get(bound, 0.0) + spent
         batch = self.most(longest)
@@ -256,31 +188,11 @@ class Expected:
         """Seconds of a decode step of so many rows of `context` tokens, and what most of it goes to."""
         if self.known:
             return _between(self.known, rows), "what was measured"
-        placement, card, pace = self.placement, self.node.card, self.pace
-        together = 1 if placement.in_turn else placement.sharing
-        products = max(self.model.weights.read_bytes / together / (_READ * card.bandwidth), self._products(rows))
-        passes = pace.cache_passes_eager if self.model.eager else pace.cache_passes
-        cache = passes * rows * context * self.model.cache_bytes() / together / card.bandwidth
-        moved = 0.0
-        if placement.path == "disk":
-            moved = placement.moved * placement.ranks / self.node.disk_bandwidth  # all ranks read the same disk
-        elif placement.path:
-            moved = placement.moved / (_LINK * card.host_link if placement.path == "host" else card.gpu_link)
-        shared = (together > 1 or placement.gathered > 0) and pace.shared_layer_seconds is not None
-        work = (pace.shared_layer_seconds or 0.0) if shared else pace.layer_seconds
-        times = {
-            "Python's work": work * self.model.layers,
-            "products and cache": products + cache,
-            f"weights from the {placement.path}": moved,
-        }
-        bound = max(times, key=lambda one: times[one])
-        return sum(seconds**_OVERLAP for seconds in times.values()) ** (1 / _OVERLAP), bound
+        return self._speed.step(rows, context)
 
-    def _products(self, tokens: float) -> float:
-        """Seconds of all matrix products over so many tokens."""
-        operations = 2 * self.model.weights.read_bytes / self.model.dtype.itemsize * tokens
-        together = 1 if self.placement.in_turn else self.placement.sharing
-        return operations / together / (_PRODUCTS * self.node.card.operations)
+    @property
+    def _speed(self) -> Speed:
+        return Speed(self.pace, self.placement, self.model, self.node)
 
 
 def _between(known: Mapping[int, float], rows: int) -> float:
