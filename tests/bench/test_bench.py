@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click import testing
 
 from batchgen.bench import System, _cells
 from batchgen.bench.results import Folder, Result
 from batchgen.bench.worker import Task, Worker
+from batchgen.commands import main
 from batchgen.world import World
 from tests.engines.runs import OUT_OF_MEMORY, ROOT
 from tests.test_models_shapes import TINY
@@ -30,6 +32,13 @@ def bench(folder: Path, *words: str, site: str | None = None, code: int = 0) -> 
     )
     assert done.returncode == code, done.stderr
     return done
+
+
+def here(folder: Path, *words: str) -> testing.Result:
+    """The same in this process: what starts no ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return testing.CliRunner().invoke(main, ["bench", *words])
 
 
 def cells(folder: Path) -> dict[tuple[str, str, int | None], dict[str, object]]:
@@ -72,9 +81,10 @@ def test_a_cell_that_runs_out_of_memory_is_a_cell_and_the_bench_goes_on(tmp_path
     assert "| accelerate | 2 |" in tables
     assert "| oom |" in tables
     assert (tmp_path / "bench" / "throughput.png").stat().st_size > 5000
-    wrong = bench(tmp_path, *words, *more, "--tokens", "6", code=4)
-    assert "holds another bench: tokens was 5, now 6" in wrong.stderr
-    assert "| echo | 2 | seed | 2 |" in bench(tmp_path, "compare", "bench", "bench").stdout
+    wrong = here(tmp_path, *words, *more, "--tokens", "6")
+    assert wrong.exit_code == 4
+    assert "holds another bench: tokens was 5, now 6" in wrong.output
+    assert "| echo | 2 | seed | 2 |" in here(tmp_path, "compare", "bench", "bench").output
 
 
 @pytest.mark.slow
@@ -97,7 +107,7 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
     bench(tmp_path, *words, "--mixed", "2,5", "--cycles", "2")
     assert [job.split(" rows")[0] for _, job, _ in cells(tmp_path)] == ["p.jsonl, 10", "mixed, 2", "mixed, 5"]
     known = (tmp_path / "bench" / "bench.json").read_text()
-    bench(tmp_path, *words, "--mixed", "5", "--cycles", "2")
+    assert here(tmp_path, *words, "--mixed", "5", "--cycles", "2").exit_code == 0
     assert (tmp_path / "bench" / "bench.json").read_text() == known
     tables = (tmp_path / "bench" / "tables.md").read_text()
     assert " --input p.jsonl --sample 10 --cycles 2\n" in tables
@@ -121,13 +131,7 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
     ],
 )
 def test_what_cannot_be_measured_is_a_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from batchgen.commands import main
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        done = CliRunner().invoke(main, ["bench", *words])
+    done = here(tmp_path, *words)
     assert done.exit_code == 4
     assert sentence in done.output
     assert not (tmp_path / "bench" / "results.jsonl").exists()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,15 @@ def texts_alone(prompts: Path, model: Path, scratch: Path) -> list[object]:
     """Those of one process without shards, this one."""
     batchgen.run(str(prompts), scratch, model=str(model), engine="accelerate", dtype="float32")
     return texts(scratch)
+
+
+def ended_by(number: signal.Signals, words: Sequence[str], out: Path, most: int = 20, attempt: int = 1) -> str:
+    """What a run has said that ended, to go on later, since its rank 1 got this signal after more than `most` steps."""
+    starter = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.kill(process_of_rank_1(out, starter, most, attempt), number)
+    _, said = starter.communicate(timeout=120)
+    assert starter.returncode == 75, said
+    return str(said)
 
 
 def process_of_rank_1(out: Path, starter: subprocess.Popen[str], most: int, attempt: int = 1, of: str = "steps") -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,16 @@ from batchgen.types import UserError
 from batchgen.world import World
 from tests import models
 from tests.engines import engine_rank, zero_matrix
-from tests.engines.runs import OUT_OF_MEMORY, ROOT, altered, command, process_of_rank_1, rows, run, texts, texts_alone
+from tests.engines.runs import (
+    OUT_OF_MEMORY,
+    altered,
+    command,
+    ended_by,
+    rows,
+    run,
+    texts,
+    texts_alone,
+)
 
 SETS = (1, 7, 50)
 
@@ -73,18 +81,11 @@ def test_a_pickled_checkpoint_is_read_too(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_its_group_and_the_run_goes_on_over_another_number(llama: Path, tmp_path: Path) -> None:
-    prompts, out = rows(tmp_path / "p.jsonl", 60, bad=(5, 7)), tmp_path / "out"
+    prompts, out = rows(tmp_path / "p.jsonl", 36, bad=(5, 7)), tmp_path / "out"
     words = command(prompts, out, llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", engine="ds-inference")
-    starter = subprocess.Popen([*words, "--tp", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
-    _, said = starter.communicate(timeout=60)
-    assert starter.returncode == 75, said
-    assert "rank 1 died" in said
+    assert "rank 1 died" in ended_by(signal.SIGKILL, [*words, "--tp", "2"], out)
     # Now two groups of two, and a stop that reaches a rank of one group alone.
-    two = subprocess.Popen([*words, "--tp", "2", "--ranks", "4"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, two, 10, attempt=2), signal.SIGUSR2)
-    _, said = two.communicate(timeout=120)
-    assert two.returncode == 75, said
+    ended_by(signal.SIGUSR2, [*words, "--tp", "2", "--ranks", "4"], out, 10, attempt=2)
     ends = [json.loads(path.read_bytes()) for path in sorted(out.glob("attempts/00002-*.json"))]
     assert ends[0]["steps"] == ends[1]["steps"], "the ranks of a group leave at the same step"
     assert ends[2]["steps"] == ends[3]["steps"]
@@ -141,14 +142,14 @@ if os.environ.get("RANK") == "1":
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tp", "fault", "most", "attempts"),
-    [(2, SMALL, 16, 1), (2, OUT_OF_MEMORY, 6, 2), (1, OUT_OF_MEMORY.replace('== "1"', '!= ""'), 6, 1)],
+    ("tp", "fault", "most", "attempts", "count"),  # of rows, which come in three lengths
+    [(2, SMALL, 16, 1, 48), (2, OUT_OF_MEMORY, 6, 2, 18), (1, OUT_OF_MEMORY.replace('== "1"', '!= ""'), 6, 1, 18)],
     ids=["before a batch", "inside one", "inside one, alone"],
 )
 def test_out_of_memory_of_one_rank_shrinks_the_batches_of_its_group(
-    tp: int, fault: str, most: int, attempts: int, llama: Path, tmp_path: Path
+    tp: int, fault: str, most: int, attempts: int, count: int, llama: Path, tmp_path: Path
 ) -> None:
-    prompts, out = rows(tmp_path / "p.jsonl", 60), tmp_path / "out"
+    prompts, out = rows(tmp_path / "p.jsonl", count), tmp_path / "out"
     words = command(prompts, out, llama, "--batch-size", str(most), "--tp", str(tp), engine="ds-inference")
     done = run(*words, environment=altered(tmp_path, fault))
     assert done.returncode == 0, done.stderr
@@ -161,14 +162,12 @@ def test_out_of_memory_of_one_rank_shrinks_the_batches_of_its_group(
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_files_split_by_rank(llama: Path, tmp_path: Path) -> None:
-    prompts, out, parts = rows(tmp_path / "p.jsonl", 40), tmp_path / "out", tmp_path / "parts"
+    prompts, out, parts = rows(tmp_path / "p.jsonl", 20), tmp_path / "out", tmp_path / "parts"
     words = [*command(prompts, out, llama, engine="ds-inference"), "--tp", "2"]
     made = run(words[0], "-m", "batchgen", "split", llama, parts, "--tp", "2", "--dtype", "float32")
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"{parts}\n"
-    starter = subprocess.Popen([*words, "--batch-size", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
-    starter.communicate(timeout=60)
+    ended_by(signal.SIGKILL, [*words, "--batch-size", "2"], out)
     words[words.index(str(llama))] = str(parts)
     words[words.index("ds-inference")] = "paged"  # the other engine that reads them
     done = run(*words)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from pathlib import Path
@@ -12,7 +11,18 @@ import pytest
 
 from batchgen.engine import EngineError, find, parse_options
 from tests.engines import engine_rank, zero_matrix
-from tests.engines.runs import OUT_OF_MEMORY, ROOT, altered, command, process_of_rank_1, rows, run, texts, texts_alone
+from tests.engines.runs import (
+    OUT_OF_MEMORY,
+    ROOT,
+    altered,
+    command,
+    ended_by,
+    process_of_rank_1,
+    rows,
+    run,
+    texts,
+    texts_alone,
+)
 
 
 @pytest.mark.slow
@@ -36,13 +46,9 @@ def test_error_rows_and_an_idle_rank_hang_nobody(tiny_llama: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
-    prompts, out = rows(tmp_path / "p.jsonl", 200), tmp_path / "zero"
+    prompts, out = rows(tmp_path / "p.jsonl", 60), tmp_path / "zero"
     words = command(prompts, out, tiny_llama, "--batch-size", "2", "--heartbeat-seconds", "0.1")
-    starter = subprocess.Popen([*words, "--ranks", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
-    _, said = starter.communicate(timeout=60)
-    assert starter.returncode == 75, said
-    assert "rank 1 died" in said
+    assert "rank 1 died" in ended_by(signal.SIGKILL, [*words, "--ranks", "2"], out)
     assert run(*words, "--ranks", "3").returncode == 0
     assert texts(out) == texts_alone(prompts, tiny_llama, tmp_path / "one")
 
@@ -51,10 +57,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tiny_llama: Path, tmp
 def test_a_stop_that_reaches_one_rank_alone_ends_all_at_the_same_step(tiny_llama: Path, tmp_path: Path) -> None:
     prompts, out = rows(tmp_path / "p.jsonl", 200), tmp_path / "zero"
     words = command(prompts, out, tiny_llama, "--batch-size", "2", "--heartbeat-seconds", "0.1", "--ranks", "2")
-    starter = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, starter, 20), signal.SIGUSR2)
-    _, said = starter.communicate(timeout=60)
-    assert starter.returncode == 75, said
+    ended_by(signal.SIGUSR2, words, out)
     ends = [json.loads(path.read_bytes()) for path in sorted(out.glob("attempts/00001-*.json"))]
     assert ends[0]["steps"] == ends[1]["steps"]
     assert {end["state"] for end in ends} <= {"stopped", "finished"}
@@ -69,7 +72,7 @@ def wide_bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the reads past the page cache are compiled once on a machine
 def test_nvme_keeps_its_files_to_itself_and_cleans_up_after_a_crash(wide_bloom: Path, tmp_path: Path) -> None:
-    prompts, out, disk = rows(tmp_path / "p.jsonl", 12), tmp_path / "zero", tmp_path / "disk"
+    prompts, out, disk = rows(tmp_path / "p.jsonl", 6), tmp_path / "zero", tmp_path / "disk"
     disk.mkdir()
     others = disk / "batchgen-another"
     others.mkdir()
@@ -101,7 +104,7 @@ def test_weights_of_8_bits_run_and_change_the_text(tiny_llama: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_out_of_memory_inside_a_shared_step_starts_the_ranks_again_smaller(tiny_llama: Path, tmp_path: Path) -> None:
-    prompts, out = rows(tmp_path / "p.jsonl", 60), tmp_path / "zero"
+    prompts, out = rows(tmp_path / "p.jsonl", 36), tmp_path / "zero"
     words = command(prompts, out, tiny_llama, "--batch-size", "6", "--ranks", "2")
     done = run(*words, environment=altered(tmp_path, OUT_OF_MEMORY))
     assert done.returncode == 0, done.stderr

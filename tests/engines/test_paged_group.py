@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from batchgen.engine import EngineError, Setup, Stream, find, parse_options
 from batchgen.world import World
 from tests import models
 from tests.engines import engine_rank, zero_matrix
-from tests.engines.runs import ROOT, altered, command, process_of_rank_1, read, rows, run, texts, texts_alone
+from tests.engines.runs import altered, command, ended_by, read, rows, run, texts, texts_alone
 
 KINDS = {
     "llama": partial(models.llama, num_key_value_heads=4),
@@ -63,18 +61,11 @@ def test_groups_are_streams_of_their_own(folders: dict[str, Path], tmp_path: Pat
 @pytest.mark.slow
 def test_a_killed_rank_ends_its_group_and_a_whole_model_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:
     model, out, whole = folders["llama"], tmp_path / "out", tmp_path / "whole"
-    prompts = rows(tmp_path / "p.jsonl", 60, bad=(5, 7))
+    prompts = rows(tmp_path / "p.jsonl", 36, bad=(5, 7))
     words = command(prompts, out, model, "--heartbeat-seconds", "0.1", "--temperature", "0.7", engine="paged")
-    starter = subprocess.Popen([*words, "--tp", "2", "--batch-size", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, starter, 20), signal.SIGKILL)
-    _, said = starter.communicate(timeout=60)
-    assert starter.returncode == 75, said
-    assert "rank 1 died" in said
+    assert "rank 1 died" in ended_by(signal.SIGKILL, [*words, "--tp", "2", "--batch-size", "2"], out)
     # A stop that reaches one rank alone, which plans nothing.
-    two = subprocess.Popen([*words, "--tp", "2", "--batch-size", "1"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    os.kill(process_of_rank_1(out, two, 10, attempt=2), signal.SIGUSR2)
-    _, said = two.communicate(timeout=120)
-    assert two.returncode == 75, said
+    ended_by(signal.SIGUSR2, [*words, "--tp", "2", "--batch-size", "1"], out, 10, attempt=2)
     ends = [json.loads(path.read_bytes()) for path in sorted(out.glob("attempts/00002-*.json"))]
     assert ends[1]["state"] == "stopped"
     assert {end["state"] for end in ends} <= {"stopped", "finished"}
