@@ -162,12 +162,12 @@ def test_out_of_memory_of_one_rank_shrinks_the_batches_of_its_group(
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_files_split_by_rank(llama: Path, tmp_path: Path) -> None:
-    prompts, out, parts = rows(tmp_path / "p.jsonl", 20), tmp_path / "out", tmp_path / "parts"
+    prompts, out, parts = rows(tmp_path / "p.jsonl", 40), tmp_path / "out", tmp_path / "parts"
     words = [*command(prompts, out, llama, engine="ds-inference"), "--tp", "2"]
     made = run(words[0], "-m", "batchgen", "split", llama, parts, "--tp", "2", "--dtype", "float32")
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"{parts}\n"
-    ended_by(signal.SIGKILL, [*words, "--batch-size", "2"], out)
+    ended_by(signal.SIGKILL, [*words, "--batch-size", "2", "--heartbeat-seconds", "0.1"], out)
     words[words.index(str(llama))] = str(parts)
     words[words.index("ds-inference")] = "paged"  # the other engine that reads them
     done = run(*words)
