@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from batchgen import selftest
+from batchgen import memory, selftest
 from batchgen.engine import EngineError
+from batchgen.paged.pages import SIZE
 from batchgen.types import Prompt, SamplingParams
 from tests import models
 from tests.engines.test_paged import load, prompts, texts
@@ -27,8 +29,28 @@ def test_rows_that_do_not_fit_are_failed_rows(tiny_llama: Path) -> None:
     assert "200 prompt tokens and up to 20 new ones do not fit" in failed[0].error.message
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 # What these tests strike is not what a GPU runs: there a forward is a graph, captured once, over kernels.
 plain_path = pytest.mark.skipif(torch.cuda.is_available(), reason="strikes the path of the CPU")
+
+
+@plain_path
+def test_the_cache_takes_memory_as_it_fills(tiny_llama: Path) -> None:
+    config = models.Model(tiny_llama).model.config
+    with load(tiny_llama, selftest=False) as engine:
+        texts(engine, prompts(30))  # what a process takes once
+    before = resident()
+    with load(tiny_llama, batch_size=4000, selftest=False) as engine:
+        assert engine._runner is not None
+        whole = engine._runner.pages * SIZE * memory.cache_bytes_per_token(config, 4)
+        assert whole > 100 << 20
+        assert resident() - before < whole / 4
+        texts(engine, prompts(30))
+        assert resident() - before < whole / 2
 
 
 class OutOfMemory:
