@@ -87,9 +87,6 @@ def automatic(
             f"no engine can do this: {_grouped(out)}. Change the settings or --dtype; "
             "with an --engine, a wrong setting lists those it has"
         )
-    for_gpus = [name for name, kind in kinds.items() if not machine.gpus and name not in out and not kind.serves_cpu]
-    if len(for_gpus) + len(out) < len(kinds):  # else the settings ask for one of these
-        out |= dict.fromkeys(for_gpus, "made for GPUs, and there is none here")
     left = {name: kind for name, kind in kinds.items() if name not in out}
     first, kind = next(iter(left.items()))
     if len(left) == 1:
@@ -97,6 +94,8 @@ def automatic(
     search = _Search(kind.encoder(str(model)), dtype, settings, list(left), machine, ranks, hosts)
     best, why = search.best(lengths)
     why += f" (not asked: {_grouped(out)})" if out else ""
+    if best is None:
+        return Choice(first, kind, engine.parse_options(kind, settings), why)
     options = engine.parse_options(kinds[best.engine], (*best.placement.settings, *settings))
     return Choice(best.engine, kinds[best.engine], options, why)
 
@@ -131,8 +130,8 @@ class _Search:
     ranks: int
     hosts: int
 
-    def best(self, lengths: Lengths) -> tuple[Forecast, str]:
-        """The fastest that fits, and why it is that one.
+    def best(self, lengths: Lengths) -> tuple[Forecast | None, str]:
+        """The fastest that fits, and why it is that one; None: the settings ask for what none of them can be.
 
         Raises:
             EngineError: none fits.
@@ -147,6 +146,8 @@ class _Search:
             # A row that does not fit is an error row, and no reason to refuse the others.
             work = Work([min(work.lengths, key=sum)], work.rows)
             found, note = self._forecasts(model, work, self.ranks), ", though the longest rows do not fit"
+        if not found:
+            return None, "no engine can be forecast with these settings"
         good = [one for one in found if not one.why_not]
         if not good:
             raise EngineError(self._nothing_fits(model, work, found))
@@ -154,6 +155,8 @@ class _Search:
         why = f"{fastest.tokens_per_second:,.0f} tokens/s are forecast{note}"
         why += "".join(f"; {one.tokens_per_second:,.0f} of {_called(one)}" for one in slower)
         why += "".join(f"; {_called(one)} does not fit: {one.why_not}" for one in found if one.why_not)
+        if not self.machine.gpus and (others := [n for n in self.engines if n not in {one.engine for one in found}]):
+            why += f"; made for GPUs, and there is none here: {', '.join(others)}"
         return fastest, why
 
     def _types(self) -> tuple[Any, Literal[0, 4, 8]]:
@@ -177,8 +180,13 @@ class _Search:
                 if one.placement.ranks == ranks and not one.placement.disk  # whose folder only the user knows
             ]
             found += [one for one in there if self._is_asked_for(one, there)] or [
-                one for one in there if not _names(one.placement.settings) & _names(self.given)
+                # Each is one of groups, be they of one rank.
+                one
+                for one in there
+                if not ({"tp"} | _names(one.placement.settings)) & _names(self.given)
             ]
+        if not machine.gpus:  # unless the settings, or the model, ask for one of the others
+            found = [one for one in found if engine.find(one.engine).serves_cpu] or found
         return sorted(found, key=lambda one: (bool(one.why_not), one.seconds))
 
     def _is_asked_for(self, one: Forecast, there: Sequence[Forecast]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from batchgen import choice, engine, presplit
 from batchgen.cards import CARDS, Machine, recognised
@@ -110,6 +111,21 @@ def test_files_that_are_split_by_rank_are_read_by_groups_of_as_many(dtype: str, 
     found = chosen(folder, of("H100", 4), ranks=4, dtype="int8" if dtype == "int8" else "auto")
     assert (found.name, found.options.tp) == (name, 2)
     assert f"no dtype {dtype}: " in found.why or "no use for files that are split by rank: accelerate" in found.why
+
+
+@pytest.mark.parametrize(("ranks", "tp"), [(8, 3), (16, 16)])
+def test_groups_that_cannot_be_are_not_forecast(ranks: int, tp: int, folders: dict[str, Path]) -> None:
+    found = chosen(folders["llama-70b"], of("H100", ranks), ranks=ranks, settings=[f"tp={tp}"])
+    assert found.options.tp == tp, "its start says what can be"
+    assert found.why.startswith("no engine can be forecast with these settings")
+
+
+def test_engines_for_gpus_are_asked_where_those_for_cpus_do_not_know_the_model(tmp_path: Path) -> None:
+    config = transformers.OPTConfig(hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4)
+    config.save_pretrained(tmp_path)
+    folder = shapes.make(str(tmp_path / "config.json"), torch.float32, tmp_path / "model")
+    found = chosen(folder, CPU, ranks=2, settings=["tp=2"])
+    assert (found.name, found.options.tp) == ("ds-inference", 2)
 
 
 def test_nothing_fits_is_said_of_each_engine_with_what_to_do(folders: dict[str, Path]) -> None:

@@ -45,9 +45,9 @@ def test_the_memory_of_a_batch_is_within_five_percent_of_what_was_measured(shape
 
 def test_the_time_of_a_decode_step_is_within_a_quarter_of_what_was_measured() -> None:
     off = {}
-    for folder in ("h100/bloom-560m", "h100/bloom-7b1", "h100x2/bloom-7b1", "h200x2/bloom-7b1"):
+    for folder in ("h100/bloom-560m", *(f"{host}/bloom-7b1" for host in ("h100", "h100x2", "h200x2", "h200x2b"))):
         place, _, shape = folder.partition("/")
-        sized, card = model(shape), cards.CARDS["H200" if place == "h200x2" else "H100"]
+        sized, card = model(shape), cards.CARDS[place[:4].upper()]
         for result in Folder(ROOT / "benchmarks" / folder).results():
             name, _, setting = result.system.partition(":")
             # One rank of ds-zero has gone without DeepSpeed's hooks since the tables of one H100.
@@ -60,7 +60,7 @@ def test_the_time_of_a_decode_step_is_within_a_quarter_of_what_was_measured() ->
             placement = next(one for one in placements if not setting or setting in one.settings)
             step, _ = plan.Expected(kind.pace, placement, sized, node, {}).step(result.batch, 8 + 100 / 2)
             off[folder, result.system, result.batch] = step / result.step_seconds - 1
-    assert len(off) >= 45
+    assert len(off) >= 56
     # Python's part differs that much between hosts, and from one minute to the next: with tp=2 one row took 47 ms, and
     # 128 rows 38. And 1,024 rows of BLOOM take as long on an H200 as on an H100, whatever its memory.
     missed = {cell: share for cell, share in off.items() if abs(share) > 0.25}
@@ -71,6 +71,8 @@ def test_the_time_of_a_decode_step_is_within_a_quarter_of_what_was_measured() ->
         ("h200x2/bloom-7b1", "ds-inference", 1024),
         ("h200x2/bloom-7b1", "ds-zero", 32),
         ("h200x2/bloom-7b1", "ds-zero", 1024),
+        ("h200x2b/bloom-7b1", "ds-zero", 1024),
+        ("h200x2b/bloom-7b1", "ds-zero", 2048),
         ("h200x2/bloom-7b1", "ds-inference:tp=2", 32),
         ("h200x2/bloom-7b1", "ds-inference:tp=2", 128),
     }, missed
@@ -179,6 +181,18 @@ def test_what_a_rank_on_each_gpu_took_is_not_that_of_one_rank_over_all() -> None
     assert taken == {1: False, 2: True}
 
 
+def test_what_whole_models_took_is_not_that_of_a_group() -> None:
+    work, node = plan.Work([(8, 100)], 1), plan.Node(cards.CARDS["H100"], 2)
+    for system, wanted in (
+        ("paged", [("paged", ())]),
+        ("paged:tp=2", [("paged", ("tp=2",))]),
+        ("ds-inference", [("ds-inference", ("tp=2",))]),  # which shares one among all, if nothing is said
+        ("ds-zero", [("ds-zero", ())]),
+    ):
+        found = plan.forecasts(model("llama-8b"), work, node, {system: {1: 0.001, 512: 0.001}})
+        assert [(one.engine, one.placement.settings) for one in found if one.measured] == wanted
+
+
 def test_the_bench_of_another_model_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n')
     words = ["plan", str(tmp_path / "p.jsonl"), "--bench", str(H100 / "bloom-7b1"), "--model"]
@@ -222,6 +236,11 @@ def test_a_step_is_not_shared_over_the_network_between_hosts() -> None:
     why = {one.placement.settings: one.why_not for one in found}
     assert why["tp=2",] == ""
     assert "over the network between hosts" in why["tp=8",]
+    # As many ranks as a host has must be whole groups, whatever the sum.
+    node = plan.Node(cards.CARDS["H100"], 12, hosts=2)
+    found = plan.forecasts(model("llama-70b"), plan.Work([(8, 10)], 1), node, {}, ["paged"])
+    fits = {one.placement.settings for one in found if not one.why_not}
+    assert fits == {("tp=2",)}
 
 
 def test_a_row_that_does_not_fit_is_said_with_its_size() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from batchgen.stop import Stop
 logger = logging.getLogger(__name__)
 
 OUT_OF_STEP = 75  # exit code of ranks that could not go on together
+_REFUSED = 4  # of one that has said to the user why it cannot go on
+_SAY_LITTLE = (1, -signal.SIGTERM, 0)  # of one that missed another, that the starter has ended, that had no trouble
 
 
 @dataclass(frozen=True)
@@ -127,14 +130,14 @@ def _measured(
         if stop.signal is None:
             stop.reason = None  # that a rank died is a finding
         found = [_lines(Path(scratch, f"rank-{rank}.jsonl")) for rank in range(bench.ranks)]
-    if 4 in codes:
-        raise BenchError(f"{system.text} cannot run here; it says above why")
     _describe(bench, folder, found)
     cells: list[tuple[str, int | None]] = [("seed", batch) for batch in batches]
     cells += [(job.name, None) for job in jobs]
     for result in _cells(system, bench.ranks, cells, found, codes):
         if result.outcome == "ok" or not stop():  # what is missing, since we have ended the ranks, is no finding
             yield result
+    if _REFUSED in codes:  # what came before is measured all the same
+        raise BenchError(f"{system.text} cannot run here; it says above why")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -159,7 +162,10 @@ def _cells(
     found: Sequence[Sequence[Mapping[str, Any]]],
     codes: Sequence[int],
 ) -> Iterable[Result]:
-    """A result a cell: the slowest rank's seconds, all streams' tokens. The first that is missing they died of."""
+    """A result a cell: the slowest rank's seconds, all streams' tokens. The first that is missing they died of.
+
+    A rank that has refused to go on leaves no such cell: nothing was found out about it.
+    """
     loads = [line for lines in found for line in lines if "load_seconds" in line]
     for job, batch in cells:
         general: dict[str, Any] = {
@@ -173,15 +179,25 @@ def _cells(
         mine = [[line for line in each if (line.get("job"), line.get("batch")) == (job, batch)] for each in found]
         lines = [of_rank[-1] for of_rank in mine if of_rank]
         if len(lines) < ranks:
+            if _REFUSED in codes:
+                return
             # A rank that is killed for memory says nothing; one that has said that it has none may end in any way.
             said = any(line["outcome"] == "oom" for line in lines)
             killed = any(code in (OUT_OF_STEP, -9, 137) for code in codes)
-            yield Result(outcome="oom" if said or killed else f"exit code {max(codes, default=0)}", **general)
+            yield Result(outcome="oom" if said or killed else f"exit code {_cause(codes)}", **general)
             return
         if any(line["outcome"] != "ok" for line in lines):
-            yield Result(outcome="oom", fits=min(line["fits"] for line in lines), **general)
+            known = [line["fits"] for line in lines if line["fits"] is not None]
+            yield Result(outcome="oom", fits=min(known, default=None), **general)
             return
         yield _together(lines, general)
+
+
+def _cause(codes: Sequence[int]) -> int:
+    """The exit code of the rank that the others died of, as far as codes tell: a signal's before any other."""
+    telling = [code for code in codes if code not in _SAY_LITTLE]
+    signals = [code for code in telling if code < 0]
+    return next(iter([*signals, *telling, *(code for code in _SAY_LITTLE if code in codes)]), 0)
 
 
 def _together(lines: Sequence[Mapping[str, Any]], general: Mapping[str, Any]) -> Result:

@@ -42,11 +42,13 @@ class Result:
     ranks: int
     job: str  # "seed", or what `job_name` says
     batch: int | None  # rows of a stream at once; None: the engine's choice
-    outcome: str  # "ok"; "oom", also where it had to be done in smaller batches; else what went wrong
+    # "ok"; "oom", also where it had to be done in smaller batches, unless the engine's pace is continuous: then that is
+    # "ok", and `fits` says so; else what went wrong.
+    outcome: str
     load_seconds: float | None = None
     streams: int = 0
     rows: int = 0  # of all streams
-    fits: int | None = None  # rows of the largest batch
+    fits: int | None = None  # rows of the largest batch: most of a stream in work at once; None: unknown
     generated: int = 0  # tokens of one cycle and all streams, up to and with the end of sequence
     counted_by_seed: int = 0  # the same as the seed counts: padding behind a row's end is generated
     seconds: list[float] = field(default_factory=list)  # of each cycle, tokenising and decoding included

@@ -96,7 +96,7 @@ def _details(results: Sequence[Result], mode: CountMode) -> str:
             [
                 one.system,
                 one.ranks,
-                one.batch,
+                _batch(one),
                 f"{one.per_second(mode):,.0f}",
                 f"{1000 * one.prefill_seconds:.1f}",
                 f"{1000 * one.step_seconds:.2f}",
@@ -117,6 +117,12 @@ def _details(results: Sequence[Result], mode: CountMode) -> str:
         "host, GB",
     ]
     return table(header, lines)
+
+
+def _batch(result: Result) -> str:
+    """Rows of a stream: a continuous engine may have had fewer of them in work, and is timed all the same."""
+    whole = result.batch is None or result.fits is None or result.fits >= result.batch
+    return f"{result.batch}" if whole else f"{result.batch} ({result.fits} at once)"
 
 
 def _jobs(results: Sequence[Result], mode: CountMode) -> str:

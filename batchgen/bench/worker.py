@@ -88,7 +88,7 @@ class Worker:
         try:
             yield
         except OutOfStep:
-            self._say({"job": job, "batch": batch, "outcome": "oom", "fits": 0})
+            self._say({"job": job, "batch": batch, "outcome": "oom", "fits": self._fits([])})
             raise
 
     def _floor(self) -> Floor | None:
@@ -111,13 +111,12 @@ class Worker:
         """Measures a batch size; False if it does not fit."""
         tokens = self._task.tokens
         _, batches = self._timed(made, self._batch(rows, tokens))  # the warm-up
-        # A rank that writes nothing may be told no more than steps.
-        fits = _at_once(batches) if self._stream.writes else rows
+        fits = self._fits(batches)
         refused = any(g.error is not None for batch in batches for g in batch.generations)
-        # Where rows leave one by one, others take their place before all have come.
-        enough = fits >= rows or self._kind.pace.continuous
+        # Where rows leave one by one, others take their place before all have come: `fits` says what was in work.
+        enough = fits is None or fits >= rows or self._kind.pace.continuous
         if not self._all(enough and not refused):
-            self._say({"job": "seed", "batch": rows, "outcome": "oom", "fits": 0 if refused else fits})
+            self._say({"job": "seed", "batch": rows, "outcome": "oom", "fits": self._fits([] if refused else batches)})
             return False
         prefill = min(self._timed(made, self._batch(rows, 1))[0] for _ in range(2))
         seconds = []
@@ -151,7 +150,7 @@ class Worker:
             warm, counts = True, warm or not self._all(spent < _LONG_SECONDS)
             if counts:
                 seconds.append(spent)
-                found = self._found(batches) | {"fits": _at_once(batches)}
+                found = self._found(batches) | {"fits": self._fits(batches)}
                 self._say(found | {"job": name, "batch": None, "seconds": seconds})
 
     def _timed(self, made: Engine, prompts: Callable[[], list[Prompt]]) -> tuple[float, list[Batch]]:
@@ -162,6 +161,12 @@ class Worker:
         batches = list(made.generate(iter(prompts()), lambda: False))
         synchronize(self._device)
         return time.perf_counter() - begun, batches
+
+    def _fits(self, batches: Sequence[Batch]) -> int | None:
+        """Most rows that were in work together; None: this rank writes nothing, and may be told no more than steps."""
+        if not self._stream.writes:
+            return None
+        return max((batch.at_once or len(batch.generations) for batch in batches), default=0)
 
     def _found(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """What this rank's stream has generated, and the memory it took for it."""
@@ -196,8 +201,3 @@ class Worker:
     def _say(self, found: dict[str, Any]) -> None:
         with (Path(self._task.folder) / f"rank-{self._world.rank}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
-
-
-def _at_once(batches: Sequence[Batch]) -> int:
-    """Most rows that were in work together."""
-    return max((batch.at_once or len(batch.generations) for batch in batches), default=0)

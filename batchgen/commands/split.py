@@ -15,7 +15,7 @@ from batchgen.types import UserError
 @click.command("split")
 @click.argument("model")
 @click.argument("out", metavar="OUT")
-@click.option("--tp", type=click.IntRange(min=1), required=True, metavar="N", help="Ranks that will share the model.")
+@click.option("--tp", type=click.IntRange(min=2), required=True, metavar="N", help="Ranks that will share the model.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),

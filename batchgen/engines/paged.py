@@ -14,14 +14,12 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
-
 from batchgen import loading, memory, ranks, selftest, tensor_parallel
 from batchgen.decoding import StopTexts, generation
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
-from batchgen.paged import models
-from batchgen.paged.loop import MOST_SHRINKS, SHRINK, TOO_LARGE, Finished, Loop
+from batchgen.paged import models, room
+from batchgen.paged.loop import Finished, Loop
 from batchgen.paged.pages import SIZE
 from batchgen.paged.peers import Leader, Peers, follow
 from batchgen.paged.runner import Runner
@@ -31,9 +29,6 @@ from batchgen.world import World
 
 _YIELD_SECONDS = 1.0
 _FEED = 256  # prompts tokenised and handed in at once
-_SLOTS_ON_CPU = 64
-_MOST_SLOTS = 4096
-_TYPICAL_TOKENS = 128  # of a row: what the number of slots is worked out from, not a limit
 _WIDEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
 _STEP_OPERATIONS = 20e12  # of a step with parts of prompts: some 30 ms of an H100, which hides the work of the CPU
 
@@ -86,11 +81,11 @@ class Paged(Engine):
         models.check(self._encoder.config)
         loading.prepare_transformers()
         self._check = setup.selftest
+        self._make_ready = partial(self._make, setup, options)
         self.calls_together = self.will_call_together(options)
         if self.calls_together:
             try:
                 self._join(setup, options)
-                self._make(setup, options)
             except BaseException:
                 self.close()
                 raise
@@ -100,7 +95,7 @@ class Paged(Engine):
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         self._device = loading.device_of(setup.world)
         self._model = loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
-        self._make(setup, options)
+        self._make_ready()
 
     def _join(self, setup: Setup, options: Options) -> None:
         """This rank's share of the model, and the others of its group."""
@@ -112,8 +107,6 @@ class Paged(Engine):
         self._device = group.device
         self._model = tensor_parallel.load(setup, config, group)
         tensor_parallel.plain(self._model, group.model)
-        # However much longer another rank reads. What it takes to be ready then has collectives, which wait no longer.
-        group.await_loaded(lambda: False)
         place = world.rank - those.start
         self._peers = Peers(place, len(those), group.tell, group.told, group.any_rank, group.least, group.tokens)
 
@@ -121,10 +114,8 @@ class Paged(Engine):
         """Runner and scheduler, in the memory that there is."""
         peers = self._peers or Peers.alone()
         token = memory.cache_bytes_per_token(self._encoder.config, self._model.dtype.itemsize) // peers.count
-        slots = setup.batch_size or _slots(
-            memory.free_bytes([self._device], setup.world.local_size), token, self._device
-        )
-        slots = peers.least(slots)
+        free = memory.free_bytes([self._device], setup.world.local_size)
+        slots = peers.least(setup.batch_size or room.slots(free, token, self._device))
         parameters = peers.least(sum(one.numel() for one in self._model.parameters()))
         budget = options.step_tokens or min(8192, max(2048, int(_STEP_OPERATIONS / 2 / parameters)))
         width = min(self._encoder.context or _WIDEST, options.cache_tokens or _WIDEST)
@@ -139,14 +130,12 @@ class Paged(Engine):
         )
         if self._device.type == "cuda":
             free = runner.free_bytes()
-        else:  # half of what is free, or what all slots can need
-            free = min(memory.host_free_bytes() // 2 // setup.world.local_size, slots * width * token)
+        else:  # or what all slots can need
+            free = min(free // room.SHARE_OF_HOST, slots * width * token)
         pages = peers.least(free // (token * SIZE))
         if options.cache_tokens is not None:
             pages = min(pages, -(-options.cache_tokens // SIZE))
-        if len(setup.limits) > MOST_SHRINKS:
-            raise EngineError(TOO_LARGE)
-        pages = int(pages * SHRINK ** len(setup.limits))  # attempts of a group that have died of it
+        pages = room.after(setup.limits, pages)
         if pages < 1:
             raise EngineError(
                 "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), more "
@@ -181,21 +170,36 @@ class Paged(Engine):
         return HfEncoder(model)
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
-        if self._runner is None:
+        if self._model is None:
             raise EngineError("this engine is closed")
         if self._peers is None or self._group is None:
-            yield from self._plan(self._runner, prompts, stop, None)
+            yield from self._plan(self._ready(), prompts, stop, None)
             return
+        # Here, where it is watched: another rank may read for much longer, or stand still.
         self._group.await_loaded(stop)
-        if self._peers.place == 0:
-            leader = Leader(self._runner, self._peers, self._step, self._hear)
-            yield from self._plan(self._runner, prompts, lambda: stop() or leader.asked_to_stop, leader)
+        if not self._peers.any_rank(stop()):
+            yield from self._together(self._peers, prompts, stop)
+        self.patience, self.at_ease = None, True
+        self._group.await_others(stop)
+
+    def _together(self, peers: Peers, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        runner = self._ready()
+        if peers.place == 0:
+            leader = Leader(runner, peers, self._step, self._hear)
+            yield from self._plan(runner, prompts, lambda: stop() or leader.asked_to_stop, leader)
             leader.end()
         else:
             look = partial(selftest.logits_of, self._model, device=self._device)
-            follow(self._runner, self._peers, look, stop, self._step, self._hear)
-        self.patience, self.at_ease = None, True
-        self._group.await_others(stop)
+            follow(runner, peers, look, stop, self._step, self._hear)
+
+    def _ready(self) -> Runner:
+        """What runs the steps; ranks of a group make it at the same time, with collectives that may take long."""
+        if self._runner is None:
+            patience, self.patience = self.patience, None
+            self._make_ready()
+            self.patience = patience
+        assert self._runner is not None
+        return self._runner
 
     def _plan(
         self, runner: Runner, prompts: Iterator[Prompt], stop: Callable[[], bool], leader: Leader | None
@@ -290,11 +294,3 @@ class Paged(Engine):
 def _long(rows: list[Finished]) -> list[Finished]:
     """Those whose text says something about decoding: one that ends at once is all prefill."""
     return [row for row in rows if len(row.tokens or ()) >= selftest.TOKENS // 2]
-
-
-def _slots(free: int, token: int, device: torch.device) -> int:
-    """Most rows at once, when nobody has said."""
-    if device.type == "cpu":
-        return _SLOTS_ON_CPU
-    slots = min(_MOST_SLOTS, free // (token * _TYPICAL_TOKENS))
-    return max(64, slots // 64 * 64)

@@ -13,7 +13,7 @@ import torch
 
 from batchgen import memory
 from batchgen.decoding import StopTexts
-from batchgen.engine import EngineError
+from batchgen.paged import room
 from batchgen.paged.flight import Flight
 from batchgen.paged.pages import SIZE
 from batchgen.paged.peers import Leader, no_memory
@@ -25,12 +25,6 @@ from batchgen.types import Prompt
 logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.05
-SHRINK = 0.85  # of the cache, after a forward that has run out of memory
-MOST_SHRINKS = 8
-TOO_LARGE = (
-    "out of memory in a forward, however small the cache; use a smaller --batch-size, --set step_tokens=1024, or a "
-    "smaller --dtype"
-)
 _HELD_ROWS, _HELD_SECONDS = 64, 10.0  # that have ended and wait for the check of the first ones, at most
 
 
@@ -81,7 +75,7 @@ class Loop:
         self._all_in = False
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._run, name="paged", daemon=True)
-        self._shrunk = 0
+        self._pages = scheduler.pages  # at first
         self.most_running = 0  # sequences at once
         self.error: BaseException | None = None  # of which the thread has died
         self._pending = 0  # prompts given and not finished
@@ -178,10 +172,7 @@ class Loop:
 
     def _shrink(self) -> None:
         """Goes on with a smaller cache, and whatever ran begins again: a forward has found no memory beside it."""
-        self._shrunk += 1
-        pages = int(self._scheduler.pages * SHRINK)
-        if self._shrunk > MOST_SHRINKS or pages == 0:
-            raise EngineError(TOO_LARGE)
+        pages = room.shrunk(self._scheduler.pages, self._pages)
         logger.warning("out of memory in a forward; going on with a cache of %d tokens", pages * SIZE)
         refused = self._scheduler.restart(pages)
         self._runner.allocate(pages)

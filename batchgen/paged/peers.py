@@ -57,8 +57,7 @@ class _Word(IntEnum):
 def no_memory(pages: int) -> OutOfStep:
     """What ends the attempt when one of the ranks had no memory beside a cache of so many pages.
 
-    The limit that is recorded of it has the size of that cache as its length: each attempt that ends so adds one, and
-    by their number the next one's cache is smaller.
+    The limit that is recorded of it has the size of that cache as its length, below which the next attempt begins.
     """
     error = OutOfStep("out of memory in a step that several ranks take together")
     error.length, error.rows = pages * SIZE, 2

@@ -18,6 +18,7 @@ from batchgen import engine, memory
 from batchgen.engine import Pace, Placement
 from batchgen.plan.speed import Model, Node, Speed
 from batchgen.types import UserError
+from batchgen.world import World
 
 __all__ = ["Expected", "Forecast", "Model", "Node", "PlanError", "Work", "forecasts"]
 
@@ -80,8 +81,9 @@ def forecasts(
         kind = engine.find(name)
         for placement in kind.placements(model.config, model.weights, node.gpus):
             system = ":".join([name, *placement.settings])
-            # Without a setting, all ranks share a model.
-            short = name if placement.sharing == placement.ranks == node.gpus else system
+            # As a bench has it that says nothing of groups.
+            usual = kind.stream(World(size=node.gpus, local_size=node.gpus), kind.Options()).count
+            short = name if placement.sharing > 1 and placement.streams == usual else system
             # What one rank does over all GPUs is not what a rank on each does.
             known = (measured.get(system) or measured.get(short) or {}) if placement.ranks == node.gpus else {}
             found.append(Expected(kind.pace, placement, model, node, known).forecast(name, work))
@@ -119,7 +121,7 @@ class Expected:
 
     def _why_not(self, longest: tuple[int, int]) -> str:
         placement, node = self.placement, self.node
-        if placement.sharing > 1 and placement.sharing > node.gpus // node.hosts:
+        if node.gpus // node.hosts % placement.sharing:
             return f"{placement.sharing} ranks would share each step over the network between hosts"
         if self._fixed > node.room:
             return f"{_gb(self._fixed)} of weights are more than the {_gb(node.room)} of a {node.device}"

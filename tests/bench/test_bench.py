@@ -11,13 +11,29 @@ from pathlib import Path
 import pytest
 from click import testing
 
-from batchgen.bench import System, _cells
-from batchgen.bench.results import Folder, Result
+from batchgen.bench import Bench, System, _cells, run
+from batchgen.bench.results import BenchError, Folder, Result
 from batchgen.bench.worker import Task, Worker
 from batchgen.commands import main
+from batchgen.stop import Stop
 from batchgen.world import World
-from tests.engines.runs import OUT_OF_MEMORY, ROOT
+from tests.engines.runs import OUT_OF_MEMORY, ROOT, altered
 from tests.test_models_shapes import TINY
+
+# For sitecustomize: rank 1 finds that it cannot go on, with a sentence for the user, at more than 3 rows.
+REFUSES = """
+import os
+if os.environ.get("RANK") == "1":
+    from batchgen.engine import EngineError
+    from batchgen.engines.echo import Echo
+    generate = Echo.generate
+    def refusing(self, prompts, stop):
+        prompts = list(prompts)
+        if len(prompts) > 3:
+            raise EngineError("no more than 3 rows (injected)")
+        return generate(self, iter(prompts), stop)
+    Echo.generate = refusing
+"""
 
 
 def bench(folder: Path, *words: str, site: str | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -186,3 +202,57 @@ def test_a_rank_that_had_no_memory_has_said_so_before_another_one_dies_of_it() -
     ]
     (cell,) = _cells(System.parse("ds-zero"), 2, [("seed", 4), ("seed", 8)], found, [1, -15])
     assert (cell.batch, cell.outcome) == (4, "oom")
+
+
+def test_of_ranks_that_share_a_model_the_one_that_plans_says_how_many_rows_were_in_work(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    # A step has no more tokens, and a row in work takes one: not all rows are in work together.
+    system, batch = "paged:tp=2:step_tokens=4", 16
+    words = ["--model", str(tiny_llama), "--dtype", "float32", "--tokens", "30", "--cycles", "1"]
+    bench(tmp_path, *words, "--engines", system, "--ranks", "2", "--batch-sizes", str(batch))
+    found = cells(tmp_path)[system, "seed", batch]
+    assert (found["outcome"], found["rows"]) == ("ok", batch)
+    fits = int(str(found["fits"]))
+    assert 0 < fits < batch
+    assert f"| {system} | 2 | {batch} ({fits} at once) |" in (tmp_path / "bench" / "tables.md").read_text()
+
+
+@pytest.mark.parametrize(("said", "fits"), [((3, None, 2, None), 2), ((None, 0, None, 4), 0), ((None,) * 4, None)])
+def test_ranks_that_do_not_know_how_many_rows_fit_have_no_say_in_it(
+    said: tuple[int | None, ...], fits: int | None
+) -> None:
+    found = [[{"job": "seed", "batch": 8, "outcome": "oom", "fits": rows}] for rows in said]
+    (cell,) = _cells(System.parse("paged"), 4, [("seed", 8)], found, [0] * 4)
+    assert (cell.outcome, cell.fits) == ("oom", fits)
+
+
+def test_what_was_measured_before_a_rank_refused_to_go_on_is_kept_and_nothing_else(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    kept = Folder(tmp_path / "bench")
+    kept.ask({})
+    asked = Bench([System.parse("echo")], str(tiny_llama), "float32", [1, 2, 4, 8], 5, 1, ranks=2, command="this")
+    with pytest.raises(BenchError, match="echo cannot run here"):
+        run(asked, kept, os.environ | altered(tmp_path, REFUSES), Stop())
+    assert [(one.batch, one.outcome, one.rows) for one in kept.results()] == [(1, "ok", 2), (2, "ok", 4)]
+    assert kept.known()["commands"] == ["this"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "named"),
+    [
+        ([1, -11], -11),  # a rank that misses another ends with 1
+        ([-6, 1], -6),
+        ([0, -6], -6),
+        ([-15, -11, 1], -11),
+        ([1, 70, -15], 70),
+        ([-15, 1], 1),
+        ([0, 1], 1),
+        ([0, -15], -15),
+        ([0, 0], 0),
+    ],
+)
+def test_a_cell_that_is_lost_names_the_rank_that_the_others_died_of(codes: list[int], named: int) -> None:
+    (cell,) = _cells(System.parse("ds-zero"), len(codes), [("seed", 4)], [[] for _ in codes], codes)
+    assert cell.outcome == f"exit code {named}"

@@ -86,6 +86,16 @@ def test_tables_show_every_cell_and_the_seeds_figure_on_request(tmp_path: Path) 
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_batch_that_was_not_in_work_as_a_whole_says_so_beside_its_speed(tmp_path: Path) -> None:
+    some = replace(GOOD, batch=2048, fits=1100)
+    unknown = replace(GOOD, batch=16, fits=None)  # no rank could tell
+    text = tables.write(folder(tmp_path, GOOD, some, unknown), "generated").read_text()
+    details = text.split("| tokens/s | prefill, ms |")[1]
+    batches = [line.split(" | ")[2] for line in details.splitlines() if line.startswith("| accelerate |")]
+    assert batches == ["8", "16", "2048 (1100 at once)"]
+    assert "| system | ranks | 8 | 16 | 2048 |" in text
+
+
 def test_more_ranks_are_compared_with_the_fewest_cell_by_cell(tmp_path: Path) -> None:
     two = replace(GOOD, ranks=2, generated=120, seconds=[2.5])
     job = replace(GOOD, system="paged", job="mixed", batch=None)

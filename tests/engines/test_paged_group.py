@@ -76,6 +76,25 @@ def test_a_killed_rank_ends_its_group_and_a_whole_model_goes_on(folders: dict[st
     assert texts(out) == texts(whole)
 
 
+# For sitecustomize: rank 1 is stopped while it loads, as by a disk that is gone.
+FROZEN_LOADING = """
+import os
+if os.environ.get("RANK") == "1":
+    import signal
+    from batchgen.tensor_parallel import share
+    share.bring = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_freezes_while_it_loads_is_found(folders: dict[str, Path], tmp_path: Path) -> None:
+    prompts, out = rows(tmp_path / "p.jsonl", 6), tmp_path / "out"
+    words = command(prompts, out, folders["llama"], "--heartbeat-seconds", "0.2", "--tp", "2", engine="paged")
+    ended = run(*words, "--set", "timeout_seconds=3", environment=altered(tmp_path, FROZEN_LOADING))
+    assert ended.returncode == 75, ended.stderr
+    assert "no step for 3 s: rank 1 (process" in ended.stderr
+
+
 # For sitecustomize: on rank 0, a step finds no memory beside a cache of more than 110 pages.
 NO_MEMORY = """
 import os

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from batchgen import memory, selftest
-from batchgen.engine import EngineError
+from batchgen.engine import EngineError, Setup
+from batchgen.engines.paged import Paged
 from batchgen.paged.pages import SIZE
 from batchgen.types import Prompt, SamplingParams
+from batchgen.world import World
 from tests import models
 from tests.engines.test_paged import load, prompts, texts
 
@@ -36,6 +38,22 @@ def resident() -> int:
 
 # What these tests strike is not what a GPU runs: there a forward is a graph, captured once, over kernels.
 plain_path = pytest.mark.skipif(torch.cuda.is_available(), reason="strikes the path of the CPU")
+
+
+def test_each_attempt_of_a_group_begins_below_the_smallest_cache_that_was_too_large(tiny_llama: Path) -> None:
+    def pages(limits: Mapping[int, int]) -> int:
+        setup = Setup(str(tiny_llama), "float32", 16, World(), selftest=False, limits=limits)
+        with Paged(setup, Paged.Options(cache_tokens=1600)) as engine:
+            assert engine._runner is not None
+            return engine._runner.pages
+
+    assert pages({}) == 100
+    # Nine groups, or shards, may have run out of memory in one attempt, each with a cache of about this size.
+    assert pages({1600 - SIZE * group: 2 for group in range(9)}) == int(92 * 0.85)
+    assert pages({1600: 2, 800: 2}) == int(50 * 0.85)
+    for small in (SIZE, 25 * SIZE):
+        with pytest.raises(EngineError, match="out of memory in a forward, however small the cache"):
+            pages({small: 2})
 
 
 @plain_path
@@ -93,7 +111,7 @@ def test_out_of_memory_makes_the_cache_smaller_and_changes_no_text(
 def test_memory_that_is_never_enough_ends_with_a_sentence(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(tiny_llama, selftest=False) as engine:
         OutOfMemory(monkeypatch, calls=range(1, 1000))
-        with pytest.raises(EngineError, match=r"however small the cache; use a smaller --batch-size"):
+        with pytest.raises(EngineError, match=r"however small the cache; use --set step_tokens=1024"):
             texts(engine, prompts(4))
 
 
