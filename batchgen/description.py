@@ -15,6 +15,7 @@ from batchgen.prepare import Ready
 from batchgen.redaction import redacted
 from batchgen.types import Generation, SamplingParams
 
+_LOOKED_AT = 100  # rows, by a dry run
 _PACKAGES = ("batchgen", "torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "tokenizers")
 
 
@@ -84,7 +85,12 @@ def describe(ready: Ready, ranks: int) -> str:
         f"ranks:    {ranks}",
         f"sampling: {json.dumps(dataclasses.asdict(ready.recipe.sampling), ensure_ascii=False)}",
     ]
-    window = list(ready.source.rows(range(min(len(ready.source), 100))))
+    count = len(ready.source)
+    window = list(ready.source.rows(range(min(count, _LOOKED_AT))))
+    if count > len(window):
+        lines.append(
+            f"rows:     looked at the first {len(window)} of {count} rows; --engine echo --strict looks at all of them"
+        )
     outcomes = ready.reader.read(window)
     for outcome in outcomes:
         if isinstance(outcome, Generation):

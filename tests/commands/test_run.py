@@ -181,7 +181,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert ended.out.endswith("first prompt (p.jsonl:2, 16 tokens):\nthe first prompt\n")
     assert "bad row:  line 1 of p.jsonl is not valid JSON" in ended.out
     assert "ranks:    3" in ended.out
+    assert "looked at" not in ended.out
     assert list(tmp_path.iterdir()) == [rows]
+
+
+def test_a_dry_run_of_many_rows_says_how_many_it_has_looked_at(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "p.jsonl", [{"prompt": "good"}] * 150 + ["{broken"])
+    ended = call(tmp_path, *echo(rows), "--dry-run")
+    assert ended.code == 0
+    assert "looked at the first 100 of 151 rows; --engine echo --strict looks at all of them" in ended.out
+    assert "bad row" not in ended.out
 
 
 def test_max_error_rate_stops_a_doomed_run_and_every_next_start_of_it(tmp_path: Path) -> None:
