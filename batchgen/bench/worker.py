@@ -72,7 +72,7 @@ class Worker:
             task.model, task.dtype, most, self._world, selftest=False, run=task.folder, cache=task.cache, limits={}
         )
         with self._kind(setup, self._options) as made:
-            synchronize(self._device)
+            self._timed(made, list)  # ranks that share a model make what is left when all of them are there
             self._say({"load_seconds": time.perf_counter() - begun, "streams": self._stream.count})
             for rows in task.batches:
                 with self._saying("seed", rows):

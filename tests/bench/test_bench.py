@@ -85,17 +85,23 @@ def test_a_cell_that_runs_out_of_memory_is_a_cell_and_the_bench_goes_on(tmp_path
     assert found["accelerate", "seed", 4]["fits"] == 2
 
     # The same again has nothing to do; another system and a job are added, in the same folder.
-    more = ["--engines", "accelerate,paged:tp=2,echo", "--batch-sizes", "1,2"]
+    paged = "paged:tp=2:step_tokens=4"
+    more = ["--engines", f"accelerate,{paged},echo", "--batch-sizes", "1,2,16"]
     done = bench(tmp_path, *words, *more)
     assert "accelerate: batches" not in done.stderr
     found = cells(tmp_path)
-    assert found["paged:tp=2", "seed", 2]["generated"] == 2 * 5, "a group is one stream"
+    assert found[paged, "seed", 2]["generated"] == 2 * 5, "a group is one stream"
+    # A step has no more tokens, and a row in work takes one: not all rows are in work together.
+    assert (found[paged, "seed", 16]["outcome"], found[paged, "seed", 16]["rows"]) == ("ok", 16)
+    fits = int(str(found[paged, "seed", 16]["fits"]))
+    assert 0 < fits < 16
     assert found["echo", "seed", 2]["outcome"] == "ok"
     tables = (tmp_path / "bench" / "tables.md").read_text()
     assert "random weights of tiny.json, float32, 5 new tokens, median of 2 cycles" in tables
     assert "CPU cores, measured: " in tables
     assert "| accelerate | 2 |" in tables
     assert "| oom |" in tables
+    assert f"| {paged} | 2 | 16 ({fits} at once) |" in tables
     assert (tmp_path / "bench" / "throughput.png").stat().st_size > 5000
     wrong = here(tmp_path, *words, *more, "--tokens", "6")
     assert wrong.exit_code == 4
@@ -202,20 +208,6 @@ def test_a_rank_that_had_no_memory_has_said_so_before_another_one_dies_of_it() -
     ]
     (cell,) = _cells(System.parse("ds-zero"), 2, [("seed", 4), ("seed", 8)], found, [1, -15])
     assert (cell.batch, cell.outcome) == (4, "oom")
-
-
-def test_of_ranks_that_share_a_model_the_one_that_plans_says_how_many_rows_were_in_work(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    # A step has no more tokens, and a row in work takes one: not all rows are in work together.
-    system, batch = "paged:tp=2:step_tokens=4", 16
-    words = ["--model", str(tiny_llama), "--dtype", "float32", "--tokens", "30", "--cycles", "1"]
-    bench(tmp_path, *words, "--engines", system, "--ranks", "2", "--batch-sizes", str(batch))
-    found = cells(tmp_path)[system, "seed", batch]
-    assert (found["outcome"], found["rows"]) == ("ok", batch)
-    fits = int(str(found["fits"]))
-    assert 0 < fits < batch
-    assert f"| {system} | 2 | {batch} ({fits} at once) |" in (tmp_path / "bench" / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(("said", "fits"), [((3, None, 2, None), 2), ((None, 0, None, 4), 0), ((None,) * 4, None)])
