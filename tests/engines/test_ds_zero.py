@@ -72,7 +72,7 @@ def wide_bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the reads past the page cache are compiled once on a machine
 def test_nvme_keeps_its_files_to_itself_and_cleans_up_after_a_crash(wide_bloom: Path, tmp_path: Path) -> None:
-    prompts, out, disk = rows(tmp_path / "p.jsonl", 6), tmp_path / "zero", tmp_path / "disk"
+    prompts, out, disk = rows(tmp_path / "p.jsonl", 2), tmp_path / "zero", tmp_path / "disk"
     disk.mkdir()
     others = disk / "batchgen-another"
     others.mkdir()
@@ -104,7 +104,7 @@ def test_weights_of_8_bits_run_and_change_the_text(tiny_llama: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_out_of_memory_inside_a_shared_step_starts_the_ranks_again_smaller(tiny_llama: Path, tmp_path: Path) -> None:
-    prompts, out = rows(tmp_path / "p.jsonl", 36), tmp_path / "zero"
+    prompts, out = rows(tmp_path / "p.jsonl", 24), tmp_path / "zero"
     words = command(prompts, out, tiny_llama, "--batch-size", "6", "--ranks", "2")
     done = run(*words, environment=altered(tmp_path, OUT_OF_MEMORY))
     assert done.returncode == 0, done.stderr
