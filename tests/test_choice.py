@@ -110,7 +110,7 @@ def test_files_that_are_split_by_rank_are_read_by_groups_of_as_many(dtype: str, 
     (folder / presplit.NAME).write_bytes(presplit.to_json(split))
     found = chosen(folder, of("H100", 4), ranks=4, dtype="int8" if dtype == "int8" else "auto")
     assert (found.name, found.options.tp) == (name, 2)
-    assert f"no dtype {dtype}: " in found.why or "no use for files that are split by rank: accelerate" in found.why
+    assert "no use for files that are split by rank: accelerate, ds-zero" in found.why
 
 
 @pytest.mark.parametrize(("ranks", "tp"), [(8, 3), (16, 16)])

@@ -79,7 +79,7 @@ def test_the_time_of_a_decode_step_is_within_a_quarter_of_what_was_measured() ->
     assert all(abs(share) <= 0.35 for share in missed.values()), missed
 
 
-# Of `paged`, groups and whole models: shapes that the constants were not fitted to among them.
+# Of `paged`, groups and whole models.
 _PAGED = [
     *((f"h200x2b/{shape}{kind}", shape) for shape in ("llama-8b", "bloom-7b1") for kind in ("", "-jobs")),
     *((f"h200x{gpus}/{shape}-jobs", shape) for shape in ("llama-8b", "bloom-7b1") for gpus in (2, 4)),

@@ -41,11 +41,7 @@ class DsInference(Engine):
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
-        found = []
-        for tp in tensor_parallel.sizes(config, gpus):
-            share = -(-weights.read_bytes // tp)
-            found.append(Placement((f"tp={tp}",), gpus, gpus // tp, device=share, sharing=tp))
-        return found
+        return tensor_parallel.placements(config, weights, gpus)
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:

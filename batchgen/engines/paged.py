@@ -95,7 +95,7 @@ class Paged(Engine):
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         self._device = loading.device_of(setup.world)
         self._model = loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
-        self._make_ready()
+        self._ready()
 
     def _join(self, setup: Setup, options: Options) -> None:
         """This rank's share of the model, and the others of its group."""
@@ -160,10 +160,7 @@ class Paged(Engine):
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
         if not models.covers(config):
             return []
-        return [
-            Placement((f"tp={tp}",) * (tp > 1), gpus, gpus // tp, device=-(-weights.read_bytes // tp), sharing=tp)
-            for tp in tensor_parallel.sizes(config, gpus, evenly=True)
-        ]
+        return tensor_parallel.placements(config, weights, gpus, evenly=True, whole=())
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:

@@ -93,11 +93,20 @@ class Step:
     def unpacked(cls, numbers: NDArray[np.int64]) -> Step:
         """The step that was `packed`, without its sequences."""
         decoding, sampled, *lengths = numbers[:10].tolist()
-        fields = np.split(numbers[10:], np.cumsum(lengths)[:-1])
-        slots, positions, ids, _, rows, _, _, table_to = (field.astype(np.int32) for field in fields)
-        parts = [Part(*row) for row in fields[3].reshape(-1, 4).tolist()]
-        asked = fields[5].tolist()
-        return cls(slots, positions, ids, decoding, parts, rows, [], bool(sampled), asked, fields[6], table_to)
+        slots, positions, ids, parts, rows, asked, table_at, table_to = np.split(numbers[10:], np.cumsum(lengths)[:-1])
+        return cls(
+            slots.astype(np.int32),
+            positions.astype(np.int32),
+            ids.astype(np.int32),
+            decoding,
+            [Part(*part) for part in parts.reshape(-1, 4).tolist()],
+            rows.astype(np.int32),
+            [],
+            bool(sampled),
+            asked.tolist(),
+            table_at,
+            table_to.astype(np.int32),
+        )
 
 
 class Draft:

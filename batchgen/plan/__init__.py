@@ -79,10 +79,10 @@ def forecasts(
     found = []
     for name in engine.names() if engines is None else engines:
         kind = engine.find(name)
+        # Of a bench that says nothing of groups.
+        usual = kind.stream(World(size=node.gpus, local_size=node.gpus), kind.Options()).count
         for placement in kind.placements(model.config, model.weights, node.gpus):
             system = ":".join([name, *placement.settings])
-            # As a bench has it that says nothing of groups.
-            usual = kind.stream(World(size=node.gpus, local_size=node.gpus), kind.Options()).count
             short = name if placement.sharing > 1 and placement.streams == usual else system
             # What one rank does over all GPUs is not what a rank on each does.
             known = (measured.get(system) or measured.get(short) or {}) if placement.ranks == node.gpus else {}

@@ -6,7 +6,7 @@ its share of an ordinary model, of which it reads nothing else; `make` and `read
 
 from __future__ import annotations
 
-from batchgen.tensor_parallel.autotp import check_split, most_ranks, sizes, split
+from batchgen.tensor_parallel.autotp import check_split, most_ranks, placements, split
 from batchgen.tensor_parallel.files import make, read
 from batchgen.tensor_parallel.groups import Group, ranks_of_group, stream_of
 from batchgen.tensor_parallel.plain import plain
@@ -21,10 +21,10 @@ __all__ = [
     "make",
     "mapped",
     "most_ranks",
+    "placements",
     "plain",
     "ranks_of_group",
     "read",
-    "sizes",
     "split",
     "stream_of",
 ]

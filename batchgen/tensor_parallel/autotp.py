@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from batchgen import memory
-from batchgen.engine import EngineError
+from batchgen.engine import EngineError, Placement
 from batchgen.tensor_parallel.groups import divisors
 
 # Kinds of model, as config.json has them, whose logits have been compared with those of one process
@@ -61,9 +61,20 @@ def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:
         )
 
 
-def sizes(config: Any, ranks: int, *, evenly: bool = False) -> list[int]:
-    """Of the groups that `ranks` ranks can make, for a model of `config`; 1 is always one of them."""
-    return [size for size in range(1, ranks + 1) if ranks % size == 0 and (size == 1 or _can(config, size, evenly))]
+def placements(
+    config: Any, weights: Any, gpus: int, *, evenly: bool = False, whole: tuple[str, ...] = ("tp=1",)
+) -> list[Placement]:
+    """A model of `config` over groups of `gpus` ranks, for each size that they can have, 1 first.
+
+    Args:
+        weights: its `batchgen.offload.Parameters`.
+        whole: the settings of ranks with a whole model each.
+    """
+    return [
+        Placement(whole if tp == 1 else (f"tp={tp}",), gpus, gpus // tp, -(-weights.read_bytes // tp), sharing=tp)
+        for tp in range(1, gpus + 1)
+        if gpus % tp == 0 and (tp == 1 or _can(config, tp, evenly))
+    ]
 
 
 def _can(config: Any, ranks: int, evenly: bool) -> bool:

@@ -18,16 +18,7 @@ from batchgen.types import UserError
 from batchgen.world import World
 from tests import models
 from tests.engines import engine_rank, zero_matrix
-from tests.engines.runs import (
-    OUT_OF_MEMORY,
-    altered,
-    command,
-    ended_by,
-    rows,
-    run,
-    texts,
-    texts_alone,
-)
+from tests.engines.runs import OUT_OF_MEMORY, altered, command, ended_by, rows, run, texts, texts_alone
 
 SETS = (1, 7, 50)
 
