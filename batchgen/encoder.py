@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from batchgen.engine import EngineError
+from batchgen.generation_config import read_generation_config
 from batchgen.types import Tokens
 
 # What configs call the longest sequence. BLOOM (ALiBi) has no limit of its own, but may say what it was trained with.
@@ -141,9 +141,7 @@ def _read_tokenizer(model: str) -> Any:
 
 
 def _end_tokens(model: str, config: Any, tokenizer: Any) -> list[int]:
-    path = Path(model) / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found: set[int] = set()
-    for ids in (generation.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
-        found.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
-    return sorted(i for i in found if i >= 0)
+    found: set[object] = set()
+    for ids in (read_generation_config(model).get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
+        found.update(ids if isinstance(ids, list) else [ids])
+    return sorted(i for i in found if type(i) is int and i >= 0)
