@@ -160,19 +160,40 @@ def _masked(
     window: int,
     slopes: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Causal attention of [sequences, heads, tokens, head size], whose first tokens are at places `begin`."""
+    """Causal attention of [sequences, heads, tokens, head size], whose first tokens are at places `begin`.
+
+    What a token does not see has no part in its result, be it NaN: behind the end of a short sequence lie pages of
+    others, and 0 * NaN is NaN. A token that sees a key or value which is not finite gets NaN. Changes `key` and `value`.
+    """
     places = begin[:, None] + torch.arange(query.shape[2], device=query.device)  # [sequences, tokens]
     others = torch.arange(key.shape[2], device=query.device)
-    seen = others <= places[..., None]
+    seen = others <= places[..., None]  # [sequences, tokens, keys]
     if window:
         seen &= others > places[..., None] - window
+    sequences, hidden = (~seen.any(1)).nonzero(as_tuple=True)
+    for kept in (key, value):
+        kept[sequences, :, hidden] = 0
+    broken = _break_apart(key, value) if query.shape[2] > 1 else None
     mask = seen[:, None]
     if slopes is not None:
         # Relative to the token itself: softmax does not see the difference, and the numbers stay small.
         bias = slopes[:, None, None] * (others - places[:, None, :, None])
         mask = bias.masked_fill(~mask, -torch.inf).to(query.dtype)
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+    found = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
+    if broken is None:
+        return found
+    return found.masked_fill((seen & broken[:, None]).any(-1)[:, None, :, None], torch.nan)
+
+
+def _break_apart(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
+    """The places whose key or value is not finite, [sequences, keys], which become 0; None: there are none."""
+    broken = ~(torch.isfinite(key).all(-1).all(1) & torch.isfinite(value).all(-1).all(1))
+    if not broken.any():
+        return None
+    for kept in (key, value):
+        kept.masked_fill_(broken[:, None, :, None], 0)
+    return broken
 
 
 def _plain(
@@ -184,4 +205,4 @@ def _plain(
     slopes: torch.Tensor | None,
 ) -> torch.Tensor:
     begin = torch.zeros(query.shape[0], dtype=torch.long, device=query.device)
-    return _masked(query, key, value, begin, scale, window, slopes).transpose(1, 2).contiguous()
+    return _masked(query, key.clone(), value.clone(), begin, scale, window, slopes).transpose(1, 2).contiguous()

@@ -65,8 +65,31 @@ def case(
     return Case(query, key, value, layout, slopes, window)
 
 
+def with_stale_cache(of: Case) -> Case:
+    """The same step over a cache that holds NaN wherever its sequences have nothing."""
+    layout = of.layout
+    cache = torch.full_like(layout.caches[0], torch.nan)
+    lengths = [*enumerate(DECODING), *((part.slot, part.length) for part in layout.parts)]
+    for slot, length in lengths:
+        places = torch.arange(length)
+        at = layout.table[slot, places // SIZE].long()
+        cache[:, at, :, places % SIZE] = layout.caches[0][:, at, :, places % SIZE]
+    return replace(of, layout=replace(layout, caches=[cache]))
+
+
+def with_broken_token(of: Case, part: int, token: int, number: float) -> Case:
+    """The same step where the key and value of a token of that part are `number`, as an infinite embedding makes them."""
+    key, value = of.key.clone(), of.value.clone()
+    for tensor in (key, value):
+        tensor[:, :, of.layout.parts[part].first + token] = number
+    return replace(of, key=key, value=value)
+
+
 def errors(of: Case, device: str, splits: int) -> tuple[float, float]:
-    """Of the kernels: the output's relative error, and the largest difference of a value in the cache."""
+    """Of the kernels: the output's relative error, and the largest difference of a value in the cache.
+
+    What is NaN in one and not in the other is an infinite error.
+    """
     from batchgen.paged import kernels
     from batchgen.paged.runner import pieces
 
@@ -89,8 +112,12 @@ def errors(of: Case, device: str, splits: int) -> tuple[float, float]:
     with poisoned():
         out = kernels.attend(*tensors, moved.caches[0], moved, of.query.shape[-1] ** -0.5, of.window, slopes)
     real = layout.positions >= 0
-    difference = (out.cpu().double() - expected)[:, real].norm() / expected[:, real].norm()
-    return difference.item(), (moved.caches[0].cpu().double() - kept).abs().max().item()
+    found, expected = out.cpu().double()[:, real], expected[:, real]
+    changed = moved.caches[0].cpu().double() - kept
+    if not torch.equal(found.isnan(), expected.isnan()):
+        return torch.inf, torch.inf
+    difference = (found - expected).nan_to_num().norm() / expected.nan_to_num().norm()
+    return difference.item(), changed.nan_to_num().abs().max().item()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from tests.paged.attention_cases import case, errors, poisoned
+from tests.paged.attention_cases import case, errors, poisoned, with_broken_token, with_stale_cache
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -29,7 +29,9 @@ def attentions(device: str) -> Iterator[tuple[str, bool]]:
     for number, dtype in enumerate(shapes):
         for heads, key_heads, size in shapes[dtype]:
             for window, alibi, splits in ((0, False, 1), (0, False, 4), (0, True, 4), (37, False, 1), (37, True, 4)):
-                of = case(heads, key_heads, size, dtype, window=window, alibi=alibi, seed=number)
+                of = with_stale_cache(case(heads, key_heads, size, dtype, window=window, alibi=alibi, seed=number))
+                if splits == 1:  # a token in the middle of a block, one at the beginning of another
+                    of = with_broken_token(with_broken_token(of, 1, 20, torch.nan), 3, 64, torch.inf)
                 output, cache = errors(of, device, splits)
                 what = f"{dtype} {heads}/{key_heads}x{size} window={window} alibi={alibi} splits={splits}"
                 yield f"{what}: {output:.1e}, cache {cache:.1e}", output < TOLERANCES[dtype] and cache == 0

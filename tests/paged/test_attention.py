@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from batchgen.paged.pages import SIZE
-from tests.paged.attention_cases import DECODING, PARTS, Case, case
+from tests.paged.attention_cases import DECODING, PARTS, Case, case, with_broken_token, with_stale_cache
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,13 +42,27 @@ def alone(of: Case, slot: int, first: int, count: int, length: int) -> torch.Ten
 @pytest.mark.parametrize(("window", "alibi"), [(0, False), (0, True), (37, False)])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
 def test_each_sequence_is_as_if_it_were_alone(heads: int, key_heads: int, window: int, alibi: bool) -> None:
-    of = case(heads, key_heads, 16, torch.float64, window=window, alibi=alibi)
+    of = with_stale_cache(case(heads, key_heads, 16, torch.float64, window=window, alibi=alibi))
     out, _ = of.reference()
     for slot, length in enumerate(DECODING):
         torch.testing.assert_close(out[0, slot : slot + 1], alone(of, slot, slot, 1, length))
     for part, (count, length) in zip(of.layout.parts, PARTS, strict=True):
         those = slice(part.first, part.first + count)
         torch.testing.assert_close(out[0, those], alone(of, part.slot, part.first, count, length))
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("window", "alibi"), [(0, False), (0, True), (37, False)])
+def test_a_broken_token_reaches_those_that_see_it_alone(window: int, alibi: bool, number: float) -> None:
+    clean = case(6, 2, 16, torch.float64, window=window, alibi=alibi)
+    broken = with_broken_token(clean, 3, 40, number)
+    expected, _ = clean.reference()
+    out, _ = broken.reference()
+    part = clean.layout.parts[3]
+    places = torch.arange(out.shape[1]) - part.first
+    sees = (places >= 40) & (places < (40 + window if window else part.count)) & (places < part.count)
+    assert out[0, sees].isnan().all()
+    torch.testing.assert_close(out[0, ~sees], expected[0, ~sees])
 
 
 def test_only_the_places_of_the_tokens_change() -> None:
