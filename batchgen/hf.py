@@ -6,20 +6,21 @@
 from __future__ import annotations
 
 import inspect
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from batchgen import loading, memory, selftest
-from batchgen.decoding import Agreed, Sampler, Stopper, StopTexts, generation
+from batchgen import finite, loading, memory, selftest
+from batchgen.decoding import Agreed, Peers, Sampler
 from batchgen.encoder import HfEncoder
-from batchgen.engine import Died, OutOfStep
+from batchgen.engine import OutOfStep
+from batchgen.finite import NotFinite
 from batchgen.likelihood import Recorder
+from batchgen.selftest import SelfTest
+from batchgen.stopping import Stopper, StopTexts, generation
 from batchgen.types import Batch, Prompt
 
 __all__ = ["HfEncoder", "Peers", "StaticBatches"]
@@ -27,26 +28,6 @@ __all__ = ["HfEncoder", "Peers", "StaticBatches"]
 
 class _Abandoned(Exception):
     """`stop()` became true in the middle of a batch."""
-
-
-@dataclass(frozen=True)
-class Peers:
-    """Ranks that take the same batches through one model together, step by step. All of them make each of these calls,
-    in the same order, and all get the same answer."""
-
-    count: int  # of them, this one included; each has its share of the heads
-    any_rank: Callable[[bool], bool]  # whether it is true on one of them
-    least: Callable[[int], int]  # the smallest of their numbers
-    tokens: Callable[[torch.Tensor], torch.Tensor]  # the first rank's, [rows]
-
-    def check_equal(self, batch: Sequence[Prompt]) -> None:
-        """Raises Died on all ranks if their batches differ: together they would generate the text of neither."""
-        digest = zlib.crc32(repr([prompt.index for prompt in batch]).encode())
-        if self.any_rank(self.least(digest) != digest):
-            raise Died(
-                "the ranks that share a model have not found the same rows finished, as if another process had "
-                "recorded some meanwhile. Nothing wrong was generated; the same command goes on"
-            )
 
 
 class StaticBatches:
@@ -178,6 +159,8 @@ class StaticBatches:
             finished = self._attempt(part, stop)
             if finished is not None:
                 yield finished
+                done = {generation.index for generation in finished.generations}
+                parts.extendleft(_by_length([prompt for prompt in part if prompt.index not in done]))
             elif len(part) == 1:
                 yield Batch([memory.refuse(part[0])], 0, memory.take_peak_bytes(self._devices))
             else:
@@ -223,7 +206,10 @@ class StaticBatches:
         inputs = self._pad(batch)
         width = inputs["input_ids"].shape[1]
         texts = StopTexts(batch, self._encoder.end_tokens, self._encoder.decode, self._encoder.special_tokens)
-        stopper = Stopper(batch, self._encoder.end_tokens, texts, device=self._device, stop=stop, count=self._count)
+        not_finite = NotFinite(None if self._peers is None else self._peers.tokens)
+        stopper = Stopper(
+            batch, self._encoder.end_tokens, texts, not_finite, device=self._device, stop=stop, count=self._count
+        )
         sampler = Sampler(batch, self._device)
         choosers: list[Any] = [sampler] if sampler.needed else []
         if self._peers is not None:
@@ -240,7 +226,7 @@ class StaticBatches:
             output = self._model.generate(
                 **inputs,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([recorder] if recorder.needed else choosers),
+                logits_processor=LogitsProcessorList([not_finite, *([recorder] if recorder.needed else choosers)]),
                 stopping_criteria=StoppingCriteriaList([stopper]),
                 **self._generate_kwargs,
             )
@@ -248,13 +234,15 @@ class StaticBatches:
             raise _Abandoned
         rows = output[:, width:].tolist()
         if self._unchecked:
-            self._check(batch, rows, stopper.lengths.tolist())
+            self._check(batch, rows, stopper)
         return self._collect(batch, rows, stopper, width, recorder.read())
 
-    def _check(self, batch: Sequence[Prompt], rows: list[list[int]], lengths: list[int]) -> None:
-        for row in selftest.choose(batch):
-            tokens = rows[row][: lengths[row]]
-            selftest.check(self._model, batch[row], tokens, len(batch), self._device, self._encoder.decode)
+    def _check(self, batch: Sequence[Prompt], rows: list[list[int]], stopper: Stopper) -> None:
+        lengths, failed = stopper.lengths.tolist(), stopper.failed.tolist()
+        good = [row for row in range(len(batch)) if not failed[row]]
+        test = SelfTest(self._model, self._device, self._encoder.decode, len(batch), measures=self._peers is None)
+        for row in (good[place] for place in selftest.choose([batch[row] for row in good])):
+            test.check(batch[row], rows[row][: lengths[row]])
             self._unchecked = False
 
     def _pad(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
@@ -278,15 +266,30 @@ class StaticBatches:
         width: int,
         logprobs: Mapping[int, Sequence[float]],
     ) -> Batch:
+        """The rows that have ended. One that is padded and not finite is left out: what fills it may be the reason, so
+        it is generated again without."""
         generations = []
         padded = 0
-        for number, (prompt, row, length, stopped) in enumerate(
-            zip(batch, rows, stopper.lengths.tolist(), stopper.stopped.tolist(), strict=True)
-        ):
-            asked = logprobs[number][:length] if number in logprobs else None
-            generations.append(generation(prompt, row[:length], stopped, self._encoder, asked))
-            padded += width - len(prompt.tokens) + stopper.steps - length
+        lengths, stopped, failed = (tensor.tolist() for tensor in (stopper.lengths, stopper.stopped, stopper.failed))
+        for number, (prompt, row, length) in enumerate(zip(batch, rows, lengths, strict=True)):
+            padding = width - len(prompt.tokens)
+            padded += padding + stopper.steps - length
+            if not failed[number]:
+                asked = logprobs[number][:length] if number in logprobs else None
+                generations.append(generation(prompt, row[:length], stopped[number], self._encoder, asked))
+            elif not padding:
+                generations.append(finite.fail(prompt, finite.dtype_of(self._model)))
+        if any(failed):
+            self._count(-sum(failed))  # counted with the step in which they failed
         return Batch(generations, padded, memory.take_peak_bytes(self._devices))
+
+
+def _by_length(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Batches without padding."""
+    batches: dict[int, list[Prompt]] = {}
+    for prompt in prompts:
+        batches.setdefault(len(prompt.tokens), []).append(prompt)
+    return list(batches.values())
 
 
 def _lengths(batch: Sequence[Prompt]) -> tuple[int, int]:

@@ -32,8 +32,9 @@ from transformers import (
 )
 
 from batchgen import loading
-from batchgen.decoding import choose, cut
+from batchgen.decoding import choose
 from batchgen.hf import HfEncoder, StaticBatches
+from batchgen.stopping import cut
 from batchgen.types import Batch, Generation, Prompt, SamplingParams
 
 CHAT_TEMPLATE = (

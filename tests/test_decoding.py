@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from batchgen.decoding import Sampler, Stopper, StopTexts, choose, cut
+from batchgen.decoding import Sampler, choose
+from batchgen.finite import NotFinite
+from batchgen.stopping import Stopper, StopTexts, cut
 from batchgen.types import Prompt, SamplingParams
 from tests.models import END, END_OF_TURN, byte_tokenizer
 
@@ -135,7 +137,10 @@ class Feed:
         self.counted: list[int] = []
         special = {token: index for index, token in enumerate(("<pad>", "<s>", "</s>", "<|end|>"))}
         texts = StopTexts(prompts, [END, END_OF_TURN], lambda ids: tokenizer.decode(ids, True), special)
-        self.stopper = Stopper(prompts, [END, END_OF_TURN], texts, device=CPU, stop=stop, count=self.counted.append)
+        not_finite = NotFinite()
+        not_finite.rows = torch.zeros(len(prompts), dtype=torch.bool)
+        count = self.counted.append
+        self.stopper = Stopper(prompts, [END, END_OF_TURN], texts, not_finite, device=CPU, stop=stop, count=count)
         self.tokenizer = tokenizer
 
     def rows(self, rows: Sequence[Sequence[int]]) -> None:

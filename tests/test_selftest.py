@@ -14,6 +14,7 @@ import torch
 from batchgen import selftest
 from batchgen.engine import EngineError, Setup
 from batchgen.engines.accelerate import Accelerate
+from batchgen.selftest import SelfTest
 from batchgen.types import Prompt
 from batchgen.world import World
 from tests.engines.runs import ROOT, command, rows
@@ -60,7 +61,7 @@ def test_a_token_that_is_not_a_number_is_no_rounding(tiny_llama: Path) -> None:
     with torch.no_grad():
         made.model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(EngineError, match="self-test"):
-        selftest.check(made.model, random_prompts(1)[0], [5, 6], 1, made.device, made.encoder.decode)
+        SelfTest(made.model, made.device, made.encoder.decode, 1).check(random_prompts(1)[0], [5, 6])
 
 
 def test_near_ties_are_rounding(tiny_llama: Path) -> None:
@@ -69,7 +70,7 @@ def test_near_ties_are_rounding(tiny_llama: Path) -> None:
     head = made.model.lm_head.weight
     with torch.no_grad():  # another token is as good as the first one
         head[200] = head[tokens[0]] * (1 + 1e-6)
-    selftest.check(made.model, prompt, tokens[:1], 1, made.device, made.encoder.decode)
+    SelfTest(made.model, made.device, made.encoder.decode, 1).check(prompt, tokens[:1])
 
 
 def test_greedy_rows_are_looked_at_the_shortest_and_the_longest() -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchgen import loading, memory, ranks, tensor_parallel
+from batchgen.decoding import Peers
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
-from batchgen.hf import HfEncoder, Peers, StaticBatches
+from batchgen.hf import HfEncoder, StaticBatches
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 

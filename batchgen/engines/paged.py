@@ -14,8 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from batchgen import loading, memory, ranks, selftest, tensor_parallel
-from batchgen.decoding import StopTexts, generation
+from batchgen import finite, loading, memory, ranks, selftest, tensor_parallel
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
 from batchgen.paged import models, room
@@ -24,7 +23,9 @@ from batchgen.paged.pages import SIZE
 from batchgen.paged.peers import Leader, Peers, follow
 from batchgen.paged.runner import Runner
 from batchgen.paged.scheduler import Scheduler
-from batchgen.types import Batch, Prompt
+from batchgen.selftest import SelfTest
+from batchgen.stopping import StopTexts, generation
+from batchgen.types import Batch, Generation, Prompt
 from batchgen.world import World
 
 _YIELD_SECONDS = 1.0
@@ -244,21 +245,24 @@ class Paged(Engine):
             yield self._batch(collected, loop.most_running)
 
     def _batch(self, rows: list[Finished], at_once: int) -> Batch:
-        generations = [
-            memory.refuse(row.prompt)
-            if row.tokens is None
-            else generation(row.prompt, row.tokens, row.stopped, self._encoder, row.logprobs)
-            for row in rows
-        ]
+        generations = [self._generation(row) for row in rows]
         return Batch(generations, 0, memory.take_peak_bytes([self._device]), at_once=at_once)
+
+    def _generation(self, row: Finished) -> Generation:
+        if row.not_finite:
+            return finite.fail(row.prompt, finite.dtype_of(self._model))
+        if row.tokens is None:
+            return memory.refuse(row.prompt)
+        return generation(row.prompt, row.tokens, row.stopped, self._encoder, row.logprobs)
 
     def _selftests(self, leader: Leader | None, rows: list[Finished]) -> None:
         rows = _long(rows) or rows
+        test = SelfTest(self._model, self._device, self._encoder.decode, self._rows, measures=leader is None)
         for place in selftest.choose([row.prompt for row in rows]):
             prompt, tokens = rows[place].prompt, rows[place].tokens or []
             if leader is not None:
                 leader.look(prompt.tokens, tokens)
-            selftest.check(self._model, prompt, tokens, self._rows, self._device, self._encoder.decode)
+            test.check(prompt, tokens)
 
     def _watch(self, prompt: Prompt) -> StopTexts:
         encoder = self._encoder

@@ -163,7 +163,7 @@ def _masked(
     """Causal attention of [sequences, heads, tokens, head size], whose first tokens are at places `begin`.
 
     What a token does not see has no part in its result, be it NaN: behind the end of a short sequence lie pages of
-    others, and 0 * NaN is NaN. A token that sees a key or value which is not finite gets NaN. Changes `key` and `value`.
+    others, and 0 * NaN is NaN. A token that sees a key or value which is not finite gets NaN. Changes these two.
     """
     places = begin[:, None] + torch.arange(query.shape[2], device=query.device)  # [sequences, tokens]
     others = torch.arange(key.shape[2], device=query.device)

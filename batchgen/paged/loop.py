@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from batchgen import memory
-from batchgen.decoding import StopTexts
 from batchgen.paged import room
 from batchgen.paged.flight import Flight
 from batchgen.paged.pages import SIZE
 from batchgen.paged.peers import Leader, no_memory
-from batchgen.paged.runner import Runner
+from batchgen.paged.runner import NOT_FINITE, Runner
 from batchgen.paged.scheduler import Scheduler
 from batchgen.paged.step import Sequence
+from batchgen.stopping import StopTexts
 from batchgen.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,10 @@ class Finished:
     """A row that has ended."""
 
     prompt: Prompt
-    tokens: list[int] | None  # generated, up to and including the one that ended it; None: there is no room for it
-    stopped: bool  # by an end of sequence or a stop text, not by its length
+    tokens: list[int] | None  # generated, up to and including the one that ended it; None: it has failed
+    stopped: bool = False  # by an end of sequence or a stop text, not by its length
     logprobs: list[float] | None = None  # of `tokens`, if the prompt asks for them
+    not_finite: bool = False  # why it has failed: the model's numbers; else there is no room for it
 
 
 class Loop:
@@ -180,7 +181,7 @@ class Loop:
 
     def _refuse(self, prompts: list[Prompt]) -> None:
         if prompts:
-            self._outbox.put([Finished(prompt, None, False) for prompt in prompts])
+            self._outbox.put([Finished(prompt, None) for prompt in prompts])
 
     def _take(self, wait: bool) -> None:
         """What has come in; if there is nothing else to do, waits for it."""
@@ -209,6 +210,11 @@ class Loop:
         for sequence, token in zip(flight.step.sequences, tokens, strict=True):
             if sequence.slot < 0:
                 continue  # it ended in the step before, when this one had begun
+            if token == NOT_FINITE:
+                self._scheduler.ended(sequence)
+                self._watched.pop(sequence, None)
+                self._outbox.put([Finished(sequence.prompt, None, not_finite=True)])
+                continue
             sequence.tokens.append(token)
             kept += 1
             stopped = token in ends or (bool(sequence.prompt.params.stop) and self._stops(sequence, token))

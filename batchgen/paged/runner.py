@@ -8,7 +8,6 @@ that are compiled once for all shapes.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import Any
@@ -18,15 +17,20 @@ import torch
 import torch.nn.functional as F
 
 from batchgen import memory
+from batchgen.finite import are_finite
 from batchgen.likelihood import log_probabilities
 from batchgen.paged import models, sampling
 from batchgen.paged.arrays import Arrays
 from batchgen.paged.attention import Layout, over
+from batchgen.paged.buffers import pinned, untouched
 from batchgen.paged.flight import Flight
 from batchgen.paged.graphs import Graphs
 from batchgen.paged.graphs import size as graph_size
 from batchgen.paged.pages import SIZE
 from batchgen.paged.step import Part, Step
+
+NOT_FINITE = -1
+"""In the place of a row's next token: its logits hold NaN or infinity."""
 
 _RING = 3  # steps whose arrays may be on their way at once: one runs, one waits, one is being filled
 _PROGRAMS = 528  # that keep a large GPU busy: four on each of an H100's 132 multiprocessors
@@ -73,9 +77,9 @@ class Runner:
         self._next = torch.zeros(max(2, slots), dtype=torch.long, device=self._device)
         self._arrays = torch.zeros(Arrays.length(self.most), dtype=torch.int32, device=self._device)
         self._blocks = torch.zeros((self.most // _TOKENS_OF_A_BLOCK, 2), dtype=torch.int32, device=self._device)
-        self._host = [_pinned((Arrays.length(self.most),), torch.int32, gpu) for _ in range(_RING)]
-        self._chosen = [_pinned((slots,), torch.long, gpu) for _ in range(_RING)]
-        self._logprobs = [_pinned((slots,), torch.float32, gpu) for _ in range(_RING)]
+        self._host = [pinned((Arrays.length(self.most),), torch.int32, gpu) for _ in range(_RING)]
+        self._chosen = [pinned((slots,), torch.long, gpu) for _ in range(_RING)]
+        self._logprobs = [pinned((slots,), torch.float32, gpu) for _ in range(_RING)]
         self._turn = self.pages = 0
         self._caches: list[torch.Tensor] = []
         self._logits: torch.Tensor | None = None  # of decode steps with rows that are sampled or ask for logprobs
@@ -96,7 +100,7 @@ class Runner:
         self._caches, self._logits, self._graphs = [], None, Graphs(self._device) if gpu else None
         if gpu:
             torch.cuda.empty_cache()
-        make = torch.zeros if gpu else _untouched
+        make = torch.zeros if gpu else untouched
         self._caches = [make(shape, dtype=self._model.dtype, device=self._device) for _ in self._layers]
 
     def free_bytes(self) -> int:
@@ -148,11 +152,11 @@ class Runner:
                 if step.sequences:
                     assert logits is not None
                     sampling.draw(logits, step.sequences, self._next, self._send)
-                self._last[slots] = self._agreed(self._next[:rows])
+                self._last[slots] = self._agreed(self._next[:rows].clamp(min=0))
             if step.asked and step.sequences:
                 assert logits is not None
                 at = self._send(torch.tensor(step.asked))
-                found = log_probabilities(logits, at, self._next[at])
+                found = log_probabilities(logits, at, self._next[at].clamp(min=0))
                 self._logprobs[turn][: len(step.asked)].copy_(found, non_blocking=True)
         chosen = self._chosen[turn]
         chosen[:rows].copy_(self._next[:rows], non_blocking=True)
@@ -241,8 +245,9 @@ class Runner:
         return arrays, self._hidden
 
     def _choose(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
-        best = torch.argmax(logits, -1, out=self._next[: len(logits)])
-        self._last[slots] = self._agreed(best)
+        largest, best = torch.max(logits, -1)
+        self._next[: len(logits)] = torch.where(are_finite(largest), best, NOT_FINITE)
+        self._last[slots] = self._agreed(best)  # a step that has begun computes with it, whatever it is
 
     def _layout(
         self,
@@ -286,13 +291,3 @@ def pieces(parts: Rows[Part]) -> torch.Tensor:
         for begin in range(0, part.count, QUERIES)
     ]
     return torch.tensor(found, dtype=torch.int32)
-
-
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype, gpu: bool) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, pin_memory=gpu)
-
-
-def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take memory of the host where they are written: `torch.zeros` writes them all, 12 GB in 14 seconds."""
-    whole = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)  # the kernel's pages, zero until then
-    return torch.from_numpy(whole).view(dtype).view(shape).to(device)

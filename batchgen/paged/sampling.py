@@ -26,7 +26,7 @@ def draw(
     Args:
         logits: [rows or more, vocabulary].
         sequences: of the rows, at least one of them sampled; each of those draws its next random number.
-        best: token ids, [rows or more], changed in place.
+        best: token ids, [rows or more], changed in place; one below 0, which says why there is none, stays.
         send: brings a tensor to the device.
     """
     sampled = [row for row, sequence in enumerate(sequences) if sequence.prompt.params.temperature > 0]
@@ -34,7 +34,7 @@ def draw(
     numbers = [[p.temperature, p.top_p, sequences[row].random.random()] for row, p in zip(sampled, params, strict=True)]
     temperature, top_p, uniform = send(torch.tensor(numbers, dtype=torch.float64)).unbind(1)
     rows, top_k = send(torch.tensor([sampled, [p.top_k for p in params]]))
-    best[rows] = choose_rows(
+    drawn = choose_rows(
         logits,
         rows,
         uniform,
@@ -43,3 +43,4 @@ def draw(
         most_k=max(p.top_k for p in params),
         top_p=top_p if any(p.top_p < 1 for p in params) else None,
     )
+    best[rows] = torch.where(best[rows] < 0, best[rows], drawn)

@@ -78,7 +78,7 @@ def with_stale_cache(of: Case) -> Case:
 
 
 def with_broken_token(of: Case, part: int, token: int, number: float) -> Case:
-    """The same step where the key and value of a token of that part are `number`, as an infinite embedding makes them."""
+    """The same step where the key and value of a token of that part are `number`."""
     key, value = of.key.clone(), of.value.clone()
     for tensor in (key, value):
         tensor[:, :, of.layout.parts[part].first + token] = number
