@@ -31,7 +31,7 @@ TOKENS = 32  # of each, at most
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _TOLERANCE_OF_16_BITS = 0.25
 _MOST = 0.75  # whatever was measured: what moves a logit further is no rounding
-_MARGIN = 2.0  # the batch has other shapes than the measurement, and a cache
+_MARGIN = 4.0  # of the rounding of one logit: three standard deviations of the difference of two, 3 * 2**0.5
 
 
 def choose(batch: Sequence[Prompt]) -> list[int]:
@@ -57,7 +57,7 @@ def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: 
 def rounding_of(
     model: Any, prompt: Sequence[int], tokens: Sequence[int], logits: torch.Tensor, device: torch.device
 ) -> float:
-    """How far one logit may fall behind another by rounding alone, in standard deviations of the logits.
+    """How far rounding moves a logit (root mean square), in standard deviations of the logits at its place.
 
     Args:
         logits: as `logits_of` gives them for the same `prompt` and `tokens`.
@@ -66,7 +66,7 @@ def rounding_of(
     beside = torch.tensor([whole, whole[::-1]], device=device)
     output = model(input_ids=beside, attention_mask=torch.ones_like(beside), use_cache=False)
     moved = output.logits[0, len(prompt) - 1 : len(prompt) - 1 + len(logits)].float() - logits
-    return float((2 * moved.abs().amax(dim=1) / logits.std(dim=1)).max())
+    return float((moved / logits.std(dim=1, keepdim=True)).square().mean().sqrt())
 
 
 @dataclass(frozen=True)

@@ -110,3 +110,24 @@ def test_a_run_ends_with_the_evidence_and_goes_on_if_told_to(tiny_llama: Path, t
         [*words, "--no-selftest"], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_rounding_beyond_the_usual_is_measured_on_the_model(smollm2: Path) -> None:
+    """bitsandbytes rounds activations to 8 bits, by batch: a sound row is further behind than 16 bits explain."""
+    setup = Setup(str(smollm2), "int8", 2, World(), selftest=False)
+    with Accelerate(setup, Accelerate.Options()) as engine:
+        assert engine._batches is not None
+        model, device, encoder = engine._batches._model, engine._batches._device, engine._batches._encoder
+        [tokens] = encoder.tokenize(["My favourite things are"], special=True)
+        prompt = replace(random_prompts(1)[0], tokens=tokens)
+        [logits] = selftest.logits_of(model, prompt.tokens, [0], device)
+        behind = (logits.max() - logits) / logits.std()
+        near, far = (int((behind - distance).abs().argmin()) for distance in (0.35, 0.95))
+        assert 0.26 < behind[near] < 0.45
+        assert behind[far] > 0.76
+        test = SelfTest(model, device, encoder.decode, 2)
+        test.check(prompt, [near])
+        for strict, token in ((test, far), (replace(test, measures=False), near)):
+            with pytest.raises(EngineError, match=r"alone, .* is better by 0\.\d+ standard deviations"):
+                strict.check(prompt, [token])
