@@ -2,7 +2,8 @@
 
 Pure but for one warning a key: everything it knows comes in as arguments. A row is, in this order, an OpenAI request
 line, a text rendered by `--template`, the text in `--prompt-column`, a conversation in `messages`, or the text in
-`prompt`. JSON null is "not given" everywhere, since in Parquet every row has every column.
+`prompt`. JSON null is "not given" wherever batchgen knows the keys, since in Parquet every row has every column. In
+rows of Parquet and Arrow it is so at every depth of a conversation, its variables and a body.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 from batchgen import openai
 from batchgen.engine import Encoder
 from batchgen.refusal import Refused, check_encodable, sampling_params, shown
-from batchgen.template import compiled, conversation, template_kwargs
+from batchgen.template import compiled, conversation, template_kwargs, without_nulls
 from batchgen.types import Generation, Prompt, Row, RowError, SamplingParams, Tokens
 
 _log = logging.getLogger(__name__)
@@ -146,8 +147,8 @@ class PromptReader:
         elif self._recipe.prompt_column is None and value.get("messages") is not None:
             from_chat = True
             text = self._chat(
-                conversation(value["messages"], "messages", whole=True),
-                template_kwargs(value.get("chat_template_kwargs"), "chat_template_kwargs"),
+                conversation(_given(row, value["messages"]), "messages", whole=True),
+                template_kwargs(_given(row, value.get("chat_template_kwargs")), "chat_template_kwargs"),
             )
         else:
             text = _text(value, self._recipe.prompt_column)
@@ -167,7 +168,7 @@ class PromptReader:
 
     def _request(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool | None]:
         """The prompt, and whether its text is from a chat template; None if it brought its tokens along."""
-        request = openai.parse(value, self._recipe.model)
+        request = openai.parse({**value, "body": _given(row, value.get("body"))}, self._recipe.model)
         self._report(row, request.ignored)
         if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
             self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most)
@@ -255,6 +256,10 @@ class PromptReader:
         error = RowError(refused.type, f"{_place(row)}: {refused.message}", row.line)
         columns, request = _columns_and_request(row, self._recipe.model is not None)
         return Generation(row.index, row_id(row), None, None, 0, 0, error, columns, request)
+
+
+def _given(row: Row, value: object) -> object:
+    return without_nulls(value) if row.has_every_key else value
 
 
 def _place(row: Row) -> str:
