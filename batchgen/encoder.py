@@ -69,7 +69,7 @@ class HfEncoder:
             raise ValueError(f"the model's chat template refused these messages: {detail}") from error
 
     def _chosen_template(self, tools: object) -> str:
-        """The template for a conversation with these tools, if any; of several, by the names that Transformers knows."""
+        """The template for a conversation with these tools; of several, by the names that Transformers knows."""
         given = self._tokenizer.chat_template
         if not given:
             raise ValueError(

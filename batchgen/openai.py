@@ -19,7 +19,7 @@ from typing import Literal
 
 from batchgen import logprobs
 from batchgen.refusal import Refused, shown
-from batchgen.template import conversation, template_kwargs, without_nulls
+from batchgen.template import conversation, template_kwargs, without_null_keys
 from batchgen.types import Generation, RowError
 
 CHAT = "/v1/chat/completions"
@@ -159,7 +159,7 @@ def _check_keys(body: Mapping[str, object], url: str) -> list[str]:
         neutral = _NEUTRAL.get(key, _NEUTRAL_AT[url].get(key))
         if neutral is None:
             ignored.append(key)
-        elif without_nulls(value) not in neutral:
+        elif value not in neutral and without_null_keys(value) not in neutral:
             allowed = " or ".join([*(json.dumps(one) for one in neutral), "left out"])
             raise Refused("unknown_parameter", f"body.{key} is not supported: it must be {allowed}, not {shown(value)}")
     return ignored

@@ -56,16 +56,14 @@ def _given(message: Mapping[str, object]) -> dict[str, object]:
         # vLLM answers so where nothing was called, and some templates then leave the content out.
         del given["tool_calls"]
     elif isinstance(calls, list):
-        given["tool_calls"] = [_without_null_keys(call) for call in calls]
+        given["tool_calls"] = [_call(call) for call in calls]
     return given
 
 
-def _without_null_keys(call: object) -> object:
-    if not isinstance(call, Mapping):
-        return call
-    kept = {key: value for key, value in call.items() if value is not None}
-    if isinstance(function := kept.get("function"), Mapping):
-        kept["function"] = {key: value for key, value in function.items() if value is not None}
+def _call(call: object) -> object:
+    kept = without_null_keys(call)
+    if isinstance(kept, dict) and "function" in kept:
+        kept["function"] = without_null_keys(kept["function"])
     return kept
 
 
@@ -91,6 +89,11 @@ def why_no_text(part: object, kind: str = "text") -> str:
     return f'content may hold parts of type "{kind}" only, not {shown(found)}' + (
         f": {other} not supported yet" if other else ""
     )
+
+
+def without_null_keys(value: object) -> object:
+    """`value`, if it is an object, without the keys that are null."""
+    return {key: each for key, each in value.items() if each is not None} if isinstance(value, Mapping) else value
 
 
 def without_nulls(value: object) -> object:

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of many families, encoders that use them, and what Transformers makes of a conversation."""
+"""Chat templates in the manner of many families, encoders that use them, and what Transformers makes of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def families() -> list[str]:
 
 
 def save(folder: Path, chat_template: object = None) -> Path:
-    """A model folder without weights, as far as an encoder reads it; `chat_template` goes into tokenizer_config.json."""
+    """A model folder without weights; `chat_template` goes into its tokenizer_config.json."""
     models.byte_tokenizer(None).save_pretrained(folder)
     LlamaConfig(**models.SMALL | {"vocab_size": 260, "max_position_embeddings": 100_000}).save_pretrained(folder)
     if chat_template is not None:

@@ -128,10 +128,10 @@ def case(seed: int, made: Families) -> str:
             assert (fault or "tool_calls is not supported") in outcome.error.message or asks, outcome.error
             return "faulty"
         assert outcome.error.type == "template", outcome.error
-        _check_refusal(family, _given(messages), kwargs)
+        _check_refusal(family, _given(messages, form), kwargs)
         return "refused"
     assert fault is None, "a faulty conversation is good"
-    _check_prompt(outcome.text, family, _given(messages), kwargs)
+    _check_prompt(outcome.text, family, _given(messages, form), kwargs)
     return "good"
 
 
@@ -148,12 +148,19 @@ def _row(form: str, messages: list[dict[str, Any]], kwargs: dict[str, Any]) -> R
     return Row(0, "talk", 3, table.to_pylist()[0], has_every_key=True)
 
 
-def _given(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without what is null or empty."""
+def _given(messages: Sequence[Mapping[str, Any]], form: str) -> list[dict[str, Any]]:
+    """The messages without what is null or empty; in a table, without nulls at any depth."""
+    kept = _filled(messages) if form == "table" else messages
     return [
         {key: value for key, value in one.items() if value is not None and (value != [] or key == "content")}
-        for one in messages
+        for one in kept
     ]
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(each) for key, each in value.items() if each is not None}
+    return [_filled(each) for each in value] if isinstance(value, list) else value
 
 
 def _variants(messages: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Mapping[str, Any]]]:
@@ -183,7 +190,9 @@ def _check_prompt(text: str, family: Family, messages: Sequence[Mapping[str, Any
 def _check_refusal(family: Family, messages: Sequence[Mapping[str, Any]], kwargs: dict[str, Any]) -> None:
     for variant in _variants(messages):
         text = family.rendered(variant, **kwargs)
-        lossless = text is not None and _words_of(messages) <= set(_WORD.findall(text)) and not _WRITTEN_OUT.search(text)
+        lossless = (
+            text is not None and _words_of(messages) <= set(_WORD.findall(text)) and not _WRITTEN_OUT.search(text)
+        )
         assert not lossless, f"{family.name} takes {variant}, and {messages} was refused"
 
 
@@ -198,9 +207,9 @@ def main(cases: int, seed: int) -> int:
                 outcomes[case(number, made)] += 1
             except Exception:
                 failed += 1
-                print(f"seed {number}:", file=sys.stderr)
+                sys.stderr.write(f"seed {number}:\n")
                 traceback.print_exc(limit=3)
-    print(f"conversations: {cases} cases, {failed} failed; {dict(sorted(outcomes.items()))}")
+    sys.stdout.write(f"conversations: {cases} cases, {failed} failed; {dict(sorted(outcomes.items()))}\n")
     return failed
 
 
