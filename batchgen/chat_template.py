@@ -129,8 +129,10 @@ def _conversations(role: str, content: object) -> Iterator[Sequence[Message]]:
         return
     if role != "assistant":
         yield [message, user]
+    if role == "developer":
+        return  # stands first
     yield [user, message, user]
-    if role not in ("assistant", "system", "developer"):
+    if role not in ("assistant", "system"):
         for arguments in ({"at": "sky"}, '{"at": "sky"}'):
             call = {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": arguments}}
             asking: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
