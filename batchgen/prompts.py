@@ -11,12 +11,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 from batchgen import openai
 from batchgen.engine import Encoder
+from batchgen.recipe import Recipe
 from batchgen.refusal import Refused, check_encodable, sampling_params, shown
 from batchgen.template import compiled, conversation, template_kwargs, without_nulls
 from batchgen.types import Generation, Prompt, Row, RowError, SamplingParams, Tokens
@@ -27,30 +26,6 @@ _PARAMS = frozenset(param.name for param in dataclasses.fields(SamplingParams))
 _DEFAULT_MOST = SamplingParams().max_new_tokens
 # Keys of a request's body that somebody who puts them into a plain row takes for settings.
 _OF_REQUESTS = frozenset({"max_tokens", "max_completion_tokens", "response_format", "tools", "frequency_penalty"})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How rows become prompts: what the user asked for, recorded with the run and compared at its next start.
-
-    Raises:
-        ValueError: the settings exclude each other; a sentence.
-    """
-
-    prompt_column: str | None = None  # None: prompt, or messages where a row has them
-    template: str | None = None  # Jinja text over the row's columns
-    sampling: SamplingParams = field(default_factory=SamplingParams)  # for what a row does not set itself
-    truncate: Literal["left", "right"] | None = None  # the side cut off a prompt that is too long; None: an error row
-    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)  # a row's own win
-    model: str | None = None  # every row must be a request line, for this model or none; None: any row, any model
-
-    def __post_init__(self) -> None:
-        if self.template is not None and self.prompt_column is not None:
-            raise ValueError("--template and --prompt-column exclude each other: the template can use any column")
-        try:
-            template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
-        except Refused as refused:
-            raise ValueError(refused.message) from None
 
 
 def own_id(value: Mapping[str, object] | RowError) -> str | None:
@@ -172,6 +147,8 @@ class PromptReader:
         self._report(row, request.ignored)
         if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
             self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most)
+        if "temperature" not in request.sampling and not self._recipe.knows_temperature:
+            self._say_once(row, "neither the body nor the model sets a %s: its answer is greedy", "temperature")
         params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
         text = request.text or ""
         if request.messages is not None:
@@ -209,6 +186,9 @@ class PromptReader:
         context = self._encoder.context
         if not tokens:
             return self._failed(row, Refused("empty_prompt", "the prompt is empty: it has no tokens"))
+        if context is not None and budget == self._recipe.authors_length and len(tokens) < context:
+            budget = min(budget, context - len(tokens))
+            prompt.params = dataclasses.replace(prompt.params, max_new_tokens=budget)
         if context is not None and len(tokens) + budget > context:
             try:
                 prompt.tokens = self._shortened(tokens, budget, context)

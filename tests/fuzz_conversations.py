@@ -22,7 +22,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchgen.prompts import PromptReader, Recipe
+from batchgen.prompts import PromptReader
+from batchgen.recipe import Recipe
 from batchgen.types import Generation, Row, SamplingParams
 from tests.conversations import PARTS_ALONE, TOOL, Families, Family, families, joined, parts, split
 
