@@ -90,14 +90,14 @@ def test_sampling_and_what_changes_nothing() -> None:
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "wrong_type",
-            'body.input[0]: content may hold parts of type "input_text" only, not "input_image": images are not supported',
+            'content may hold parts of type "input_text" only, not "input_image": images are not supported yet',
         ),
         (
             {"input": [{"role": "user", "content": [{"type": "input_audio"}]}]},
             "wrong_type",
             "audio is not supported yet",
         ),
-        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "wrong_type", "files are not supported yet"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "wrong_type", "files are not supported"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "wrong_type", "must be a text, not null"),
         ({"tools": [{"type": "web_search"}]}, "unknown_parameter", "body.tools is not supported"),
         ({"tool_choice": "required"}, "unknown_parameter", "body.tool_choice is not supported"),
