@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchgen.checkpoint import Status
     from batchgen.flow import Host, merge, run
-    from batchgen.prompts import Recipe
+    from batchgen.recipe import Recipe
     from batchgen.types import SamplingParams
 
 __all__ = ["Host", "Recipe", "SamplingParams", "Status", "merge", "run"]
 
 _HOMES = {
     "Host": "flow",
-    "Recipe": "prompts",
+    "Recipe": "recipe",
     "SamplingParams": "types",
     "Status": "checkpoint",
     "merge": "flow",

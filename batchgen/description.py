@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import socket
 import sys
@@ -28,6 +29,8 @@ def asked(ready: Ready, error_format: str) -> dict[str, object]:
         "model": ready.model.name if ready.model.revision == "" else ready.model.revision,
         "dtype": ready.dtype,
         **_sampling(recipe.sampling),
+        # Null rather than left out: run folders from before it was asked do not have it.
+        "generation_config": _where_from(recipe.generation_config),
         "prompt_column": recipe.prompt_column,
         "template": recipe.template,
         "chat_template_kwargs": dict(recipe.chat_template_kwargs),
@@ -35,6 +38,12 @@ def asked(ready: Ready, error_format: str) -> dict[str, object]:
         "request_model": recipe.model,
         "error_format": error_format,
     }
+
+
+def _where_from(generation_config: str) -> str | None:
+    if generation_config in ("auto", "none"):
+        return None if generation_config == "none" else "auto"
+    return os.path.abspath(generation_config)
 
 
 def _sampling(params: SamplingParams) -> dict[str, object]:

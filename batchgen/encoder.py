@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from batchgen.chat_template import ChatTemplate, Message, check_tokenizer_config, read_chat_template
 from batchgen.engine import EngineError
 from batchgen.generation_config import read_generation_config
 from batchgen.types import Tokens
@@ -45,24 +47,49 @@ class HfEncoder:
         self._anchor: list[int] = self._tokenizer("a", add_special_tokens=False)["input_ids"]
         self._anchor_text = self._plain_decode(self._anchor)
         self._token_texts: dict[int, str] = {}
+        self._chat_templates: dict[str, ChatTemplate] = {}
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
         """The conversation through the model's chat template, ready for the assistant's turn.
 
+        A content may be a text or a list of parts of type "text": it becomes what the template takes.
+
         Raises:
             ValueError: there is no template, or it refused the conversation.
         """
-        if not self._tokenizer.chat_template:
+        source = self._chosen_template(kwargs.get("tools"))
+        if source not in self._chat_templates:
+            self._chat_templates[source] = ChatTemplate(source, partial(self._render, source))
+        fitted = self._chat_templates[source].fit(messages, with_tools=bool(kwargs.get("tools")))
+        options = {"add_generation_prompt": True, **kwargs, "tokenize": False, "chat_template": source}
+        try:
+            return str(self._tokenizer.apply_chat_template(fitted, **options))
+        except Exception as error:  # a template is a program that came with the model: it can raise anything
+            detail = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"the model's chat template refused these messages: {detail}") from error
+
+    def _chosen_template(self, tools: object) -> str:
+        """The template for a conversation with these tools; of several, by the names that Transformers knows."""
+        given = self._tokenizer.chat_template
+        if not given:
             raise ValueError(
                 f"the model in {self._model} has no chat template, so it cannot take messages; "
                 "give the text as `prompt`, or render it with --template"
             )
-        options = {"add_generation_prompt": True, **kwargs, "tokenize": False}
-        try:
-            return str(self._tokenizer.apply_chat_template([dict(message) for message in messages], **options))
-        except Exception as error:  # a template is a program that came with the model: it can raise anything
-            detail = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"the model's chat template refused these messages: {detail}") from error
+        if isinstance(given, str):
+            return given
+        name = "tool_use" if tools is not None and "tool_use" in given else "default"
+        if name not in given:
+            raise ValueError(
+                f"the model in {self._model} has chat templates named {', '.join(sorted(given))}, and none named "
+                "default; give the text as `prompt`, or render it with --template"
+            )
+        return str(given[name])
+
+    def _render(self, source: str, messages: Sequence[Message], tools: Sequence[Message] | None) -> str:
+        copied = [dict(message) for message in messages]
+        options = {"tools": tools, "add_generation_prompt": True, "tokenize": False, "chat_template": source}
+        return str(self._tokenizer.apply_chat_template(copied, **options))
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
         """Token ids of each text; see `engine.Encoder.tokenize`.
@@ -131,12 +158,15 @@ def _read_config(model: str) -> Any:
 
 
 def _read_tokenizer(model: str) -> Any:
+    check_tokenizer_config(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise EngineError(f"the tokenizer of the model in {model} cannot be used: {error}") from error
     # Only a warning hangs on this number, and `prompts` measures against the model's context itself.
     tokenizer.model_max_length = 10**30
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = read_chat_template(model)
     return tokenizer
 
 

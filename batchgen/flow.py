@@ -37,7 +37,7 @@ from batchgen.engine import Died
 from batchgen.input import Input, files_of
 from batchgen.output import ErrorFormat, renderer
 from batchgen.prepare import Ready, RunError, check_all, prepare
-from batchgen.prompts import Recipe
+from batchgen.recipe import Recipe
 from batchgen.redaction import redacted
 from batchgen.stop import Stop
 from batchgen.types import WHOLE, Shard, UserError

@@ -61,7 +61,7 @@ class Input:
         for place, part in groupby(numbers, partial(bisect_right, self._begins)):
             begin, source = self._begins[place - 1], self.sources[place - 1]
             for number, line, value in source.rows(number - begin for number in part) if begin else source.rows(part):
-                yield Row(begin + number, source.name, line, value)
+                yield Row(begin + number, source.name, line, value, source.has_every_key)
 
     def schema(self) -> pa.Schema | None:
         """The types of the columns, if all files have the same."""

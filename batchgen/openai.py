@@ -1,9 +1,10 @@
 """The OpenAI batch format: a request line in, an answer line out. Pure; knows nothing of models.
 
-Requests are for `/v1/chat/completions` or `/v1/completions`. A key of the body that would change the output in a way
-that batchgen cannot follow is refused; a key that changes nothing is accepted; one that nobody here knows is reported
-in `Request.ignored`. Sampling differs from OpenAI's in one point: what the body leaves out is the run's default, so a
-request without `temperature` is greedy, and one without `max_tokens` ends at the run's `max_new_tokens`.
+Requests are for `/v1/chat/completions`, `/v1/completions` or `/v1/responses`. A key of the body that would change the
+output in a way that batchgen cannot follow is refused; a key that changes nothing is accepted; one that nobody here
+knows is reported in `Request.ignored`. Sampling differs from OpenAI's in one point: what the body leaves out is the
+run's default or the model author's, so a request without `temperature` may be greedy, and one without `max_tokens`
+ends at the run's `max_new_tokens`.
 
 Answers come in two shapes, which differ where a request failed: OpenAI's own, and that of `vllm run-batch`.
 """
@@ -17,13 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from batchgen import logprobs
+from batchgen import logprobs, openai_completions, openai_responses
+from batchgen.openai_completions import CHAT, COMPLETIONS
+from batchgen.openai_responses import RESPONSES
 from batchgen.refusal import Refused, shown
-from batchgen.template import conversation, template_kwargs
+from batchgen.template import conversation, template_kwargs, without_null_keys
 from batchgen.types import Generation, RowError
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
 
 Shape = Literal["openai", "vllm"]
 
@@ -33,6 +33,7 @@ _STREAMED = "Request must not be sent in stream mode"
 _SAMPLING = {
     "max_completion_tokens": "max_new_tokens",
     "max_tokens": "max_new_tokens",
+    "max_output_tokens": "max_new_tokens",
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -61,6 +62,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 _NEUTRAL_AT: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     CHAT: {"add_special_tokens": (False,)},
     COMPLETIONS: {"add_special_tokens": (True,)},
+    RESPONSES: {"add_special_tokens": (False,), **openai_responses.NEUTRAL},
 }
 
 # Keys about the service rather than the text.
@@ -71,7 +73,11 @@ _HARMLESS = frozenset(
         *("cache_salt", "priority", "request_id"),
     }
 )
-_READ_AT = {CHAT: frozenset({"messages", "chat_template_kwargs"}), COMPLETIONS: frozenset({"prompt"})}
+_READ_AT = {
+    CHAT: frozenset({"messages", "chat_template_kwargs"}),
+    COMPLETIONS: frozenset({"prompt"}),
+    RESPONSES: openai_responses.READ | openai_responses.HARMLESS,
+}
 _READ = frozenset({"model", "stream", "logprobs"})
 
 
@@ -114,7 +120,7 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
         raise Refused("wrong_type", f'method must be "POST", not {shown(method)}')
     if not isinstance(url, str):
         raise Refused("wrong_type", f"url must be a text, not {shown(url)}")
-    if url not in (CHAT, COMPLETIONS):
+    if url not in _READ_AT:
         raise Refused("unsupported_url", _unsupported(url))
     if not isinstance(body, Mapping):
         raise Refused("wrong_type", f"body must be an object, not {shown(body)}")
@@ -123,17 +129,22 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
     _check_model(body.get("model"), model)
     ignored = _check_keys(body, url)
     sampling, spelled = _sampling(body, url)
-    if url == CHAT:
-        messages = conversation(body.get("messages"), "body.messages", whole=False)
+    if url != COMPLETIONS:
+        read = openai_responses.conversation_of if url == RESPONSES else _messages
+        messages = read(body)
         kwargs = template_kwargs(body.get("chat_template_kwargs"), "body.chat_template_kwargs")
         return Request(messages, None, None, sampling, spelled, kwargs, ignored)
     text, tokens = _completion_prompt(body.get("prompt"))
     return Request(None, text, tokens, sampling, spelled, {}, ignored)
 
 
+def _messages(body: Mapping[str, object]) -> list[dict[str, object]]:
+    return conversation(body.get("messages"), "body.messages", whole=False)
+
+
 def _unsupported(url: str) -> str:
     # vLLM's sentence, so that a script which looks for it finds it.
-    return f"URL {url} was used. Supported endpoints: {CHAT}, {COMPLETIONS}."
+    return f"URL {url} was used. Supported endpoints: {', '.join(_READ_AT)}."
 
 
 def _check_model(named: object, model: str | None) -> None:
@@ -159,7 +170,7 @@ def _check_keys(body: Mapping[str, object], url: str) -> list[str]:
         neutral = _NEUTRAL.get(key, _NEUTRAL_AT[url].get(key))
         if neutral is None:
             ignored.append(key)
-        elif value not in neutral:
+        elif value not in neutral and without_null_keys(value) not in neutral:
             allowed = " or ".join([*(json.dumps(one) for one in neutral), "left out"])
             raise Refused("unknown_parameter", f"body.{key} is not supported: it must be {allowed}, not {shown(value)}")
     return ignored
@@ -180,7 +191,9 @@ def _sampling(body: Mapping[str, object], url: str) -> tuple[dict[str, object], 
         # -1 is vLLM's "off".
         sampling[name] = 0 if name == "top_k" and value == -1 else value
         spelled[name] = f"body.{key}"
-    asked = logprobs.asked(body.get("logprobs"), url == CHAT)
+    asked = logprobs.asked(body.get("logprobs"), url != COMPLETIONS)
+    if url == RESPONSES and openai_responses.includes_logprobs(body):
+        asked = True
     if asked is not None:
         sampling["logprobs"] = asked
     return sampling, spelled
@@ -248,34 +261,9 @@ def _custom_id(generation: Generation) -> str:
 
 
 def _body(generation: Generation, digest: str, model: str, created: int, shape: Shape) -> dict[str, object]:
-    choice: dict[str, object] = {"index": 0}
-    is_completion = (generation.request or {}).get("url") == COMPLETIONS
-    if is_completion:
-        name, kind = "cmpl-", "text_completion"
-        choice["text"] = generation.text
-    else:
-        name, kind = "chatcmpl-", "chat.completion"
-        choice["message"] = {"role": "assistant", "content": generation.text, "refusal": None}
-    shown_logprobs = None
-    if generation.logprobs is not None and generation.token_texts is not None:
-        show = logprobs.of_completion if is_completion else logprobs.of_chat
-        shown_logprobs = show(generation.token_texts, generation.logprobs)
-    choice |= {"logprobs": shown_logprobs, "finish_reason": generation.finish_reason}
-    if shape == "vllm":
-        choice["stop_reason"] = None
-    usage = {
-        "prompt_tokens": generation.prompt_tokens,
-        "completion_tokens": generation.generated_tokens,
-        "total_tokens": generation.prompt_tokens + generation.generated_tokens,
-    }
-    return {
-        "id": name + digest,
-        "object": kind,
-        "created": created,
-        "model": model,
-        "choices": [choice],
-        "usage": usage,
-    }
+    if (generation.request or {}).get("url") == RESPONSES:
+        return openai_responses.response(generation, digest, model, created)
+    return openai_completions.completion(generation, digest, model, created, stop_reason=shape == "vllm")
 
 
 def _failure(generation: Generation, error: RowError, status: int, shape: Shape) -> object:

@@ -11,7 +11,7 @@ import random
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, 
 from batchgen.choice import AUTO, Choice
 from batchgen.engine import Encoder, Engine
 from batchgen.formats import Begun, InputError
+from batchgen.generation_config import with_authors_sampling
 from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
-from batchgen.prompts import PromptReader, Recipe, own_id
+from batchgen.prompts import PromptReader, own_id
+from batchgen.recipe import Recipe
 from batchgen.schedule import windows
 from batchgen.types import Generation, Prompt, RowError, UserError
 from batchgen.world import World, from_environment
@@ -116,6 +118,7 @@ def prepare(
         if model is None and scan:
             logger.info("no --model given: using the default model, %s", models.DEFAULT)
         resolved = models.resolve(model, own_cache, logger.info)
+    recipe = _with_sampling(recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=scan)
     if chosen is None:
         world = from_environment(environment)
         chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
@@ -126,17 +129,8 @@ def prepare(
         raise RunError(str(error)) from error
     answers_requests = recipe.model is not None or _begins_with_request(source)
     return Ready(
-        source,
-        recipe,
-        reader,
-        resolved,
-        chosen,
-        dtype,
-        batch_size,
-        selftest,
-        own_cache,
-        answers_requests,
-    )
+        source, recipe, reader, resolved, chosen, dtype, batch_size, selftest, own_cache, answers_requests
+    )  # fmt: skip
 
 
 def _opened(inputs: Sequence[str], cache: Path, scan: bool, begun: Begun) -> Input:
@@ -144,6 +138,17 @@ def _opened(inputs: Sequence[str], cache: Path, scan: bool, begun: Begun) -> Inp
     if not len(source):  # a file that was never written, most likely
         raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
     return source
+
+
+def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
+    """The recipe with the sampling of the model's author, unless the run began before there was such a thing."""
+    if recipe.generation_config == "auto" and folder.begun():
+        known = folder.asked()
+        if "generation_config" not in known and known.get("request_model") is not None:
+            if say:
+                logger.info("this run began without the model's generation_config.json, and goes on without it")
+            recipe = replace(recipe, generation_config="none")
+    return with_authors_sampling(recipe, model, say=say)
 
 
 def _known(name: str, settings: Sequence[str], begun: Mapping[str, Any] | None) -> Choice | None:

@@ -2,7 +2,8 @@
 
 Pure but for one warning a key: everything it knows comes in as arguments. A row is, in this order, an OpenAI request
 line, a text rendered by `--template`, the text in `--prompt-column`, a conversation in `messages`, or the text in
-`prompt`. JSON null is "not given" everywhere, since in Parquet every row has every column.
+`prompt`. JSON null is "not given" wherever batchgen knows the keys, since in Parquet every row has every column. In
+rows of Parquet and Arrow it is so at every depth of a conversation, its variables and a body.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 from batchgen import openai
 from batchgen.engine import Encoder
+from batchgen.recipe import Recipe
 from batchgen.refusal import Refused, check_encodable, sampling_params, shown
-from batchgen.template import compiled, conversation, template_kwargs
+from batchgen.template import compiled, conversation, template_kwargs, without_nulls
 from batchgen.types import Generation, Prompt, Row, RowError, SamplingParams, Tokens
 
 _log = logging.getLogger(__name__)
@@ -26,30 +26,6 @@ _PARAMS = frozenset(param.name for param in dataclasses.fields(SamplingParams))
 _DEFAULT_MOST = SamplingParams().max_new_tokens
 # Keys of a request's body that somebody who puts them into a plain row takes for settings.
 _OF_REQUESTS = frozenset({"max_tokens", "max_completion_tokens", "response_format", "tools", "frequency_penalty"})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How rows become prompts: what the user asked for, recorded with the run and compared at its next start.
-
-    Raises:
-        ValueError: the settings exclude each other; a sentence.
-    """
-
-    prompt_column: str | None = None  # None: prompt, or messages where a row has them
-    template: str | None = None  # Jinja text over the row's columns
-    sampling: SamplingParams = field(default_factory=SamplingParams)  # for what a row does not set itself
-    truncate: Literal["left", "right"] | None = None  # the side cut off a prompt that is too long; None: an error row
-    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)  # a row's own win
-    model: str | None = None  # every row must be a request line, for this model or none; None: any row, any model
-
-    def __post_init__(self) -> None:
-        if self.template is not None and self.prompt_column is not None:
-            raise ValueError("--template and --prompt-column exclude each other: the template can use any column")
-        try:
-            template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
-        except Refused as refused:
-            raise ValueError(refused.message) from None
 
 
 def own_id(value: Mapping[str, object] | RowError) -> str | None:
@@ -146,8 +122,8 @@ class PromptReader:
         elif self._recipe.prompt_column is None and value.get("messages") is not None:
             from_chat = True
             text = self._chat(
-                conversation(value["messages"], "messages", whole=True),
-                template_kwargs(value.get("chat_template_kwargs"), "chat_template_kwargs"),
+                conversation(_given(row, value["messages"]), "messages", whole=True),
+                template_kwargs(_given(row, value.get("chat_template_kwargs")), "chat_template_kwargs"),
             )
         else:
             text = _text(value, self._recipe.prompt_column)
@@ -167,10 +143,12 @@ class PromptReader:
 
     def _request(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool | None]:
         """The prompt, and whether its text is from a chat template; None if it brought its tokens along."""
-        request = openai.parse(value, self._recipe.model)
+        request = openai.parse({**value, "body": _given(row, value.get("body"))}, self._recipe.model)
         self._report(row, request.ignored)
         if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
             self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most)
+        if "temperature" not in request.sampling and not self._recipe.knows_temperature:
+            self._say_once(row, "neither the body nor the model sets a %s: its answer is greedy", "temperature")
         params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
         text = request.text or ""
         if request.messages is not None:
@@ -208,6 +186,9 @@ class PromptReader:
         context = self._encoder.context
         if not tokens:
             return self._failed(row, Refused("empty_prompt", "the prompt is empty: it has no tokens"))
+        if context is not None and budget == self._recipe.authors_length and len(tokens) < context:
+            budget = min(budget, context - len(tokens))
+            prompt.params = dataclasses.replace(prompt.params, max_new_tokens=budget)
         if context is not None and len(tokens) + budget > context:
             try:
                 prompt.tokens = self._shortened(tokens, budget, context)
@@ -255,6 +236,10 @@ class PromptReader:
         error = RowError(refused.type, f"{_place(row)}: {refused.message}", row.line)
         columns, request = _columns_and_request(row, self._recipe.model is not None)
         return Generation(row.index, row_id(row), None, None, 0, 0, error, columns, request)
+
+
+def _given(row: Row, value: object) -> object:
+    return without_nulls(value) if row.has_every_key else value
 
 
 def _place(row: Row) -> str:

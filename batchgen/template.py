@@ -6,9 +6,19 @@ from collections.abc import Callable, Mapping
 
 from batchgen.refusal import Refused, shown
 
+# What other kinds of parts hold, in the words of OpenAI's requests and of Transformers' templates.
+_SEEN_OR_HEARD = {
+    **dict.fromkeys(("image", "image_url", "input_image", "image_file"), "images are"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio is"),
+    **dict.fromkeys(("video", "video_url", "input_video"), "videos are"),
+    **dict.fromkeys(("file", "input_file"), "files are"),
+}
+# What a message may hold in the place of a content.
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
 
 def conversation(messages: object, name: str, *, whole: bool) -> list[dict[str, object]]:
-    """`messages` as a chat template takes them: text parts joined, nulls left out.
+    """`messages` as `Encoder.chat` takes them: a content is a text or a list of text parts, nulls are left out.
 
     With `whole`, keys beyond role and content go to the template as they stand (its author's business); without, tool
     calls are refused, since OpenAI's form of them is not what templates expect.
@@ -26,32 +36,74 @@ def conversation(messages: object, name: str, *, whole: bool) -> list[dict[str, 
 def _message(message: object, name: str, whole: bool) -> dict[str, object]:
     if not isinstance(message, Mapping):
         raise Refused("wrong_type", f"{name} must be an object with role and content, not {shown(message)}")
-    given = {key: value for key, value in message.items() if value is not None}
+    given = _given(message)
     if not isinstance(given.get("role"), str):
         raise Refused("wrong_type", f"{name}: role must be a text, not {shown(given.get('role'))}")
     if not whole:
         for key in ("tool_calls", "function_call", "audio"):
             if given.get(key):
                 raise Refused("unknown_parameter", f"{name}: {key} is not supported")
-    # A call of a tool has no text of its own.
-    if "content" in given or not given.get("tool_calls"):
+    if "content" in given or not any(given.get(key) for key in _INSTEAD_OF_CONTENT):
         given["content"] = _content(given.get("content"), name)
     return given
 
 
-def _content(content: object, name: str) -> str:
+def _given(message: Mapping[str, object]) -> dict[str, object]:
+    """The message without what is null in it, and in its calls of tools; what a call passes on stays as it is."""
+    given = {key: value for key, value in message.items() if value is not None}
+    calls = given.get("tool_calls")
+    if calls == []:
+        # vLLM answers so where nothing was called, and some templates then leave the content out.
+        del given["tool_calls"]
+    elif isinstance(calls, list):
+        given["tool_calls"] = [_call(call) for call in calls]
+    return given
+
+
+def _call(call: object) -> object:
+    kept = without_null_keys(call)
+    if isinstance(kept, dict) and "function" in kept:
+        kept["function"] = without_null_keys(kept["function"])
+    return kept
+
+
+def _content(content: object, name: str) -> str | list[dict[str, object]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise Refused("wrong_type", f"{name}: content must be a text or a list of text parts, not {shown(content)}")
-    texts = []
+    parts = []
     for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (part, None)
-        if kind != "text" or not isinstance(text, str):
-            raise Refused("wrong_type", f'{name}: content may hold parts of type "text" only, not {shown(kind)}')
-        texts.append(text)
-    # As vLLM joins them for templates that take text.
-    return "\n".join(texts)
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise Refused("wrong_type", f"{name}: {why_no_text(part)}")
+        parts.append({key: value for key, value in part.items() if value is not None})
+    return parts
+
+
+def why_no_text(part: object, kind: str = "text") -> str:
+    """The end of a sentence about a part of a content that is none of type `kind` with a text."""
+    found = part.get("type") if isinstance(part, Mapping) else part
+    if isinstance(part, Mapping) and found == kind:
+        return f'the text of a part of type "{kind}" must be a text, not {shown(part.get("text"))}'
+    other = _SEEN_OR_HEARD.get(found) if isinstance(found, str) else None
+    return f'content may hold parts of type "{kind}" only, not {shown(found)}' + (
+        f": {other} not supported yet" if other else ""
+    )
+
+
+def without_null_keys(value: object) -> object:
+    """`value`, if it is an object, without the keys that are null."""
+    return {key: each for key, each in value.items() if each is not None} if isinstance(value, Mapping) else value
+
+
+def without_nulls(value: object) -> object:
+    """`value` without the keys that are null, at every depth: where a format forces every object to have every key,
+    null means that the key was not given. A null in a list stays."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    return value
 
 
 # What the call of the template itself sets.

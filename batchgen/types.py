@@ -151,6 +151,7 @@ class Row:
     source: str  # the file's name, unique within the input
     line: int  # as in RowError
     value: Mapping[str, object] | RowError  # the columns, or why they could not be read
+    has_every_key: bool = False  # its format forces every object to have every key, so null means "not given"
 
 
 @dataclass(slots=True)

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from batchgen.flow import Host, MergeError, OutputFormat, run
 from batchgen.output import ErrorFormat
-from batchgen.prompts import Recipe
+from batchgen.recipe import Recipe
 from batchgen.types import SamplingParams, UserError
 from tests import mutations
 from tests.commands.starts import ENVIRONMENT

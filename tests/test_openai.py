@@ -84,7 +84,7 @@ def test_completion_prompts(prompt: object, text: str | None, tokens: list[int] 
         (
             line({}, url="/v1/foo"),
             "unsupported_url",
-            "URL /v1/foo was used. Supported endpoints: /v1/chat/completions, /v1/completions.",
+            "URL /v1/foo was used. Supported endpoints: /v1/chat/completions, /v1/completions, /v1/responses.",
         ),
         (line(None), "wrong_type", "body must be an object, not null"),
         (line({}), "missing_prompt", "body.messages is missing"),
@@ -253,7 +253,10 @@ def test_vllm_shape_of_an_error(type: str, message: str, status: int, kind: str,
 
 def test_vllm_shape_of_a_refused_url_and_of_stream_mode_is_a_text() -> None:
     url = answer(failed("unsupported_url", "URL …", line({}, "/v1/foo")), "m", 1, "vllm")
-    assert url["error"] == "URL /v1/foo was used. Supported endpoints: /v1/chat/completions, /v1/completions."
+    assert (
+        url["error"]
+        == "URL /v1/foo was used. Supported endpoints: /v1/chat/completions, /v1/completions, /v1/responses."
+    )
     assert answer(failed("stream", "…", chat(stream=True)), "m", 1, "vllm")["error"] == (
         "Request must not be sent in stream mode"
     )

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from batchgen.prompts import PromptReader, Recipe, row_id
+from batchgen.prompts import PromptReader, row_id
+from batchgen.recipe import Recipe
 from batchgen.types import Generation, Prompt, RowError, SamplingParams
 from tests.byte_encoder import BOS, ByteEncoder, request, rows
 

@@ -22,7 +22,8 @@ from click.testing import CliRunner
 
 from batchgen.checkpoint import write_atomic
 from batchgen.commands import main, run_batch
-from batchgen.prompts import PromptReader, Recipe
+from batchgen.prompts import PromptReader
+from batchgen.recipe import Recipe
 from batchgen.refusal import Refused
 from batchgen.template import compiled, template_kwargs
 from batchgen.types import Prompt

@@ -5,13 +5,33 @@ from __future__ import annotations
 import pytest
 
 from batchgen.refusal import Refused
-from batchgen.template import compiled, conversation, template_kwargs
+from batchgen.template import compiled, conversation, template_kwargs, without_nulls
 
 
-def test_parts_of_a_message_are_joined_and_nulls_left_out() -> None:
+def test_parts_of_a_message_stay_parts_and_nulls_are_left_out() -> None:
+    given = [{"type": "text", "text": "a", "image_url": None}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": given, "name": None}]
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [{"role": "user", "content": parts, "name": None}]
-    assert conversation(messages, "messages", whole=True) == [{"role": "user", "content": "a\nb"}]
+    assert conversation(messages, "messages", whole=True) == [{"role": "user", "content": parts}]
+
+
+def test_null_is_not_given_where_the_keys_of_a_call_are_known_but_what_it_passes_on_stays() -> None:
+    function = {"name": "f", "arguments": {"a": None}, "description": None}
+    call = {"id": None, "type": "function", "function": function}
+    [message] = conversation([{"role": "assistant", "content": "", "tool_calls": [call]}], "messages", whole=True)
+    kept = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+    assert message == {"role": "assistant", "content": "", "tool_calls": [kept]}
+
+
+def test_an_empty_list_of_calls_is_no_call() -> None:
+    for whole in (True, False):
+        given = [{"role": "assistant", "content": "Hi", "tool_calls": []}]
+        assert conversation(given, "messages", whole=whole) == [{"role": "assistant", "content": "Hi"}]
+
+
+def test_without_nulls_reaches_every_depth_but_keeps_the_nulls_of_a_list() -> None:
+    given = {"a": None, "b": [{"c": None, "d": 0}, None], "e": {"f": {"g": None}}}
+    assert without_nulls(given) == {"b": [{"d": 0}, None], "e": {"f": {}}}
 
 
 def test_call_of_a_tool_needs_no_content_and_is_left_as_it_is() -> None:
@@ -31,6 +51,15 @@ def test_call_of_a_tool_needs_no_content_and_is_left_as_it_is() -> None:
         ([{"content": "x"}], "messages[0]: role must be a text, not null"),
         ([{"role": "user"}], "messages[0]: content must be a text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], 'parts of type "text" only, not "image_url"'),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            'content may hold parts of type "text" only, not "image_url": images are not supported yet',
+        ),
+        ([{"role": "user", "content": [{"type": "image"}]}], "images are not supported yet"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "audio is not supported yet"),
+        ([{"role": "user", "content": [{"type": "video_url"}]}], "videos are not supported yet"),
+        ([{"role": "user", "content": [{"type": "file"}]}], "files are not supported yet"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], 'of type "text" must be a text, not 5'),
         ([{"role": "user", "content": ["x"]}], 'parts of type "text" only'),
     ],
 )

@@ -9,7 +9,7 @@ import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +104,17 @@ def main() -> None:
     # Before torch looks at it. A cache that grows at every step leaves holes that nothing else fits into: without this,
     # 560 rows of BLOOM-7b1 were the most on a GPU that holds 1,240 of them (benchmarks/README.md).
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def generation_config_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--generation-config`, with what a command does unless it is given."""
+    return click.option(
+        "--generation-config",
+        metavar="auto|none|FOLDER",
+        default=default,
+        show_default=True,
+        help="Sample as the model's author recommends, by generation_config.json, where neither row nor flag says how.",
+    )
 
 
 def fail(error: Exception) -> CommandError:

@@ -166,7 +166,7 @@ def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[
         found.append(("mixed", prompts))
     if options["input_file"]:
         from batchgen.prepare import sample
-        from batchgen.prompts import Recipe
+        from batchgen.recipe import Recipe
 
         prompts, _, _ = sample([options["input_file"]], Recipe(), encoder, options["sample"])
         if not prompts:

@@ -15,7 +15,7 @@ import click
 from batchgen import engine as engines
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.choice import AUTO
-from batchgen.commands import carry_out, conclude, fail, log_to_stderr, results_only_on_stdout
+from batchgen.commands import carry_out, conclude, fail, generation_config_option, log_to_stderr, results_only_on_stdout
 from batchgen.types import WHOLE, SamplingParams, Shard, UserError
 from batchgen.watchdog import STALL_SECONDS
 
@@ -175,6 +175,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @engine_options
 @sampling_options
+@generation_config_option("none")
 @click.option(
     "--prompt-column", metavar="NAME", help='The column with the prompt; "prompt" or "messages" unless given.'
 )
@@ -263,14 +264,17 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
     Raises:
         CommandError: a value is out of range.
     """
-    from batchgen.prompts import Recipe
+    from batchgen.recipe import Recipe
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
+    source = click.get_current_context().get_parameter_source
+    typed = frozenset(name for name in names if source(name) not in (None, click.core.ParameterSource.DEFAULT))
     try:
         sampling = SamplingParams(**{name: options.pop(name) for name in names})
         columns = {name: options.pop(name, None) for name in ("prompt_column", "template", "truncate")}
-        kwargs = options.pop("chat_template_kwargs", {})
-        return Recipe(sampling=sampling, chat_template_kwargs=kwargs, model=model, **columns)
+        further = ("chat_template_kwargs", "generation_config")
+        columns |= {name: options.pop(name) for name in further if name in options}
+        return Recipe(sampling=sampling, model=model, chosen=typed, **columns)
     except ValueError as error:
         raise fail(error) from error
 

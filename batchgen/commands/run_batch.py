@@ -19,7 +19,7 @@ from urllib.error import HTTPError
 import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
-from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail
+from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail, generation_config_option
 from batchgen.commands.run import command as run_command
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
 from batchgen.redaction import redacted
@@ -30,8 +30,7 @@ _DTYPES = {"half": "float16", "float": "float32"}
 
 _DISCARDING = "discarding"  # stands in a run folder while a finished run is removed from it
 
-_PUT_TRIES = 5  # vLLM's, as is the wait
-_PUT_WAIT_SECONDS = 5
+_PUT_TRIES, _PUT_WAIT_SECONDS = 5, 5  # vLLM's
 _TIMEOUT_SECONDS = 1000
 
 # What a run leaves in its folder; nothing else in there is ever deleted.
@@ -93,6 +92,7 @@ class _RunBatch(click.Command):
 )
 @engine_options
 @sampling_options
+@generation_config_option("auto")
 @click.pass_context
 def command(context: click.Context, /, input_file: str, output_file: str, **options: Any) -> None:
     """Answer an OpenAI batch file, with the flags of `vllm run-batch`.

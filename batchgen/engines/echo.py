@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from batchgen.chat_template import join_texts
 from batchgen.engine import Encoder, Engine, EngineError, Setup
 from batchgen.types import Batch, Generation, Prompt, Tokens
 
@@ -22,7 +23,7 @@ class _Bytes:
     vocabulary: int | None = 256
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
-        return "".join(f"{message['role']}: {message.get('content', '')}\n" for message in messages)
+        return "".join(f"{message['role']}: {join_texts(message.get('content', ''))}\n" for message in messages)
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
         return [text.encode("utf-8", "replace") for text in texts]

@@ -67,6 +67,7 @@ class Source(ABC):
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ()  # file name endings, in lower case, with the dot
+    has_every_key: ClassVar[bool] = True  # typed columns: an object that lacks a key is read with null in its place
 
     @classmethod
     def accepts(cls, path: Path) -> bool:

@@ -45,6 +45,7 @@ class Jsonl(Source):
     """One file of JSON lines."""
 
     suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
+    has_every_key = False
 
     def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool, begun: Begun = not_begun) -> None:
         self._begins: array[int] = array("Q")  # the byte where each row begins; then one past the newline of the last

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from batchgen.encoder import HfEncoder
-from batchgen.prompts import PromptReader, Recipe
+from batchgen.prompts import PromptReader
+from batchgen.recipe import Recipe
 from batchgen.types import Generation, Prompt, Row
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -96,7 +96,7 @@ REQUESTS: list[tuple[dict[str, Any], str | None, str]] = [
     (chat(messages=[]), "wrong_type", "body.messages must be a list of messages, not an empty list"),
     (chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "wrong_type",
      'body.messages[0]: content may hold parts of type "text" only, not "image_url"'),
-    (chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "wrong_type", 'of type "text" only, not "text"'),
+    (chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "wrong_type", "must be a text, not null"),
     (chat(messages=[{"role": 5, "content": "a"}]), "wrong_type", "body.messages[0]: role must be a text, not 5"),
     (chat(messages=[{"role": "assistant", "tool_calls": [{}]}]), "unknown_parameter", "tool_calls is not supported"),
     (chat(messages=[*HI, HI]), "wrong_type", "body.messages[1] must be an object with role and content, not a list"),

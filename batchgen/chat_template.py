@@ -1,0 +1,231 @@
+"""What a model's chat template takes as the content of a message: a text, a list of parts, or either.
+
+Templates of text models take texts (`{{ message.content }}`), those of models that see often take parts
+(`{% for part in message.content %}`). A template does not say which. One that gets the other form raises an error at
+best; at worst it writes nothing, or Python's way of writing a list. So each role is tried out with short conversations,
+and where that shows nothing, the template's syntax tree says whether it loops over the content.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from batchgen.engine import EngineError
+
+if TYPE_CHECKING:
+    from jinja2 import nodes
+
+Message = Mapping[str, object]
+Render = Callable[[Sequence[Message], Sequence[Message] | None], str]
+"""Messages, and the tools they may call, through one template. Raises whatever a template raises."""
+
+_ROLES = 64  # whose forms are remembered: rows may name any number
+_FIRST, _SECOND = "zqfirst", "zqsecond"  # words that no template writes by itself
+# A list of parts that was written as Python or as JSON instead of being read.
+_WRITTEN_OUT = re.compile(rf"""['"]text\\?['"]\s*:\s*\\?['"](?:{_FIRST}|{_SECOND})""")
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks.",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string", "description": "What."}}},
+    },
+}
+_GENERATION_TAGS = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")  # Transformers' own, unknown to Jinja
+
+
+class Forms(NamedTuple):
+    """The forms of content whose words a template writes into the prompt, for messages of one role."""
+
+    texts: bool
+    parts: bool
+
+
+class ChatTemplate:
+    """One chat template, which is given each content in a form that it takes.
+
+    Args:
+        source: the template's text.
+        render: renders messages with it.
+    """
+
+    def __init__(self, source: str, render: Render) -> None:
+        self._source = source
+        self._render = render
+        self._forms = lru_cache(_ROLES)(self._try_out)
+
+    def fit(self, messages: Sequence[Message], *, with_tools: bool) -> list[dict[str, object]]:
+        """The messages as the template takes them.
+
+        Parts go as they are to a template that reads parts of this role, and to another joined by line breaks, as vLLM
+        joins them. A text goes as it is unless the template reads parts alone. OpenAI's role `developer` is called
+        `system` where the template knows the second and not the first.
+        """
+        return [self._fit(message, with_tools) for message in messages]
+
+    def _fit(self, message: Message, with_tools: bool) -> dict[str, object]:
+        fitted = dict(message)
+        role, content = str(message.get("role")), message.get("content")
+        if content is None:
+            return fitted
+        forms = self._forms(role, with_tools)
+        if role == "developer" and not any(forms) and any(system := self._forms("system", with_tools)):
+            fitted["role"], forms = "system", system
+        if not any(forms):
+            forms = self._by_syntax()
+        if isinstance(content, str):
+            fitted["content"] = content if forms.texts else [{"type": "text", "text": content}]
+        elif not forms.parts:
+            fitted["content"] = join_texts(content)
+        return fitted
+
+    def _try_out(self, role: str, with_tools: bool) -> Forms:
+        """The forms that work for messages of this role where such a message may stand; none if nothing shows any."""
+        text = f"{_FIRST} {_SECOND}"
+        parts = [{"type": "text", "text": _FIRST}, {"type": "text", "text": _SECOND}]
+        tools = [_TOOL] if with_tools else None
+        for of_text, of_parts in zip(_conversations(role, text), _conversations(role, parts), strict=True):
+            forms = Forms(self._writes(of_text, tools), self._writes(of_parts, tools))
+            if any(forms):
+                return forms
+        return Forms(texts=False, parts=False)
+
+    def _writes(self, messages: Sequence[Message], tools: Sequence[Message] | None) -> bool:
+        """Whether both words come into the prompt."""
+        try:
+            text = self._render(messages, tools)
+        except Exception:  # a template is a program that came with the model: it can raise anything
+            return False
+        return _FIRST in text and _SECOND in text and not _WRITTEN_OUT.search(text)
+
+    def _by_syntax(self) -> Forms:
+        parts = loops_over_content(self._source)
+        # Whoever loops over a content mostly asks first whether it is a text.
+        return Forms(texts=True, parts=parts)
+
+
+def join_texts(content: object) -> str:
+    """The texts of a list of parts, a line each, as vLLM joins them; a text as it is.
+
+    Args:
+        content: a text, or a list of parts of type "text".
+    """
+    if not isinstance(content, (list, tuple)):
+        return str(content)
+    return "\n".join(str(part.get("text", "")) for part in content)
+
+
+def _conversations(role: str, content: object) -> Iterator[Sequence[Message]]:
+    """Places where a message may stand. Many templates want turns to alternate, or a result to follow a call."""
+    user: Message = {"role": "user", "content": "Hello"}
+    message: Message = {"role": role, "content": content}
+    if role == "user":
+        yield [message]
+        return
+    if role != "assistant":
+        yield [message, user]
+    if role == "developer":
+        return  # stands first
+    yield [user, message, user]
+    if role not in ("assistant", "system"):
+        for arguments in ({"at": "sky"}, '{"at": "sky"}'):
+            call = {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": arguments}}
+            asking: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            yield [user, asking, {**message, "tool_call_id": "abcdefghi", "name": "look"}]
+
+
+def loops_over_content(source: str) -> bool:
+    """Whether the template has a loop over the content of a message, be it through a variable or a filter."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(_GENERATION_TAGS.sub("", source))
+    except (TemplateError, RecursionError):
+        return False
+    names = {"content"}  # also what macros call it
+    assignments = list(tree.find_all(nodes.Assign))
+    for _ in assignments:  # one may be of another's name
+        for each in assignments:
+            if isinstance(each.target, nodes.Name) and _is_content(each.node, names):
+                names.add(each.target.name)
+    return any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+
+
+def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.Filter):
+        return _is_content(node.node, names)
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return _is_content(node.node, names)
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    return isinstance(node, nodes.Name) and node.name in names
+
+
+def read_chat_template(model: str) -> str | dict[str, str] | None:
+    """The chat template that stands in a file of its own, `chat_template.json`, as processors were saved with.
+
+    Returns:
+        The template, or several by their names; None: there is no such file.
+
+    Raises:
+        EngineError: it cannot be read, or holds no template; a sentence.
+    """
+    path = Path(model) / "chat_template.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise EngineError(
+            f"{path} cannot be read: {error.strerror or error}. Look at who may read the model"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{path} is no JSON: {error}. Copy it again from where the model came from") from error
+    given = values.get("chat_template") if isinstance(values, dict) else None
+    return named_templates(given, f"{path}: chat_template")
+
+
+def check_tokenizer_config(model: str) -> None:
+    """Looks at the chat template in `tokenizer_config.json`, which Transformers takes without a look.
+
+    Raises:
+        EngineError: it is none; a sentence that names the file and the field.
+    """
+    path = Path(model) / "tokenizer_config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return  # whoever reads the tokenizer says so
+    if isinstance(values, dict) and values.get("chat_template") is not None:
+        named_templates(values["chat_template"], f"{path}: chat_template")
+
+
+def named_templates(given: object, name: str) -> str | dict[str, str]:
+    """A template, or several with their names, from any of the forms in which files hold them.
+
+    Raises:
+        EngineError: `name` (for the sentence) is neither.
+    """
+    if isinstance(given, str):
+        return given
+    if isinstance(given, list) and all(isinstance(one, Mapping) for one in given):
+        given = {one.get("name"): one.get("template") for one in given}
+    if isinstance(given, Mapping) and given:
+        found = {key: text for key, text in given.items() if isinstance(key, str) and isinstance(text, str)}
+        if len(found) == len(given):
+            return found
+    raise EngineError(
+        f'{name} must be a Jinja template, or a list of templates, each an object with "name" and "template". Mend the '
+        "file, or copy it again from where the model came from"
+    )

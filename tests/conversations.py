@@ -1,0 +1,99 @@
+"""Chat templates in the manner of many families, encoders that use them, and what Transformers makes of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, LlamaConfig
+
+from batchgen.encoder import HfEncoder
+from tests import models
+
+TEMPLATES = Path(__file__).parent / "chat_templates"
+
+# What each reads in a user's message; in other roles it may be less.
+PARTS_ALONE = ("idefics", "llava")
+EITHER = ("gemma-3", "glm-4", "llama-3-vision", "qwen2-vl")
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "The city."}}},
+    },
+}
+
+
+def families() -> list[str]:
+    """The names of all templates."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def save(folder: Path, chat_template: object = None) -> Path:
+    """A model folder without weights; `chat_template` goes into its tokenizer_config.json."""
+    models.byte_tokenizer(None).save_pretrained(folder)
+    LlamaConfig(**models.SMALL | {"vocab_size": 260, "max_position_embeddings": 100_000}).save_pretrained(folder)
+    if chat_template is not None:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": chat_template}))
+    return folder
+
+
+class Family:
+    """One template: batchgen's encoder of it, and Transformers' tokenizer."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        save(folder)
+        shutil.copy(TEMPLATES / f"{name}.jinja", folder / "chat_template.jinja")
+        self.encoder = HfEncoder(str(folder))
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def rendered(self, messages: Sequence[Mapping[str, object]], **kwargs: Any) -> str | None:
+        """What Transformers' own call makes of the messages; None: the template refuses them."""
+        own = copy.deepcopy([dict(message) for message in messages])
+        try:
+            return str(self._tokenizer.apply_chat_template(own, tokenize=False, add_generation_prompt=True, **kwargs))
+        except Exception:
+            return None
+
+
+class Families:
+    """The families, each made in `folder` when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.family = cache(self._make)
+
+    def _make(self, name: str) -> Family:
+        return Family(name, self._folder / name)
+
+
+def parts(*texts: str) -> list[dict[str, object]]:
+    """A content of parts."""
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def joined(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with each content a text, parts on a line each."""
+    return [
+        {**message, "content": "\n".join(part["text"] for part in message["content"])}
+        if isinstance(message.get("content"), list)
+        else dict(message)
+        for message in messages
+    ]
+
+
+def split(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with each content a list of parts."""
+    return [
+        {**message, "content": parts(message["content"])} if isinstance(message.get("content"), str) else dict(message)
+        for message in messages
+    ]
