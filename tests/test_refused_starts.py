@@ -196,3 +196,24 @@ def test_of_two_first_starts_the_one_that_comes_second_leaves_the_index_of_the_o
         out.ask(out.asked() | {"input": second.digest}, {"input_files": [str(tmp_path / "b.jsonl.gz")]})
     shutil.rmtree(out.input_cache / "new")
     assert {file.name for file in out.input_cache.iterdir()} == {"00000.json", "00000.offsets", "duplicates.json"}
+
+
+EARLIER = Path(__file__).parent / "checkpoint" / "left_by_0.1.0"
+
+
+@pytest.mark.parametrize("harm", [Path.exists, lose_cache, take_wrong_cache])
+def test_a_run_of_an_earlier_version_goes_on_with_its_input_alone(
+    harm: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """Such a run has recorded one digest of all files, and where they lay."""
+    path, out = tmp_path / "moved.jsonl", tmp_path / "out"
+    shutil.copytree(EARLIER / "run", out)
+    harm(out)
+    before = content(out)
+    _lines(path, RIGHT)
+    assert f"{path} {Changed.CAUSE}" in str(refused([path], out))
+    assert content(out) == before
+    shutil.copy(EARLIER / "prompts.jsonl", path)
+    status = start([path], out)
+    assert (status.state, status.good, len(status.attempts)) == ("finished", 12, 2)
+    assert [row["id"] for row in read_rows(out / "generations.jsonl")] == [f"prompts.jsonl:{n}" for n in range(1, 13)]
