@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -152,18 +152,22 @@ def _begun(
     """The opened input, and the attempt: one process claims it on behalf of all ranks, the others find it."""
     if world.rank > 0 or world.attempt is not None:
         attempt = checkpoint.join(folder, world)
-        return opened(scan=False, begun=attempt.claim), attempt
+        return opened(begun=attempt.claim), attempt
     folder.check_apart(files_of(inputs))
-    folder.make()
+    new = folder.make()
     try:
         before = checkpoint.check_free(folder, world, host.shard)
-        ready = opened(scan=True)
-        if strict:
-            check_all(ready)
-        known = facts(ready, max(world.size, host.ranks), host.environment)
-        folder.ask(asked(ready, error_format), known)
-    except UserError:
-        folder.remove_if_empty()
+        with folder.scanning() as scratch:
+            ready = opened(into=scratch)
+            if strict:
+                check_all(ready)
+            known = facts(ready, max(world.size, host.ranks), host.environment)
+            folder.ask(asked(ready, error_format), known, ready.source.originals)
+            ready.source.keep()
+    except BaseException:
+        for made in new:  # a refused start leaves nothing
+            with suppress(OSError):  # it is in use
+                made.rmdir()
         raise
     attempt = checkpoint.claim(folder, world, known, host.heartbeat_seconds, before, host.shard)
     if host.shard == WHOLE:

@@ -10,11 +10,11 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from batchgen.formats import Begun, InputError, Source, Value, find, not_begun, place_of
+from batchgen.formats import Changed, InputError, Original, Source, Value, find, place_of
 from batchgen.types import Row
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
@@ -24,24 +24,58 @@ if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does wi
 class Input:
     """The files of a run, one after the other."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self.sources = sources
+    def __init__(self, sources: Sequence[Source], cache: Path, into: Path | None) -> None:
+        self.sources, self._cache, self._into = sources, cache, into
         self._begins = list(accumulate(map(len, sources), initial=0))
 
     @classmethod
-    def open(cls, paths: Sequence[str], cache: Path, *, scan: bool, begun: Begun = not_begun) -> Self:
+    def open(
+        cls,
+        paths: Sequence[str],
+        cache: Path,
+        *,
+        scan: bool,
+        into: Path | None = None,
+        originals: Sequence[Original] | None = None,
+    ) -> Self:
         """The input that `paths` name: files, folders, or patterns, whose files are taken in the order of their names.
 
         One process opens it with `scan`, which reads every file once; then others may, without, from the same `cache`.
-        Once a run has `begun` with what is in there, nothing in there is replaced by another content's.
+
+        Args:
+            into: where a scan leaves what it found, until `keep` moves it into the cache; None: there at once.
+            originals: the files that a run has begun with; None: none has.
 
         Raises:
             InputError: as `Source`; or there is nothing to read, a pattern matches nothing, a file is named twice.
+            Changed: the run has begun with something else.
         """
         files = files_of(paths)
-        names = _names(files)
-        each = enumerate(zip(files, names, strict=True))
-        return cls([find(path)(path, name, cache, number, scan, begun) for number, (path, name) in each])
+        if originals is not None and len(originals) != len(files):
+            raise Changed(listed(files))
+        place = (into or cache) if scan else None
+        names, known = names_of(files), originals or repeat(None)
+        sources = [
+            find(path)(path, names[number], cache, number, place, original)
+            for number, (path, original) in enumerate(zip(files, known, strict=False))
+        ]
+        return cls(sources, cache, place)
+
+    def keep(self) -> None:
+        """Moves what the scan has left into the cache: the run goes on with this input.
+
+        Raises:
+            InputError: the cache cannot be written.
+        """
+        if self._into is None or self._into == self._cache:
+            return
+        try:
+            for file in sorted(self._into.iterdir()):
+                os.replace(file, self._cache / file.name)
+        except OSError as error:
+            raise InputError(f"cannot write {error.filename}: {error.strerror or error}") from error
+        for source in self.sources:
+            source.settle()
 
     def __len__(self) -> int:
         return self._begins[-1]
@@ -50,6 +84,11 @@ class Input:
     def digest(self) -> str:
         """SHA-256 over what the files hold, hex: the same wherever they lie and whatever they are called."""
         return hashlib.sha256(json.dumps([(s.scanned.digest, len(s)) for s in self.sources]).encode()).hexdigest()
+
+    @property
+    def originals(self) -> list[Original]:
+        """The files, as a run that begins with them records them."""
+        return [Original(source.name, source.scanned.digest) for source in self.sources]
 
     def bytes_of(self, number: int) -> int:
         """About how many bytes of its file a row takes."""
@@ -120,7 +159,15 @@ def _expand(text: str) -> list[Path]:
     return [Path(path) for path in found]
 
 
-def _names(files: Sequence[Path]) -> list[str]:
+def listed(files: Sequence[object]) -> str:
+    """The files in words, for a sentence that is about all of them."""
+    if len(files) == 1:
+        return str(files[0])
+    some = ", ".join(map(str, files[:3])) + (" …" if len(files) > 3 else "")
+    return f"the input of {len(files)} files ({some})"
+
+
+def names_of(files: Sequence[Path]) -> list[str]:
     """The name of each file; where several have the same, the path from the folder that holds those."""
     full = [Path(os.path.abspath(file)) for file in files]
     alike: dict[str, list[Path]] = {}

@@ -23,7 +23,7 @@ from batchgen.openai_completions import CHAT, COMPLETIONS
 from batchgen.openai_responses import RESPONSES
 from batchgen.refusal import Refused, shown
 from batchgen.template import conversation, template_kwargs, without_null_keys
-from batchgen.types import Generation, RowError
+from batchgen.types import MACHINE_ERRORS, Generation, RowError
 
 Shape = Literal["openai", "vllm"]
 
@@ -216,7 +216,7 @@ def _completion_prompt(prompt: object) -> tuple[str | None, Sequence[int] | None
 
 
 # HTTP's answer to each type of `RowError` that is not the request's fault, or not only a bad request.
-_STATUS = {"model_not_found": 404, "out_of_memory": 500, "not_finite": 500, "engine": 500}
+_STATUS = {"model_not_found": 404, **dict.fromkeys(MACHINE_ERRORS, 500)}
 _VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
 _OPENAI_CODES = {"too_long": "context_length_exceeded"}
 

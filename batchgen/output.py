@@ -9,10 +9,11 @@ import decimal
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from http import HTTPStatus
 from typing import Any, Literal
 
 from batchgen import openai
-from batchgen.types import Generation
+from batchgen.types import MACHINE_ERRORS, Generation
 
 ErrorFormat = Literal["openai", "vllm"]
 
@@ -81,6 +82,14 @@ def failure_of(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     while isinstance(failure, dict) and isinstance(failure.get("error"), dict):
         failure = failure["error"]
     return failure if failure is None or isinstance(failure, dict) else {"message": failure}
+
+
+def may_succeed(row: Mapping[str, Any]) -> bool:
+    """Whether a failed row of the output may be good at another start, without a change of the input."""
+    answered = row.get("response")
+    if isinstance(answered, dict):
+        return int(answered.get("status_code") or 0) >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return (failure_of(row) or {}).get("type") in MACHINE_ERRORS
 
 
 def _any(value: object) -> str:

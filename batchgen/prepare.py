@@ -20,7 +20,7 @@ from batchgen import choice, formats, models
 from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
 from batchgen.engine import Encoder, Engine
-from batchgen.formats import Begun, InputError
+from batchgen.formats import InputError
 from batchgen.generation_config import with_authors_sampling
 from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
@@ -90,7 +90,7 @@ def prepare(
     dtype: str,
     batch_size: int | None,
     *,
-    scan: bool,
+    into: Path | None = None,
     selftest: bool = True,
     ranks: int = 1,
     begun: Mapping[str, Any] | None = None,
@@ -98,7 +98,8 @@ def prepare(
     """Opens the input and finds engine and model.
 
     Args:
-        scan: read the input once and leave an index in the run folder.
+        into: read the input once, and leave an index in this folder until the run goes on with it (`Input.keep`);
+            None: another process has, and the run folder has the index.
         ranks: that this process will start.
         begun: what is recorded of the attempt that this process joins, which has chosen the engine if none was named.
 
@@ -111,18 +112,22 @@ def prepare(
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
     cache = folder.input_cache
-    source = _opened(inputs, cache, scan, folder.begun)
+    source = Input.open(
+        inputs, cache, scan=into is not None, into=into, originals=None if into is None else folder.originals()
+    )
+    if not len(source):  # a file that was never written, most likely
+        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
     if chosen is None or chosen.kind.needs_model:
-        if model is None and scan:
+        if model is None and into is not None:
             logger.info("no --model given: using the default model, %s", models.DEFAULT)
         resolved = models.resolve(model, own_cache, logger.info)
-    recipe = _with_sampling(recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=scan)
+    recipe = _with_sampling(recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=into is not None)
     if chosen is None:
         world = from_environment(environment)
         chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
-    duplicates = _duplicates(source, cache / "duplicates.json", scan, folder.begun)
+    duplicates = _duplicates(source, cache, into)
     try:
         reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates)
     except ValueError as error:  # the template is none
@@ -131,13 +136,6 @@ def prepare(
     return Ready(
         source, recipe, reader, resolved, chosen, dtype, batch_size, selftest, own_cache, answers_requests
     )  # fmt: skip
-
-
-def _opened(inputs: Sequence[str], cache: Path, scan: bool, begun: Begun) -> Input:
-    source = Input.open(inputs, cache, scan=scan, begun=begun)
-    if not len(source):  # a file that was never written, most likely
-        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
-    return source
 
 
 def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
@@ -219,23 +217,24 @@ def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tupl
     return lengths, round(len(source) * len(prompts) / max(count, 1))
 
 
-def _duplicates(source: Input, path: Path, scan: bool, begun: Begun) -> dict[int, str]:
+def _duplicates(source: Input, cache: Path, into: Path | None) -> dict[int, str]:
     """Repeated ids, found once for the whole input: a rank that sees only its own rows could not find them."""
+    path = cache / "duplicates.json"
     try:
         known = read_json(path) if path.exists() else {}
     except Damaged:
         known = {}
-    if scan and known.get("input", source.digest) != source.digest and begun():
-        return {}  # this start will be refused, and others read what is there
     if known.get("input") != source.digest or known.get("checksum") != _checksum(known.get("rows")):
-        if not scan:
+        if into is None:
             raise CheckpointError(f"{path} is of another input, or damaged; start again")
         found = {str(row): first for row, first in source.duplicates(own_id).items()}
         known = {"input": source.digest, "rows": found, "checksum": _checksum(found)}
         try:
-            write_atomic(path, to_json(known))
+            write_atomic(into / path.name, to_json(known))
         except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}. Nothing has started") from error
+            raise RunError(
+                f"cannot write {into / path.name}: {error.strerror or error}. Nothing has started"
+            ) from error
     return {int(row): str(first) for row, first in known["rows"].items()}
 
 

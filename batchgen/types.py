@@ -72,6 +72,9 @@ class Shard:
 
 _END = 2**31  # of what devices count with 32 bits
 
+MACHINE_ERRORS = ("out_of_memory", "not_finite", "engine")
+"""Types of what a row has met at work: another start may not, on a larger machine or with another engine."""
+
 TOO_MANY_FAILED = "more than --max-error-rate allows"
 """Part of the reason of an attempt that has ended for it."""
 
@@ -139,6 +142,7 @@ class RowError:
     """What is wrong with one row: a plain sentence for the person who wrote it."""
 
     type: str  # malformed_json, missing_prompt, wrong_type, too_long, duplicate_id, template, out_of_memory …
+    """One of `MACHINE_ERRORS`, or the input's own fault."""
     message: str
     line: int  # of its file, counted from 1; for Parquet and Arrow, the row of the file counted from 1
 

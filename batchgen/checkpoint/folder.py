@@ -1,6 +1,7 @@
 """The run folder: what was asked, which rows are done, and the commit of a finished batch.
 
-    run.json                             what was asked (compared at every start), and what it ran on (recorded)
+    run.json                             what was asked (compared at every start), and what it ran on (`manifest`)
+    input/                               a cache: the index of the input, its unpacked text, repeated ids
     attempts/00001.json …                one start each (`attempt`)
     generations-00001-00000.jsonl …      one an attempt and stream, made exclusively, never opened for writing again
     batches-00001-00000.jsonl …          one line a finished batch: its timing, and the proof that it is finished
@@ -16,30 +17,24 @@ import json
 import logging
 import os
 import re
-import time
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from batchgen.checkpoint.files import (
-    AskedDifferently,
-    CheckpointError,
-    cannot_write,
-    make_exclusive,
-    read_json,
-    sync_folder,
-    to_json,
-)
+from batchgen.checkpoint import manifest
+from batchgen.checkpoint.files import CheckpointError, cannot_write, make_exclusive, read_json, sync_folder, to_json
 from batchgen.checkpoint.records import trusted
+from batchgen.formats import Original
 from batchgen.types import BatchRecord, Shard
 
 logger = logging.getLogger(__name__)
 
 _NAMES = "generations|errors|timing|batches|run|limits|merged"
 _OWN = re.compile(rf"({_NAMES})\b.*\.(jsonl|json|parquet|arrow)")
-_SCRATCH = re.compile(rf"\.({_NAMES}|delivered|duplicates|\d{{5}})\b.*\.\d+\.[0-9a-f]{{8}}")
+_SCRATCH = re.compile(rf"\.({_NAMES}|delivered|duplicates|scan|\d{{5}})\b.*\.\d+\.[0-9a-f]{{8}}")
 GENERATIONS = ("generations.jsonl", "generations.parquet", "generations.arrow")
 
 OPEN, FAILED, GOOD = 0, 1, 2  # what is known of a row; one byte each, so that ten million rows take 10 MB
@@ -109,31 +104,43 @@ class RunFolder:
                     "Move it, or choose another folder with -o"
                 )
 
-    def make(self) -> None:
-        """Makes the folders.
+    def make(self) -> list[Path]:
+        """Makes the folders; gives those that were not there, the innermost first.
 
         Raises:
             CheckpointError: something else is in the way, or there is no permission.
         """
-        new = [folder for folder in (self.path, *self.path.parents) if not os.path.exists(folder)]
+        needed = (self.input_cache, self.attempts, self.path, *self.path.parents)
+        new = [folder for folder in needed if not os.path.exists(folder)]
         try:
             self.attempts.mkdir(parents=True, exist_ok=True)
             self.input_cache.mkdir(exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(13, "Permission denied")
-            for folder in new:  # the names in `path` itself are synced with run.json
-                with suppress(PermissionError):  # one may make a folder where one may not look
-                    sync_folder(folder.parent)
+            for folder in new:
+                if folder.parent != self.path:  # the names in `path` itself are synced with run.json
+                    with suppress(PermissionError):  # one may make a folder where one may not look
+                        sync_folder(folder.parent)
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        return new
 
-    def remove_if_empty(self) -> None:
-        """Takes away what `make` made, if nothing has come into it: a start with a mistyped name leaves nothing."""
-        for folder in (self.input_cache, self.attempts, self.path):
-            try:
-                folder.rmdir()
-            except OSError:
-                return  # in use
+    @contextmanager
+    def scanning(self) -> Iterator[Path]:
+        """A folder for what a start finds in its input; what has not been moved out of it is removed at the end.
+
+        Raises:
+            CheckpointError: it cannot be made.
+        """
+        scratch = self.input_cache / f".scan.{os.getpid()}.{os.urandom(4).hex()}"
+        try:
+            scratch.mkdir()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def sweep(self) -> None:
         """Removes the half-written outputs and indexes of killed processes. Only for the one that holds the claim."""
@@ -141,19 +148,22 @@ class RunFolder:
             for scratch in folder.glob(".*"):
                 if _SCRATCH.fullmatch(scratch.name):  # others are the user's, or NFS's
                     with suppress(OSError):
-                        scratch.unlink()
+                        shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
 
-    def ask(self, asked: Mapping[str, object], facts: Mapping[str, object]) -> None:
+    def ask(self, asked: Mapping[str, object], facts: Mapping[str, object], files: Sequence[Original] = ()) -> None:
         """Records what this run is, or checks that it is the same run as the folder's.
 
-        `asked` decides what the text will be and must be equal at every start; `facts` are only recorded.
+        Args:
+            asked: decides what the text will be, and must be equal at every start.
+            facts: are only recorded.
+            files: of the input, by which a later start sees which of them has changed.
 
         Raises:
-            AskedDifferently: the folder holds another run.
+            AskedDifferently, Changed: the folder holds another run.
             CheckpointError: the folder holds work, and nothing says of what run.
         """
         wanted: dict[str, Any] = json.loads(json.dumps(asked))
-        path = self.path / "run.json"
+        path = self.path / manifest.NAME
         if not path.exists():
             # Looked for again: another process may have made it and begun to work in between.
             if any(self.path.glob("*-[0-9]*-[0-9]*.jsonl")) and not path.exists():
@@ -169,28 +179,23 @@ class RunFolder:
                 )
             # Links of other processes may be faster than ours: then theirs is what counts.
             try:
-                make_exclusive(path, to_json({"asked": wanted, "created": int(time.time()), "first_start": facts}))
+                manifest.create(path, wanted, files, facts)
             except OSError as error:
                 raise cannot_write(self.path, error) from error
-        known = read_json(path).get("asked", {})
-        differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
-        if differing:
-            changes = "; ".join(f"{name} was {_shown(known, name)}, now {_shown(wanted, name)}" for name in differing)
-            raise AskedDifferently(
-                f"{self.path} holds a run that was asked differently: {changes}. Start a new run with another -o"
-            )
+        manifest.compare(path, wanted, facts)
 
     def asked(self) -> dict[str, Any]:
         """What was asked, as `ask` recorded it."""
-        asked = read_json(self.path / "run.json").get("asked")
-        if not isinstance(asked, dict) or not isinstance(asked.get("rows"), int):
-            raise CheckpointError(f"{self.path / 'run.json'} is damaged: it does not say what was asked")
-        return asked
+        return manifest.read_asked(self.path / manifest.NAME)
+
+    def originals(self) -> list[Original] | None:
+        """The files of the input as the run began with them; None if none has begun."""
+        return manifest.read_originals(self.path / manifest.NAME)
 
     @property
     def created(self) -> int:
         """Unix time of the first start."""
-        return int(read_json(self.path / "run.json")["created"])
+        return int(read_json(self.path / manifest.NAME)["created"])
 
     def limits(self, conditions: Mapping[str, object]) -> dict[int, int]:
         """Most rows of a batch by its length, as attempts under the same `conditions` have found by dying of it."""
@@ -213,7 +218,7 @@ class RunFolder:
 
     def begun(self) -> bool:
         """Whether a run has begun here."""
-        return (self.path / "run.json").exists()
+        return (self.path / manifest.NAME).exists()
 
     def merged(self) -> bool:
         """Whether the output files are there, and have all that is recorded."""
@@ -264,8 +269,3 @@ def check_rows(path: Path, record: BatchRecord, rows: int) -> None:
             f"{path} holds row {max(record.rows)}, but rows of this run are below {rows}: the file is of another run. "
             "Move it and its batches file away, and start again"
         )
-
-
-def _shown(asked: Mapping[str, Any], name: str) -> str:
-    text = json.dumps(asked[name], ensure_ascii=False) if name in asked else "not set"
-    return text if len(text) <= 80 else text[:77] + "…"

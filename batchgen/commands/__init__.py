@@ -205,35 +205,43 @@ def _say(sentence: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _first_failure(run: Path) -> str:
-    """The first of its errors, for whoever looks at the terminal alone."""
+def about_failures(path: Path) -> str:
+    """About the failed rows in `path`: the first of them, and what the same command would do about them all."""
     import json
 
-    from batchgen.output import failure_of
+    from batchgen.output import failure_of, may_succeed
 
+    said = f"what failed is in {path}"
     try:
-        with (run / "errors.jsonl").open(encoding="utf-8") as file:
-            failure = failure_of(json.loads(file.readline()))
-    except (OSError, ValueError):
-        return ""
-    said = (failure or {}).get("message")
-    return f", first: {str(said)[:300]}" if said else ""
+        with path.open(encoding="utf-8") as file:
+            rows = map(json.loads, file)
+            first = next(rows)
+            again = [may_succeed(first), *map(may_succeed, rows)]
+    except (OSError, ValueError, StopIteration):
+        return said
+    message = str((failure_of(first) or {}).get("message") or "")[:300].rstrip(".")
+    said += f", first: {message}" if message else ""
+    if not any(again):
+        return f"{said}. The input itself is wrong there: mend these rows, and give them a run of their own"
+    if all(again):
+        return f"{said}. The same command tries all of them again"
+    return f"{said}. The same command tries {sum(again)} of them again; the input is wrong in the others"
 
 
 def conclude(status: Status, speaks: bool) -> None:
     """Says how the run stands, and exits with its code."""
+    from batchgen.types import TOO_MANY_FAILED
+
     if not speaks:
         sys.exit(0)  # in order: another code would make srun kill the other ranks
     last = status.attempts[-1].ended if status.attempts else None
     counts = f"{status.good} of {status.rows} rows good, {status.failed} failed, {status.open} open"
     if status.open:
-        _say(f"{last or 'ended'}; {counts}. The same command goes on from there")
+        more = " with a higher --max-error-rate" if TOO_MANY_FAILED in (last or "") else ""
+        _say(f"{last or 'ended'}; {counts}. The same command{more} goes on from there")
     else:
         which = "" if status.shard.count == 1 else f"shard {status.shard} "
         _say(f"{which}finished; {counts}")
         if status.failed:
-            _say(
-                f"what failed is in {status.folder / 'errors.jsonl'}{_first_failure(status.folder)}; the same command "
-                "tries again what may succeed without a change of the input"
-            )
+            _say(about_failures(status.folder / "errors.jsonl"))
     sys.exit(status.exit_code)

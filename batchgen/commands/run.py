@@ -289,7 +289,7 @@ def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> N
         with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch, results_only_on_stdout():
             chosen = {name: options[name] for name in ("recipe", "model", "settings", "dtype", "batch_size")}
             chosen |= {"engine_name": options["engine"], "environment": os.environ, "ranks": ranks}
-            ready = prepare(inputs, RunFolder(Path(scratch)), scan=True, **chosen)
+            ready = prepare(inputs, RunFolder(Path(scratch)), into=Path(scratch), **chosen)
             if options["strict"]:
                 check_all(ready)
             plan = describe(ready, ranks)

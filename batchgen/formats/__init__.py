@@ -1,8 +1,8 @@
 """Input files as rows.
 
 Each other module here is one input format: one concrete class that derives from `Source`, found by its file name. One
-process scans a file and leaves what it found in a cache folder; the others take that. Rows are read when asked for: a
-file may be larger than memory.
+process scans a file and leaves what it found in a cache folder; the others take that. What a run began with is said by
+the run itself and never by the cache. Rows are read when asked for: a file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -26,15 +26,7 @@ if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does wi
 
 Value = Mapping[str, object] | RowError  # the columns of one row, or why they could not be read
 
-Begun = Callable[[], bool]
-"""Whether a run is under way with what is in the cache."""
-
 _PIECE_ROWS, _PIECE_BYTES = 1024, 1 << 22  # of a typed file, that become Python objects at once, at most about
-
-
-def not_begun() -> bool:
-    """No run is."""
-    return False
 
 
 class InputError(UserError):
@@ -42,7 +34,20 @@ class InputError(UserError):
 
 
 class Changed(InputError):
-    """A file does not hold what it held when the run began."""
+    """The input does not hold what it held when the run began."""
+
+    CAUSE = "is not what the run began with: it holds something else"
+
+    def __init__(self, what: object) -> None:
+        """`what` is the file, or the files."""
+        super().__init__(f"{what} {self.CAUSE}. Put it back as it was, or start a new run with another -o")
+
+
+class Original(NamedTuple):
+    """A file of the input as the run has recorded it when it began."""
+
+    name: str  # what its rows call it
+    digest: str  # SHA-256 of the bytes, hex; "" if a run of an older version has not recorded it
 
 
 class Scan(NamedTuple):
@@ -74,68 +79,76 @@ class Source(ABC):
         """Whether `path`, which exists, is of this format by its name."""
         return path.is_file() and path.name.lower().endswith(cls.suffixes)
 
-    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool, begun: Begun = not_begun) -> None:
-        """Opens the `number`-th file of the input, counted from 0; rows call it `name`, or as the first start did.
+    def __init__(
+        self, path: Path, name: str, cache: Path, number: int, into: Path | None, original: Original | None = None
+    ) -> None:
+        """Opens the `number`-th file of the input, counted from 0; rows call it `name`, or as the run began with it.
 
         A row without an id is named, and sampled, by its file and line: of both, nothing may change with a new name.
 
-        `scan` reads the whole file and leaves what it found in the folder `cache`; without it, that is taken.
+        Args:
+            cache: where an accepted start has left what its scan found.
+            into: the whole file is scanned, and what that finds is left in this folder; None: the cache is taken.
+            original: what a run has begun with in this place; None: none has.
 
         Raises:
             InputError: it cannot be read, is not what its name says, was not scanned, or has changed since.
-            Changed: a run has begun with another content.
+            Changed: the run has begun with another content.
         """
-        self.path, self.name, self._begun = path, name, begun
+        self.path, self.name, self._original = path, name, original
         self._cursor: tuple[Generator[tuple[int, pa.RecordBatch], int | None, None], int, pa.RecordBatch] | None = None
-        self.cache = cache / f"{number:05d}"  # an ending of its own for each file of a format
-        record = self.cache.with_suffix(".json")
+        self.kept = cache / f"{number:05d}"  # an ending of its own for each file of a format
+        self.cache = self.kept if into is None else into / self.kept.name  # what is read now
         try:
             self._stamps = self._stamp()  # before the scan: what changes meanwhile shows too
-            if scan:
-                cache.mkdir(parents=True, exist_ok=True)
-                self.scanned = self.scan()
-                self.check_first(self.scanned.digest)
-                self.name = self._first_name()
-                scratch = record.with_name(f".{record.name}.{os.getpid()}.{os.urandom(4).hex()}")
-                with open(scratch, "x") as file:
-                    file.write(json.dumps([name, *self.scanned, self.name]))
-                os.replace(scratch, record)
+            if into is not None:
+                into.mkdir(parents=True, exist_ok=True)
+                self._scan(into)
                 return
-            left = record.read_bytes()
+            left = self._record.read_bytes()
         except OSError as error:
             raise InputError(f"cannot read or write {error.filename or path}: {error.strerror or error}") from error
         try:
             found, *values, self.name = json.loads(left)
             self.scanned = Scan(*values)
         except (ValueError, TypeError) as error:
-            raise InputError(f"{record} is damaged. Delete it and start again") from error
+            raise InputError(f"{self._record} is damaged. Delete it and start again") from error
         if found != name:
             raise InputError(f"file {number + 1} of the input is {name} now, but was {found} when the run started")
         self.check_unchanged()
 
-    def check_first(self, digest: str) -> None:
-        """Raises Changed if a run has begun with another content, whose text and index in the cache are not to be
-        replaced: its processes read them."""
-        first, _ = self._first() or (digest, "")
-        if first != digest and self._begun():
-            raise Changed(
-                f"{self.path} is not what the run began with: it holds something else. Put it back as it was, or start "
-                "a new run with another -o"
-            )
+    def _scan(self, into: Path) -> None:
+        name, self.scanned = self.name, self.scan()
+        self.check_original(self.scanned.digest)
+        if self._original is not None:
+            self.name = self._original.name if self._original.digest else self._name_left() or self._original.name
+        record = into / self._record.name
+        scratch = record.with_name(f".{record.name}.{os.getpid()}.{os.urandom(4).hex()}")
+        with open(scratch, "x") as file:
+            file.write(json.dumps([name, *self.scanned, self.name]))
+        os.replace(scratch, record)
 
-    def _first_name(self) -> str:
-        """What a start before this one called the same bytes, or their name now."""
-        digest, name = self._first() or ("", "")
-        return name if digest == self.scanned.digest else self.name
+    @property
+    def _record(self) -> Path:
+        return self.kept.with_suffix(".json")
 
-    def _first(self) -> tuple[str, str] | None:
-        """Digest and name of what a start before this one has scanned."""
+    def check_original(self, digest: str) -> None:
+        """Raises Changed if the run has begun with another content. A scan asks before it writes much."""
+        if self._original is not None and self._original.digest not in ("", digest):
+            raise Changed(self.path)
+
+    def _name_left(self) -> str | None:
+        """What an accepted start called the same bytes, as it has left it in the cache; None if that is not there."""
         try:
-            name, digest, *_, first = json.loads(self.cache.with_suffix(".json").read_bytes())
-        except (FileNotFoundError, ValueError):
+            name, digest, *_, first = json.loads(self._record.read_bytes())
+        except (FileNotFoundError, ValueError, TypeError):
             return None
         # From before there was a first name, four values were kept, and the last one is a number.
-        return digest, str(first if isinstance(first, str) else name)
+        return str(first if isinstance(first, str) else name) if digest == self.scanned.digest else None
+
+    def settle(self) -> None:
+        """From now on, what the scan has found is read from the cache, where it has been moved."""
+        self.cache = self.kept
 
     def __len__(self) -> int:
         return self.scanned.rows

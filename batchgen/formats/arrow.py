@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchgen.batches import DAMAGE, check_names, check_stream_ends, find_bytes
-from batchgen.formats import Begun, Block, InputError, Scan, Source, blocks_of, not_begun
+from batchgen.formats import Block, InputError, Original, Scan, Source, blocks_of
 
 _FILE_KIND = b"ARROW1"  # "File format" in Arrow's columnar format specification; a stream has no magic
 
@@ -30,9 +30,11 @@ class Arrow(Source):
 
     suffixes = (".arrow", ".feather", ".ipc")
 
-    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool, begun: Begun = not_begun) -> None:
+    def __init__(
+        self, path: Path, name: str, cache: Path, number: int, into: Path | None, original: Original | None = None
+    ) -> None:
         self._lengths: list[int] = []  # rows of the record batches that have been seen
-        super().__init__(path, name, cache, number, scan, begun)
+        super().__init__(path, name, cache, number, into, original)
 
     def scan(self) -> Scan:
         """Reads all bytes for the digest, then every record batch."""

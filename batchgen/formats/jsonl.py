@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from batchgen.formats import Begun, InputError, Scan, Source, Value, not_begun, place_of
+from batchgen.formats import InputError, Original, Scan, Source, Value, place_of
 from batchgen.objects import BOM, DECODER, DEEPEST, read_carefully, writable
 
 WINDOW = 1 << 18  # bytes read at once: more costs no less time, and only this much lies around
@@ -47,12 +47,14 @@ class Jsonl(Source):
     suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst")
     has_every_key = False
 
-    def __init__(self, path: Path, name: str, cache: Path, number: int, scan: bool, begun: Begun = not_begun) -> None:
+    def __init__(
+        self, path: Path, name: str, cache: Path, number: int, into: Path | None, original: Original | None = None
+    ) -> None:
         self._begins: array[int] = array("Q")  # the byte where each row begins; then one past the newline of the last
         self._blanks: array[int] = array("Q")  # for each blank line, how many rows stand above it
         self._expected: list[int] = []  # what `_checksum` shall be
-        super().__init__(path, name, cache, number, scan, begun)
-        if not scan and self._load() != self.scanned:
+        super().__init__(path, name, cache, number, into, original)
+        if into is None and self._load() != self.scanned:
             raise InputError(f"{self._index} is not the index of {path}, or damaged. Delete it and start again")
 
     @property
@@ -83,16 +85,17 @@ class Jsonl(Source):
         sha = hashlib.sha256()
         with self.path.open("rb", buffering=WINDOW) as lines:
             size = self._note(_passed(lines, sha.update))
-        self.check_first(sha.hexdigest())
         return self._save(sha.hexdigest(), size)
 
     def _unpack(self) -> Scan:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.check_first(digest)
+        self.check_original(digest)
+        fresh, self.cache = self.cache, self.kept
         before = self._load()
         if before and before.digest == digest and self._checksum() == self._expected:
             return before
+        self.cache = fresh
         try:
             with _unpacked(self.path) as lines, _replacing(self._text) as text:
                 size = self._note(_passed(lines, text.write))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import random
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 ENGINES = ("echo", "accelerate", "paged", "ds-zero", "ds-inference")
 # A start of a DeepSpeed engine takes 10 s or more on two cores, one of echo half a second.
@@ -25,6 +27,9 @@ _NEEDS_PEERS = ("stop two", "freeze one")  # a lone process is the starter too, 
 # Between two starts:
 HARMS = ("cut file", "flip bytes", "tear tail", "delete file", "move folder")
 REFUSED = ("change input", "read-only folder", "lose run.json")  # the next start says why, and this one is undone
+
+KINDS = tuple(dict.fromkeys((*STRIKES, *HARMS, *REFUSED)))
+_STARTS = 3  # of a history that `deal` makes, besides the last one
 
 
 @dataclass(frozen=True)
@@ -76,15 +81,31 @@ def draw(seed: int, engine: str) -> list[Start | Harm]:
     choose = random.Random(f"{engine} {seed}")
     steps: list[Start | Harm] = []
     for _ in range(choose.randint(1, 4 if engine == "echo" else 2)):
-        steps.append(_struck(choose, engine))
+        steps.append(_struck(choose, engine, choose.choice(strikes_of(engine))))
         steps += [Harm(choose.choice(HARMS), choose.getrandbits(32)) for _ in range(choose.choice((0, 0, 1, 1, 2)))]
         if choose.random() < 0.25:
             steps.append(Harm(choose.choice(REFUSED), choose.getrandbits(32)))
     return [*steps, _start(choose, engine, choose.randint(1, 3))]
 
 
-def _struck(choose: random.Random, engine: str) -> Start:
-    kind = choose.choice([kind for kind in STRIKES if engine in TOGETHER or kind != "freeze one"])
+def strikes_of(engine: str) -> Sequence[str]:
+    """What can strike a start of `engine`; twice, what shall do so more often."""
+    return [kind for kind in STRIKES if engine in TOGETHER or kind != "freeze one"]
+
+
+def deal(seed: int, times: int) -> list[list[Start | Harm]]:
+    """Few histories of `echo` that have every kind of fault `times` times, but for those that need a model."""
+    choose = random.Random(f"deal {seed}")
+    struck = [_struck(choose, "echo", kind) for kind in dict.fromkeys(strikes_of("echo")) for _ in range(times)]
+    choose.shuffle(struck)
+    befallen: list[list[Start | Harm]] = [[start] for start in struck]
+    for kind in (*HARMS, *REFUSED) * times:
+        choose.choice(befallen).append(Harm(kind, choose.getrandbits(32)))
+    parts = [befallen[first : first + _STARTS] for first in range(0, len(befallen), _STARTS)]
+    return [[*chain.from_iterable(part), _start(choose, "echo", choose.randint(1, 3))] for part in parts]
+
+
+def _struck(choose: random.Random, engine: str, kind: str) -> Start:
     start = _start(choose, engine, choose.randint(2 if kind in _NEEDS_PEERS else 1, 3), together=kind == "freeze one")
     common = replace(start, kind=kind, early=choose.random() < 0.3, moment=choose.random())
     if kind not in SIGNALS:

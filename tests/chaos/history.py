@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from batchgen.formats import Changed
 from tests.chaos import disk
 from tests.chaos.checker import Fault, check, check_kept, finished
 from tests.chaos.draw import FILL_DISK, REFUSED, Harm, Start, draw
@@ -152,7 +153,7 @@ def _refuse(step: Harm, place: Place, history: History) -> None:
         text = gzip.decompress(content) if packed else content
         text = text.replace(b"{", b"{ ", 1) + choose.choice((b"", b'{"prompt": "x"}\n'))
         place.rows.path.write_bytes(gzip.compress(text) if packed else text)
-        _probe(probe, place, history, step, ("asked differently: input was",))
+        _probe(probe, place, history, step, (Changed.CAUSE,))
         place.rows.path.write_bytes(content)
     elif step.kind == "lose run.json":
         content = run_file.read_bytes()

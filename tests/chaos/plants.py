@@ -63,7 +63,14 @@ PLANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         (("            if verify:\n", "            if verify and False:\n"),),
     ),
     "claim-ignored": ("checkpoint/attempt.py", (("    if live is not None:\n", "    if False:\n"),)),
-    "input-not-compared": ("checkpoint/folder.py", (("        if differing:\n", "        if False:\n"),)),
+    "input-not-compared": (
+        "checkpoint/manifest.py",
+        (
+            ('str(one["digest"])', '""'),
+            ('    if "input" in known and ', "    if False and "),
+            ("    if differing:\n", "    if False:\n"),
+        ),
+    ),
 }
 
 

@@ -38,7 +38,7 @@ _LOADING_SECONDS = {"echo": 0.6, "accelerate": 5.0, "paged": 5.0, "ds-zero": 8.0
 _WORKING_SECONDS = {"echo": 0.1, "accelerate": 1.0, "paged": 1.0, "ds-zero": 1.0, "ds-inference": 1.0}
 # Operations on files of a start, besides four a batch: before the first one (fewer, where a start was before) and after
 # the last.
-_FIRST_OPERATIONS, _LAST_OPERATIONS = 27, 20
+_FIRST_OPERATIONS, _LAST_OPERATIONS = 31, 20
 
 
 @dataclass

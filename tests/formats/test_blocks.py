@@ -29,7 +29,7 @@ class Lying(Source):
 
 def opened(folder: Path, rows: int) -> Lying:
     (folder / "a").write_bytes(b"")
-    source = Lying(folder / "a", "a", folder / "cache", 0, True)
+    source = Lying(folder / "a", "a", folder / "cache", 0, folder / "cache")
     source.rows_there = rows
     return source
 
