@@ -208,6 +208,8 @@ class PromptReader:
         context = self._encoder.context
         if not tokens:
             return self._failed(row, Refused("empty_prompt", "the prompt is empty: it has no tokens"))
+        if lost := self._encoder.find_lost(prompt.text):
+            return self._failed(row, _refuse_lost(lost))
         if context is not None and len(tokens) + budget > context:
             try:
                 prompt.tokens = self._shortened(tokens, budget, context)
@@ -255,6 +257,14 @@ class PromptReader:
         error = RowError(refused.type, f"{_place(row)}: {refused.message}", row.line)
         columns, request = _columns_and_request(row, self._recipe.model is not None)
         return Generation(row.index, row_id(row), None, None, 0, 0, error, columns, request)
+
+
+def _refuse_lost(letters: str) -> Refused:
+    return Refused(
+        "lost_letters",
+        f"the model's tokenizer has no token for {shown(letters)} and leaves it out, so that the model would read "
+        "another text. Change the prompt, or copy the model again if its tokenizer.json is damaged",
+    )
 
 
 def _place(row: Row) -> str:
