@@ -8,14 +8,10 @@ and where that shows nothing, the template's syntax tree says whether it loops o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-from batchgen.engine import EngineError
 
 if TYPE_CHECKING:
     from jinja2 import nodes
@@ -170,62 +166,3 @@ def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
     if isinstance(node, nodes.Getattr):
         return node.attr == "content"
     return isinstance(node, nodes.Name) and node.name in names
-
-
-def read_chat_template(model: str) -> str | dict[str, str] | None:
-    """The chat template that stands in a file of its own, `chat_template.json`, as processors were saved with.
-
-    Returns:
-        The template, or several by their names; None: there is no such file.
-
-    Raises:
-        EngineError: it cannot be read, or holds no template; a sentence.
-    """
-    path = Path(model) / "chat_template.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise EngineError(
-            f"{path} cannot be read: {error.strerror or error}. Look at who may read the model"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"{path} is no JSON: {error}. Copy it again from where the model came from") from error
-    given = values.get("chat_template") if isinstance(values, dict) else None
-    return named_templates(given, f"{path}: chat_template")
-
-
-def check_tokenizer_config(model: str) -> None:
-    """Looks at the chat template in `tokenizer_config.json`, which Transformers takes without a look.
-
-    Raises:
-        EngineError: it is none; a sentence that names the file and the field.
-    """
-    path = Path(model) / "tokenizer_config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return  # whoever reads the tokenizer says so
-    if isinstance(values, dict) and values.get("chat_template") is not None:
-        named_templates(values["chat_template"], f"{path}: chat_template")
-
-
-def named_templates(given: object, name: str) -> str | dict[str, str]:
-    """A template, or several with their names, from any of the forms in which files hold them.
-
-    Raises:
-        EngineError: `name` (for the sentence) is neither.
-    """
-    if isinstance(given, str):
-        return given
-    if isinstance(given, list) and all(isinstance(one, Mapping) for one in given):
-        given = {one.get("name"): one.get("template") for one in given}
-    if isinstance(given, Mapping) and given:
-        found = {key: text for key, text in given.items() if isinstance(key, str) and isinstance(text, str)}
-        if len(found) == len(given):
-            return found
-    raise EngineError(
-        f'{name} must be a Jinja template, or a list of templates, each an object with "name" and "template". Mend the '
-        "file, or copy it again from where the model came from"
-    )

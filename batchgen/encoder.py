@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
-
-from batchgen.chat_template import ChatTemplate, Message, check_tokenizer_config, read_chat_template
-from batchgen.engine import EngineError
+from batchgen.chat_template import ChatTemplate, Message
+from batchgen.definition.build import build_empty, can_build
+from batchgen.definition.config import read_config
+from batchgen.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.generation_config import read_generation_config
 from batchgen.types import Tokens
 
@@ -23,18 +22,24 @@ class HfEncoder:
     """The encoder (see `engine.Encoder`) of a model folder in the layout of the Hugging Face hub. Reads no weights.
 
     Raises:
-        EngineError: the folder holds no config or no tokenizer that this version of Transformers can read.
+        ModelError: the folder holds no config or no tokenizer that this version of Transformers can read, or no model
+            can be made of that config.
     """
 
     context: int | None
     vocabulary: int | None
 
     def __init__(self, model: str) -> None:
-        self.config = _read_config(model)
-        self._tokenizer = _read_tokenizer(model)
+        self.config = read_config(model)
+        if can_build(self.config):
+            build_empty(self.config)
+        self._tokenizer = read_tokenizer(model)
+        # Only a warning hangs on this number, and `prompts` measures against the model's context itself.
+        self._tokenizer.model_max_length = 10**30
         text = self.config.get_text_config()
         self._model = model
-        self.context = next((n for name in _CONTEXT_NAMES if (n := getattr(text, name, None)) and n > 0), None)
+        lengths = (getattr(text, name, None) for name in _CONTEXT_NAMES)
+        self.context = next((length for length in lengths if type(length) is int and length > 0), None)
         self.vocabulary = getattr(text, "vocab_size", None)
         self.end_tokens = _end_tokens(model, text, self._tokenizer)
         """Every id that ends a text, sorted: generation_config.json's, the config's and the tokenizer's."""
@@ -48,6 +53,8 @@ class HfEncoder:
         self._anchor_text = self._plain_decode(self._anchor)
         self._token_texts: dict[int, str] = {}
         self._chat_templates: dict[str, ChatTemplate] = {}
+        self._loses_letters = bool(find_lost(self._tokenizer, LETTERS))
+        self._lost_letters: dict[str, bool] = {}
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
         """The conversation through the model's chat template, ready for the assistant's turn.
@@ -106,6 +113,16 @@ class HfEncoder:
             encoded = [tokens[1:] if tokens[:2] == [begin, begin] else tokens for tokens in encoded]
         return list(encoded)
 
+    def find_lost(self, text: str) -> str:
+        """Letters and digits of `text` that become no token; see `engine.Encoder.find_lost`."""
+        if not self._loses_letters:
+            return ""
+        letters = {letter for letter in _readable(text) if letter.isalnum()}
+        new = "".join(sorted(letters - self._lost_letters.keys()))
+        lost = find_lost(self._tokenizer, new)
+        self._lost_letters |= {letter: letter in lost for letter in new}
+        return "".join(sorted(letter for letter in letters if self._lost_letters[letter]))
+
     def decode(self, tokens: Tokens) -> str:
         """The text of generated tokens, special ones left out, nothing stripped or cleaned up."""
         text = self._plain_decode([*self._anchor, *tokens])
@@ -138,36 +155,6 @@ def _readable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _read_config(model: str) -> Any:
-    if not (Path(model) / "config.json").is_file():
-        raise EngineError(
-            f"{model or 'the model folder'} holds no config.json; give --model a folder with a Transformers model"
-        )
-    try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise EngineError(f"the config of the model in {model} cannot be used: {error}") from error
-    if config.model_type == "rwkv":
-        raise EngineError(
-            f"the model in {model} is of type rwkv, to which Transformers does not say what fills a row: the rows of a "
-            "batch would change each other's text"
-        )
-    return config
-
-
-def _read_tokenizer(model: str) -> Any:
-    check_tokenizer_config(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise EngineError(f"the tokenizer of the model in {model} cannot be used: {error}") from error
-    # Only a warning hangs on this number, and `prompts` measures against the model's context itself.
-    tokenizer.model_max_length = 10**30
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = read_chat_template(model)
-    return tokenizer
 
 
 def _end_tokens(model: str, config: Any, tokenizer: Any) -> list[int]:

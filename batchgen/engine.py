@@ -79,6 +79,9 @@ class Encoder(Protocol):
         """Token ids of each text. `special` adds what the tokenizer puts around a plain text (beginning of sequence);
         a text from a chat template has it already."""
 
+    def find_lost(self, text: str) -> str:
+        """Letters and digits of `text` that the tokenizer leaves out without a token in their place; "" if none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:

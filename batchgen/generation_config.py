@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
+from batchgen.definition.files import read_json
 from batchgen.engine import EngineError
 from batchgen.recipe import Recipe
 from batchgen.refusal import Refused, sampling_params
@@ -38,26 +38,9 @@ def read_generation_config(model: str) -> dict[str, object]:
     """What the file says, nulls left out; empty if there is no such file.
 
     Raises:
-        EngineError: it cannot be read, or is no JSON object. The message names the file and the line.
+        ModelError: it cannot be read, or is no JSON object. The message names the file and the line.
     """
-    path = Path(model) / _FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise EngineError(
-            f"{path} cannot be read: {error.strerror or error}. Look at who may read the model"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise EngineError(
-            f"{path} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}. Mend the file, or copy it "
-            "again from where the model came from"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"{path} cannot be read as text: {error}. Copy it again") from error
-    if not isinstance(values, dict):
-        raise EngineError(f"{path} holds no JSON object; copy it again from where the model came from")
+    values = read_json(Path(model) / "generation_config.json") or {}
     return {key: value for key, value in values.items() if value is not None}
 
 

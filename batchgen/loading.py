@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.integrations import sdpa_attention
 
 from batchgen import memory, presplit
+from batchgen.definition.build import explain_shapes
+from batchgen.definition.errors import ModelError, one_line
 from batchgen.engine import Died, EngineError
+from batchgen.types import UserError
 from batchgen.world import World
 
 HOLLOW = "hollow.json"  # in the folder of a model whose weight files are empty: random numbers shall take their place
@@ -91,9 +94,11 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
         loaded, report = make.from_pretrained(
             model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
         )
+    except (UserError, Died):
+        raise
     except UnpicklingError as error:
         raise refused_pickle(Path(model)) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
+    except Exception as error:  # hundreds of architectures read damaged files, and each raises what it likes
         if memory.is_out_of_memory(error):
             raise EngineError(
                 f"the model in {model} does not fit into memory; use a smaller --dtype or more GPUs"
@@ -102,17 +107,38 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if lost and isinstance(error, RuntimeError):  # an OSError names files
             raise Died(f"another rank has gone while the ranks loaded together: {error}") from error
-        raise EngineError(f"the model in {model} cannot be loaded: {error}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise EngineError(
-            f"the weights in {model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
-            "copy or download the model again"
-        )
+        why = explain_shapes(Path(model), error) or one_line(error)
+        raise ModelError(f"the model in {model} cannot be loaded: {why}") from error
+    _check_report(model, loaded.config, report)
     if filled and (spread := hollow(Path(model))) is not None:
         for name, parameter in loaded.named_parameters():
             fill(name, parameter, spread)
     return loaded.eval()
+
+
+def _check_report(model: str, config: Any, report: Mapping[str, Any]) -> None:
+    """Raises ModelError if the files lack weights of the model, or hold more layers than its config says."""
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"the weights in {model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
+            "copy or download the model again"
+        )
+    text = config.get_text_config()
+    # Layers behind the last, which guess several tokens at once, are left out by design.
+    layers = text.num_hidden_layers + (getattr(text, "num_nextn_predict_layers", None) or 0)
+    beyond = [name for name in sorted(report["unexpected_keys"]) if _layer_of(name) >= layers]
+    if beyond:
+        raise ModelError(
+            f"the weights in {model} hold more layers than its config.json says: {beyond[0]} (one of {len(beyond)}) "
+            f"has no place among num_hidden_layers {text.num_hidden_layers}; take the config.json that belongs to them"
+        )
+
+
+def _layer_of(name: str) -> int:
+    """The number of the layer that a weight is of, from 0; -1: of none."""
+    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
+    return int(found[1]) if found else -1
 
 
 def refused_pickle(folder: Path) -> EngineError:

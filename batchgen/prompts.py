@@ -186,6 +186,8 @@ class PromptReader:
         context = self._encoder.context
         if not tokens:
             return self._failed(row, Refused("empty_prompt", "the prompt is empty: it has no tokens"))
+        if lost := self._encoder.find_lost(prompt.text):
+            return self._failed(row, _refuse_lost(lost))
         if context is not None and budget == self._recipe.authors_length and len(tokens) < context:
             budget = min(budget, context - len(tokens))
             prompt.params = dataclasses.replace(prompt.params, max_new_tokens=budget)
@@ -240,6 +242,14 @@ class PromptReader:
 
 def _given(row: Row, value: object) -> object:
     return without_nulls(value) if row.has_every_key else value
+
+
+def _refuse_lost(letters: str) -> Refused:
+    return Refused(
+        "lost_letters",
+        f"the model's tokenizer has no token for {shown(letters)} and leaves it out, so that the model would read "
+        "another text. Change the prompt, or copy the model again if its tokenizer.json is damaged",
+    )
 
 
 def _place(row: Row) -> str:

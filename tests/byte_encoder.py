@@ -31,6 +31,9 @@ class ByteEncoder:
         before, after = (self._before, self._after) if special else ([], [])
         return [[*before, *text.encode(), *after] for text in texts]
 
+    def find_lost(self, text: str) -> str:
+        return ""
+
 
 def rows(*values: Mapping[str, object] | RowError) -> list[Row]:
     return [Row(index, "prompts.jsonl", index + 3, value) for index, value in enumerate(values)]

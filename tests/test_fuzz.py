@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.fuzz import case
+from tests.fuzz.inputs import case
 
 # A name deep in a table that was not UTF-8 came out again in a table that nobody could read.
 ONCE_FAILED = (5000454,)

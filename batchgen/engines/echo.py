@@ -28,6 +28,9 @@ class _Bytes:
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
         return [text.encode("utf-8", "replace") for text in texts]
 
+    def find_lost(self, text: str) -> str:
+        return ""
+
 
 class Echo(Engine):
     """Answers with the first `max_new_tokens` bytes of the prompt.

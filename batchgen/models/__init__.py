@@ -12,17 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchgen import presplit
+from batchgen.definition.errors import ModelError
+from batchgen.definition.files import check_definition_files
 from batchgen.models import hub
-from batchgen.models.folder import (
-    ModelError,
-    Report,
-    check_readable,
-    definition_files,
-    explained,
-    fingerprint,
-    weight_files,
-)
+from batchgen.models.folder import Report, check_readable, check_weight_files, explained, fingerprint
 from batchgen.models.packaged import DEFAULT, prepare_default
+from batchgen.models.search import find_folder
 
 __all__ = [
     "DEFAULT",
@@ -77,21 +72,18 @@ def pull(name: str, cache: Path, report: Report) -> Path:
 
 
 def check_there(name: str | None) -> None:
-    """Whether the model called `name` is on this machine, or comes with batchgen; reads no weights.
+    """Whether the model called `name` is on this machine and can be run, or comes with batchgen; loads no weights.
 
     Raises:
-        ModelError: it is not here, or not whole; the message says how to get it.
+        ModelError: it is not here, not whole, or none that batchgen runs; the message says what to do.
     """
     if name is not None and name != DEFAULT:
         with explained(name):
-            _there(name)
+            folder = find_folder(name)
+            _resolved(folder)
+        from batchgen.encoder import HfEncoder  # imports torch, which a name alone does not need
 
-
-def _there(name: str) -> Path:
-    folder = Path(name).expanduser().resolve() if Path(name).expanduser().is_dir() else hub.find(name)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: it holds no config.json")
-    return folder
+        HfEncoder(str(folder))
 
 
 def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
@@ -105,7 +97,7 @@ def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
     if name is None or name == DEFAULT:
         name = str(prepare_default(cache, report))
     with explained(name):
-        return _resolved(_there(name))
+        return _resolved(find_folder(name))
 
 
 def _resolved(folder: Path) -> ResolvedModel:
@@ -113,11 +105,12 @@ def _resolved(folder: Path) -> ResolvedModel:
         split = presplit.read(folder)
     except presplit.SplitError as error:
         raise ModelError(str(error)) from error
+    check_definition_files(folder)
     if split is not None:
         check_readable(folder / name for names in split.files for name in names)
         return ResolvedModel(folder, split.model, split.revision)
+    check_weight_files(folder)
     snapshot = hub.snapshot_of(folder)
     if snapshot is None:
         return ResolvedModel(folder, folder.name, fingerprint(folder))
-    check_readable([*definition_files(folder), *weight_files(folder)])
     return ResolvedModel(folder, *snapshot)

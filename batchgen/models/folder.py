@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from batchgen.types import UserError
+from batchgen.definition.errors import ModelError
+from batchgen.definition.files import DEFINITION, check_file, read_json
+from batchgen.definition.weights import check_weight_file
 
 Report = Callable[[str], None]
 """Takes one sentence about what is going on, for the person who waits."""
 
 # Where Transformers looks for weights, in its order; an index names the files they are spread over.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# All else of a model that changes what it generates.
-DEFINITION = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tiktoken.model",
-)
 _MIB = 1 << 20
-
-
-class ModelError(UserError):
-    """The model cannot be had: a sentence for the person at the terminal."""
 
 
 @contextmanager
@@ -60,7 +40,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: there are none that Transformers reads, or some are missing.
     """
-    first = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    first = next((name for name in WEIGHTS if check_file(folder / name)), None)
     if first is None:
         raise ModelError(f"{folder} holds no weights that Transformers reads ({WEIGHTS[0]} or the like)")
     if not first.endswith(".index.json"):
@@ -81,14 +61,28 @@ def indexed(index: Path) -> list[str]:
         ModelError: it is no such index.
     """
     try:
-        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        weights: Any = (read_json(index) or {})["weight_map"]
+        return sorted({str(name) for name in weights.values()})
+    except (KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} cannot be read as an index of weight files: {error!r}") from error
 
 
+def check_weight_files(folder: Path) -> None:
+    """Whether the weight files of the model in `folder` are whole, as far as their beginnings tell.
+
+    Raises:
+        ModelError: there are none, some are missing, or one is something else.
+    """
+    config = read_json(folder / "config.json") or {}
+    for file in weight_files(folder):
+        check_weight_file(file, packed=bool(config.get("quantization_config")))
+
+
 def definition_files(folder: Path) -> list[Path]:
-    """The files of `DEFINITION` that the model in `folder` has."""
-    return [folder / name for name in DEFINITION if (folder / name).is_file()]
+    """The files of `DEFINITION` that the model in `folder` has, and that are read."""
+    names = [name for name in DEFINITION if (folder / name).is_file()]
+    # Mistral's own tokenizer is read where there is no other.
+    return [folder / name for name in names if not (name == "tekken.json" and "tokenizer.json" in names)]
 
 
 def check_readable(files: Iterable[Path]) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
-from batchgen.models.folder import DEFINITION, WEIGHTS, ModelError, Report, indexed, weight_files
+from batchgen.definition.errors import ModelError
+from batchgen.definition.files import DEFINITION
+from batchgen.models.folder import WEIGHTS, Report, indexed, weight_files
 
 _NAME = re.compile(r"(?P<model>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./+-]*))?", re.ASCII)
 _SNAPSHOT = re.compile(r"models--(?P<organization>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})", re.ASCII)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from batchgen import loading
-from batchgen.models import hub
-from batchgen.models.folder import ModelError, explained
+from batchgen.definition.errors import ModelError
+from batchgen.models.folder import explained
+from batchgen.models.search import find_folder
 
 _FILE_BYTES = 5 << 30  # of weights a file, as the hub's are
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -76,17 +77,18 @@ def config_of(shape: str) -> Any:
     """
     from transformers import AutoConfig
 
+    from batchgen.definition.config import read_config, read_config_file
+
     if shape in SHAPES:
         values = dict(SHAPES[shape])
         return AutoConfig.for_model(values.pop("model_type"), **values)
     with explained(shape):
-        path = Path(shape) / "config.json" if Path(shape).is_dir() else Path(shape)
+        path = Path(shape)
+        if path.is_dir():
+            return read_config(shape)
         if not path.is_file():
             raise ModelError(f"there is no shape {shape}: name a config.json, or one of {', '.join(SHAPES)}")
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is no config that Transformers knows: {error}") from error
+        return read_config_file(path)
 
 
 def find(name: str) -> tuple[Any, Path | None]:
@@ -100,10 +102,9 @@ def find(name: str) -> tuple[Any, Path | None]:
     with explained(name):
         if Path(name).is_file():
             return config_of(name), None
-        folder = Path(name) if Path(name).is_dir() else hub.find(name)
-        has_tokenizer = any(
-            (folder / one).exists() for one in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-        )
+        folder = find_folder(name)
+        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json")
+        has_tokenizer = any((folder / one).exists() for one in names)
         return config_of(str(folder)), folder if has_tokenizer else None
 
 
@@ -136,11 +137,9 @@ def make(shape: str, dtype: torch.dtype, folder: Path) -> Path:
 
 def _tensors(config: Any, dtype: torch.dtype) -> dict[str, tuple[str, list[int], int]]:
     """Type, shape and bytes of each tensor that a file of this model holds; a tied one is there once."""
-    from transformers import AutoModelForCausalLM
+    from batchgen.definition.build import build_empty
 
-    make: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = make.from_config(config, dtype=dtype, trust_remote_code=False)
+    model = build_empty(config, dtype)
     kept = model.state_dict()
     named = {**dict(model.named_parameters()), **{name: one for name, one in model.named_buffers() if name in kept}}
     return {name: (_NAMES[one.dtype], list(one.shape), one.numel() * one.element_size()) for name, one in named.items()}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from batchgen.engine import EngineError
+from batchgen.definition.build import build_empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +108,9 @@ def parameters(config: Any, dtype: torch.dtype) -> Parameters:
     sharded as it loads (Transformers' `HfDeepSpeedConfig` is alive): it would be sharded too.
 
     Raises:
-        EngineError: Transformers has no causal language model of this kind.
+        ModelError: Transformers has no causal language model of this kind, or cannot make it with these numbers.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise EngineError(
-            f"Transformers has no causal language model of type {config.model_type}; choose another model"
-        )
-    # Imports the model's module, which must not happen inside the block: its constants would be on the meta device.
-    MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    make: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = make.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
+    model = build_empty(config, dtype)
     seen: set[int] = set()
     found = {}
     for module_name, module in model.named_modules():

@@ -14,14 +14,15 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from batchgen import loading, presplit, ranks
+from batchgen.definition.build import build_empty
+from batchgen.definition.config import read_config
+from batchgen.definition.files import DEFINITION
 from batchgen.encoder import HfEncoder
 from batchgen.engine import EngineError
 from batchgen.int8 import Int8Weight
 from batchgen.models import Report, ResolvedModel
-from batchgen.models.folder import DEFINITION
 from batchgen.tensor_parallel.autotp import check_split, split
 from batchgen.tensor_parallel.weights import bring, mapped
 
@@ -144,11 +145,8 @@ def _empty(folder: Path, dtype: torch.dtype, attn_implementation: str | None) ->
 
     Not of the device "meta", which AutoTP would fill with memory for all of them.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    make: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = make.from_config(config, dtype=dtype, trust_remote_code=False, **chosen)
+    model = build_empty(read_config(str(folder)), dtype, **chosen)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -1,6 +1,4 @@
-"""A seeded fuzzer: files of every format, damaged at random, through the whole flow with the engine that echoes.
-
-    scripts/fuzz [--seconds N] [--seed S]
+"""Files of every format, damaged at random, through the whole flow with the engine that echoes.
 
 Every seed makes a file and a way to run it. No exception but a sentence for the person at the terminal may come out,
 and what finishes has every row once, in order, as good JSON, with an error that names file and line where it failed.
@@ -8,19 +6,9 @@ and what finishes has every row once, in order, as good JSON, with an error that
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
-import logging
-import os
 import re
-import resource
-import shutil
-import sys
-import tempfile
-import time
-import traceback
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -36,8 +24,6 @@ from batchgen.types import SamplingParams, UserError
 from tests import mutations
 from tests.commands.starts import ENVIRONMENT
 
-_CASES = 100  # of one process, which is started anew after them, or if one has crashed it
-_MEMORY = 8 << 30  # bytes that a process may use: a case that needs more fails
 _TEMPLATES = ("Q: {{ prompt }}", "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ topic * max_new_tokens }}")
 
 Outcome = Literal["good", "rows failed", "no table", "refused"]
@@ -169,62 +155,3 @@ def _rows_of(name: str, content: bytes, otherwise: int) -> int:
     elif name != "a.jsonl":
         return otherwise
     return sum(bool(line.strip()) for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
-
-
-def _many(first: int, until: float, folder: Path) -> int:
-    """Runs seeds from `first` on in this process, until the time or their number is over; notes what it is at."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    logging.getLogger("batchgen").setLevel(logging.CRITICAL)
-    for seed in range(first, first + _CASES):
-        place = folder / "case"
-        place.mkdir()
-        (folder / "at").write_text(str(seed))
-        try:
-            outcome: str = case(seed, place)
-        except BaseException:
-            (folder / "why").write_text(traceback.format_exc())
-            return 1
-        with (folder / "outcomes").open("a") as outcomes:
-            outcomes.write(outcome + "\n")
-        shutil.rmtree(place)
-        if time.monotonic() > until:
-            break
-    return 0
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/fuzz", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long; 60 unless given")
-    parser.add_argument("--seed", type=int, default=1, help="the first one; 1 unless given")
-    given = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="batchgen-fuzz-"))
-    until, seed, failures = time.monotonic() + given.seconds, given.seed, 0
-    (folder / "outcomes").touch()
-    while time.monotonic() < until:
-        child = os.fork()
-        if child == 0:
-            os._exit(_many(seed, until, folder))
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        at = int((folder / "at").read_text())
-        if code:
-            failures += 1
-            kept = folder / f"seed-{at}"
-            (folder / "case").rename(kept)
-            why = (folder / "why").read_text() if code == 1 else f"the process has ended with {code}"
-            _say(f"seed {at} FAILED, its file is in {kept}: {why}")
-        seed = at + 1
-    counts = Counter((folder / "outcomes").read_text().split("\n")[:-1])
-    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
-    _say(f"{sum(counts.values()) + failures} cases, seeds {given.seed} to {seed - 1}: {said}, {failures} FAILED")
-    if not failures:
-        shutil.rmtree(folder)
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Names to folders: what `--model` says, as a folder on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batchgen.definition.errors import ModelError
+from batchgen.definition.files import check_file
+from batchgen.definition.folders import check_model_folder, snapshot_in
+from batchgen.models import hub
+
+
+def find_folder(name: str) -> Path:
+    """The folder of the model called `name`: a folder, or `ORG/NAME[@REVISION]` in the hub's cache.
+
+    Raises:
+        ModelError: it is not here, or no model folder; the message says what it is.
+        OSError, ValueError, RuntimeError: as `folder.explained` has them.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        folder = snapshot_in(path.resolve())
+        check_model_folder(folder)
+        return folder
+    if check_file(path):
+        raise ModelError(_describe_file(path))
+    return hub.find(name)
+
+
+def _describe_file(path: Path) -> str:
+    """What to give in the place of a file."""
+    if path.suffix == ".gguf":
+        return f"{path} is a GGUF file, which batchgen does not read; take the model in the layout of Transformers"
+    return f"{path} is a file; --model takes the folder that holds it, with config.json, tokenizer and weights"
