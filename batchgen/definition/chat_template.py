@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -14,22 +13,48 @@ from batchgen.definition.files import read_json
 
 _FIELD = "chat_template"
 _DEFAULT = "default"
+_CONFIG, _FILE = "tokenizer_config.json", "chat_template.json"
 
 
-def use_chat_template(folder: Path, tokenizer: Any) -> None:
-    """Gives the tokenizer the template in `chat_template.json`, where processors keep it, if it has none; checks it.
+def read_chat_template(folder: Path) -> str | dict[str, str] | None:
+    """The template that stands in `chat_template.json`, where processors keep it; None: there is no such file.
+
+    Several have names. What `tokenizer_config.json` has is looked at, too, since Transformers takes it without a look.
 
     Raises:
-        ModelError: it is no Jinja template, nor several with their names; a sentence that names the file.
+        ModelError: one of the files is damaged, or holds no template; a sentence that names it.
     """
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        given = (read_json(folder / name) or {}).get(_FIELD)
-        if given is not None:
-            templates = read_templates(given, f"{folder / name}: {_FIELD}")
-            alone = templates[_DEFAULT] if [*templates] == [_DEFAULT] else templates
-            tokenizer.chat_template = tokenizer.chat_template or alone
-    if tokenizer.chat_template:
-        _check_syntax(folder, tokenizer)
+    given = (read_json(folder / _CONFIG) or {}).get(_FIELD)
+    if given is not None:
+        read_templates(given, f"{folder / _CONFIG}: {_FIELD}")
+    values = read_json(folder / _FILE)
+    if values is None:
+        return None
+    templates = read_templates(values.get(_FIELD), f"{folder / _FILE}: {_FIELD}")
+    return templates[_DEFAULT] if [*templates] == [_DEFAULT] else templates
+
+
+def check_chat_template(folder: Path, given: object) -> None:
+    """Whether the chat template that the tokenizer has come to is a Jinja template, if it has one; it is not run.
+
+    Raises:
+        ModelError: it is not; a sentence that names the file.
+    """
+    if not given:
+        return
+    file = next((name for name in ("chat_template.jinja", _FILE) if (folder / name).exists()), _CONFIG)
+    where = f"the chat template of the model ({folder / file})"
+    try:
+        for template in read_templates(given, where).values():
+            render_jinja_template(conversations=[], chat_template=template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(
+            f"{where} is no Jinja template: line {error.lineno}: {error.message}. Mend it, or copy it again"
+        ) from error
+    except ModelError:
+        raise
+    except Exception as error:  # nested too deeply for Python, a number of too many digits
+        raise ModelError(f"{where} cannot be used: {one_line(error)}") from error
 
 
 def read_templates(given: object, name: str) -> dict[str, str]:
@@ -50,21 +75,3 @@ def read_templates(given: object, name: str) -> dict[str, str]:
         f'{name} must be a Jinja template, or a list of templates, each an object with "name" and "template". Mend the '
         "file, or copy it again from where the model came from"
     )
-
-
-def _check_syntax(folder: Path, tokenizer: Any) -> None:
-    """Whether the chat template is a Jinja template; it is not run."""
-    file = next((name for name in ("chat_template.jinja", "chat_template.json") if (folder / name).exists()), None)
-    where = f"the chat template of the model ({folder / (file or 'tokenizer_config.json')})"
-    given = tokenizer.chat_template
-    try:
-        for template in read_templates(given, where).values():
-            render_jinja_template(conversations=[], chat_template=template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(
-            f"{where} is no Jinja template: line {error.lineno}: {error.message}. Mend it, or copy it again"
-        ) from error
-    except ModelError:
-        raise
-    except Exception as error:  # nested too deeply for Python, a number of too many digits
-        raise ModelError(f"{where} cannot be used: {one_line(error)}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from batchgen.definition.chat_template import use_chat_template
+from batchgen.definition.chat_template import check_chat_template, read_chat_template
 from batchgen.definition.errors import ModelError, one_line
 from batchgen.definition.files import check_definition_files, check_json
 
@@ -38,6 +38,7 @@ def read_tokenizer(model: str) -> Any:
     """
     folder = Path(model)
     check_definition_files(folder)
+    template = read_chat_template(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         words = [text for text in tokenizer.get_vocab() if _is_word(text)]
@@ -53,7 +54,8 @@ def read_tokenizer(model: str) -> Any:
             f"the tokenizer of the model in {folder} leaves every letter and digit out of a text: its vocabulary is "
             "not whole; copy the model again"
         )
-    use_chat_template(folder, tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template or template
+    check_chat_template(folder, tokenizer.chat_template)
     return tokenizer
 
 
