@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.integrations import sdpa_attention
 
-from batchgen import memory, presplit
+from batchgen import architectures, memory, presplit
 from batchgen.engine import Died, EngineError
 from batchgen.world import World
 
@@ -85,10 +85,10 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
         EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
         Died: another rank has gone, where ranks load together.
     """
-    make: Any = AutoModelForCausalLM  # its annotation leaves out output_loading_info
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
-        loaded, report = make.from_pretrained(
+        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        loaded, report = architectures.auto_class(config).from_pretrained(
             model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
         )
     except UnpicklingError as error:

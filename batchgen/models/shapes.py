@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from batchgen import loading
+from batchgen import architectures, loading
 from batchgen.models import hub
 from batchgen.models.folder import ModelError, explained
 
@@ -136,11 +136,9 @@ def make(shape: str, dtype: torch.dtype, folder: Path) -> Path:
 
 def _tensors(config: Any, dtype: torch.dtype) -> dict[str, tuple[str, list[int], int]]:
     """Type, shape and bytes of each tensor that a file of this model holds; a tied one is there once."""
-    from transformers import AutoModelForCausalLM
-
-    make: Any = AutoModelForCausalLM
+    architectures.model_class(config)  # imports its module, whose constants must not be on the meta device
     with torch.device("meta"):
-        model = make.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = architectures.auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     kept = model.state_dict()
     named = {**dict(model.named_parameters()), **{name: one for name, one in model.named_buffers() if name in kept}}
     return {name: (_NAMES[one.dtype], list(one.shape), one.numel() * one.element_size()) for name, one in named.items()}

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from batchgen import architectures
 from batchgen.engine import EngineError
 
 
@@ -111,15 +110,15 @@ def parameters(config: Any, dtype: torch.dtype) -> Parameters:
     sharded as it loads (Transformers' `HfDeepSpeedConfig` is alive): it would be sharded too.
 
     Raises:
-        EngineError: Transformers has no causal language model of this kind.
+        EngineError: Transformers has no language model of this kind.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    make = architectures.auto_class(config)
+    if make is None:
         raise EngineError(
-            f"Transformers has no causal language model of type {config.model_type}; choose another model"
+            f"Transformers has no language model of type {config.model_type}; choose another model"
         )
     # Imports the model's module, which must not happen inside the block: its constants would be on the meta device.
-    MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    make: Any = AutoModelForCausalLM
+    architectures.model_class(config)
     with torch.device("meta"):
         model = make.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     seen: set[int] = set()

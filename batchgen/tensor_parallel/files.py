@@ -14,9 +14,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from batchgen import loading, presplit, ranks
+from batchgen import architectures, loading, presplit, ranks
 from batchgen.encoder import HfEncoder
 from batchgen.engine import EngineError
 from batchgen.int8 import Int8Weight
@@ -146,9 +146,8 @@ def _empty(folder: Path, dtype: torch.dtype, attn_implementation: str | None) ->
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    make: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = make.from_config(config, dtype=dtype, trust_remote_code=False, **chosen)
+        model = architectures.auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False, **chosen)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
