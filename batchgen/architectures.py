@@ -11,6 +11,19 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+# Kinds whose rows change when they are padded: they count positions from the left end of the row, padded or not, look
+# at the padding, or let it into a state. A batch holds rows of equal length alone. scripts/sweep shows it of each.
+_UNPADDED = frozenset({
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "git", "kosmos-2.5", "marian", "mbart",
+    "mvp", "paligemma", "pegasus", "plbart", "prophetnet", "recurrent_gemma", "reformer", "rwkv", "trocr",
+    "unlimited_ocr", "whisper", "xlnet",
+})
+
+
+def can_pad(config: Any) -> bool:
+    """Whether rows of different lengths can be in one batch."""
+    return config.model_type not in _UNPADDED
+
 
 def auto_class(config: Any) -> Any:
     """The automatic class of Transformers that loads a model of this config whole; None: there is none.

@@ -122,11 +122,6 @@ def _read_config(model: str) -> Any:
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise EngineError(f"the config of the model in {model} cannot be used: {error}") from error
-    if config.model_type == "rwkv":
-        raise EngineError(
-            f"the model in {model} is of type rwkv, to which Transformers does not say what fills a row: the rows of a "
-            "batch would change each other's text"
-        )
     return config
 
 

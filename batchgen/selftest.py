@@ -25,6 +25,10 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _TOLERANCE_OF_16_BITS = 0.25
 
 
+class TextChanged(EngineError):
+    """A row was given a token in its batch that one forward of it alone would not choose."""
+
+
 def choose(batch: Sequence[Prompt]) -> list[int]:
     """The rows of `batch` to look at: of the greedy ones the shortest and the longest prompt, which is padded least."""
     greedy = [row for row, prompt in enumerate(batch) if prompt.params.temperature == 0]
@@ -51,7 +55,8 @@ def check(
     """Looks at the first `tokens` that `prompt` was given in a batch of `rows` rows.
 
     Raises:
-        EngineError: alone, the model would not have said this; the message has the evidence.
+        TextChanged: alone, the model would not have said this; the message has the evidence.
+        EngineError: its logits are not finite.
     """
     tokens = list(tokens[:TOKENS])
     with torch.inference_mode():
@@ -64,7 +69,8 @@ def check(
     wrong = [place for place, distance in enumerate(behind.tolist()) if not distance <= tolerance]
     if wrong:
         place = wrong[0]
-        raise EngineError(
+        kind = TextChanged if bool(behind.isfinite().all()) else EngineError
+        raise kind(
             f"self-test: in a batch of {rows}, row {prompt.id!r} was given {decode([tokens[place]])!r} (token "
             f"{tokens[place]}) as its token {place + 1}; alone, {decode([int(alone[place])])!r} (token "
             f"{int(alone[place])}) is better by {behind[place]:.2g} standard deviations of the logits, where rounding "

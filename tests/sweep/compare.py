@@ -64,6 +64,7 @@ def prompts() -> list[Prompt]:
 
 def alone(model: Any, rows: Sequence[Prompt], encoder: HfEncoder) -> dict[str, Generation]:
     """What Transformers generates for each row without padding, and without anything of ours."""
+    model.generation_config = GenerationConfig()  # as an engine has it: nothing that the author of a model sets
     found = {}
     for prompt in rows:
         ids = torch.tensor([list(prompt.tokens)])

@@ -78,8 +78,6 @@ _INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, 
 _DOTS3 = {"index_topk": 16, "index_head_dim": 8, "index_n_heads": 2, "num_key_value_heads": 4, "head_dim": 16,
           "shared_experts_intermediate_size": 32, "mlp_layer_types": ["dense", "sparse"] * 2}
 _SEEN = {"out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]}
-# Embedding and head are one matrix there, and a small model repeats its last token without larger weights.
-_LOUD = {"initializer_range": 1.0}
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _HALF_LINEAR | {"n_group": 1, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -162,6 +160,11 @@ OWN: dict[str, dict[str, Any]] = {
                         "vision_hidden_size": 32, "text_config": {"n_groups": 2}},
 }
 
+# Kinds that repeat their last token, since embedding and head are one matrix, unless all else is larger.
+LOUD = frozenset({
+    "bart", "bert", "bert-generation", "big_bird", "biogpt", "blenderbot-small", "camembert", "cpmant", "ctrl", "data2vec-text", "electra", "ernie", "fuyu", "gemma2", "gemma3_text", "gemma4", "gemma4_unified", "gemma4_unified_text", "git", "granite_docling", "kosmos-2.5", "marian", "mvp", "openai-gpt", "opt", "pegasus", "reformer", "rembert", "roberta", "roc_bert", "roformer", "trocr", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})
+
 # Kinds that cannot be built small, or at all, here; and why.
 CANNOT: dict[str, str] = {}
 
@@ -201,6 +204,8 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
         ValueError: it is not tiny.
     """
     config = small(kind)
+    if kind in LOUD:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     make = model_class(config)
     with torch.device("meta"):
         count = sum(one.numel() for one in make(config).parameters())
@@ -209,7 +214,11 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = make(config).float().eval()
     head = model.get_output_embeddings()
-    if head is not None:
-        with torch.no_grad():
+    with torch.no_grad():
+        if kind in LOUD:
+            for name, value in model.named_parameters():
+                if value.ndim > 1 and not name.endswith(("embeddings.weight", "embed_tokens.weight")):
+                    value *= 2
+        if head is not None:
             head.weight[END] *= 1.6
     return model
