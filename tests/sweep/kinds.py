@@ -1,7 +1,4 @@
-"""Every kind of model that Transformers generates text with, as small as it can be built.
-
-Most configs name their sizes alike, so one table of names serves nearly all kinds; `OWN` has what a single kind needs.
-"""
+"""Every kind of model that Transformers continues a text with, as small as it can be built."""
 
 from __future__ import annotations
 
@@ -19,169 +16,26 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-PAD, BEGIN, END, UNKNOWN = range(4)
-VOCABULARY = 128
-CONTEXT = 256
-MOST_PARAMETERS = 8_000_000  # of a model that counts as tiny
-
-_WIDTH, _INNER, _LAYERS, _HEADS, _CACHED = 32, 64, 4, 4, 2
-
-# fmt: off
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "text_vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY,
-    "bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD,
-    "initializer_range": 0.3, "init_std": 0.3, "initializer_factor": 0.3,
-    # widths
-    "hidden_size": _WIDTH, "n_embd": _WIDTH, "d_model": _WIDTH, "dim": _WIDTH, "embed_dim": _WIDTH, "width": _WIDTH,
-    "embedding_size": _WIDTH, "word_embed_proj_dim": _WIDTH, "hidden_dim": _WIDTH, "dim_model": _WIDTH,
-    "intermediate_size": _INNER, "ffn_dim": _INNER, "dim_ff": _INNER, "dff": _INNER, "ffn_hidden_size": _INNER,
-    "encoder_ffn_dim": _INNER, "decoder_ffn_dim": _INNER, "d_inner": _INNER, "n_inner": _INNER,
-    "is_decoder": True,
-    # depths
-    "num_hidden_layers": _LAYERS, "n_layer": _LAYERS, "n_layers": _LAYERS, "num_layers": _LAYERS, "depth": _LAYERS,
-    "encoder_layers": _LAYERS, "decoder_layers": _LAYERS, "num_encoder_layers": _LAYERS, "num_decoder_layers": _LAYERS,
-    # heads
-    "num_attention_heads": _HEADS, "n_head": _HEADS, "n_heads": _HEADS, "num_heads": _HEADS, "head_dim": 8,
-    "encoder_attention_heads": _HEADS, "decoder_attention_heads": _HEADS, "num_key_value_heads": _CACHED,
-    "num_encoder_attention_heads": _HEADS, "num_decoder_attention_heads": _HEADS, "num_kv_heads": _CACHED,
-    # latent attention
-    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16,
-    "v_head_dim": 8, "rotary_dim": 8,
-    # lengths
-    "max_position_embeddings": CONTEXT, "n_positions": CONTEXT, "n_ctx": CONTEXT, "max_seq_len": CONTEXT,
-    "sliding_window": 16, "attention_window_size": 16, "attention_chunk_size": 16,
-    # mixtures of experts
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "moe_k": 2, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "n_shared_experts": 1, "shared_intermediate_size": 32,
-    # states
-    "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_num_heads": 4,
-    "mamba_head_dim": 16, "ssm_state_size": 8, "lru_width": _WIDTH, "mamba_expand": 2, "mamba_dt_rank": 4,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    # pictures and sound, which the text rows here never use
-    "image_size": 32, "patch_size": 8, "out_hidden_size": _WIDTH, "projection_dim": _WIDTH, "num_mel_bins": 8,
-}
-# fmt: on
-
-# What a single kind needs besides, for itself or, by the name of one of its parts, for that part.
-_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
-_PLACES = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}  # of time, height and width
-_HALF_LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
-_GEMMA3N = {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "laurel_rank": 8, "hidden_size_per_layer_input": 8,
-            "layer_types": ["sliding_attention", "full_attention"] * 3}
-_BY_LAYER = {
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
-}
-_INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
-            "indexer_compress_ratio": 4, "hc_lowrank": 8}
-_DOTS3 = {"index_topk": 16, "index_head_dim": 8, "index_n_heads": 2, "num_key_value_heads": 4, "head_dim": 16,
-          "shared_experts_intermediate_size": 32, "mlp_layer_types": ["dense", "sparse"] * 2}
-_SEEN = {"out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]}
-OWN: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": _HALF_LINEAR | {"n_group": 1, "topk_group": 1},
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "blt": {
-        "encoder_hash_byte_group_vocab": 64,
-        **{
-            name: {"hidden_size_global": 32}
-            for name in ("encoder_config", "decoder_config", "global_config", "patcher_config")
-        },
-    },
-    "cohere_compass": {"vision_config": _SEEN, "text_config": _BY_LAYER},
-    "cohere_compass_text": _BY_LAYER,
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
-    "deepseek_ocr2": {"vision_config": {"encoder_config": {"layer_types": ["full_attention"] * 4}}},
-    "dots3_note": {"text_config": _DOTS3, "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32,
-                   "mlp_layer_types": ["dense"] * 4},
-                   "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 16}},
-    "dots3_note_text": _DOTS3,
-    "emu3": {"vocabulary_map": {"<image>": 4},
-             "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "embed_dim": 4, "num_res_blocks": 1,
-                           "codebook_size": 16, "attn_resolutions": []}},
-    "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n_text": _GEMMA3N,
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
-    "granitemoehybrid": _HALF_LINEAR,
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": _HALF_LINEAR | {"linear_head_dim": 8, "linear_num_heads": 4,
-                                   "mlp_layer_types": ["dense", "sparse"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
-    "lfm3": {"layer_types": ["conv", "sliding_attention", "conv", "full_attention"]},
-    "llama4": {
-        "vision_config": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
-                          "pixel_shuffle_ratio": 0.5},
-    },
-    "longcat_flash": {"ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2},
-    "mamba2": {"num_heads": 8, "n_groups": 2},
-    "nemotron_h": {"n_groups": 2},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16], "attention_head_size": 8,
-                 "feed_forward_size": 64, "attn_layers": ["local", "lsh"] * 2, "num_buckets": 4},
-    "roc_bert": {"shape_vocab_size": 128, "pronunciation_vocab_size": 128, "shape_embed_dim": 16,
-                 "pronunciation_embed_dim": 16},
-    "xlm": {"emb_dim": 32, "causal": True},
-    "xlstm": {"qk_dim_factor": 1.0},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
-    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "cosmos3_edge": {"text_config": _PLACES},
-    "glm46v": {"text_config": _PLACES},
-    "glm4v": {"text_config": _PLACES},
-    "glm_ocr": {"text_config": {"head_dim": 16, **_PLACES}},
-    "glmga": {"text_config": {"head_dim": 16, **_PLACES}},
-    "glm4v_moe": {"text_config": {"head_dim": 16, **_PLACES}},
-    "paddleocr_vl": {"text_config": _PLACES},
-    "qwen2_vl": {"text_config": _PLACES},
-    "qwen2_5_vl": {"text_config": _PLACES},
-    "qwen2_5_omni_thinker": {"text_config": _PLACES, "vision_start_token_id": 100, "vision_end_token_id": 101,
-                             "audio_config": {"output_dim": 32}},
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": 100, "audio_config": {"output_dim": 32,
-                               "downsample_hidden_size": 16}},
-    "qwen4_exp": {"text_config": _INDEXED},
-    "qwen4_exp_text": _INDEXED,
-    "hunyuan_vl": {"text_config": _PLACES},
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32], **_PLACES,
-                        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}},
-    "gemma4_unified": {"vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32}},
-    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "head_dim": 0, "linear_head_dim": 8, "linear_num_heads": 4,
-                  "index_head_dim": 8, "index_n_heads": 2, "index_topk": 16, "index_kpool": 4}},
-    "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": []},
-    "inkling2": {"vision_config": {"text_hidden_size": 32, "projection_hidden_dim": 32}},
-    "janus": {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 16,
-              "image_token_embed_dim": 32, "projection_dim": 32, "latent_channels": 32}},
-    "molmo2": {"vision_config": {"image_size": [32, 32]},
-               "adapter_config": {"vision_feature_layer": [1, 2], "text_hidden_size": 32}},
-    "muse_glimmer": {"projector_hidden_size": 32},
-    "muse_spark": {"projector_hidden_size": 32, "text_config": {"moe_hidden_size": 32},
-                   "audio_config": {"hidden_sizes": [8, 8, 16, 32]}},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}, "projector_hidden_size": 32,
-                        "vision_hidden_size": 32, "text_config": {"n_groups": 2}},
-}
-
-# Kinds that repeat their last token, since embedding and head are one matrix, unless all else is larger.
-LOUD = frozenset({
-    "bart", "bert", "bert-generation", "big_bird", "biogpt", "blenderbot-small", "camembert", "cpmant", "ctrl", "data2vec-text", "electra", "ernie", "fuyu", "gemma2", "gemma3_text", "gemma4", "gemma4_unified", "gemma4_unified_text", "git", "granite_docling", "kosmos-2.5", "marian", "mvp", "openai-gpt", "opt", "pegasus", "reformer", "rembert", "roberta", "roc_bert", "roformer", "trocr", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-})
-
-# Kinds that cannot be built small, or at all, here; and why.
-CANNOT: dict[str, str] = {}
+from tests.sweep.sizes import END, HEADS, MOST_PARAMETERS, OWN, SIZES, UNTIED
 
 CAUSAL = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SEEING = tuple(kind for kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if kind not in CAUSAL)
+ALL = (*CAUSAL, *SEEING)
 
 
-def small(kind: str) -> Any:
+def make_config(kind: str) -> Any:
     """The config of a tiny model of that `model_type`."""
-    return AutoConfig.for_model(kind, **_sizes(CONFIG_MAPPING[kind], OWN.get(kind, {})))
+    config = AutoConfig.for_model(kind, **_sizes(CONFIG_MAPPING[kind], OWN.get(kind, {})))
+    if kind in UNTIED:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
 
 
 def _sizes(config: Any, own: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config of this class is told: the sizes that it has a name for, and those of its parts."""
+    """What a config of this class is told: the sizes that it has a name for, those of its parts, and its `own`."""
     sizes = {field.name: SIZES[field.name] for field in dataclasses.fields(config) if field.name in SIZES}
     if "kv_lora_rank" in sizes:  # latent attention has as many keys as queries
-        sizes["num_key_value_heads"] = _HEADS
+        sizes["num_key_value_heads"] = HEADS
     for name, part in config.sub_configs_defaults.items():
         mine = own.get(name, {})
         kind = mine.get("model_type") or part.model_type or getattr(part.config_class, "model_type", None)
@@ -191,34 +45,29 @@ def _sizes(config: Any, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_class(config: Any) -> Any:
-    """The class that Transformers generates text with from models of this config."""
+    """The class that the files of such a model are written by: with what it sees with, if it sees."""
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def build(kind: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny random model, in eval mode. Many of its rows end by themselves.
+    """A tiny random model in float32, in eval mode. Many of its rows end by themselves.
 
     Raises:
         ValueError: it is not tiny.
+        Exception: Transformers cannot make it, of these sizes or for want of a package.
     """
-    config = small(kind)
-    if kind in LOUD:
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    config = make_config(kind)
     make = model_class(config)
     with torch.device("meta"):
         count = sum(one.numel() for one in make(config).parameters())
     if count > MOST_PARAMETERS:
-        raise ValueError(f"{count:,} parameters")
+        raise ValueError(f"the smallest that could be made has {count:,} parameters")
     torch.manual_seed(seed)
-    model = make(config).float().eval()
+    model: PreTrainedModel = make(config).float().eval()
     head = model.get_output_embeddings()
-    with torch.no_grad():
-        if kind in LOUD:
-            for name, value in model.named_parameters():
-                if value.ndim > 1 and not name.endswith(("embeddings.weight", "embed_tokens.weight")):
-                    value *= 2
-        if head is not None:
+    if head is not None:
+        with torch.no_grad():
             head.weight[END] *= 1.6
     return model
