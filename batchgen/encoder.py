@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from batchgen.chat_template import ChatTemplate, Message
-from batchgen.definition.build import build_empty, can_build
+from batchgen.definition.build import build_empty
 from batchgen.definition.config import read_config
 from batchgen.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.generation_config import read_generation_config
@@ -31,8 +31,7 @@ class HfEncoder:
 
     def __init__(self, model: str) -> None:
         self.config = read_config(model)
-        if can_build(self.config):
-            build_empty(self.config)
+        build_empty(self.config)
         self._tokenizer = read_tokenizer(model)
         # Only a warning hangs on this number, and `prompts` measures against the model's context itself.
         self._tokenizer.model_max_length = 10**30
@@ -41,7 +40,7 @@ class HfEncoder:
         lengths = (getattr(text, name, None) for name in _CONTEXT_NAMES)
         self.context = next((length for length in lengths if type(length) is int and length > 0), None)
         self.vocabulary = getattr(text, "vocab_size", None)
-        self.end_tokens = _end_tokens(model, text, self._tokenizer)
+        self.end_tokens = _end_tokens(model, self.config, self._tokenizer)
         """Every id that ends a text, sorted: generation_config.json's, the config's and the tokenizer's."""
         self.pad_token = self._choose_pad_token(text)
         """What fills a row; an id that the embedding has, and no end token unless there is no other."""
@@ -143,7 +142,7 @@ class HfEncoder:
         return str(text)
 
     def _choose_pad_token(self, config: Any) -> int:
-        known = (self._tokenizer.pad_token_id, config.pad_token_id, self._tokenizer.unk_token_id)
+        known = (self._tokenizer.pad_token_id, getattr(config, "pad_token_id", None), self._tokenizer.unk_token_id)
         most = self.vocabulary or len(self._tokenizer)
         ids = itertools.chain((i for i in known if i is not None and 0 <= i < most), range(most))
         return next((i for i in ids if i not in self.end_tokens), 0)
@@ -158,7 +157,12 @@ def _readable(text: str) -> str:
 
 
 def _end_tokens(model: str, config: Any, tokenizer: Any) -> list[int]:
+    text = config.get_text_config()
+    given = [read_generation_config(model).get("eos_token_id"), getattr(config, "eos_token_id", None)]
+    # Where the text part of a model does not name one, its config gives the default of its class, a wrong one perhaps.
+    if text is not config and given == [None, None]:
+        given.append(getattr(text, "eos_token_id", None))
     found: set[object] = set()
-    for ids in (read_generation_config(model).get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
+    for ids in (*given, tokenizer.eos_token_id):
         found.update(ids if isinstance(ids, list) else [ids])
     return sorted(i for i in found if type(i) is int and i >= 0)

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from batchgen import memory
+from batchgen import architectures, memory
 from batchgen.engine import EngineError, OutOfStep
 
 _AHEAD = 2  # layers on their way while one computes
@@ -29,7 +28,7 @@ _ALIGNED = 128  # elements: where a parameter begins in its layer, for the loads
 
 def lists_layers(config: Any) -> bool:
     """Whether Transformers lists the classes of the decoder layers of models with this config."""
-    return bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_no_split_modules", None))
+    return bool(getattr(architectures.model_class(config), "_no_split_modules", None))
 
 
 def layers(model: Any) -> list[Any]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 from transformers.integrations import sdpa_attention
 
-from batchgen import memory, presplit
+from batchgen import architectures, memory, presplit
 from batchgen.definition.build import explain_shapes
+from batchgen.definition.config import read_config
 from batchgen.definition.errors import ModelError, one_line
 from batchgen.engine import Died, EngineError
 from batchgen.types import UserError
@@ -88,10 +88,9 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
         EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
         Died: another rank has gone, where ranks load together.
     """
-    make: Any = AutoModelForCausalLM  # its annotation leaves out output_loading_info
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
-        loaded, report = make.from_pretrained(
+        loaded, report = architectures.auto_class(read_config(model)).from_pretrained(
             model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
         )
     except (UserError, Died):

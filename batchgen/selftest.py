@@ -34,6 +34,10 @@ _MOST = 0.75  # whatever was measured: what moves a logit further is no rounding
 _MARGIN = 4.0  # of the rounding of one logit: three standard deviations of the difference of two, 3 * 2**0.5
 
 
+class TextChanged(EngineError):
+    """A row was given a token in its batch that one forward of it alone would not choose."""
+
+
 def choose(batch: Sequence[Prompt]) -> list[int]:
     """The rows of `batch` to look at: of the greedy ones the shortest and the longest prompt, which is padded least."""
     greedy = [row for row, prompt in enumerate(batch) if prompt.params.temperature == 0]
@@ -83,7 +87,8 @@ class SelfTest:
         """Looks at the first `tokens` that `prompt` was given.
 
         Raises:
-            EngineError: alone, the model would not have said this; the message has the evidence.
+            TextChanged: alone, the model would not have said this; the message has the evidence.
+            EngineError: its logits are not finite.
         """
         tokens = list(tokens[:TOKENS])
         with torch.inference_mode():
@@ -100,7 +105,7 @@ class SelfTest:
         wrong = [place for place, distance in enumerate(behind.tolist()) if not distance <= tolerance]
         if wrong:
             place = wrong[0]
-            raise EngineError(
+            raise TextChanged(
                 f"self-test: {self._where}, row {prompt.id!r} was given {self._called(tokens[place])} as its token "
                 f"{place + 1}; computed again {self._again}, {self._called(int(alone[place]))} is better by "
                 f"{behind[place]:.2g} standard deviations of the logits, where rounding explains {tolerance:.2g}. "

@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from batchgen import architectures
 from batchgen.definition.config import read_config
 from batchgen.definition.errors import ModelError, refuse_errors
 from batchgen.definition.weights import tensor_shapes
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
-
-
-def can_build(config: Any) -> bool:
-    """Whether Transformers has a causal language model of this config's type, which a model that sees may not have."""
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def build_empty(config: Any, dtype: torch.dtype | None = None, **arguments: Any) -> Any:
@@ -36,15 +30,15 @@ def build_empty(config: Any, dtype: torch.dtype | None = None, **arguments: Any)
         arguments: for `from_config`.
 
     Raises:
-        ModelError: Transformers has no causal language model of this kind, or cannot make it with these numbers.
+        ModelError: Transformers has no language model of this kind, or cannot make it with these numbers.
     """
-    if not can_build(config):
-        raise ModelError(f"Transformers has no causal language model of type {config.model_type}; choose another model")
+    make = architectures.auto_class(config)
+    if make is None:
+        raise ModelError(f"Transformers has no language model of type {config.model_type}; choose another model")
     place = f" in {config.name_or_path}" if config.name_or_path else f" of type {config.model_type}"
-    make: Any = AutoModelForCausalLM
     with refuse_errors(f"the config of the model{place} cannot be used"):
         # Imports the model's module, which must not happen inside the block: its constants would be on the meta device.
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        architectures.model_class(config)
         try:
             with torch.device("meta"):
                 return make.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **arguments)

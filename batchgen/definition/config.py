@@ -8,13 +8,9 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from batchgen import architectures
 from batchgen.definition.errors import ModelError, refuse_errors
 from batchgen.definition.files import check_definition_files, check_json, read_json
 from batchgen.definition.folders import CONFIG, check_model_folder
@@ -140,13 +136,7 @@ def check_generates(model: Path, config: Any) -> None:
             f"the model in {model} is an encoder, which cannot continue a text: config.json says "
             f"use_bidirectional_attention ({kind}); choose another model"
         )
-    if kind == "rwkv":
-        raise ModelError(
-            f"the model in {model} is of type rwkv, to which Transformers does not say what fills a row: the rows of a "
-            "batch would change each other's text"
-        )
-    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    if not any(type(config) in mapping for mapping in mappings):
+    if architectures.auto_class(config) is None:
         raise ModelError(
             f"the model in {model} is of type {kind}, of which Transformers {transformers.__version__} has no causal "
             "language model; choose another model"

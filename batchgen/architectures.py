@@ -1,0 +1,71 @@
+"""What Transformers has for a kind of model: the class that loads it, and whether its rows may be padded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+# Kinds whose rows change when they are padded: they count positions from the left end of the row, padded or not, look
+# at the padding, or let it into a state. A batch holds rows of equal length alone. scripts/sweep shows it of each.
+_UNPADDED = frozenset(
+    {
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "deepseek_v4",
+        "git",
+        "kosmos-2.5",
+        "marian",
+        "mbart",
+        "mvp",
+        "paligemma",
+        "pegasus",
+        "plbart",
+        "prophetnet",
+        "recurrent_gemma",
+        "reformer",
+        "rwkv",
+        "trocr",
+        "unlimited_ocr",
+        "whisper",
+        "xlnet",
+    }
+)
+
+
+def can_pad(config: Any) -> bool:
+    """Whether rows of different lengths can be in one batch."""
+    return config.model_type not in _UNPADDED
+
+
+def auto_class(config: Any) -> Any:
+    """The automatic class of Transformers that loads a model of this config whole; None: there is none.
+
+    A model that sees is loaded with what it sees with: its text is what it says to rows without pictures. Where
+    Transformers also knows a class for the text alone, the class that the model's files were written by is taken, since
+    the other may look for weights under other names.
+    """
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText if sees else None
+    written_by = getattr(config, "architectures", None) or [""]
+    if sees and MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type) == written_by[0]:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def model_class(config: Any) -> Any:
+    """The class itself; imports the module that it is in. None: there is none."""
+    mapping = {
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    found = auto_class(config)
+    return None if found is None else mapping[found][type(config)]

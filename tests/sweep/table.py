@@ -1,0 +1,70 @@
+"""The page of the manual that says which kinds of models run with which engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import transformers
+
+from batchgen import architectures
+from tests.sweep.compare import ENGINES, Outcome, Swept
+from tests.sweep.kinds import SEEING, make_config
+
+PAGE = Path("docs/models.md")
+
+_TOP = """# Which models run
+
+`scripts/sweep --write` has written this page, with Transformers {version}. It builds a tiny random model of every kind that
+Transformers continues a text with (`model_type` in config.json), runs rows of different lengths through each engine in
+batches, greedily and in float32 on one rank of a CPU, and compares them with Transformers' own `generate` of each row alone,
+token for token.
+
+* **yes**: every row is what it is alone.
+* **no**: the engine refuses the model before it loads any weights, with a sentence that says why.
+* **alone**: in the column "padded", rows of these kinds change when they are padded, in Transformers itself. A batch holds
+  rows of equal length alone, which is slower where few rows have the same length.
+* **sees**: the kind takes pictures too. Its language part answers rows of text; a row with a picture is refused.
+
+More than one rank for a model (`--tp`) is a question of its own: README.md, "Engines". `--engine auto` takes none of the
+engines that say no here.
+"""
+
+
+def write(swept: Sequence[Swept]) -> None:
+    """Writes the page anew."""
+    text = _TOP.format(version=transformers.__version__)
+    compared = [one for one in swept if one.outcomes and not one.impossible and not _is_refused(one)]
+    refused = [one for one in swept if _is_refused(one)]
+    rest = [one for one in swept if not one.outcomes]
+    text += f"\n## {len(compared)} kinds that run\n\n| `model_type` | {' | '.join(ENGINES)} | padded | |\n"
+    text += f"|---|{'---|' * (len(ENGINES) + 2)}\n" + "".join(map(_row, sorted(compared, key=lambda one: one.kind)))
+    text += f"\n## {len(refused)} kinds that no engine takes\n\n| `model_type` | what `--engine accelerate` says |\n|---|---|\n"
+    for one in sorted(refused, key=lambda one: one.kind):
+        text += f"| `{one.kind}` | {_cell(_outcome(one, 'accelerate').detail)} |\n"
+    text += (
+        f"\n## {len(rest)} kinds that were not tried\n\nThey could not be built small here. The self-test looks at the "
+    )
+    text += "first rows of every run all the same.\n\n| `model_type` | why |\n|---|---|\n"
+    for one in sorted(rest, key=lambda one: one.kind):
+        text += f"| `{one.kind}` | {_cell(one.impossible)} |\n"
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def _is_refused(one: Swept) -> bool:
+    return bool(one.outcomes) and all(outcome.word == "refused" for outcome in one.outcomes.values())
+
+
+def _outcome(one: Swept, name: str) -> Outcome:
+    return one.outcomes[name]
+
+
+def _row(one: Swept) -> str:
+    words = {"equal": "yes", "refused": "no"}
+    cells = [words.get(outcome.word, outcome.word) for outcome in (_outcome(one, name) for name in ENGINES)]
+    padded = "yes" if architectures.can_pad(make_config(one.kind)) else "alone"
+    return f"| `{one.kind}` | {' | '.join(cells)} | {padded} | {'sees' if one.kind in SEEING else ''} |\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("FOLDER", "…")
