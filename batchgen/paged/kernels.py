@@ -279,13 +279,21 @@ def _prefill(
     mixed = tl.zeros([QUERIES, WIDE], tl.float32)
     pages = table + tl.load(slots + token) * columns
     keys = cache + (head // GROUP) * PAGE * SIZE
-    all_see = place // KEYS * KEYS  # the keys before it, but for a window
-    for start in range(first, all_see, KEYS):
+    # Masks take time, so that they are left out where all queries of the block see all keys: from `begin` to `middle`.
+    middle = place // KEYS * KEYS
+    begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS) * KEYS, middle) if WINDOW else first
+    if WINDOW:
+        for start in range(first, begin, KEYS):
+            best, total, mixed = _step(
+                query, best, total, mixed, start, begin, first, places, slope, pages, keys, page_size, half,
+                SCALE, SIZE, WIDE, PAGE, KEYS, WINDOW, ALIBI, False, PRECISION,
+            )  # fmt: skip
+    for start in range(begin, middle, KEYS):
         best, total, mixed = _step(
-            query, best, total, mixed, start, all_see, first, places, slope, pages, keys, page_size, half,
-            SCALE, SIZE, WIDE, PAGE, KEYS, WINDOW, ALIBI, False, PRECISION,
+            query, best, total, mixed, start, middle, first, places, slope, pages, keys, page_size, half,
+            SCALE, SIZE, WIDE, PAGE, KEYS, 0, ALIBI, False, PRECISION,
         )  # fmt: skip
-    for start in range(all_see, end, KEYS):
+    for start in range(middle, end, KEYS):
         best, total, mixed = _step(
             query, best, total, mixed, start, end, first, places, slope, pages, keys, page_size, half,
             SCALE, SIZE, WIDE, PAGE, KEYS, WINDOW, ALIBI, True, PRECISION,

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from tests.paged.attention_cases import case, errors, poisoned, with_broken_token, with_stale_cache
 
+# Window, ALiBi, splits. With a window of 200 some keys of a long sequence are seen by all queries of a block.
+_KINDS = ((0, False, 1), (0, False, 4), (0, True, 4), (37, False, 1), (37, True, 4), (200, True, 1))
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -28,7 +30,7 @@ def attentions(device: str) -> Iterator[tuple[str, bool]]:
         }
     for number, dtype in enumerate(shapes):
         for heads, key_heads, size in shapes[dtype]:
-            for window, alibi, splits in ((0, False, 1), (0, False, 4), (0, True, 4), (37, False, 1), (37, True, 4)):
+            for window, alibi, splits in _KINDS:
                 of = with_stale_cache(case(heads, key_heads, size, dtype, window=window, alibi=alibi, seed=number))
                 if splits == 1:  # a token in the middle of a block, one at the beginning of another
                     of = with_broken_token(with_broken_token(of, 1, 20, torch.nan), 3, 64, torch.inf)

@@ -39,7 +39,7 @@ def alone(of: Case, slot: int, first: int, count: int, length: int) -> torch.Ten
     return torch.stack(out)
 
 
-@pytest.mark.parametrize(("window", "alibi"), [(0, False), (0, True), (37, False)])
+@pytest.mark.parametrize(("window", "alibi"), [(0, False), (0, True), (37, False), (200, True)])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
 def test_each_sequence_is_as_if_it_were_alone(heads: int, key_heads: int, window: int, alibi: bool) -> None:
     of = with_stale_cache(case(heads, key_heads, 16, torch.float64, window=window, alibi=alibi))
@@ -52,7 +52,7 @@ def test_each_sequence_is_as_if_it_were_alone(heads: int, key_heads: int, window
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
-@pytest.mark.parametrize(("window", "alibi"), [(0, False), (0, True), (37, False)])
+@pytest.mark.parametrize(("window", "alibi"), [(0, False), (0, True), (37, False), (200, True)])
 def test_a_broken_token_reaches_those_that_see_it_alone(window: int, alibi: bool, number: float) -> None:
     clean = case(6, 2, 16, torch.float64, window=window, alibi=alibi)
     broken = with_broken_token(clean, 3, 40, number)
