@@ -71,14 +71,14 @@ class ChatTemplate:
         Raises:
             ValueError: several messages would have to be that one system message; a sentence.
         """
-        roles = [message.get("role") for message in messages]
+        roles = [one.get("role") for one in messages if one.get("content") is not None]
         if "developer" in roles and self._knows_no_developer(with_tools):
             if roles.count("developer") + roles.count("system") > 1:
                 raise ValueError(
                     "the model's chat template does not know the role developer, and there is another message of the "
                     "role developer or system; make one message of them"
                 )
-            messages = [{**one, "role": "system"} if one.get("role") == "developer" else one for one in messages]
+            messages = [_rename_developer(one) for one in messages]
         return [self._fit(message, with_tools) for message in messages]
 
     def _knows_no_developer(self, with_tools: bool) -> bool:
@@ -122,6 +122,11 @@ class ChatTemplate:
         parts = loops_over_content(self._source)
         # Whoever loops over a content mostly asks first whether it is a text.
         return Forms(texts=True, parts=parts, one_part=False)
+
+
+def _rename_developer(message: Message) -> Message:
+    says = message.get("role") == "developer" and message.get("content") is not None
+    return {**message, "role": "system"} if says else message
 
 
 def join_texts(content: object) -> str:
