@@ -32,6 +32,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"at": {"type": "string", "description": "What."}}},
     },
 }
+_RESULT: Message = {"tool_call_id": "abcdefghi", "name": "look"}  # of calling it
 _GENERATION_TAGS = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")  # Transformers' own, unknown to Jinja
 
 
@@ -40,6 +41,7 @@ class Forms(NamedTuple):
 
     texts: bool
     parts: bool
+    one_part: bool  # the first of the parts alone; looked at only where the others fail
 
 
 class ChatTemplate:
@@ -61,8 +63,22 @@ class ChatTemplate:
         Parts go as they are to a template that reads parts of this role, and to another joined by line breaks, as vLLM
         joins them. A text goes as it is unless the template reads parts alone. OpenAI's role `developer` is called
         `system` where the template knows the second and not the first.
+
+        Raises:
+            ValueError: several messages would have to be that one system message; a sentence.
         """
+        roles = [one.get("role") for one in messages if one.get("content") is not None]
+        if "developer" in roles and self._knows_no_developer(with_tools):
+            if roles.count("developer") + roles.count("system") > 1:
+                raise ValueError(
+                    "the model's chat template does not know the role developer, and there is another message of the "
+                    "role developer or system; make one message of them"
+                )
+            messages = [_rename_developer(one) for one in messages]
         return [self._fit(message, with_tools) for message in messages]
+
+    def _knows_no_developer(self, with_tools: bool) -> bool:
+        return not any(self._forms("developer", with_tools)) and any(self._forms("system", with_tools))
 
     def _fit(self, message: Message, with_tools: bool) -> dict[str, object]:
         fitted = dict(message)
@@ -70,26 +86,25 @@ class ChatTemplate:
         if content is None:
             return fitted
         forms = self._forms(role, with_tools)
-        if role == "developer" and not any(forms) and any(system := self._forms("system", with_tools)):
-            fitted["role"], forms = "system", system
         if not any(forms):
             forms = self._by_syntax()
-        if isinstance(content, str):
-            fitted["content"] = content if forms.texts else [{"type": "text", "text": content}]
-        elif not forms.parts:
-            fitted["content"] = join_texts(content)
+        if not (forms.parts and isinstance(content, (list, tuple))):
+            text = join_texts(content)
+            fitted["content"] = text if forms.texts else [{"type": "text", "text": text}]
         return fitted
 
     def _try_out(self, role: str, with_tools: bool) -> Forms:
         """The forms that work for messages of this role where such a message may stand; none if nothing shows any."""
         text = f"{_FIRST} {_SECOND}"
         parts = [{"type": "text", "text": _FIRST}, {"type": "text", "text": _SECOND}]
+        one_part = [{"type": "text", "text": text}]
         tools = [_TOOL] if with_tools else None
-        for of_text, of_parts in zip(_conversations(role, text), _conversations(role, parts), strict=True):
-            forms = Forms(self._writes(of_text, tools), self._writes(of_parts, tools))
+        for place in _conversations(role):
+            texts, several = (self._writes(place(content), tools) for content in (text, parts))
+            forms = Forms(texts, several, not (texts or several) and self._writes(place(one_part), tools))
             if any(forms):
                 return forms
-        return Forms(texts=False, parts=False)
+        return Forms(texts=False, parts=False, one_part=False)
 
     def _writes(self, messages: Sequence[Message], tools: Sequence[Message] | None) -> bool:
         """Whether both words come into the prompt."""
@@ -102,7 +117,12 @@ class ChatTemplate:
     def _by_syntax(self) -> Forms:
         parts = loops_over_content(self._source)
         # Whoever loops over a content mostly asks first whether it is a text.
-        return Forms(texts=True, parts=parts)
+        return Forms(texts=True, parts=parts, one_part=False)
+
+
+def _rename_developer(message: Message) -> Message:
+    says = message.get("role") == "developer" and message.get("content") is not None
+    return {**message, "role": "system"} if says else message
 
 
 def join_texts(content: object) -> str:
@@ -116,23 +136,26 @@ def join_texts(content: object) -> str:
     return "\n".join(str(part.get("text", "")) for part in content)
 
 
-def _conversations(role: str, content: object) -> Iterator[Sequence[Message]]:
-    """Places where a message may stand. Many templates want turns to alternate, or a result to follow a call."""
+def _conversations(role: str) -> Iterator[Callable[[object], Sequence[Message]]]:
+    """Places where a message may stand, each of which takes its content. Many templates want turns to alternate, or a
+    result to follow a call."""
     user: Message = {"role": "user", "content": "Hello"}
-    message: Message = {"role": role, "content": content}
     if role == "user":
-        yield [message]
+        yield lambda content: [{"role": role, "content": content}]
         return
     if role != "assistant":
-        yield [message, user]
+        yield lambda content: [{"role": role, "content": content}, user]
     if role == "developer":
         return  # stands first
-    yield [user, message, user]
+    yield lambda content: [user, {"role": role, "content": content}, user]
     if role not in ("assistant", "system"):
-        for arguments in ({"at": "sky"}, '{"at": "sky"}'):
-            call = {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": arguments}}
-            asking: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-            yield [user, asking, {**message, "tool_call_id": "abcdefghi", "name": "look"}]
+        yield lambda content: [user, _call({"at": "sky"}), {**_RESULT, "role": role, "content": content}]
+        yield lambda content: [user, _call('{"at": "sky"}'), {**_RESULT, "role": role, "content": content}]
+
+
+def _call(arguments: object) -> Message:
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def loops_over_content(source: str) -> bool:

@@ -62,7 +62,8 @@ def with_authors_sampling(recipe: Recipe, model: str, *, say: bool) -> Recipe:
     folder = model if recipe.generation_config == "auto" else recipe.generation_config
     path = Path(folder) / _FILE
     if recipe.generation_config != "auto" and not path.is_file():
-        raise EngineError(f"there is no {path}: --generation-config must be auto, none, or a folder that has one")
+        hint = "; what vLLM calls vllm is none, with --temperature 1" if recipe.generation_config == "vllm" else ""
+        raise EngineError(f"there is no {path}: --generation-config must be auto, none, or a folder that has one{hint}")
     given = read_generation_config(folder)
     values = {name: given[name] for name in _TAKEN if name in given}
     if "temperature" not in values and any(name in given for name in _OF_SAMPLING):

@@ -148,7 +148,9 @@ class PromptReader:
         if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
             self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most)
         if "temperature" not in request.sampling and not self._recipe.knows_temperature:
-            self._say_once(row, "neither the body nor the model sets a %s: its answer is greedy", "temperature")
+            self._say_once(
+                row, "neither the body nor generation_config.json sets %s: its answer is greedy", "temperature"
+            )
         params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
         text = request.text or ""
         if request.messages is not None:

@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +64,14 @@ class Family:
             return None
 
 
-class Families:
-    """The families, each made in `folder` when it is first asked for."""
+_MADE: dict[str, Family] = {}
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.family = cache(self._make)
 
-    def _make(self, name: str) -> Family:
-        return Family(name, self._folder / name)
+def family(name: str, folder: Path) -> Family:
+    """The family of that name, made once a process, by way of files in `folder`."""
+    if name not in _MADE:
+        _MADE[name] = Family(name, folder / name)
+    return _MADE[name]
 
 
 def parts(*texts: str) -> list[dict[str, object]]:

@@ -17,8 +17,8 @@ from tests.conversations import (
     PARTS_ALONE,
     TEMPLATES,
     TOOL,
-    Families,
     families,
+    family,
     joined,
     parts,
     save,
@@ -53,29 +53,24 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    return Families(tmp_path_factory.mktemp("families"))
-
-
-def chat(made: Families, name: str, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str | None:
+def chat(folder: Path, name: str, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str | None:
     try:
-        return made.family(name).encoder.chat(messages, **kwargs)
+        return family(name, folder).encoder.chat(messages, **kwargs)
     except ValueError:
         return None
 
 
 @pytest.mark.parametrize("name", families())
-def test_texts_are_rendered_as_transformers_renders_them(made: Families, name: str) -> None:
+def test_texts_are_rendered_as_transformers_renders_them(tmp_path: Path, name: str) -> None:
     variables: list[dict[str, Any]] = [{}, {"tools": [TOOL]}, {"enable_thinking": False}]
     for messages in CONVERSATIONS.values():
         as_read = split(messages) if name in PARTS_ALONE else messages
         for kwargs in variables:
-            assert chat(made, name, messages, **kwargs) == made.family(name).rendered(as_read, **kwargs)
+            assert chat(tmp_path, name, messages, **kwargs) == family(name, tmp_path).rendered(as_read, **kwargs)
 
 
 @pytest.mark.parametrize("name", families())
-def test_parts_are_joined_as_transformers_joins_them_or_else_by_line_breaks(made: Families, name: str) -> None:
+def test_parts_are_joined_as_transformers_joins_them_or_else_by_line_breaks(tmp_path: Path, name: str) -> None:
     """Only where a template reads no parts does a line break stand between them, as vLLM has it."""
     messages = [
         {"role": "user", "content": parts("First part. ", "Second part.")},
@@ -83,13 +78,15 @@ def test_parts_are_joined_as_transformers_joins_them_or_else_by_line_breaks(made
         {"role": "user", "content": parts(" Three", "four", "")},
     ]
     as_read = messages if name in (*PARTS_ALONE, *EITHER) else joined(messages)
-    assert chat(made, name, messages) == made.family(name).rendered(as_read)
+    assert chat(tmp_path, name, messages) == family(name, tmp_path).rendered(as_read)
 
 
 @pytest.mark.parametrize("name", families())
-def test_no_part_of_a_system_message_is_lost(made: Families, name: str) -> None:
+def test_no_part_of_a_system_message_is_lost(tmp_path: Path, name: str) -> None:
     """Some templates read parts of a user's message, but of a system message only a text, or its first part."""
-    text = chat(made, name, [{"role": "system", "content": parts("One.", "Two.")}, {"role": "user", "content": "Hi"}])
+    text = chat(
+        tmp_path, name, [{"role": "system", "content": parts("One.", "Two.")}, {"role": "user", "content": "Hi"}]
+    )
     if text is None:
         assert name == "gemma-2"  # which knows no system
         return
@@ -99,15 +96,23 @@ def test_no_part_of_a_system_message_is_lost(made: Families, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", families())
-def test_a_developer_is_a_system_where_the_template_knows_only_that(made: Families, name: str) -> None:
+def test_a_developer_is_a_system_where_the_template_knows_only_that(tmp_path: Path, name: str) -> None:
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     as_read = split(messages) if name in PARTS_ALONE else messages
-    text, own = chat(made, name, messages), made.family(name).rendered(as_read)
+    text, own = chat(tmp_path, name, messages), family(name, tmp_path).rendered(as_read)
     if own is not None and "Be brief." in own:
         assert text == own
     else:
-        assert text == made.family(name).rendered([{**messages[0], "role": "system"}, messages[1]])
+        assert text == family(name, tmp_path).rendered([{**messages[0], "role": "system"}, messages[1]])
         assert (text is None) == (name == "gemma-2")  # which knows neither
+
+
+def test_a_developer_beside_a_system_is_not_made_a_second_one(tmp_path: Path) -> None:
+    """A template may keep the last system message alone."""
+    messages = [{"role": role, "content": "Hi"} for role in ("system", "developer", "user")]
+    with pytest.raises(ValueError, match="does not know the role developer, and there is another message"):
+        family("deepseek-r1", tmp_path).encoder.chat(messages)
+    assert chat(tmp_path, "chatml", messages) == family("chatml", tmp_path).rendered(messages)
 
 
 def test_a_family_that_reads_parts_has_a_loop_over_them() -> None:
@@ -142,6 +147,12 @@ def test_where_no_conversation_can_be_tried_out_the_syntax_decides() -> None:
     assert looping.fit([message], with_tools=False) == [message]
     flat = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", refuse)
     assert flat.fit([message], with_tools=False) == [{"role": "user", "content": "a\nb"}]
+
+
+def test_a_template_that_reads_the_first_part_alone_gets_all_of_them_as_one(tmp_path: Path) -> None:
+    encoder = HfEncoder(str(save(tmp_path, "{{ messages[0].content[0].text }}")))
+    assert encoder.chat([{"role": "user", "content": parts("One.", "Two.")}]) == "One.\nTwo."
+    assert encoder.chat([{"role": "user", "content": "One."}]) == "One."
 
 
 NAMED = [{"name": "default", "template": "plain {{ messages[0].content }}"},
@@ -188,7 +199,7 @@ def test_a_tokenizers_template_that_is_none_is_one_sentence(tmp_path: Path, give
         HfEncoder(str(save(tmp_path, given)))
 
 
-def test_random_conversations_lose_no_word(made: Families) -> None:
+def test_random_conversations_lose_no_word(tmp_path: Path) -> None:
     """A few seeds of the fuzzer, which runs thousands."""
-    outcomes = {case(seed, made) for seed in range(1000)}
+    outcomes = {case(seed, tmp_path) for seed in range(1000)}
     assert outcomes >= {"good", "faulty", "refused"}

@@ -124,7 +124,7 @@ def test_a_body_wins_over_the_author_and_the_authors_length_goes_as_far_as_the_c
 
 
 def test_who_gets_a_greedy_answer_without_having_asked_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    told = "neither the body nor the model sets a"
+    told = 'neither the body nor generation_config.json sets "temperature": its answer is greedy'
     asked = Recipe(generation_config="auto", chosen=frozenset({"temperature"}))
     for recipe, body in ((Recipe(), {}), (asked, {}), (Recipe(generation_config="auto"), {"temperature": 0})):
         read(recipe, body)
