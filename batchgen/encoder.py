@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from batchgen import architectures
 from batchgen.engine import EngineError
 from batchgen.generation_config import read_generation_config
 from batchgen.types import Tokens
@@ -122,6 +123,8 @@ def _read_config(model: str) -> Any:
         config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise EngineError(f"the config of the model in {model} cannot be used: {error}") from error
+    if why := architectures.why_refused(config):
+        raise EngineError(f"models of type {config.model_type}, as the one in {model} is, are not run: {why}")
     return config
 
 

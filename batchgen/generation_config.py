@@ -20,7 +20,9 @@ def read_generation_config(model: str) -> dict[str, object]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise EngineError(f"{path} cannot be read: {error.strerror or error}. Look at who may read the model") from error
+        raise EngineError(
+            f"{path} cannot be read: {error.strerror or error}. Look at who may read the model"
+        ) from error
     except json.JSONDecodeError as error:
         raise EngineError(
             f"{path} is no JSON: line {error.lineno}, column {error.colno}: {error.msg}. Mend the file, or copy it "

@@ -114,9 +114,7 @@ def parameters(config: Any, dtype: torch.dtype) -> Parameters:
     """
     make = architectures.auto_class(config)
     if make is None:
-        raise EngineError(
-            f"Transformers has no language model of type {config.model_type}; choose another model"
-        )
+        raise EngineError(f"Transformers has no language model of type {config.model_type}; choose another model")
     # Imports the model's module, which must not happen inside the block: its constants would be on the meta device.
     architectures.model_class(config)
     with torch.device("meta"):
