@@ -1,4 +1,4 @@
-"""A tiny model through each engine, in batches: token for token what Transformers' own `generate` says of each row alone?"""
+"""A tiny model through each engine, in batches, and Transformers' own `generate` of each row alone, token for token."""
 
 from __future__ import annotations
 
