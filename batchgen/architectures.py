@@ -30,19 +30,39 @@ _UNPADDED = frozenset(
         "plbart",
         "prophetnet",
         "recurrent_gemma",
-        "reformer",
         "rwkv",
         "trocr",
         "unlimited_ocr",
         "whisper",
         "xlnet",
+        "xlstm",
     }
 )
+
+_FROM_A_PICTURE = "Transformers generates with it from a picture alone, and batchgen gives rows of text"
+_WITH_AN_ENCODER = "it answers a text that an encoder reads and does not continue one, and batchgen runs models that do"
+# Why models of these kinds answer no rows of text.
+_REFUSED = {
+    **dict.fromkeys(("blip", "blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2"), _FROM_A_PICTURE),
+    **dict.fromkeys(("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop"), _WITH_AN_ENCODER),
+    "vision-encoder-decoder": _WITH_AN_ENCODER,
+    "blt": "its config does not say how many layers it has, without which Transformers makes no cache for it",
+    "diffusion_gemma": "it fills in blocks of text, and Transformers does not let it continue a text token by token",
+    "pi0": "it moves a robot, and generates no text",
+    "reformer": "its attention groups tokens by random numbers, so that no text of it can be generated twice, and its "
+    "cache in Transformers does not know padding",
+    "shieldgemma2": "it judges pictures, and generates no text",
+}
+
+
+def why_refused(config: Any) -> str:
+    """Why a model of this config answers no rows of text; "" if it does."""
+    return _REFUSED.get(config.model_type, "")
 
 
 def can_pad(config: Any) -> bool:
     """Whether rows of different lengths can be in one batch."""
-    return config.model_type not in _UNPADDED
+    return not {config.model_type, config.get_text_config().model_type} & _UNPADDED
 
 
 def auto_class(config: Any) -> Any:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from batchgen import architectures, finite, loading, memory, selftest
 from batchgen.decoding import Agreed, Peers, Sampler
 from batchgen.encoder import HfEncoder
-from batchgen.engine import OutOfStep
+from batchgen.engine import EngineError, OutOfStep
 from batchgen.finite import NotFinite
 from batchgen.likelihood import Recorder
 from batchgen.selftest import SelfTest
@@ -24,6 +25,9 @@ from batchgen.stopping import Stopper, StopTexts, generation
 from batchgen.types import Batch, Prompt
 
 __all__ = ["HfEncoder", "Peers", "StaticBatches"]
+
+# What code of Transformers raises that does not fit a model's config. Not RuntimeError, which devices and ranks raise.
+_BROKEN = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
 class _Abandoned(Exception):
@@ -221,14 +225,12 @@ class StaticBatches:
             choosers.append(Agreed(self._peers.tokens))
         recorder = Recorder(batch, choosers, self._device)
         config = self._configuration(max(prompt.params.max_new_tokens for prompt in batch), end=True)
-        with torch.inference_mode():
-            output = self._model.generate(
-                **inputs,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([not_finite, *([recorder] if recorder.needed else choosers)]),
-                stopping_criteria=StoppingCriteriaList([stopper]),
-                **self._generate_kwargs,
-            )
+        output = self._call(
+            inputs,
+            config,
+            logits_processor=LogitsProcessorList([not_finite, *([recorder] if recorder.needed else choosers)]),
+            stopping_criteria=StoppingCriteriaList([stopper]),
+        )
         if stopper.abandoned:
             raise _Abandoned
         rows = output[:, width:].tolist()
@@ -253,10 +255,28 @@ class StaticBatches:
     def _generate_alone(self, prompt: Prompt, count: int) -> list[int]:
         """`count` tokens behind `prompt`, chosen greedily, with nothing beside it."""
         config = self._configuration(count, end=False)
-        with torch.inference_mode():
-            output = self._model.generate(**self._pad([prompt]), generation_config=config, **self._generate_kwargs)
+        output = self._call(self._pad([prompt]), config)
         tokens: list[int] = output[0, len(prompt.tokens) :].tolist()
         return tokens
+
+    def _call(self, inputs: Mapping[str, torch.Tensor], config: GenerationConfig, **more: Any) -> torch.Tensor:
+        """`model.generate`: token ids, [rows, longest prompt and new tokens].
+
+        Raises:
+            EngineError: Transformers has a model of this kind, but cannot generate with it.
+        """
+        try:
+            with torch.inference_mode():
+                output: torch.Tensor = self._model.generate(
+                    **inputs, generation_config=config, **more, **self._generate_kwargs
+                )
+        except _BROKEN as error:
+            raise EngineError(
+                f"Transformers {transformers.__version__} cannot generate with this model, which is of type "
+                f"{self._encoder.config.model_type}: {type(error).__name__}: {' '.join(str(error).split())}. Another "
+                "version may; or choose another model"
+            ) from error
+        return output
 
     def _configuration(self, new_tokens: int, *, end: bool) -> GenerationConfig:
         """Greedy, up to so many tokens, or to the `end` of each row; what else is asked for comes in processors."""

@@ -154,12 +154,47 @@ def test_bloom_has_no_limit_unless_its_config_names_one(tiny_bloom: Path, tmp_pa
     assert HfEncoder(str(folder_with({"seq_length": 2048}, tiny_bloom, tmp_path / "bloom"))).context == 2048
 
 
+@pytest.mark.parametrize(
+    ("whole", "part", "generation", "ends"),
+    [
+        (None, 9, None, [2, 9]),
+        (7, 9, None, [2, 7]),
+        (None, 9, 8, [2, 8]),
+        (7, 9, [8, 6], [2, 6, 7, 8]),
+    ],
+)
+def test_the_text_part_of_a_model_that_sees_says_where_texts_end_if_nobody_else_does(
+    tiny_llama: Path, tmp_path: Path, whole: int | None, part: int, generation: object, ends: list[int]
+) -> None:
+    text = json.loads((tiny_llama / "config.json").read_text()) | {"eos_token_id": part, "vocab_size": 250}
+    config = {"model_type": "llava", "text_config": text, "eos_token_id": whole, "vocab_size": None}
+    folder = folder_with(config, tiny_llama, tmp_path / "sees")
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    encoder = HfEncoder(str(folder))
+    assert (encoder.end_tokens, encoder.vocabulary, encoder.context) == (ends, 250, 512)
+
+
+@pytest.mark.parametrize("kind", ["codegen", "cpmant", "qwen3_vl"])
+def test_a_config_that_has_no_field_for_special_tokens_is_read(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / kind
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(tiny_llama / "tokenizer_config.json", folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    encoder = HfEncoder(str(folder))
+    assert 2 in encoder.end_tokens
+    assert encoder.pad_token == 0
+
+
 def test_a_folder_without_a_model_is_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"holds no config\.json"):
         HfEncoder(str(tmp_path / "missing"))
     strange = folder_with({"model_type": "unheard_of"}, tiny_llama, tmp_path / "strange")
     with pytest.raises(EngineError, match="unheard_of"):
         HfEncoder(str(strange))
+    painter = folder_with({"model_type": "blip"}, tiny_llama, tmp_path / "painter")
+    with pytest.raises(EngineError, match="models of type blip.* Transformers generates with it from a picture alone"):
+        HfEncoder(str(painter))
     mute = folder_with({}, tiny_llama, tmp_path / "mute")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         os.remove(mute / name)

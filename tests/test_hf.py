@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import BartConfig, BartForCausalLM
 
+from batchgen.engine import EngineError
 from batchgen.types import Prompt, SamplingParams
 from tests import models
 from tests.models import Model, random_prompts
@@ -208,6 +210,20 @@ def test_a_stop_request_before_the_first_batch_pulls_nothing(llama: Model) -> No
     prompts = iter(random_prompts(3))
     assert list(llama.batches.run(prompts, lambda: True)) == []
     assert len(list(prompts)) == 3
+
+
+def test_a_model_that_transformers_cannot_generate_with_is_one_sentence(tmp_path: Path) -> None:
+    # Its cache has as many layers as the encoder, which a decoder alone does not have.
+    sizes = {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "encoder_layers": 1,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 32,
+    }
+    folder = models.save(tmp_path / "bart", lambda size: BartForCausalLM(BartConfig(vocab_size=size, **sizes)))
+    with pytest.raises(EngineError, match="cannot generate with this model, which is of type bart: IndexError"):
+        Model(folder).run(random_prompts(3))
 
 
 def test_any_other_error_leaves(tiny_llama: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, FalconConfig, LlamaConfig, MambaConfig
+from transformers import BloomConfig, FalconConfig, Gemma3nTextConfig, Gemma4TextConfig, LlamaConfig, MambaConfig
 
 from batchgen.memory import (
     SizeLimits,
@@ -132,3 +132,26 @@ def test_the_peak_of_a_process_without_a_gpu_is_its_resident_memory() -> None:
     before = take_peak_bytes([CPU])
     ballast = torch.ones(64 * 2**20, dtype=torch.uint8)
     assert take_peak_bytes([CPU]) >= max(before, ballast.numel())
+
+
+def test_sizes_that_differ_by_layer_count_as_the_largest() -> None:
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    gemma4 = Gemma4TextConfig(
+        head_dim=8,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        num_hidden_layers=2,
+        **small,
+    )
+    assert cached_heads(gemma4) == (2, 16)
+    each = [
+        bytes_per_row(
+            Gemma3nTextConfig(intermediate_size=inner, num_hidden_layers=2, num_kv_shared_layers=0, **small),
+            prompt_tokens=5,
+            new_tokens=5,
+            item_bytes=4,
+            eager=False,
+        )
+        for inner in (128, [64, 128])
+    ]
+    assert each[0] == each[1]

@@ -136,6 +136,8 @@ def check_generates(model: Path, config: Any) -> None:
             f"the model in {model} is an encoder, which cannot continue a text: config.json says "
             f"use_bidirectional_attention ({kind}); choose another model"
         )
+    if why := architectures.why_refused(config):
+        raise ModelError(f"models of type {kind}, as the one in {model} is, are not run: {why}")
     if architectures.auto_class(config) is None:
         raise ModelError(
             f"the model in {model} is of type {kind}, of which Transformers {transformers.__version__} has no causal "

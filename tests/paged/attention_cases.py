@@ -34,7 +34,14 @@ class Case:
 
 
 DECODING = (1, 5, 16, 17, 64, 65, 200)  # tokens of each sequence
-PARTS = ((3, 3), (70, 70), (20, 90), (130, 131), (1, 33), (10, 300))  # tokens of the part, and of its sequence with them
+PARTS = (
+    (3, 3),
+    (70, 70),
+    (20, 90),
+    (130, 131),
+    (1, 33),
+    (10, 300),
+)  # tokens of the part, and of its sequence with them
 
 
 def case(

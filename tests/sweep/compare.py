@@ -1,4 +1,4 @@
-"""A tiny model through each engine, in batches: token for token what Transformers' own `generate` says of each row alone?"""
+"""A tiny model through each engine, in batches, and Transformers' own `generate` of each row alone, token for token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.sweep.kinds import build
 from tests.sweep.sizes import BEGIN, END, PAD, UNKNOWN, VOCABULARY
 
 ENGINES = ("accelerate", "ds-zero", "ds-inference", "paged")
-_ROWS, _BATCH, _SEEDS = 10, 5, 6
+_ROWS, _SEEDS = 10, 6
 _FIRST_LETTER = 0x4E00  # the tokens' texts, one character each: equal texts are equal tokens
 
 Texts = Mapping[str, Generation]  # by the row's id
@@ -138,7 +138,7 @@ def compare(name: str, folder: Path, expected: Texts | None) -> Outcome:
     """What becomes of the model in `folder` with the engine of that name, the self-test included."""
     kind = engine.find(name)
     try:
-        with kind(Setup(str(folder), "float32", _BATCH, World()), kind.Options()) as made:
+        with kind(Setup(str(folder), "float32", None, World()), kind.Options()) as made:
             batches = list(made.generate(iter(rows()), lambda: False))
     except UserError as error:
         return Outcome("refused", str(error).replace(str(folder), "FOLDER"))

@@ -113,6 +113,11 @@ OWN: dict[str, dict[str, Any]] = {
             "latent_channels": 32,
         },
     },
+    "camembert": {"initializer_range": 1.0},
+    "data2vec-text": {"initializer_range": 1.0},
+    "roberta": {"initializer_range": 1.0},
+    "roformer": {"initializer_range": 1.0},
+    "xlm-roberta": {"initializer_range": 1.0},
     "emu3": {
         "vocabulary_map": {"<image>": 4},
         "vq_config": {
@@ -158,9 +163,10 @@ OWN: dict[str, dict[str, Any]] = {
         "pronunciation_vocab_size": 128,
         "shape_embed_dim": 16,
         "pronunciation_embed_dim": 16,
+        "initializer_range": 1.0,
     },
-    "xlm": {"emb_dim": 32, "causal": True},
-    "xlstm": {"qk_dim_factor": 1.0},
+    "xlm": {"emb_dim": 32, "init_std": 1.0, "embed_init_std": 1.0, "causal": True},
+    "xlstm": {"hidden_size": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -169,7 +175,12 @@ OWN: dict[str, dict[str, Any]] = {
     "glm46v": {"text_config": _PLACES},
     "glm4v": {"text_config": _PLACES},
     "glm_ocr": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}, "head_dim": 16}},
-    "glmga": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}, "head_dim": 16}},
+    "glmga": {
+        "text_config": {
+            "rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+            "head_dim": 16,
+        }
+    },
     "glm4v_moe": {"text_config": {"head_dim": 16, **_PLACES}},
     "paddleocr_vl": {"text_config": _PLACES},
     "qwen2_vl": {"text_config": _PLACES},
@@ -190,7 +201,7 @@ OWN: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {
         "text_config": {
             "moe_intermediate_size": [32, 32],
-            **_PLACES,
+            "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
             "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
         }
     },

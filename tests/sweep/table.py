@@ -15,19 +15,19 @@ PAGE = Path("docs/models.md")
 
 _TOP = """# Which models run
 
-`scripts/sweep --write` has written this page, with Transformers {version}. It builds a tiny random model of every kind that
-Transformers continues a text with (`model_type` in config.json), runs rows of different lengths through each engine in
-batches, greedily and in float32 on one rank of a CPU, and compares them with Transformers' own `generate` of each row alone,
-token for token.
+`scripts/sweep --write` has written this page, with Transformers {version}. It builds a tiny random model of every kind
+that Transformers continues a text with (`model_type` in config.json), runs rows of different lengths through each
+engine in batches, greedily and in float32 on one rank of a CPU, and compares them with Transformers' own `generate` of
+each row alone, token for token.
 
 * **yes**: every row is what it is alone.
-* **no**: the engine refuses the model before it loads any weights, with a sentence that says why.
-* **alone**: in the column "padded", rows of these kinds change when they are padded, in Transformers itself. A batch holds
-  rows of equal length alone, which is slower where few rows have the same length.
-* **sees**: the kind takes pictures too. Its language part answers rows of text; a row with a picture is refused.
+* **no**: the engine refuses the model before it loads any weights, and says why.
+* **alone**, in the column "padded": rows of these kinds change when they are padded, in Transformers itself. A batch
+  holds rows of equal length, which is slower where few rows have the same length.
+* **sees**: the kind takes pictures too. Its language part answers rows of text.
 
-More than one rank for a model (`--tp`) is a question of its own: README.md, "Engines". `--engine auto` takes none of the
-engines that say no here.
+More than one rank for a model (`--tp`) is a question of its own: README.md, "Engines". `--engine auto` takes none of
+the engines that say no here.
 """
 
 
@@ -39,7 +39,7 @@ def write(swept: Sequence[Swept]) -> None:
     rest = [one for one in swept if not one.outcomes]
     text += f"\n## {len(compared)} kinds that run\n\n| `model_type` | {' | '.join(ENGINES)} | padded | |\n"
     text += f"|---|{'---|' * (len(ENGINES) + 2)}\n" + "".join(map(_row, sorted(compared, key=lambda one: one.kind)))
-    text += f"\n## {len(refused)} kinds that no engine takes\n\n| `model_type` | what `--engine accelerate` says |\n|---|---|\n"
+    text += f"\n## {len(refused)} kinds that no engine takes\n\n| `model_type` | what engines say |\n|---|---|\n"
     for one in sorted(refused, key=lambda one: one.kind):
         text += f"| `{one.kind}` | {_cell(_outcome(one, 'accelerate').detail)} |\n"
     text += (

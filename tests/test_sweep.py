@@ -1,0 +1,72 @@
+"""Models of different character through engine `accelerate`; scripts/sweep takes every kind through every engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from batchgen import architectures
+from tests.sweep.compare import ENGINES, Outcome, judge, sweep
+from tests.sweep.kinds import ALL, CAUSAL, SEEING
+
+KINDS = (
+    "bloom",  # biases by distance in place of positions
+    "gpt2",  # learned positions
+    "bart",  # learned positions that it counts by itself, padding too
+    "roberta",  # a forward over the whole row counts other positions than `generate` does
+    "gemma3_text",  # windows and whole attention in turn
+    "qwen3_moe",  # experts
+    "mamba",  # a state in place of attention
+    "granitemoehybrid",  # both
+    "rwkv",  # a state that takes in what a row is padded with
+    "mistral3",  # sees
+    "qwen2_5_vl",  # sees, and has positions in time, height and width
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_in_a_batch_is_what_it_is_alone(kind: str, tmp_path: Path) -> None:
+    swept = sweep(kind, ["accelerate"], tmp_path)
+    assert swept.varies
+    assert swept.outcomes == {"accelerate": Outcome("equal")}
+    assert swept.chosen == ("paged" if kind == "bloom" else "accelerate")
+
+
+def test_a_model_that_sees_runs_or_is_refused_with_every_engine(tmp_path: Path) -> None:
+    found = sweep("idefics3", ENGINES, tmp_path).outcomes
+    assert {name: outcome.word for name, outcome in found.items()} == dict.fromkeys(ENGINES, "equal") | {
+        "paged": "refused"
+    }
+    assert "--engine paged does not cover models of type idefics3" in found["paged"].detail
+
+
+@pytest.mark.parametrize("kind", ["bart", "rwkv"])
+def test_padding_that_changes_a_row_is_found(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "_UNPADDED", frozenset())
+    (outcome,) = sweep(kind, ["accelerate"], tmp_path).outcomes.values()
+    assert outcome.word == "refused"
+    assert outcome.detail.startswith("self-test: ")
+
+
+@pytest.mark.parametrize("kind", ["blip", "t5gemma2", "reformer"])
+def test_a_kind_that_does_not_continue_texts_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    (outcome,) = sweep(kind, ["accelerate"], tmp_path).outcomes.values()
+    assert outcome.word == "refused"
+    assert f"models of type {kind}" in outcome.detail
+
+
+def test_another_text_differs(tmp_path: Path) -> None:
+    from tests.sweep.compare import Generation
+
+    one = Generation(0, "a", "text", "stop", 3, 5, None, {})
+    assert judge({"a": one}, {"a": one}).word == "equal"
+    for changed in ({"text": "test"}, {"generated_tokens": 6}, {"finish_reason": "length"}):
+        other = Generation(**{**{name: getattr(one, name) for name in Generation.__slots__}, **changed})
+        assert judge({"a": one}, {"a": other}).word == "differs"
+    assert judge({"a": one}, {}).word == "differs"
+
+
+def test_what_is_refused_or_not_padded_is_a_kind_that_transformers_has() -> None:
+    assert not (set(architectures._UNPADDED) | set(architectures._REFUSED)) - set(ALL)
+    assert set(KINDS) <= set(CAUSAL) | set(SEEING)
