@@ -9,6 +9,7 @@ import inspect
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,7 @@ class StaticBatches:
         for length, rows in (limits or {}).items():
             self._limits.remember(length, rows)
         self._held: Prompt | None = None
+        self._has_generated = False
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         loading.read_head_once(model)
 
@@ -191,7 +193,10 @@ class StaticBatches:
             fits = not self._peers.any_rank(not fits)
         try:
             if fits:
-                return self.generate(batch, stop)
+                with nullcontext() if self._has_generated else loading.refuse_model(self._encoder.config):
+                    finished = self.generate(batch, stop)
+                self._has_generated = True
+                return finished
         except OutOfStep as error:
             error.length, error.rows = sum(_lengths(batch)), len(batch)
             raise

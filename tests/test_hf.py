@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from batchgen.definition.errors import ModelError
 from batchgen.types import Prompt, SamplingParams
 from tests import models
 from tests.models import Model, random_prompts
@@ -210,9 +211,12 @@ def test_a_stop_request_before_the_first_batch_pulls_nothing(llama: Model) -> No
     assert len(list(prompts)) == 3
 
 
-def test_any_other_error_leaves(tiny_llama: Path) -> None:
+def test_an_error_of_the_first_batch_is_the_models_and_any_other_error_leaves(tiny_llama: Path) -> None:
     model = Model(tiny_llama)
     outside = dataclasses.replace(random_prompts(1)[0], tokens=[1, 10**6])
+    with pytest.raises(ModelError, match=r"cannot generate with the model in .*llama \(llama\): IndexError: index out"):
+        model.run([outside])
+    model.run(random_prompts(1))
     with pytest.raises(IndexError):
         model.run([outside])
 
