@@ -9,9 +9,8 @@ import zipfile
 
 def safetensors(content: bytes = b"weights") -> bytes:
     """A file of safetensors with one tensor of these bytes."""
-    header = json.dumps(
-        {"buffer": {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}
-    ).encode()
+    buffer = {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}
+    header = json.dumps({"buffer": buffer}).encode()
     return len(header).to_bytes(8, "little") + header + content
 
 
