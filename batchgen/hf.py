@@ -8,16 +8,16 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from batchgen import architectures, finite, loading, memory, selftest
 from batchgen.decoding import Agreed, Peers, Sampler
 from batchgen.encoder import HfEncoder
-from batchgen.engine import EngineError, OutOfStep
+from batchgen.engine import OutOfStep
 from batchgen.finite import NotFinite
 from batchgen.likelihood import Recorder
 from batchgen.selftest import SelfTest
@@ -25,9 +25,6 @@ from batchgen.stopping import Stopper, StopTexts, generation
 from batchgen.types import Batch, Prompt
 
 __all__ = ["HfEncoder", "Peers", "StaticBatches"]
-
-# What code of Transformers raises that does not fit a model's config. Not RuntimeError, which devices and ranks raise.
-_BROKEN = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
 class _Abandoned(Exception):
@@ -93,6 +90,7 @@ class StaticBatches:
         for length, rows in (limits or {}).items():
             self._limits.remember(length, rows)
         self._held: Prompt | None = None
+        self._has_generated = False
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         loading.read_head_once(model)
 
@@ -183,7 +181,10 @@ class StaticBatches:
             fits = not self._peers.any_rank(not fits)
         try:
             if fits:
-                return self.generate(batch, stop)
+                with nullcontext() if self._has_generated else loading.refuse_model(self._encoder.config):
+                    finished = self.generate(batch, stop)
+                self._has_generated = True
+                return finished
         except OutOfStep as error:
             error.length, error.rows = sum(_lengths(batch)), len(batch)
             raise
@@ -260,22 +261,11 @@ class StaticBatches:
         return tokens
 
     def _call(self, inputs: Mapping[str, torch.Tensor], config: GenerationConfig, **more: Any) -> torch.Tensor:
-        """`model.generate`: token ids, [rows, longest prompt and new tokens].
-
-        Raises:
-            EngineError: Transformers has a model of this kind, but cannot generate with it.
-        """
-        try:
-            with torch.inference_mode():
-                output: torch.Tensor = self._model.generate(
-                    **inputs, generation_config=config, **more, **self._generate_kwargs
-                )
-        except _BROKEN as error:
-            raise EngineError(
-                f"Transformers {transformers.__version__} cannot generate with this model, which is of type "
-                f"{self._encoder.config.model_type}: {type(error).__name__}: {' '.join(str(error).split())}. Another "
-                "version may; or choose another model"
-            ) from error
+        """`model.generate`: token ids, [rows, longest prompt and new tokens]."""
+        with torch.inference_mode():
+            output: torch.Tensor = self._model.generate(
+                **inputs, generation_config=config, **more, **self._generate_kwargs
+            )
         return output
 
     def _configuration(self, new_tokens: int, *, end: bool) -> GenerationConfig:

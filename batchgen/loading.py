@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,6 +29,10 @@ HOLLOW = "hollow.json"  # in the folder of a model whose weight files are empty:
 
 _repeated = sdpa_attention.repeat_kv
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+# What the code of a model raises that it was not written for, and words of errors that are the machine's.
+_OF_CODE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+_OF_MACHINE = re.compile(r"gloo|nccl|cuda|cublas|cudnn|triton", re.IGNORECASE)
 
 FLOATING = ("float32", "bfloat16", "float16")
 
@@ -113,6 +118,26 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
         for name, parameter in loaded.named_parameters():
             fill(name, parameter, spread)
     return loaded.eval()
+
+
+@contextmanager
+def refuse_model(config: Any) -> Iterator[None]:
+    """Turns an error of the model's own code, in the first batch that it generates, into a ModelError.
+
+    The next start would meet it again. Out of memory, a GPU that fails and ranks that are lost are no fault of the
+    model, and leave as they are.
+    """
+    try:
+        yield
+    except _OF_CODE as error:
+        lost = isinstance(error, torch.distributed.DistError) or _OF_MACHINE.search(str(error))
+        if lost or memory.is_out_of_memory(error):
+            raise
+        name = type(error).__name__
+        raise ModelError(
+            f"Transformers cannot generate with the model in {config.name_or_path} ({config.model_type}): {name}: "
+            f"{one_line(error).removeprefix(f'{name}: ')}. Choose another model"
+        ) from error
 
 
 def _check_report(model: str, config: Any, report: Mapping[str, Any]) -> None:

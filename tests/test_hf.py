@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import BartConfig, BartForCausalLM
 
-from batchgen.engine import EngineError
+from batchgen.definition.errors import ModelError
 from batchgen.types import Prompt, SamplingParams
 from tests import models
 from tests.models import Model, random_prompts
@@ -222,13 +222,16 @@ def test_a_model_that_transformers_cannot_generate_with_is_one_sentence(tmp_path
         "decoder_ffn_dim": 32,
     }
     folder = models.save(tmp_path / "bart", lambda size: BartForCausalLM(BartConfig(vocab_size=size, **sizes)))
-    with pytest.raises(EngineError, match="cannot generate with this model, which is of type bart: IndexError"):
+    with pytest.raises(ModelError, match=r"cannot generate with the model in .*bart \(bart\): IndexError"):
         Model(folder).run(random_prompts(3))
 
 
-def test_any_other_error_leaves(tiny_llama: Path) -> None:
+def test_an_error_of_the_first_batch_is_the_models_and_any_other_error_leaves(tiny_llama: Path) -> None:
     model = Model(tiny_llama)
     outside = dataclasses.replace(random_prompts(1)[0], tokens=[1, 10**6])
+    with pytest.raises(ModelError, match=r"cannot generate with the model in .*llama \(llama\): IndexError: index out"):
+        model.run([outside])
+    model.run(random_prompts(1))
     with pytest.raises(IndexError):
         model.run([outside])
 

@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.weights import pickled, safetensors
+
 ROOT = Path(__file__).parents[1]
 COMMIT, OLDER = "a" * 40, "b" * 40
 TOKEN = "hf_a_very_secret_token"
@@ -32,7 +34,7 @@ SHARDS = ["model_00001-of-00002.safetensors", "model_00002-of-00002.safetensors"
 REPOSITORIES = {
     "org/one": {
         **DEFINITION,
-        "model.safetensors": b"safe",
+        "model.safetensors": safetensors(),
         "pytorch_model.bin": b"not needed",
         "original/tokenizer.model": b"not needed",
         "onnx/model.onnx": b"not needed",
@@ -41,14 +43,14 @@ REPOSITORIES = {
     "org/shards": {
         **DEFINITION,
         "model.safetensors.index.json": json.dumps({"weight_map": {"x": SHARDS[0], "y": SHARDS[1]}}).encode(),
-        SHARDS[0]: b"first",
-        SHARDS[1]: b"second",
+        SHARDS[0]: safetensors(b"first"),
+        SHARDS[1]: safetensors(b"second"),
         "pytorch_model.bin": b"not needed",
     },
-    "org/bin": {**DEFINITION, "pytorch_model.bin": b"pickled"},
+    "org/bin": {**DEFINITION, "pytorch_model.bin": pickled()},
     "org/gguf": {**DEFINITION, "model.gguf": b"other"},
     "org/data": {"data.csv": b"1,2"},
-    "org/gated": {**DEFINITION, "model.safetensors": b"safe"},
+    "org/gated": {**DEFINITION, "model.safetensors": safetensors()},
 }
 
 

@@ -6,8 +6,6 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from batchgen.definition.errors import ModelError, one_line
 from batchgen.definition.files import check_file, describe_stand_in
 
@@ -41,6 +39,8 @@ def check_weight_file(path: Path, *, packed: bool) -> None:
 
 
 def _check_tensors(path: Path, packed: bool) -> None:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys() if not packed else ():
@@ -57,6 +57,8 @@ def _check_tensors(path: Path, packed: bool) -> None:
 
 def tensor_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
     """The shape of each tensor in those of `files` that are safetensors, by name."""
+    from safetensors import safe_open
+
     shapes: dict[str, list[int]] = {}
     for path in files:
         if path.suffix == ".safetensors":

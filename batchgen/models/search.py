@@ -18,13 +18,11 @@ def find_folder(name: str) -> Path:
         OSError, ValueError, RuntimeError: as `folder.explained` has them.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
-        folder = snapshot_in(path.resolve())
-        check_model_folder(folder)
-        return folder
-    if check_file(path):
+    if not path.is_dir() and check_file(path):
         raise ModelError(_describe_file(path))
-    return hub.find(name)
+    folder = snapshot_in(path.resolve()) if path.is_dir() else hub.find(name)
+    check_model_folder(folder)
+    return folder
 
 
 def _describe_file(path: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from batchgen import memory, selftest
 from batchgen.engine import EngineError, Setup
 from batchgen.engines.paged import Paged
 from batchgen.paged.pages import SIZE
+from batchgen.selftest import SelfTest
 from batchgen.types import Prompt, SamplingParams
 from batchgen.world import World
 from tests import models
@@ -135,13 +135,13 @@ def test_the_first_rows_are_looked_at_again_alone(tiny_llama: Path, monkeypatch:
 @plain_path
 def test_rows_that_end_at_once_are_not_all_that_is_looked_at(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    check = selftest.check
+    check = SelfTest.check
 
-    def counted(model: object, prompt: Prompt, tokens: Sequence[int], *more: Any) -> None:
+    def counted(test: SelfTest, prompt: Prompt, tokens: Sequence[int]) -> None:
         looked.append(len(tokens))
-        check(model, prompt, tokens, *more)
+        check(test, prompt, tokens)
 
-    monkeypatch.setattr(selftest, "check", counted)
+    monkeypatch.setattr(SelfTest, "check", counted)
     rows = models.random_prompts(12, max_new_tokens=40)
     rows[3].params = SamplingParams(max_new_tokens=1, temperature=1.0)
     rows[5].params = SamplingParams(max_new_tokens=2)
@@ -157,7 +157,7 @@ def test_a_self_test_without_memory_loses_no_row(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
 
-    monkeypatch.setattr(selftest, "check", full)
+    monkeypatch.setattr(SelfTest, "check", full)
     with load(tiny_llama) as engine:
         texts(engine, prompts(30))
     assert "there is no memory for the self-test" in caplog.text

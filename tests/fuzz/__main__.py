@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 KINDS = {
+    "folders": "tests.fuzz.folders",
     "inputs": "tests.fuzz.inputs",
 }
 
