@@ -16,17 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchgen import choice, formats, models
+from batchgen import choice, models
 from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
 from batchgen.engine import Encoder, Engine
 from batchgen.formats import Begun, InputError
-from batchgen.input import Input, files_of
+from batchgen.input import Input, files_of, find
 from batchgen.models import ResolvedModel
-from batchgen.openai import is_request
-from batchgen.prompts import PromptReader, Recipe, own_id
+from batchgen.prompts import PromptReader, Recipe
+from batchgen.row_ids import IdPrefix, are_requests, own_id
 from batchgen.schedule import windows
-from batchgen.types import Generation, Prompt, RowError, UserError
+from batchgen.types import Generation, Prompt, UserError
 from batchgen.world import World, from_environment
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
 # Bad rows that `--strict` names; of more, it says how many.
 _NAMED = 20
+
+_FIRST = 100  # rows that are looked at to see whether they are request lines
 
 _SAMPLE = 2_000  # rows whose lengths are looked at to choose an engine
 
@@ -109,7 +111,7 @@ def prepare(
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
     cache = folder.input_cache
-    source = _opened(inputs, cache, scan, folder.begun)
+    source = _opened(inputs, cache, scan, folder.begun, recipe)
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
     if chosen is None or chosen.kind.needs_model:
@@ -119,12 +121,12 @@ def prepare(
     if chosen is None:
         world = from_environment(environment)
         chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
-    duplicates = _duplicates(source, cache / "duplicates.json", scan, folder.begun)
+    duplicates = _duplicates(source, cache / "duplicates.json", scan, folder.begun, recipe.id_prefix)
+    answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
     try:
-        reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates)
-    except ValueError as error:  # the template is none
+        reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates, answers_requests)
+    except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
-    answers_requests = recipe.model is not None or _begins_with_request(source)
     return Ready(
         source,
         recipe,
@@ -139,8 +141,8 @@ def prepare(
     )
 
 
-def _opened(inputs: Sequence[str], cache: Path, scan: bool, begun: Begun) -> Input:
-    source = Input.open(inputs, cache, scan=scan, begun=begun)
+def _opened(inputs: Sequence[str], cache: Path, scan: bool, begun: Begun, recipe: Recipe) -> Input:
+    source = Input.open(inputs, cache, scan=scan, begun=begun, lines=recipe.model is not None)
     if not len(source):  # a file that was never written, most likely
         raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
     return source
@@ -168,14 +170,16 @@ def _chosen(
     return found
 
 
-def check_there(inputs: Sequence[str], model: str | None) -> None:
+def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -> None:
     """Whether input and model are on this machine, without reading them: what a job would find out after hours.
+
+    With `lines`, a file is an OpenAI batch file whatever it is called.
 
     Raises:
         InputError, ModelError: a sentence each.
     """
     for path in files_of(inputs):
-        formats.find(path)
+        find(path, lines)
     models.check_there(model)
 
 
@@ -214,19 +218,21 @@ def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tupl
     return lengths, round(len(source) * len(prompts) / max(count, 1))
 
 
-def _duplicates(source: Input, path: Path, scan: bool, begun: Begun) -> dict[int, str]:
+def _duplicates(source: Input, path: Path, scan: bool, begun: Begun, prefix: IdPrefix | None) -> dict[int, str]:
     """Repeated ids, found once for the whole input: a rank that sees only its own rows could not find them."""
     try:
         known = read_json(path) if path.exists() else {}
     except Damaged:
         known = {}
-    if scan and known.get("input", source.digest) != source.digest and begun():
+    wanted = [source.digest, prefix]
+    there = [known.get("input", source.digest), known.get("id_prefix")]
+    if scan and there != wanted and begun():
         return {}  # this start will be refused, and others read what is there
-    if known.get("input") != source.digest or known.get("checksum") != _checksum(known.get("rows")):
+    if "input" not in known or there != wanted or known.get("checksum") != _checksum(known.get("rows")):
         if not scan:
             raise CheckpointError(f"{path} is of another input, or damaged; start again")
-        found = {str(row): first for row, first in source.duplicates(own_id).items()}
-        known = {"input": source.digest, "rows": found, "checksum": _checksum(found)}
+        found = {str(row): first for row, first in source.duplicates(own_id, by_file=prefix is not None).items()}
+        known = {"input": source.digest, "id_prefix": prefix, "rows": found, "checksum": _checksum(found)}
         try:
             write_atomic(path, to_json(known))
         except OSError as error:
@@ -236,13 +242,6 @@ def _duplicates(source: Input, path: Path, scan: bool, begun: Begun) -> dict[int
 
 def _checksum(rows: object) -> int:
     return zlib.crc32(json.dumps(rows).encode())
-
-
-def _begins_with_request(source: Input) -> bool:
-    for row in source.rows(range(min(len(source), 100))):
-        if not isinstance(row.value, RowError):
-            return is_request(row.value)
-    return False
 
 
 def refusals(ready: Ready) -> Iterator[Generation]:
