@@ -383,7 +383,6 @@ SETTINGS_OF_OTHERS: dict[str, object] = {
     "logit_bias": {"5": 1},
     "maxNewTokens": 3,
     "top-p": 0.5,
-    "TEMPERATURE": 0.5,
 }
 
 
@@ -398,6 +397,7 @@ def test_what_somebody_may_take_for_a_setting_is_reported_once(caplog: pytest.Lo
     (limit,) = said(Recipe(), request({"messages": HELLO}))
     assert "the body sets no max_tokens: its answer ends after 128 tokens, here and in all other lines" in limit
     assert not said(Recipe(sampling=SamplingParams(max_new_tokens=7)), request({"messages": HELLO}))
+
     def named(value: Mapping[str, object], **recipe: str) -> list[str]:
         sentence = "is carried along and changes no text, here and in all other lines"
         warnings = said(Recipe(**recipe), value)  # type: ignore[arg-type]
