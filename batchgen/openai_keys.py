@@ -109,6 +109,12 @@ _PLAIN_ROWS_ALSO = {
         ("sampling_params", "generation_config", "generationConfig", "parameters", "extra_body", "params"),
         f"a plain row sets its parameters itself: {', '.join(sorted(PARAMS))}",
     ),
+    **dict.fromkeys(
+        ("image", "images", "image_url", "video", "videos", "multi_modal_data"), "only the text of a prompt is read"
+    ),
+    "prompt_token_ids": "a request to /v1/completions may bring token ids",
+    "model": "the run has one model for all rows",
+    "prefill": "put it into messages, or behind the prompt",
     "chat_template_kwargs": "the row has no messages",
     "system": "put it into messages",
     "system_prompt": "put it into messages",

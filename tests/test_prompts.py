@@ -383,6 +383,8 @@ SETTINGS_OF_OTHERS: dict[str, object] = {
     "logit_bias": {"5": 1},
     "maxNewTokens": 3,
     "top-p": 0.5,
+    "images": ["a.png"],
+    "prompt_token_ids": [1],
 }
 
 

@@ -50,6 +50,7 @@ OBJECT = " is not JSON lines: it is JSON over several lines. Put each object on 
         ("a.jsonl", b"[]", ARRAY),
         ("a.jsonl", json.dumps(ROWS, indent=2)[:-40].encode(), ARRAY),
         ("a.jsonl.gz", gzip.compress(json.dumps(ROWS * 9_999, indent=1).encode()), ARRAY),
+        ("a.jsonl.zst", pa.compress(json.dumps(ROWS * 9_999, indent=1).encode(), codec="zstd", asbytes=True), ARRAY),
         ("a.jsonl", json.dumps(ROWS[0], indent=2).encode(), OBJECT),
         ("a.jsonl", json.dumps({"data": ROWS * 9_999}, indent=4).encode(), OBJECT),
         ("a.jsonl", "\n".join(json.dumps(row, indent="\t") for row in ROWS).encode(), OBJECT),
