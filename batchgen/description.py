@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from batchgen import engine
 from batchgen.prepare import Ready
 from batchgen.redaction import redacted
-from batchgen.types import Generation, SamplingParams
+from batchgen.types import FIT, Generation, SamplingParams
 
 _LOOKED_AT = 100  # rows, by a dry run
 _PACKAGES = ("batchgen", "torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "tokenizers")
@@ -35,6 +35,7 @@ def asked(ready: Ready, error_format: str) -> dict[str, object]:
         "template": recipe.template,
         "chat_template_kwargs": dict(recipe.chat_template_kwargs),
         "truncate": recipe.truncate,
+        **({} if recipe.id_prefix is None else {"id_prefix": recipe.id_prefix}),
         "request_model": recipe.model,
         "error_format": error_format,
     }
@@ -48,8 +49,12 @@ def _where_from(generation_config: str) -> str | None:
 
 def _sampling(params: SamplingParams) -> dict[str, object]:
     # Folders of runs from before there were logprobs do not have them: they go on, without.
+    return {f"sampling.{name}": value for name, value in _values(params).items() if name != "logprobs" or value}
+
+
+def _values(params: SamplingParams) -> dict[str, object]:
     values = dataclasses.asdict(params)
-    return {f"sampling.{name}": value for name, value in values.items() if name != "logprobs" or value}
+    return values | {"max_new_tokens": "fit"} if params.max_new_tokens == FIT else values
 
 
 def facts(ready: Ready, ranks: int, environment: Mapping[str, str]) -> dict[str, object]:
@@ -92,7 +97,7 @@ def describe(ready: Ready, ranks: int) -> str:
         f"dtype:    {ready.dtype}",
         f"batch:    {'as large as fits' if ready.batch_size is None else f'at most {ready.batch_size} prompts'}",
         f"ranks:    {ranks}",
-        f"sampling: {json.dumps(dataclasses.asdict(ready.recipe.sampling), ensure_ascii=False)}",
+        f"sampling: {json.dumps(_values(ready.recipe.sampling), ensure_ascii=False)}",
     ]
     count = len(ready.source)
     window = list(ready.source.rows(range(min(count, _LOOKED_AT))))

@@ -137,6 +137,14 @@ class HfEncoder:
             self._token_texts[token] = text
         return text
 
+    def token_name(self, token: int) -> str | None:
+        """What the tokenizer calls a token, a special one too; None if it has none of this id."""
+        try:
+            name = self._tokenizer.convert_ids_to_tokens(token)
+        except (OverflowError, LookupError):  # beyond what a tokenizer in Rust can count; beyond one in Python
+            return None
+        return None if name is None else str(name)
+
     def _plain_decode(self, tokens: Tokens, special: bool = False) -> str:
         text = self._tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return str(text)

@@ -75,6 +75,9 @@ class Encoder(Protocol):
             ValueError: the model has no chat template, or the template refused the conversation.
         """
 
+    def token_name(self, token: int) -> str | None:
+        """What the tokenizer calls a token, for a sentence; None: it has no such token, or no names."""
+
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
         """Token ids of each text. `special` adds what the tokenizer puts around a plain text (beginning of sequence);
         a text from a chat template has it already."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
+import stat
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +17,9 @@ from itertools import accumulate, chain, groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from batchgen.formats import Changed, InputError, Original, Source, Value, find, place_of
+from batchgen import formats
+from batchgen.formats import Changed, InputError, Original, Source, Value, place_of
+from batchgen.json_files import begins_as_lines
 from batchgen.types import Row
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
@@ -37,6 +42,7 @@ class Input:
         scan: bool,
         into: Path | None = None,
         originals: Sequence[Original] | None = None,
+        lines: bool = False,
     ) -> Self:
         """The input that `paths` name: files, folders, or patterns, whose files are taken in the order of their names.
 
@@ -45,6 +51,7 @@ class Input:
         Args:
             into: where a scan leaves what it found, until `keep` moves it into the cache; None: there at once.
             originals: the files that a run has begun with; None: none has.
+            lines: files are JSON lines whatever they are called, unless they are tables.
 
         Raises:
             InputError: as `Source`; or there is nothing to read, a pattern matches nothing, a file is named twice.
@@ -56,7 +63,7 @@ class Input:
         place = (into or cache) if scan else None
         names, known = names_of(files), originals or repeat(None)
         sources = [
-            find(path)(path, names[number], cache, number, place, original)
+            find(path, lines)(path, names[number], cache, number, place, original)
             for number, (path, original) in enumerate(zip(files, known, strict=False))
         ]
         return cls(sources, cache, place)
@@ -116,15 +123,17 @@ class Input:
             source.check_unchanged()
             yield from (readable(batch) for _, batch in source.pieces())
 
-    def duplicates(self, id_of: Callable[[Value], str | None]) -> dict[int, str]:
+    def duplicates(self, id_of: Callable[[Value], str | None], by_file: bool = False) -> dict[int, str]:
         """Row number of each repeated id -> where it stands first. A row without an id is called by its place.
 
+        With `by_file`, the file's name stands before each id, so that the ids of two files are never the same.
         Reads all rows once, and those again that may be repeated. 8 bytes a row, 24 while sorting.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        hashes = array("q", chain.from_iterable(source.hashes(id_of) for source in self.sources))
+        each = (source.hashes(id_of, f"{source.name}:" if by_file else "") for source in self.sources)
+        hashes = array("q", chain.from_iterable(each))
         values = pa.Array.from_buffers(pa.int64(), len(hashes), [None, pa.py_buffer(hashes)])
         order = pc.sort_indices(values)
         ordered = values.take(order)
@@ -133,7 +142,8 @@ class Input:
         first: dict[str, Row] = {}
         repeated = {}
         for row in self.rows(number.as_py() for number in suspects):
-            id = id_of(row.value) or place_of(row.source, row.line)
+            own = id_of(row.value)
+            id = place_of(row.source, row.line) if not own else f"{row.source}:{own}" if by_file else own
             if first.setdefault(id, row) is not row:
                 repeated[row.index] = f"line {first[id].line} of {first[id].source}"
         return repeated
@@ -182,3 +192,42 @@ def names_of(files: Sequence[Path]) -> list[str]:
 def _printable(name: str) -> str:
     """A name may be any bytes, but ids are made from it, and those are texts."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def find(path: Path, lines: bool = False) -> type[Source]:
+    """The format of `path`, by its name.
+
+    With `lines`, a file is JSON lines whatever it is called, if it begins as they do or its name says nothing.
+
+    Raises:
+        InputError: there is no such file, or no such format.
+    """
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"there is no file {path}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise InputError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise InputError(
+            f"{path} is neither a file nor a folder, and has no end or can be read only once. Put its rows into a file"
+        )
+    lines = lines and stat.S_ISREG(kind)
+    known: list[str] = []
+    if not (lines and begins_as_lines(path)):
+        for format in _formats(path):
+            if format.accepts(path):
+                return format
+            known += format.suffixes
+    if lines:
+        return next(format for format in _formats(Path(".jsonl")))
+    raise InputError(f"{path} is of no known format: it must be a file that ends in {', '.join(sorted(known))}")
+
+
+def _formats(path: Path) -> Iterator[type[Source]]:
+    """All formats; the one that the file is named after comes first, so that the others need not be imported."""
+    modules = [module.name for module in pkgutil.iter_modules(formats.__path__)]
+    for module in sorted(modules, key=lambda name: f".{name}" not in path.name):
+        for value in vars(importlib.import_module(f"batchgen.formats.{module}")).values():
+            if isinstance(value, type) and issubclass(value, Source) and value is not Source:
+                yield value

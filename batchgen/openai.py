@@ -1,10 +1,9 @@
 """The OpenAI batch format: a request line in, an answer line out. Pure; knows nothing of models.
 
-Requests are for `/v1/chat/completions`, `/v1/completions` or `/v1/responses`. A key of the body that would change the
-output in a way that batchgen cannot follow is refused; a key that changes nothing is accepted; one that nobody here
-knows is reported in `Request.ignored`. Sampling differs from OpenAI's in one point: what the body leaves out is the
-run's default or the model author's, so a request without `temperature` may be greedy, and one without `max_tokens`
-ends at the run's `max_new_tokens`.
+Requests are for `/v1/chat/completions`, `/v1/completions` or `/v1/responses`, also as Azure writes them, without the
+version. `openai_keys` says what becomes of the body's keys. Sampling differs from OpenAI's in one point: what the body
+leaves out is the run's default or the model author's, so a request without `temperature` may be greedy, and one without
+`max_tokens` ends at the run's `max_new_tokens`.
 
 Answers come in two shapes, which differ where a request failed: OpenAI's own, and that of `vllm run-batch`.
 """
@@ -12,73 +11,23 @@ Answers come in two shapes, which differ where a request failed: OpenAI's own, a
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from batchgen import logprobs, openai_completions, openai_responses
-from batchgen.openai_completions import CHAT, COMPLETIONS
+from batchgen.openai_completions import COMPLETIONS
+from batchgen.openai_keys import ENDPOINTS, SAMPLING, check_keys
 from batchgen.openai_responses import RESPONSES
 from batchgen.refusal import Refused, shown
-from batchgen.template import conversation, template_kwargs, without_null_keys
+from batchgen.row_ids import endpoint, own_id
+from batchgen.template import conversation, template_kwargs
 from batchgen.types import MACHINE_ERRORS, Generation, RowError
 
 Shape = Literal["openai", "vllm"]
 
 _STREAMED = "Request must not be sent in stream mode"
-
-# The body's spellings of `SamplingParams`.
-_SAMPLING = {
-    "max_completion_tokens": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "max_output_tokens": "max_new_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "seed": "seed",
-    "stop": "stop",
-}
-
-# Keys that change the output, and the values (besides null) with which they do not. OpenAI's and vLLM's own.
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    **dict.fromkeys(("n", "best_of", "repetition_penalty", "length_penalty"), (1,)),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "top_logprobs", "min_p", "min_tokens"), (0,)),
-    **dict.fromkeys(("echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
-    **dict.fromkeys(("include_stop_str_in_output", "return_token_ids", "return_tokens_as_token_ids"), (False,)),
-    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
-    **dict.fromkeys(("tools", "functions", "documents", "stop_token_ids", "bad_words", "allowed_token_ids"), ([],)),
-    # "auto" chooses among the tools, and there are none.
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    "logits_processors": ([],),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    **dict.fromkeys(("suffix", "audio", "reasoning_effort", "verbosity", "web_search_options", "chat_template"), ()),
-    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "structured_outputs", "guided_json"), ()),
-    **dict.fromkeys(("guided_regex", "guided_choice", "guided_grammar"), ()),
-}
-_NEUTRAL_AT: Mapping[str, Mapping[str, tuple[object, ...]]] = {
-    CHAT: {"add_special_tokens": (False,)},
-    COMPLETIONS: {"add_special_tokens": (True,)},
-    RESPONSES: {"add_special_tokens": (False,), **openai_responses.NEUTRAL},
-}
-
-# Keys about the service rather than the text.
-_HARMLESS = frozenset(
-    {
-        *("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier", "parallel_tool_calls"),
-        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "prediction", "include_reasoning"),
-        *("cache_salt", "priority", "request_id"),
-    }
-)
-_READ_AT = {
-    CHAT: frozenset({"messages", "chat_template_kwargs"}),
-    COMPLETIONS: frozenset({"prompt"}),
-    RESPONSES: openai_responses.READ | openai_responses.HARMLESS,
-}
-_READ = frozenset({"model", "stream", "logprobs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +43,6 @@ class Request:
     ignored: Sequence[str]  # keys of the body that are not known here
 
 
-def is_request(columns: Mapping[str, object]) -> bool:
-    """Whether a row is a request line, be it a faulty one, and not a plain row that happens to have a `body`."""
-    if "body" not in columns:  # left out, perhaps
-        return "custom_id" in columns and str(columns.get("url")).startswith("/v1/")
-    body, url = columns["body"], columns.get("url")
-    if isinstance(body, Mapping) and isinstance(url, str) and url.startswith("/v1/"):
-        return True
-    # In Parquet every row has every column, so a plain row beside request lines has these as nulls.
-    named = columns.get("custom_id") is not None or (body is not None and "custom_id" in columns)
-    return named and ("url" in columns or "method" in columns)
-
-
 def parse(line: Mapping[str, object], model: str | None = None) -> Request:
     """What a request line asks for. With `model`, the body must name that model or none.
 
@@ -116,18 +53,23 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
     custom_id, method, url, body = (line.get(name) for name in ("custom_id", "method", "url", "body"))
     if not isinstance(custom_id, str) or not custom_id:
         raise Refused("wrong_type", f"custom_id must be a text that is not empty, not {shown(custom_id)}")
+    missing = [name for name in ("method", "url", "body") if line.get(name) is None]
+    if len(missing) > 1:
+        listed = f"{', '.join(missing[:-1])} and {missing[-1]}"
+        raise Refused("wrong_type", f"{listed} are missing: a line needs custom_id, method, url and body")
     if method != "POST":
         raise Refused("wrong_type", f'method must be "POST", not {shown(method)}')
     if not isinstance(url, str):
         raise Refused("wrong_type", f"url must be a text, not {shown(url)}")
-    if url not in _READ_AT:
-        raise Refused("unsupported_url", _unsupported(url))
+    url, written = endpoint(url), url
+    if url not in ENDPOINTS:
+        raise Refused("unsupported_url", _unsupported(written))
     if not isinstance(body, Mapping):
         raise Refused("wrong_type", f"body must be an object, not {shown(body)}")
     if body.get("stream") not in (None, False):
         raise Refused("stream", _STREAMED)
     _check_model(body.get("model"), model)
-    ignored = _check_keys(body, url)
+    ignored = check_keys(body, url)
     sampling, spelled = _sampling(body, url)
     if url != COMPLETIONS:
         read = openai_responses.conversation_of if url == RESPONSES else _messages
@@ -144,7 +86,7 @@ def _messages(body: Mapping[str, object]) -> list[dict[str, object]]:
 
 def _unsupported(url: str) -> str:
     # vLLM's sentence, so that a script which looks for it finds it.
-    return f"URL {url} was used. Supported endpoints: {', '.join(_READ_AT)}."
+    return f"URL {url} was used. Supported endpoints: {', '.join(ENDPOINTS)}."
 
 
 def _check_model(named: object, model: str | None) -> None:
@@ -157,29 +99,10 @@ def _check_model(named: object, model: str | None) -> None:
         )
 
 
-def _check_keys(body: Mapping[str, object], url: str) -> list[str]:
-    """The keys that are not known here.
-
-    Raises:
-        Refused: a key changes the output.
-    """
-    ignored = []
-    for key, value in body.items():
-        if value is None or key in _SAMPLING or key in _READ or key in _READ_AT[url] or key in _HARMLESS:
-            continue
-        neutral = _NEUTRAL.get(key, _NEUTRAL_AT[url].get(key))
-        if neutral is None:
-            ignored.append(key)
-        elif value not in neutral and without_null_keys(value) not in neutral:
-            allowed = " or ".join([*(json.dumps(one) for one in neutral), "left out"])
-            raise Refused("unknown_parameter", f"body.{key} is not supported: it must be {allowed}, not {shown(value)}")
-    return ignored
-
-
 def _sampling(body: Mapping[str, object], url: str) -> tuple[dict[str, object], dict[str, str]]:
     sampling: dict[str, object] = {}
     spelled: dict[str, str] = {}
-    for key, name in _SAMPLING.items():
+    for key, name in SAMPLING.items():
         value = body.get(key)
         if value is None:
             continue
@@ -254,16 +177,25 @@ def answer(generation: Generation, model: str, created: int, shape: Shape) -> di
 
 
 def _custom_id(generation: Generation) -> str:
-    own = (generation.request or {}).get("custom_id")
-    if isinstance(own, str) and own:
-        return own
-    return generation.id if generation.error is None else f"line-{generation.error.line}"
+    """What the line calls itself, however wrong the rest of it is: its answer is found by that. Else its number."""
+    line = generation.columns if generation.request is None else generation.request
+    if generation.error is None or own_id(line) is not None:
+        return generation.id
+    return f"line-{generation.error.line}"
 
 
 def _body(generation: Generation, digest: str, model: str, created: int, shape: Shape) -> dict[str, object]:
-    if (generation.request or {}).get("url") == RESPONSES:
+    if _endpoint_of(generation) == RESPONSES:
         return openai_responses.response(generation, digest, model, created)
-    return openai_completions.completion(generation, digest, model, created, stop_reason=shape == "vllm")
+    is_completion = _endpoint_of(generation) == COMPLETIONS
+    is_vllm = shape == "vllm"
+    return openai_completions.completion(
+        generation, digest, model, created, is_completion=is_completion, stop_reason=is_vllm
+    )
+
+
+def _endpoint_of(generation: Generation) -> str:
+    return endpoint(str((generation.request or {}).get("url")))
 
 
 def _failure(generation: Generation, error: RowError, status: int, shape: Shape) -> object:

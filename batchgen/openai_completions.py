@@ -10,17 +10,17 @@ COMPLETIONS = "/v1/completions"
 
 
 def completion(
-    generation: Generation, digest: str, model: str, created: int, *, stop_reason: bool
+    generation: Generation, digest: str, model: str, created: int, *, is_completion: bool, stop_reason: bool
 ) -> dict[str, object]:
     """OpenAI's object of a good generation for a chat or a completion.
 
     Args:
         digest: letters and digits that tell this answer from all others, for its id.
         created: Unix time in whole seconds.
+        is_completion: the answer to a text, not to a chat.
         stop_reason: with vLLM's key of that name.
     """
     choice: dict[str, object] = {"index": 0}
-    is_completion = (generation.request or {}).get("url") == COMPLETIONS
     if is_completion:
         name, kind = "cmpl-", "text_completion"
         choice["text"] = generation.text

@@ -16,19 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchgen import choice, formats, models
+from batchgen import choice, models
 from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
 from batchgen.engine import Encoder, Engine
 from batchgen.formats import InputError
 from batchgen.generation_config import with_authors_sampling
-from batchgen.input import Input, files_of
+from batchgen.input import Input, files_of, find
 from batchgen.models import ResolvedModel
-from batchgen.openai import is_request
-from batchgen.prompts import PromptReader, own_id
+from batchgen.prompts import PromptReader
 from batchgen.recipe import Recipe
+from batchgen.row_ids import IdPrefix, are_requests, own_id
 from batchgen.schedule import windows
-from batchgen.types import Generation, Prompt, RowError, UserError
+from batchgen.types import Generation, Prompt, UserError
 from batchgen.world import World, from_environment
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
 # Bad rows that `--strict` names; of more, it says how many.
 _NAMED = 20
+
+_FIRST = 100  # rows that are looked at to see whether they are request lines
 
 _SAMPLE = 2_000  # rows whose lengths are looked at to choose an engine
 
@@ -112,11 +114,7 @@ def prepare(
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
     cache = folder.input_cache
-    source = Input.open(
-        inputs, cache, scan=into is not None, into=into, originals=None if into is None else folder.originals()
-    )
-    if not len(source):  # a file that was never written, most likely
-        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
+    source = _opened(inputs, folder, into, lines=recipe.model is not None)
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
     if chosen is None or chosen.kind.needs_model:
@@ -127,15 +125,23 @@ def prepare(
     if chosen is None:
         world = from_environment(environment)
         chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
-    duplicates = _duplicates(source, cache, into)
+    duplicates = _duplicates(source, cache, into, recipe.id_prefix)
+    answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
     try:
-        reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates)
-    except ValueError as error:  # the template is none
+        reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates, answers_requests)
+    except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
-    answers_requests = recipe.model is not None or _begins_with_request(source)
     return Ready(
         source, recipe, reader, resolved, chosen, dtype, batch_size, selftest, own_cache, answers_requests
     )  # fmt: skip
+
+
+def _opened(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, lines: bool) -> Input:
+    originals = None if into is None else folder.originals()
+    source = Input.open(inputs, folder.input_cache, scan=into is not None, into=into, originals=originals, lines=lines)
+    if not len(source):  # a file that was never written, most likely
+        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
+    return source
 
 
 def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
@@ -171,14 +177,16 @@ def _chosen(
     return found
 
 
-def check_there(inputs: Sequence[str], model: str | None) -> None:
+def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -> None:
     """Whether input and model are on this machine, without reading them: what a job would find out after hours.
+
+    With `lines`, a file is an OpenAI batch file whatever it is called.
 
     Raises:
         InputError, ModelError: a sentence each.
     """
     for path in files_of(inputs):
-        formats.find(path)
+        find(path, lines)
     models.check_there(model)
 
 
@@ -217,18 +225,19 @@ def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tupl
     return lengths, round(len(source) * len(prompts) / max(count, 1))
 
 
-def _duplicates(source: Input, cache: Path, into: Path | None) -> dict[int, str]:
+def _duplicates(source: Input, cache: Path, into: Path | None, prefix: IdPrefix | None) -> dict[int, str]:
     """Repeated ids, found once for the whole input: a rank that sees only its own rows could not find them."""
     path = cache / "duplicates.json"
     try:
         known = read_json(path) if path.exists() else {}
     except Damaged:
         known = {}
-    if known.get("input") != source.digest or known.get("checksum") != _checksum(known.get("rows")):
+    wanted, there = [source.digest, prefix], [known.get("input"), known.get("id_prefix")]
+    if there != wanted or known.get("checksum") != _checksum(known.get("rows")):
         if into is None:
             raise CheckpointError(f"{path} is of another input, or damaged; start again")
-        found = {str(row): first for row, first in source.duplicates(own_id).items()}
-        known = {"input": source.digest, "rows": found, "checksum": _checksum(found)}
+        found = {str(row): first for row, first in source.duplicates(own_id, by_file=prefix is not None).items()}
+        known = {"input": source.digest, "id_prefix": prefix, "rows": found, "checksum": _checksum(found)}
         try:
             write_atomic(into / path.name, to_json(known))
         except OSError as error:
@@ -240,13 +249,6 @@ def _duplicates(source: Input, cache: Path, into: Path | None) -> dict[int, str]
 
 def _checksum(rows: object) -> int:
     return zlib.crc32(json.dumps(rows).encode())
-
-
-def _begins_with_request(source: Input) -> bool:
-    for row in source.rows(range(min(len(source), 100))):
-        if not isinstance(row.value, RowError):
-            return is_request(row.value)
-    return False
 
 
 def refusals(ready: Ready) -> Iterator[Generation]:

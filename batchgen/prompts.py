@@ -8,60 +8,23 @@ rows of Parquet and Arrow it is so at every depth of a conversation, its variabl
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 from batchgen import openai
 from batchgen.engine import Encoder
+from batchgen.openai_keys import SETTINGS, advice, is_neutral
 from batchgen.recipe import Recipe
 from batchgen.refusal import Refused, check_encodable, sampling_params, shown
+from batchgen.row_ids import called, is_request, may_be_request, read_id, row_id
 from batchgen.template import compiled, conversation, template_kwargs, without_nulls
-from batchgen.types import Generation, Prompt, Row, RowError, SamplingParams, Tokens
+from batchgen.token_limits import TokenLimits
+from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, SamplingParams
 
 _log = logging.getLogger(__name__)
 
-_PARAMS = frozenset(param.name for param in dataclasses.fields(SamplingParams))
 _DEFAULT_MOST = SamplingParams().max_new_tokens
-# Keys of a request's body that somebody who puts them into a plain row takes for settings.
-_OF_REQUESTS = frozenset({"max_tokens", "max_completion_tokens", "response_format", "tools", "frequency_penalty"})
-
-
-def own_id(value: Mapping[str, object] | RowError) -> str | None:
-    """The row's `id` or `custom_id`, if it has a valid one."""
-    if isinstance(value, RowError):
-        return None
-    try:
-        return _own_id(value)
-    except Refused:
-        return None
-
-
-def row_id(row: Row) -> str:
-    """The row's own id, else one from its file and line."""
-    return own_id(row.value) or f"{row.source}:{row.line}"
-
-
-def _own_id(columns: Mapping[str, object]) -> str | None:
-    own = columns.get("id")
-    if type(own) is str and own and "body" not in columns:
-        return own  # nearly every row: the rest only says the same more slowly
-    if openai.is_request(columns):
-        own = columns.get("custom_id")
-        # `parse` says what is wrong with another one.
-        return own if isinstance(own, str) and own else None
-    name, own = "id", columns.get("id")
-    if own is None:
-        name, own = "custom_id", columns.get("custom_id")
-    if own is None or (isinstance(own, str) and own):
-        return own
-    if isinstance(own, float) and own.is_integer():  # a Parquet column of whole numbers with gaps
-        own = int(own)
-    # Beyond some thousand digits Python refuses to write a number.
-    if isinstance(own, int) and not isinstance(own, bool) and own.bit_length() <= 4096:
-        return str(own)
-    raise Refused("wrong_type", f"{name} must be a text that is not empty or a whole number, not {shown(own)}")
 
 
 class PromptReader:
@@ -69,16 +32,28 @@ class PromptReader:
 
     Args:
         duplicates: numbers of rows whose id an earlier row has, and that row's place.
+        among_requests: the input is an OpenAI batch file, so that a row with a `custom_id` alone is a line of it.
 
     Raises:
-        ValueError: the template is no Jinja template; a sentence.
+        ValueError: the template is no Jinja template, or the model has no context to fit; a sentence.
     """
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, duplicates: Mapping[int, str]) -> None:
+    def __init__(
+        self, recipe: Recipe, encoder: Encoder, duplicates: Mapping[int, str], among_requests: bool = False
+    ) -> None:
+        if recipe.sampling.max_new_tokens == FIT and encoder.context is None:
+            raise ValueError(
+                "--max-new-tokens fit goes as far as the model's context, and this model states no limit of its "
+                "context. Give a number"
+            )
         self._recipe = recipe
         self._encoder = encoder
         self._duplicates = duplicates
+        self._among_requests = among_requests
+        self._limits = TokenLimits(encoder, recipe.truncate, recipe.authors_length)
         self._render = None if recipe.template is None else compiled(recipe.template)
+        used = re.findall(r"\w+", recipe.template or recipe.prompt_column or "")
+        self._settings = SETTINGS.difference(used)
         self._reported: set[tuple[str, str | int]] = set()
 
     def read(self, rows: Sequence[Row]) -> list[Prompt | Generation]:
@@ -92,7 +67,7 @@ class PromptReader:
                 for prompt, ids in zip(prompts, tokens, strict=True):
                     prompt.tokens = ids
         return [
-            self._checked(row, outcome) if isinstance(outcome, Prompt) else outcome
+            self._limited(row, outcome) if isinstance(outcome, Prompt) else outcome
             for row, outcome in zip(rows, outcomes, strict=True)
         ]
 
@@ -100,53 +75,78 @@ class PromptReader:
         """The row's prompt, put into the list of those that need tokens, or its failure."""
         value = row.value
         if isinstance(value, RowError):
-            return Generation(row.index, row_id(row), None, None, 0, 0, value, {})
+            return Generation(row.index, self._id(row), None, None, 0, 0, value, {})
         try:
             if row.index in self._duplicates:
-                first = self._duplicates[row.index]
-                raise Refused("duplicate_id", f"the id {shown(row_id(row))} is that of {first}")
-            is_request = self._recipe.model is not None or openai.is_request(value)
-            prompt, from_chat = self._request(row, value) if is_request else self._plain(row, value)
+                raise self._repeated(row, self._duplicates[row.index])
+            prompt, from_chat = self._request(row, value) if self._is_request(value) else self._plain(row, value)
         except Refused as refused:
             return self._failed(row, refused)
         if from_chat is not None:
             (templated if from_chat else plain).append(prompt)
         return prompt
 
+    def _is_request(self, value: Mapping[str, object]) -> bool:
+        if self._recipe.model is not None or is_request(value):
+            return True
+        is_plain = self._render is not None or self._recipe.prompt_column is not None
+        return self._among_requests and not is_plain and may_be_request(value)
+
+    def _repeated(self, row: Row, first: str) -> Refused:
+        sentence = f"the id {shown(self._id(row))} is that of {first}"
+        if self._recipe.id_prefix is None and not first.endswith(f" of {row.source}"):
+            sentence += ". With --id-prefix file, each id has the name of its file in front"
+        return Refused("duplicate_id", sentence)
+
+    def _id(self, row: Row) -> str:
+        return row_id(row, self._recipe.id_prefix)
+
     def _plain(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool]:
         """The prompt, and whether its text is from a chat template."""
-        own = _own_id(value)
-        from_chat = False
-        if self._render is not None:
-            text = self._render(value)
-        elif self._recipe.prompt_column is None and value.get("messages") is not None:
-            from_chat = True
-            text = self._chat(
-                conversation(_given(row, value["messages"]), "messages", whole=True),
-                template_kwargs(_given(row, value.get("chat_template_kwargs")), "chat_template_kwargs"),
-            )
-        else:
-            text = _text(value, self._recipe.prompt_column)
+        own = read_id(value)
+        text, from_chat = self._plain_text(row, value)
         params = self._recipe.sampling
-        if not _OF_REQUESTS.isdisjoint(value):
-            for key in _OF_REQUESTS.intersection(value):
-                self._say_once(row, "the column %s is carried along and changes no text", key)
-        if not _PARAMS.isdisjoint(value):
-            given = {name: value[name] for name in _PARAMS if value.get(name) is not None}
+        if not self._settings.isdisjoint(value):
+            self._report_settings(row, value, from_chat)
+        if not PARAMS.isdisjoint(value):
+            given = {name: value[name] for name in PARAMS if value.get(name) is not None}
             if isinstance(given.get("logprobs"), list):
                 del given["logprobs"]  # what another run has put out, which is the input of this one
             params = sampling_params(params, given, {})
         if not text.isascii():
             check_encodable(text)
-        id = f"{row.source}:{row.line}" if own is None else own
+        id = called(row, own, self._recipe.id_prefix)
         return Prompt(row.index, id, row.line, text, (), params, value), from_chat
+
+    def _plain_text(self, row: Row, value: Mapping[str, object]) -> tuple[str, bool]:
+        """The text of a plain row, and whether it is from a chat template."""
+        column = self._recipe.prompt_column
+        if self._render is not None:
+            return self._render(value), False
+        messages = value.get("messages")
+        if column is None and messages is not None and value.get("prompt") is not None:
+            raise Refused(
+                "ambiguous_prompt",
+                'the row has a "prompt" and "messages", and only one of them can be meant. Say which with '
+                "--prompt-column prompt or --prompt-column messages",
+            )
+        if messages is None or not (column is None or (column == "messages" and not isinstance(messages, str))):
+            return _text(value, column), False
+        kwargs = template_kwargs(_given(row, value.get("chat_template_kwargs")), "chat_template_kwargs")
+        return self._chat(conversation(_given(row, messages), "messages", whole=True), kwargs), True
+
+    def _report_settings(self, row: Row, value: Mapping[str, object], from_chat: bool) -> None:
+        for key in sorted(self._settings.intersection(value)):
+            if not is_neutral(key, value[key]) and not (from_chat and key == "chat_template_kwargs"):
+                self._say_once(row, "the column %s is carried along and changes no text", key, advice(key))
 
     def _request(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool | None]:
         """The prompt, and whether its text is from a chat template; None if it brought its tokens along."""
         request = openai.parse({**value, "body": _given(row, value.get("body"))}, self._recipe.model)
         self._report(row, request.ignored)
         if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
-            self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most)
+            remedy = ". --max-new-tokens fit lets it go as far as the model's context"
+            self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most, remedy)
         if "temperature" not in request.sampling and not self._recipe.knows_temperature:
             self._say_once(
                 row, "neither the body nor generation_config.json sets %s: its answer is greedy", "temperature"
@@ -156,9 +156,7 @@ class PromptReader:
         if request.messages is not None:
             text = self._chat(request.messages, request.chat_template_kwargs)
         check_encodable(text)
-        if request.tokens is not None:
-            self._check_vocabulary(request.tokens)
-        prompt = Prompt(row.index, row_id(row), row.line, text, request.tokens or (), params, {}, value)
+        prompt = Prompt(row.index, self._id(row), row.line, text, request.tokens or (), params, {}, value)
         return prompt, None if request.tokens is not None else request.messages is not None
 
     def _chat(self, messages: Sequence[Mapping[str, object]], kwargs: Mapping[str, object]) -> str:
@@ -171,99 +169,32 @@ class PromptReader:
         for key in ignored:
             self._say_once(row, "the body's key %s is not known to batchgen and is ignored", key)
 
-    def _say_once(self, row: Row, sentence: str, value: str | int) -> None:
+    def _say_once(self, row: Row, sentence: str, value: str | int, advice: str = "") -> None:
         if (sentence, value) not in self._reported:
             self._reported.add((sentence, value))
-            _log.warning(f"%s: {sentence}, here and in all other lines", _place(row), shown(value))
+            _log.warning(f"%s: {sentence}, here and in all other lines{advice}", _place(row), shown(value))
 
-    def _check_vocabulary(self, tokens: Tokens) -> None:
-        size = self._encoder.vocabulary
-        largest = max(tokens, default=0)
-        if size is not None and largest >= size:
-            raise Refused("wrong_type", f"body.prompt has token {shown(largest)}, but the model has {size} tokens")
-
-    def _checked(self, row: Row, prompt: Prompt) -> Prompt | Generation:
+    def _limited(self, row: Row, prompt: Prompt) -> Prompt | Generation:
         """`prompt`, which has its tokens now, or why it cannot be generated from."""
-        tokens, budget = prompt.tokens, prompt.params.max_new_tokens
-        context = self._encoder.context
-        if not tokens:
-            return self._failed(row, Refused("empty_prompt", "the prompt is empty: it has no tokens"))
-        if lost := self._encoder.find_lost(prompt.text):
-            return self._failed(row, _refuse_lost(lost))
-        if context is not None and budget == self._recipe.authors_length and len(tokens) < context:
-            budget = min(budget, context - len(tokens))
-            prompt.params = dataclasses.replace(prompt.params, max_new_tokens=budget)
-        if context is not None and len(tokens) + budget > context:
-            try:
-                prompt.tokens = self._shortened(tokens, budget, context)
-            except Refused as refused:
-                return self._failed(row, refused)
+        try:
+            self._limits.apply(prompt)
+        except Refused as refused:
+            return self._failed(row, refused)
         return prompt
-
-    def _shortened(self, tokens: Tokens, budget: int, context: int) -> Tokens:
-        """`tokens` cut to leave `budget` of the context, but never what the tokenizer puts around a text.
-
-        A chat template's text begins with the same token, so its beginning of sequence stays too.
-        """
-        if budget >= context:
-            raise Refused(
-                "too_long",
-                f"max_new_tokens is {shown(budget)}, but prompt and generation together have a context of {context} "
-                "tokens. Lower max_new_tokens",
-            )
-        side = self._recipe.truncate
-        frame = self._frame
-        head = _common(tokens, frame)
-        tail = _common(tokens[head:][::-1], frame[head:][::-1])
-        room = context - budget - head - tail
-        if side is None or room < 1:
-            remedy = (
-                "Shorten it, lower max_new_tokens, or use --truncate left|right"
-                if side is None
-                else "Lower max_new_tokens"
-            )
-            raise Refused(
-                "too_long",
-                f"the prompt has {len(tokens)} tokens and may generate {budget}, together {len(tokens) + budget}; the "
-                f"model's context is {context}. {remedy}",
-            )
-        end = len(tokens) - tail
-        kept = tokens[end - room : end] if side == "left" else tokens[head : head + room]
-        return [*tokens[:head], *kept, *tokens[end:]]
-
-    @cached_property
-    def _frame(self) -> Tokens:
-        """What the tokenizer puts around a text: the tokens of an empty one."""
-        return self._encoder.tokenize([""], special=True)[0]
 
     def _failed(self, row: Row, refused: Refused) -> Generation:
         error = RowError(refused.type, f"{_place(row)}: {refused.message}", row.line)
-        columns, request = _columns_and_request(row, self._recipe.model is not None)
-        return Generation(row.index, row_id(row), None, None, 0, 0, error, columns, request)
+        value = {} if isinstance(row.value, RowError) else row.value
+        columns, request = ({}, value) if self._is_request(value) else (value, None)
+        return Generation(row.index, self._id(row), None, None, 0, 0, error, columns, request)
 
 
 def _given(row: Row, value: object) -> object:
     return without_nulls(value) if row.has_every_key else value
 
 
-def _refuse_lost(letters: str) -> Refused:
-    return Refused(
-        "lost_letters",
-        f"the model's tokenizer has no token for {shown(letters)} and leaves it out, so that the model would read "
-        "another text. Change the prompt, or copy the model again if its tokenizer.json is damaged",
-    )
-
-
 def _place(row: Row) -> str:
     return f"line {row.line} of {row.source}"
-
-
-def _columns_and_request(row: Row, requests_only: bool) -> tuple[Mapping[str, object], Mapping[str, object] | None]:
-    if isinstance(row.value, RowError):
-        return {}, None
-    if requests_only or openai.is_request(row.value):
-        return {}, row.value
-    return row.value, None
 
 
 def _text(columns: Mapping[str, object], column: str | None) -> str:
@@ -280,13 +211,3 @@ def _text(columns: Mapping[str, object], column: str | None) -> str:
         "missing_prompt",
         f'there is no "{name}" column; its columns are {listed or "none"}. Use --prompt-column or --template',
     )
-
-
-def _common(tokens: Tokens, frame: Tokens) -> int:
-    """Length of the common beginning."""
-    count = 0
-    for token, other in zip(tokens, frame, strict=False):
-        if token != other:
-            break
-        count += 1
-    return count

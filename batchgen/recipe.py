@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from batchgen.refusal import Refused
+from batchgen.row_ids import IdPrefix
 from batchgen.template import template_kwargs
-from batchgen.types import SamplingParams
+from batchgen.types import FIT, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Recipe:
     sampling: SamplingParams = field(default_factory=SamplingParams)  # for what a row does not set itself
     truncate: Literal["left", "right"] | None = None  # the side cut off a prompt that is too long; None: an error row
     chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)  # a row's own win
+    id_prefix: IdPrefix | None = None  # what stands before a row's own id; None: nothing
     model: str | None = None  # every row must be a request line, for this model or none; None: any row, any model
     generation_config: str = "none"
     """Whose `generation_config.json` says what neither a row nor `sampling` says: none, auto (the model's own), or that
@@ -36,6 +38,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.template is not None and self.prompt_column is not None:
             raise ValueError("--template and --prompt-column exclude each other: the template can use any column")
+        if self.sampling.max_new_tokens == FIT and self.truncate is not None:
+            raise ValueError(
+                "--max-new-tokens fit and --truncate exclude each other: a prompt that fills the context leaves no "
+                "room. Give the number of tokens to leave room for"
+            )
         try:
             template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
         except Refused as refused:

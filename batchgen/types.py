@@ -10,6 +10,7 @@ a frozen one takes three times as long, which is felt with a million rows.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import re
@@ -75,6 +76,9 @@ _END = 2**31  # of what devices count with 32 bits
 MACHINE_ERRORS = ("out_of_memory", "not_finite", "engine")
 """Types of what a row has met at work: another start may not, on a larger machine or with another engine."""
 
+FIT = _END - 1
+"""As many new tokens as the model's context leaves behind the prompt; no prompt that an engine sees has it."""
+
 TOO_MANY_FAILED = "more than --max-error-rate allows"
 """Part of the reason of an attempt that has ended for it."""
 
@@ -122,6 +126,10 @@ class SamplingParams:
             "stop must be a text or a list of texts, none of them empty",
         )
         _check(isinstance(self.logprobs, bool), "logprobs must be true or false")
+
+
+PARAMS = frozenset(param.name for param in dataclasses.fields(SamplingParams))
+"""What a row may set for itself."""
 
 
 def _check(holds: bool, rule: str) -> None:

@@ -26,6 +26,9 @@ class ByteEncoder:
         turns = "".join(f"<{message['role']}>{message.get('content')}" for message in messages)
         return turns + "".join(f"[{name}={value}]" for name, value in sorted(kwargs.items()))
 
+    def token_name(self, token: int) -> str | None:
+        return "<bos>" if token == BOS else None
+
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Sequence[int]]:
         self.calls.append(special)
         before, after = (self._before, self._after) if special else ([], [])

@@ -9,8 +9,9 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
-from batchgen.openai import CHAT, COMPLETIONS, Shape, answer, is_request, parse
+from batchgen.openai import CHAT, COMPLETIONS, Shape, answer, parse
 from batchgen.refusal import Refused
+from batchgen.row_ids import is_request
 from batchgen.types import Generation, RowError
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -262,7 +263,7 @@ def test_vllm_shape_of_a_refused_url_and_of_stream_mode_is_a_text() -> None:
     )
 
 
-@pytest.mark.parametrize("request_line", [None, line({}, custom_id=7), {"prompt": "x"}])
+@pytest.mark.parametrize("request_line", [None, line({}, custom_id=[7]), {"prompt": "x"}])
 def test_line_without_a_custom_id_is_named_after_its_number(request_line: dict[str, object] | None) -> None:
     written = answer(failed("malformed_json", "is no JSON", request_line), "m", 1, "openai")
     assert written["custom_id"] == "line-5"

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from batchgen.prompts import PromptReader, row_id
+from batchgen.prompts import PromptReader
 from batchgen.recipe import Recipe
-from batchgen.types import Generation, Prompt, RowError, SamplingParams
+from batchgen.row_ids import row_id
+from batchgen.types import FIT, Generation, Prompt, RowError, SamplingParams
 from tests.byte_encoder import BOS, ByteEncoder, request, rows
 
 
@@ -118,9 +119,21 @@ def test_prompt_column() -> None:
 
 
 def test_messages_go_through_the_chat_template_without_special_tokens() -> None:
-    result = prompt({"messages": HELLO, "prompt": "p"})
+    result = prompt({"messages": HELLO, "prompt": None})
     assert result.text == "<user>Hello"
     assert list(result.tokens) == list(b"<user>Hello")
+
+
+def test_a_row_with_prompt_and_messages_is_refused_unless_it_is_said_which(caplog: pytest.LogCaptureFixture) -> None:
+    both = {"messages": HELLO, "prompt": "p"}
+    failed = error(both)
+    assert failed.type == "ambiguous_prompt"
+    assert "Say which with --prompt-column prompt or --prompt-column messages" in failed.message
+    assert prompt(both, Recipe(prompt_column="prompt")).text == "p"
+    assert prompt(both, Recipe(prompt_column="messages")).text == "<user>Hello"
+    assert prompt(both, Recipe(template="{{ prompt }}!")).text == "p!"
+    assert prompt({**both, "messages": None}).text == "p"
+    assert not caplog.records
 
 
 def test_chat_template_that_refuses_is_an_error_row() -> None:
@@ -261,7 +274,76 @@ def test_completion_prompt_may_be_token_ids() -> None:
     assert list(prompt(line, encoder=encoder).tokens) == [5, 6]
     assert encoder.calls == []
     assert error(request({"prompt": []}, "/v1/completions")).type == "empty_prompt"
-    assert "the model has 257 tokens" in error(request({"prompt": [257]}, "/v1/completions")).message
+    failed = error(request({"prompt": [257]}, "/v1/completions"))
+    assert failed.message == "line 3 of prompts.jsonl: body.prompt has token 257, but the model has 257 tokens"
+
+
+@pytest.mark.parametrize("value", [{"prompt": "é"}, {"messages": HELLO}, request({"messages": HELLO})])
+def test_every_prompt_has_tokens_that_the_model_has(value: dict[str, object]) -> None:
+    encoder = ByteEncoder(bos=False)
+    encoder.vocabulary = 0xC3 if "prompt" in value else 111
+    token = 0xC3 if "prompt" in value else 117
+    failed = error(value, encoder=encoder)
+    sentence = f"line 3 of prompts.jsonl: the prompt has token {token}, but the model has {encoder.vocabulary} tokens"
+    assert (failed.type, failed.message) == ("unknown_token", sentence)
+    encoder.vocabulary = token + 1
+    assert prompt(value, encoder=encoder).tokens
+    encoder.vocabulary = None
+    assert prompt(value, encoder=encoder).tokens
+
+
+def test_a_token_that_the_model_has_not_is_named() -> None:
+    encoder = ByteEncoder()
+    encoder.vocabulary = 256
+    failed = error({"prompt": "x"}, encoder=encoder)
+    assert 'the prompt has token 256 ("<bos>"), but the model has 256 tokens' in failed.message
+
+
+def test_new_tokens_as_far_as_the_context_goes() -> None:
+    recipe, encoder = Recipe(sampling=SamplingParams(max_new_tokens=FIT)), ByteEncoder(context=20)
+    assert prompt({"prompt": "1234"}, recipe, encoder).params.max_new_tokens == 15
+    assert prompt(request({"messages": HELLO}), recipe, encoder).params.max_new_tokens == 9
+    assert prompt({"prompt": "1234", "max_new_tokens": 3}, recipe, encoder).params.max_new_tokens == 3
+    assert prompt(request({"messages": HELLO, "max_tokens": 3}), recipe, encoder).params.max_new_tokens == 3
+    assert prompt({"prompt": "x" * 18}, recipe, encoder).params.max_new_tokens == 1
+    failed = error({"prompt": "x" * 19}, recipe, encoder)
+    assert (failed.type, "the model's context is 20, which leaves no room" in failed.message) == ("too_long", True)
+    with pytest.raises(ValueError, match="states no limit of its context"):
+        PromptReader(recipe, ByteEncoder(), {})
+    with pytest.raises(ValueError, match="exclude each other"):
+        Recipe(sampling=SamplingParams(max_new_tokens=FIT), truncate="left")
+
+
+def test_ids_have_the_names_of_their_files_in_front() -> None:
+    recipe = Recipe(id_prefix="file")
+    assert prompt({"id": "a", "prompt": "x"}, recipe).id == "prompts.jsonl:a"
+    assert prompt({"prompt": "x"}, recipe).id == "prompts.jsonl:3"
+    assert prompt(request({"messages": HELLO}), recipe).id == "prompts.jsonl:r1"
+    result = read({"id": 7}, recipe)
+    assert isinstance(result, Generation)
+    assert result.id == "prompts.jsonl:7"
+
+
+def test_id_of_another_file_says_what_to_do() -> None:
+    [failed] = PromptReader(Recipe(), ByteEncoder(), {0: "line 3 of other.jsonl"}).read(rows({"id": "a"}))
+    assert isinstance(failed, Generation)
+    assert failed.error is not None
+    assert failed.error.message.endswith(
+        "is that of line 3 of other.jsonl. With --id-prefix file, each id has the name of its file in front"
+    )
+
+
+def test_among_requests_a_row_with_a_custom_id_alone_is_one() -> None:
+    line = {"custom_id": "t", "params": {"messages": HELLO}}
+    [failed] = PromptReader(Recipe(), ByteEncoder(), {}, among_requests=True).read(rows(line))
+    assert isinstance(failed, Generation)
+    assert (failed.id, failed.request) == ("t", line)
+    assert failed.error is not None
+    assert "method, url and body are missing" in failed.error.message
+    assert 'there is no "prompt" column' in error(line).message
+    line = {"custom_id": "c", "prompt": "x"}
+    [plain] = PromptReader(Recipe(), ByteEncoder(), {}, among_requests=True).read(rows(line))
+    assert isinstance(plain, Prompt)
 
 
 def test_request_parameter_is_named_as_the_body_spells_it() -> None:
@@ -282,6 +364,31 @@ def test_with_a_model_every_row_must_be_a_request_for_it() -> None:
     assert result.request == {"prompt": "x"}
 
 
+SETTINGS_OF_OTHERS: dict[str, object] = {
+    "continue_final_message": True,
+    "add_generation_prompt": False,
+    "n": 4,
+    "best_of": 2,
+    "repetition_penalty": 1.3,
+    "min_p": 0.1,
+    "stop_token_ids": [5],
+    "response_format": {"type": "json_object"},
+    "tools": [{}],
+    "enable_thinking": False,
+    "sampling_params": {"temperature": 0.7},
+    "max_completion_tokens": 3,
+    "do_sample": True,
+    "ignore_eos": True,
+    "guided_json": "{}",
+    "structured_outputs": {"regex": "a"},
+    "logit_bias": {"5": 1},
+    "maxNewTokens": 3,
+    "top-p": 0.5,
+    "images": ["a.png"],
+    "prompt_token_ids": [1],
+}
+
+
 def test_what_somebody_may_take_for_a_setting_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     def said(recipe: Recipe, *values: object) -> list[str]:
         caplog.clear()
@@ -293,8 +400,22 @@ def test_what_somebody_may_take_for_a_setting_is_reported_once(caplog: pytest.Lo
     (limit,) = said(Recipe(), request({"messages": HELLO}))
     assert "the body sets no max_tokens: its answer ends after 128 tokens, here and in all other lines" in limit
     assert not said(Recipe(sampling=SamplingParams(max_new_tokens=7)), request({"messages": HELLO}))
-    (column,) = said(Recipe(), {"prompt": "a", "max_tokens": 5, "n": 3})
-    assert 'the column "max_tokens" is carried along and changes no text' in column
+
+    def named(value: Mapping[str, object], **recipe: str) -> list[str]:
+        sentence = "is carried along and changes no text, here and in all other lines"
+        warnings = said(Recipe(**recipe), value)  # type: ignore[arg-type]
+        assert all(sentence in warning for warning in warnings)
+        return [warning.split('"')[1] for warning in warnings]
+
+    for key, telling in SETTINGS_OF_OTHERS.items():
+        assert named({"prompt": "a", key: telling}) == [key]
+        assert named({"prompt": "a", key: None}) == []
+    assert named({"prompt": "a", "n": 1, "tools": [], "stream": None, "colour": "red"}) == []
+    assert named({"prompt": "a", "n": 3, "max_tokens": 5}) == ["max_tokens", "n"]
+    assert named({"prompt": "a", "chat_template_kwargs": {"a": 1}}) == ["chat_template_kwargs"]
+    assert named({"messages": HELLO, "chat_template_kwargs": {"a": 1}}) == []
+    assert named({"text": "a", "system": "b", "suffix": "c"}, template="{{ system }} {{ text }}") == ["suffix"]
+    assert named({"suffix": "a"}, prompt_column="suffix") == []
 
 
 def test_unknown_key_of_a_body_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.openai import answer
-from batchgen.prompts import PromptReader, row_id
+from batchgen.prompts import PromptReader
 from batchgen.recipe import Recipe
+from batchgen.row_ids import row_id
 from batchgen.types import Generation, Prompt, SamplingParams
 from tests.byte_encoder import ByteEncoder, request, rows
 

@@ -271,7 +271,7 @@ def test_a_type_that_the_format_has_not_is_a_sentence(tmp_path: Path) -> None:
 def test_an_openai_answer_among_typed_rows_is_refused_not_emptied(tmp_path: Path) -> None:
     answer = row(1)
     answer.request = REQUEST
-    with pytest.raises(CheckpointError, match="r is an answer to an OpenAI request among plain rows"):
+    with pytest.raises(CheckpointError, match="r1 is an answer to an OpenAI request among plain rows"):
         written(tmp_path, [row(0), answer], "arrow", source(tmp_path, "in.arrow"))
 
 

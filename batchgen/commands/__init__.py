@@ -1,4 +1,5 @@
-"""The command line. One file a command, imported only when it is called; file name = command name."""
+"""The command line. One file a command, imported only when it is called; file name = command name. A file that begins
+with _ is no command, but shared by some."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class _Commands(click.Group):
     """Finds commands by file name, so that `--help` and tab completion import none of them but the one asked for."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+        names = (module.name for module in pkgutil.iter_modules(__path__))
+        return sorted(name.replace("_", "-") for name in names if not name.startswith("_"))
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in self.list_commands(context):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
-from batchgen.commands.run import recipe_of, sampling_options, template_text
-from batchgen.types import SamplingParams
+from batchgen.commands._values import escaped, template_text
+from batchgen.commands.run import recipe_of, sampling_options
+from batchgen.types import FIT, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -176,7 +177,9 @@ def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any
     given = {name: getattr(recipe.sampling, name) for name in numbers}
     given = {name: value for name, value in given.items() if value != getattr(SamplingParams, name)}
     given |= {name: value for name in ("prompt_column", "template") if (value := getattr(recipe, name)) is not None}
-    for name, value in [*given.items(), *(("stop", text) for text in recipe.sampling.stop)]:
+    if given.get("max_new_tokens") == FIT:
+        given["max_new_tokens"] = "fit"
+    for name, value in [*given.items(), *(("stop", escaped(text)) for text in recipe.sampling.stop)]:
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--logprobs"] if recipe.sampling.logprobs else []
     words += ["--engine", best.engine]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,20 +15,11 @@ from batchgen import engine as engines
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.choice import AUTO
 from batchgen.commands import carry_out, conclude, fail, generation_config_option, log_to_stderr, results_only_on_stdout
+from batchgen.commands._values import TokenLimit, id_prefix, json_object, stop_texts, template_text
 from batchgen.types import WHOLE, SamplingParams, Shard, UserError
 from batchgen.watchdog import STALL_SECONDS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
-
-
-def _json_object(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, object]:
-    try:
-        value = json.loads(text or "{}")
-    except ValueError as error:
-        raise click.BadParameter(f"is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise click.BadParameter("must be a JSON object, like '{\"enable_thinking\": false}'")
-    return value
 
 
 def _shard(context: click.Context, parameter: click.Parameter, text: str | None) -> Shard:
@@ -39,16 +29,6 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str | None)
         raise click.BadParameter(str(error)) from error
 
 
-def template_text(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """The template, which may stand in a file: @FILE."""
-    if text is None or not text.startswith("@"):
-        return text
-    try:
-        return Path(text[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise click.BadParameter(f"cannot read {text[1:]}: {error}") from error
-
-
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `SamplingParams`, each with the default that stands there."""
     defaults = SamplingParams
@@ -56,10 +36,10 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         (
             click.option(
                 "--max-new-tokens",
-                type=int,
+                type=TokenLimit(),
                 default=defaults.max_new_tokens,
                 show_default=True,
-                help="Most tokens to generate for a row.",
+                help="Most tokens to generate for a row; fit is as many as the model's context leaves.",
             ),
             click.option(
                 "--temperature", type=float, default=defaults.temperature, show_default=True, help="0 is greedy."
@@ -74,7 +54,12 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Of sampling, together with each row's id.",
             ),
             click.option(
-                "--stop", multiple=True, metavar="TEXT", help="End a text before this; may be given several times."
+                "--stop",
+                multiple=True,
+                metavar="TEXT",
+                callback=stop_texts,
+                help="End a text before this; may be given several times. \\n is a line end, \\t a tab, "
+                "\\\\ a backslash.",
             ),
             click.option(
                 "--logprobs",
@@ -186,13 +171,14 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Render the prompt from the columns: a Jinja template.",
 )
 @click.option(
-    "--chat-template-kwargs", metavar="JSON", callback=_json_object, help="Passed to the model's chat template."
+    "--chat-template-kwargs", metavar="JSON", callback=json_object, help="Passed to the model's chat template."
 )
 @click.option(
     "--truncate",
     type=click.Choice(["left", "right"]),
     help="Cut prompts that are too long on this side; they are error rows unless given.",
 )
+@id_prefix
 @click.option("--strict", is_flag=True, help="Check all rows before the model loads, and stop if one is bad.")
 @click.option(
     "--max-error-rate",
@@ -271,7 +257,7 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
     typed = frozenset(name for name in names if source(name) not in (None, click.core.ParameterSource.DEFAULT))
     try:
         sampling = SamplingParams(**{name: options.pop(name) for name in names})
-        columns = {name: options.pop(name, None) for name in ("prompt_column", "template", "truncate")}
+        columns = {name: options.pop(name, None) for name in ("prompt_column", "template", "truncate", "id_prefix")}
         further = ("chat_template_kwargs", "generation_config")
         columns |= {name: options.pop(name) for name in further if name in options}
         return Recipe(sampling=sampling, model=model, chosen=typed, **columns)

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import shutil
-import tempfile
-import time
 import urllib.parse
-import urllib.request
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.error import HTTPError
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail, generation_config_option
-from batchgen.commands.run import command as run_command
+from batchgen.commands._transfer import fetch, is_url, put
+from batchgen.commands._values import id_prefix, json_object
+from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
 from batchgen.redaction import redacted
 from batchgen.types import WHOLE
+
+if TYPE_CHECKING:
+    from batchgen.checkpoint import Status
 
 # vLLM's names of what torch calls otherwise.
 _DTYPES = {"half": "float16", "float": "float32"}
 
 _DISCARDING = "discarding"  # stands in a run folder while a finished run is removed from it
-
-_PUT_TRIES, _PUT_WAIT_SECONDS = 5, 5  # vLLM's
-_TIMEOUT_SECONDS = 1000
 
 # What a run leaves in its folder; nothing else in there is ever deleted.
 _RUN_FILES = (
@@ -41,24 +38,7 @@ _RUN_FILES = (
 )
 
 
-class _RunBatch(click.Command):
-    """vLLM has flags of one dash and several characters, like -O3 and -cc.mode=3. Click would look for our -i and -o
-    among their letters; with a NUL in front, which no argument can hold, each is a plain word to it."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        options = (one for one in self.params if isinstance(one, click.Option) and not one.is_flag)
-        with_value = {name for one in options for name in one.opts}
-        words, is_value = [], False
-        for word in args:
-            unknown = len(word) > 2 and word[0] == "-" and word[1] not in "-io" and not is_value
-            words.append(f"\0{word}" if unknown else word)
-            is_value = word in with_value and not is_value
-        rest = super().parse_args(ctx, words)
-        ctx.args = [word.removeprefix("\0") for word in ctx.args]
-        return rest
-
-
-@click.command("run-batch", cls=_RunBatch, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.command("run-batch", cls=RunBatch)
 @click.option(
     "-i", "--input-file", required=True, metavar="FILE|URL", help="OpenAI batch lines; http(s) is read with GET."
 )
@@ -77,6 +57,14 @@ class _RunBatch(click.Command):
 @click.option(
     "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, int8, nf4; also half, float."
 )
+@click.option(
+    "--default-chat-template-kwargs",
+    "--chat-template-kwargs",
+    "chat_template_kwargs",
+    metavar="JSON",
+    callback=json_object,
+    help="Passed to the model's chat template; a line's own win.",
+)
 @click.option("--max-num-seqs", type=click.IntRange(min=1), metavar="N", help="vLLM's name of --batch-size.")
 @click.option(
     "--error-format",
@@ -93,6 +81,7 @@ class _RunBatch(click.Command):
 @engine_options
 @sampling_options
 @generation_config_option("auto")
+@id_prefix
 @click.pass_context
 def command(context: click.Context, /, input_file: str, output_file: str, **options: Any) -> None:
     """Answer an OpenAI batch file, with the flags of `vllm run-batch`.
@@ -104,8 +93,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     from batchgen import models
 
     if context.args:
-        _check_ignored(context)
-        click.echo(f"batchgen: ignored, not known here: {' '.join(context.args)}", err=True)
+        click.echo(f"batchgen: ignored, since no answer depends on them here: {', '.join(context.args)}", err=True)
     model, options["model"] = options["model"], model_of(options)
     del options["revision"]
     served = options.pop("served_model_name") or (model and model.partition("@")[0])
@@ -128,14 +116,18 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     if (folder / _DISCARDING).exists():
         _discard(folder)
     try:
-        status, speaks = carry_out([_fetched(input_file, folder)], str(folder), **options)
+        outcome = _carry_out(input_file, folder, options)
     except CommandError as error:
         if not _is_finished_run_of_another_job(folder, error):
             raise
         click.echo(f"batchgen: {error}", err=True)
         click.echo(f"batchgen: the run in {folder} is finished, so this is a new one, from the beginning", err=True)
         _discard(folder)
-        status, speaks = carry_out([_fetched(input_file, folder)], str(folder), **options)
+        outcome = _carry_out(input_file, folder, options)
+    if outcome is None:
+        _answer_nothing(output_file)
+        return
+    status, speaks = outcome
     # Among ranks of torchrun or srun, the one that has merged ends the attempt.
     if not status.open and (speaks or status.attempts[-1].ended is not None):
         _deliver(folder / "generations.jsonl", output_file)
@@ -144,18 +136,34 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     conclude(status, speaks)
 
 
-def _check_ignored(context: click.Context) -> None:
-    """Raises CommandError for what must not be ignored: what `run` knows, what would change the answers, and what is
-    nearly an option of this command."""
-    own = {name for parameter in context.command.params for name in parameter.opts}
-    others = {name for parameter in run_command.params for name in parameter.opts if name.startswith("--")} - own
-    for word in context.args:
-        name = word.partition("=")[0]
-        if name in others or name == "--chat-template":
-            raise CommandError(f"run-batch has no {name}; {'`batchgen run` has' if name in others else 'leave it out'}")
-        near = difflib.get_close_matches(name, own, 1, 0.9) if name.startswith("--") else []
-        if near:
-            raise CommandError(f"run-batch has no {name}; is {near[0]} meant?")
+def _carry_out(input_file: str, folder: Path, options: dict[str, Any]) -> tuple[Status, bool] | None:
+    """As `commands.carry_out`; None if there is no line to answer, and no run that had some."""
+    from batchgen.formats import InputError
+    from batchgen.formats.jsonl import is_blank
+    from batchgen.input import files_of
+
+    source = _fetched(input_file, folder)
+    try:
+        files = files_of([source])
+        if not (folder / "run.json").exists() and all(file.is_file() and is_blank(file) for file in files):
+            if is_url(input_file):  # it may hold something next time
+                Path(source).unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()
+            return None
+    except InputError as error:
+        raise fail(error) from error
+    return carry_out([source], str(folder), **options)
+
+
+def _answer_nothing(output_file: str) -> None:
+    """An empty file of lines has an empty file of answers, as with vLLM."""
+    from batchgen.world import from_environment
+
+    if from_environment(os.environ).rank == 0:
+        _deliver(Path(os.devnull), output_file)
+        click.echo("batchgen: finished; the input has no line, and so has the output", err=True)
+        click.echo(redacted(output_file, os.environ))
 
 
 def folder_of(options: dict[str, Any]) -> Path:
@@ -167,11 +175,6 @@ def model_of(options: dict[str, Any]) -> str | None:
     """The model of these options, as `run` names it."""
     model, revision = options["model"], options["revision"]
     return f"{model}@{revision}" if model and revision else model
-
-
-def is_url(name: str) -> bool:
-    """Whether this file is read with GET, or written with PUT."""
-    return name.startswith(("http://", "https://"))
 
 
 def _local_name(output: str) -> str:
@@ -195,26 +198,10 @@ def _fetched(name: str, folder: Path) -> str:
     if not place.exists() or _is_finished(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _fetch(name, place)
+            fetch(name, place)
         except (OSError, ValueError, HTTPException) as error:
             raise CommandError(f"cannot read {name}: {error}") from error
     return str(place)
-
-
-def _fetch(url: str, place: Path) -> None:
-    with tempfile.NamedTemporaryFile(dir=place.parent, prefix="fetched-", suffix=".jsonl", delete=False) as file:
-        try:
-            with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
-                shutil.copyfileobj(answer, file)
-                announced = answer.headers.get("Content-Length")
-            file.flush()
-            # urllib takes a connection that breaks for the end.
-            if announced is not None and file.tell() != int(announced):
-                raise OSError(f"it broke off after {file.tell()} of {announced} bytes")
-            os.replace(file.name, place)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _is_finished(folder: Path) -> bool:
@@ -264,7 +251,7 @@ def _deliver(generations: Path, output: str) -> None:
     scratch = f"{output}.{os.getpid()}.{os.urandom(4).hex()}"
     try:
         if is_url(output):
-            _put(generations, output)
+            put(generations, output)
             return
         try:
             with open(generations, "rb") as answers, open(scratch, "xb") as file:
@@ -278,23 +265,3 @@ def _deliver(generations: Path, output: str) -> None:
         raise Unfinished(
             f"cannot write {output}: {reason}. All answers are in {generations}; the same command tries again"
         ) from error
-
-
-def _put(generations: Path, url: str) -> None:
-    for attempt in range(1, _PUT_TRIES + 1):
-        try:
-            with open(generations, "rb") as body:
-                # urllib would call it a form, and a signed URL is for one content type.
-                headers = {
-                    "Content-Length": str(generations.stat().st_size),
-                    "Content-Type": "application/octet-stream",
-                }
-                request = urllib.request.Request(url, body, headers, method="PUT")
-                with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):
-                    return  # 2xx; anything else is an exception
-        except (OSError, HTTPException) as error:
-            if isinstance(error, HTTPError):
-                error.close()  # it holds the connection
-            if attempt == _PUT_TRIES:
-                raise
-            time.sleep(_PUT_WAIT_SECONDS)

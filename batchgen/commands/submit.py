@@ -100,7 +100,8 @@ def command(
 def _check_there(asked: dict[str, Any]) -> None:
     """Whether input and model are on this machine, as far as they are files, by the options of `run` or `run-batch`."""
     from batchgen import models
-    from batchgen.commands.run_batch import is_url, model_of
+    from batchgen.commands._transfer import is_url
+    from batchgen.commands.run_batch import model_of
     from batchgen.prepare import check_there
 
     if "inputs" in asked:
@@ -108,7 +109,7 @@ def _check_there(asked: dict[str, Any]) -> None:
     elif is_url(asked["input_file"]):  # fetched when the job begins
         models.check_there(model_of(asked))
     else:
-        check_there([asked["input_file"]], model_of(asked))
+        check_there([asked["input_file"]], model_of(asked), lines=True)
 
 
 def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]:

@@ -25,6 +25,9 @@ class _Bytes:
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
         return "".join(f"{message['role']}: {join_texts(message.get('content', ''))}\n" for message in messages)
 
+    def token_name(self, token: int) -> str | None:
+        return None
+
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
         return [text.encode("utf-8", "replace") for text in texts]
 

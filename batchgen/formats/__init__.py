@@ -8,11 +8,8 @@ the run itself and never by the cache. Rows are read when asked for: a file may 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
-import pkgutil
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
@@ -232,10 +229,12 @@ class Source(ABC):
             for row, value in values(batch, picked, begin, self.name):
                 yield begin + row, begin + row + 1, value
 
-    def hashes(self, id_of: Callable[[Value], str | None]) -> Iterator[int]:
-        """A number for each row, the same for rows of one id; a row without an id is called `place_of` its line."""
+    def hashes(self, id_of: Callable[[Value], str | None], prefix: str) -> Iterator[int]:
+        """A number for each row, the same for rows of one id, with `prefix` in front; a row without an id is called
+        `place_of` its line."""
         for _, line, value in self.rows(range(len(self))):
-            yield hash(id_of(value) or place_of(self.name, line))
+            own = id_of(value)
+            yield hash(prefix + own if own else place_of(self.name, line))
 
     def pieces(self) -> Generator[tuple[int, pa.RecordBatch], int | None, None]:
         """The rows of a typed file in order, few at a time, after the number of their first.
@@ -277,27 +276,3 @@ def blocks_of(stream: Iterable[pa.RecordBatch]) -> Iterator[Block]:
 def place_of(name: str, line: int) -> str:
     """The id of a row that has none of its own."""
     return f"{name}:{line}"
-
-
-def find(path: Path) -> type[Source]:
-    """The format of `path`, by its name; InputError if there is no such file or format."""
-    try:
-        kind = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"there is no file {path}") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
-        raise InputError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-        raise InputError(
-            f"{path} is neither a file nor a folder, and has no end or can be read only once. Put its rows into a file"
-        )
-    known: list[str] = []
-    modules = [module.name for module in pkgutil.iter_modules(__path__)]
-    # The format that the file is named after comes first, so that the others are not imported.
-    for module in sorted(modules, key=lambda name: f".{name}" not in path.name):
-        for value in vars(importlib.import_module(f"{__name__}.{module}")).values():
-            if isinstance(value, type) and issubclass(value, Source) and value is not Source:
-                if value.accepts(path):
-                    return value
-                known += value.suffixes
-    raise InputError(f"{path} is of no known format: it must be a file that ends in {', '.join(sorted(known))}")

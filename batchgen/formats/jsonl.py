@@ -23,20 +23,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from batchgen.formats import InputError, Original, Scan, Source, Value, place_of
+from batchgen.json_files import Packing, other_kind, packing_of
 from batchgen.objects import BOM, DECODER, DEEPEST, read_carefully, writable
 
 WINDOW = 1 << 18  # bytes read at once: more costs no less time, and only this much lies around
-# How the first line of a file begins that is something else as a whole, and what to do.
-_ARRAY = "it is one JSON array. Turn it into lines: jq -c '.[]'"
-_OTHER_KINDS = {
-    **dict.fromkeys((b"[\n", b"[\r\n", b"[{"), _ARRAY),
-    b"\x1f\x8b": "it is compressed with gzip. Let its name end in .jsonl.gz",
-    b"\x28\xb5\x2f\xfd": "it is compressed with Zstandard. Let its name end in .jsonl.zst",
-    b"PAR1": "it is Parquet. Let its name end in .parquet",
-    b"ARROW1": "it is Arrow. Let its name end in .arrow",
-    b"\xff\xfe": "it is UTF-16 or UTF-32. Turn it into UTF-8: iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "it is UTF-16. Turn it into UTF-8: iconv -f UTF-16 -t UTF-8",
-}
 _ESCAPED_NAME = re.compile(rb"\\u00[567]")  # letters that only a name like "\u0069d" needs to escape
 _ID_FIRST = re.compile(rb'^[ \t]*\{[ \t]*"(?:custom_)?id"[ \t]*:[ \t]*"([^"\\\n]*)"', re.MULTILINE)
 
@@ -53,6 +43,8 @@ class Jsonl(Source):
         self._begins: array[int] = array("Q")  # the byte where each row begins; then one past the newline of the last
         self._blanks: array[int] = array("Q")  # for each blank line, how many rows stand above it
         self._expected: list[int] = []  # what `_checksum` shall be
+        # A start before has unpacked it, and reads on whatever has become of the file.
+        self._is_packed = (cache / f"{number:05d}.jsonl").exists() if into is None else packed(path) is not None
         super().__init__(path, name, cache, number, into, original)
         if into is None and self._load() != self.scanned:
             raise InputError(f"{self._index} is not the index of {path}, or damaged. Delete it and start again")
@@ -60,7 +52,7 @@ class Jsonl(Source):
     @property
     def unpacked(self) -> bool:
         """Whether it is compressed."""
-        return self.path.suffix.lower() in (".gz", ".zst")
+        return self._is_packed
 
     @property
     def _text(self) -> Path:
@@ -83,8 +75,8 @@ class Jsonl(Source):
         if self.unpacked:
             return self._unpack()
         sha = hashlib.sha256()
-        with self.path.open("rb", buffering=WINDOW) as lines:
-            size = self._note(_passed(lines, sha.update))
+        with io.BufferedReader(io.FileIO(self.path), WINDOW) as lines:
+            size = self._note(lines.peek(WINDOW), _passed(lines, sha.update))
         return self._save(sha.hexdigest(), size)
 
     def _unpack(self) -> Scan:
@@ -98,7 +90,7 @@ class Jsonl(Source):
         self.cache = fresh
         try:
             with _unpacked(self.path) as lines, _replacing(self._text) as text:
-                size = self._note(_passed(lines, text.write))
+                size = self._note(lines.peek(WINDOW), _passed(lines, text.write))
         except (EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 where = f"cannot unpack {self.path} into {self._text.parent}"
@@ -106,15 +98,16 @@ class Jsonl(Source):
             raise InputError(f"{self.path} cannot be unpacked: {error}. It is damaged, or was cut off") from error
         return self._save(digest, size)
 
-    def _note(self, lines: Iterable[bytes]) -> int:
-        """Fills the index; gives the number of bytes of `lines`."""
+    def _note(self, head: bytes, lines: Iterable[bytes]) -> int:
+        """Fills the index; gives the number of bytes of `lines`, which begin with `head`."""
+        if (what := other_kind(head)) is not None:
+            raise InputError(f"{self.path} is not JSON lines: {what}")
         self._begins, self._blanks = begins, blanks = array("Q"), array("Q")
         position = 0
         line = b"\n"
         for line in lines:
             mark = 0
             if position == 0:
-                self._check_kind(line)
                 mark = len(BOM) if line.startswith(BOM) else 0
             if line.isspace() or (mark and not line[mark:].strip()):
                 blanks.append(len(begins))
@@ -123,11 +116,6 @@ class Jsonl(Source):
             position += len(line)
         begins.append(position if line.endswith(b"\n") else position + 1)
         return position
-
-    def _check_kind(self, line: bytes) -> None:
-        for beginning, what in _OTHER_KINDS.items():
-            if line.startswith(beginning):
-                raise InputError(f"{self.path} is not JSON lines: {what}")
 
     def _save(self, digest: str, size: int) -> Scan:
         self._expected = self._checksum()
@@ -186,7 +174,7 @@ class Jsonl(Source):
                             value = writable(value, line, self.name)
                     yield number, line, value
 
-    def hashes(self, id_of: Callable[[Value], str | None]) -> Iterator[int]:
+    def hashes(self, id_of: Callable[[Value], str | None], prefix: str) -> Iterator[int]:
         """As `Source.hashes`, without parsing rows that begin with their id: a request's body can be long."""
         begins = self._begins
         with self._text.open("rb") as file:
@@ -197,10 +185,11 @@ class Jsonl(Source):
                 named = data.count(b'"id"') + data.count(b'"custom_id"')
                 if len(ids) == len(window) == named and not _ESCAPED_NAME.search(data):
                     # Each row begins with its id and has no other: most files, and then nothing more is looked at.
-                    yield from (hash(id.decode("utf-8", "replace")) for id in ids)
+                    yield from (hash(prefix + id.decode("utf-8", "replace")) for id in ids)
                     continue
                 for _, line, value in self.rows(window):
-                    yield hash(id_of(value) or place_of(self.name, line))
+                    own = id_of(value)
+                    yield hash(prefix + own if own else place_of(self.name, line))
 
     def _windows(self, numbers: Iterable[int]) -> Iterator[list[int]]:
         """`numbers` in groups whose text lies within `WINDOW` bytes, or alone."""
@@ -226,6 +215,32 @@ class Jsonl(Source):
         return data
 
 
+def is_blank(path: Path) -> bool:
+    """Whether the file, unpacked, has nothing but blank lines.
+
+    Raises:
+        InputError: it cannot be read or unpacked.
+    """
+    try:
+        with path.open("rb", buffering=WINDOW) if packed(path) is None else _unpacked(path) as text:
+            first = text.read(WINDOW).removeprefix(BOM)
+            return not first.strip() and all(not part.strip() for part in iter(lambda: text.read(WINDOW), b""))
+    except (EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{path} cannot be read or unpacked: {error}") from error
+
+
+def packed(path: Path) -> Packing | None:
+    """How the file is compressed, if it is.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return packing_of(path)
+    except OSError as error:
+        raise InputError(f"cannot read or write {path}: {error.strerror or error}") from error
+
+
 def _passed(lines: Iterable[bytes], to: Callable[[bytes], object]) -> Iterator[bytes]:
     for line in lines:
         to(line)
@@ -233,10 +248,10 @@ def _passed(lines: Iterable[bytes], to: Callable[[bytes], object]) -> Iterator[b
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+def _unpacked(path: Path) -> Iterator[io.BufferedReader]:
     with ExitStack() as files:
         raw: Any
-        if path.suffix.lower() == ".gz":
+        if packed(path) == "gz":
             raw = files.enter_context(gzip.open(path, "rb"))
         else:
             import pyarrow as pa  # has Zstandard, which the standard library of Python 3.11 has not

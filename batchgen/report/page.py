@@ -89,7 +89,8 @@ def _sampling(asked: Mapping[str, Any]) -> Iterator[str]:
     if "temperature" in params:
         yield f"temperature {params['temperature']:g}" if params["temperature"] else "greedy"
     if "max_new_tokens" in params:
-        yield f"at most {params['max_new_tokens']} new tokens"
+        most = params["max_new_tokens"]
+        yield "new tokens as far as the context goes" if most == "fit" else f"at most {most} new tokens"
 
 
 def _tile(label: str, value: str, note: str, parts: Sequence[tuple[str, float]] = ()) -> dict[str, object]:

@@ -64,7 +64,7 @@ def load(environment: Mapping[str, str], working: Path) -> Site:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        known = tomllib.loads(path.read_text(encoding="utf-8"))
+        known = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -21,6 +21,9 @@ GZIP = gzip.compress(GOOD, mtime=0)
 DAMAGED = "It is damaged, or was cut off"
 ENDED = f"ended before the end-of-stream marker was reached. {DAMAGED}"
 TEXT = GOOD.decode()
+ROWS = [{"id": "a", "prompt": "one"}, {"id": "b", "prompt": "two"}]
+ARRAY = " is not JSON lines: it is one JSON array. Turn it into lines: jq -c '.[]'"
+OBJECT = " is not JSON lines: it is JSON over several lines. Put each object on one line: jq -c ."
 
 
 @pytest.mark.parametrize(
@@ -37,12 +40,24 @@ TEXT = GOOD.decode()
         ("a.jsonl", TEXT.encode("utf-16"), "a.jsonl is not JSON lines: it is UTF-16 or UTF-32. Turn it into UTF-8"),
         ("a.jsonl", ("\ufeff" + TEXT).encode("utf-16-be"), "it is UTF-16. Turn it into UTF-8: iconv -f UTF-16"),
         ("a.jsonl", TEXT.encode("utf-32"), "it is UTF-16 or UTF-32"),
-        ("a.jsonl", GZIP, "it is compressed with gzip. Let its name end in .jsonl.gz"),
-        ("a.jsonl.gz", gzip.compress(GZIP), "it is compressed with gzip"),
-        ("a.jsonl", ZSTD, "it is compressed with Zstandard. Let its name end in .jsonl.zst"),
+        ("a.jsonl", TEXT.encode("utf-16-le"), "it is UTF-16 or UTF-32. Turn it into UTF-8"),
+        ("a.jsonl", TEXT.encode("utf-16-be"), "it is UTF-16. Turn it into UTF-8: iconv -f UTF-16BE"),
+        ("a.jsonl", json.dumps(ROWS, indent=2).encode(), ARRAY),
+        ("a.jsonl", b"\xef\xbb\xbf" + json.dumps(ROWS, indent=2).replace("\n", "\r\n").encode(), ARRAY),
+        ("a.jsonl", json.dumps(ROWS).encode(), ARRAY),
+        ("a.jsonl", b"\n [ " + json.dumps(ROWS)[1:].encode() + b"\n", ARRAY),
+        ("a.jsonl", ("[ " + json.dumps(ROWS * 9_999)[1:]).encode(), ARRAY),
+        ("a.jsonl", b"[]", ARRAY),
+        ("a.jsonl", json.dumps(ROWS, indent=2)[:-40].encode(), ARRAY),
+        ("a.jsonl.gz", gzip.compress(json.dumps(ROWS * 9_999, indent=1).encode()), ARRAY),
+        ("a.jsonl.zst", pa.compress(json.dumps(ROWS * 9_999, indent=1).encode(), codec="zstd", asbytes=True), ARRAY),
+        ("a.jsonl", json.dumps(ROWS[0], indent=2).encode(), OBJECT),
+        ("a.jsonl", json.dumps({"data": ROWS * 9_999}, indent=4).encode(), OBJECT),
+        ("a.jsonl", "\n".join(json.dumps(row, indent="\t") for row in ROWS).encode(), OBJECT),
+        ("a.jsonl", json.dumps(ROWS[0], indent=2)[:-9].encode(), OBJECT),
+        ("a.jsonl.gz", gzip.compress(GZIP), "it is compressed with gzip twice"),
         ("a.jsonl", b"PAR1" + bytes(20), "it is Parquet. Let its name end in .parquet"),
         ("a.jsonl", b"ARROW1" + bytes(20), "it is Arrow. Let its name end in .arrow"),
-        ("a.jsonl.gz", GOOD, "a.jsonl.gz cannot be unpacked: Not a gzipped file (b'{\"'). " + DAMAGED),
         ("a.jsonl.gz", GZIP[:-1], ENDED),
         ("a.jsonl.gz", gzip.compress(os.urandom(3000))[:1500], ENDED),
         ("a.jsonl.gz", GZIP[:5], ENDED),
@@ -51,7 +66,6 @@ TEXT = GOOD.decode()
         ("a.jsonl.gz", GZIP + b"garbage", f"a.jsonl.gz cannot be unpacked: Not a gzipped file (b'ga'). {DAMAGED}"),
         ("a.jsonl.gz", GZIP + GZIP[:-3], ENDED),
         ("a.jsonl.gz", GZIP[:12] + bytes([GZIP[12] ^ 255]) + GZIP[13:], "a.jsonl.gz cannot be unpacked: "),
-        ("a.jsonl.zst", GOOD, f"decompress failed: Unknown frame descriptor. {DAMAGED}"),
         ("a.jsonl.zst", ZSTD[:-1], f"a.jsonl.zst cannot be unpacked: Truncated compressed stream. {DAMAGED}"),
         ("a.jsonl.zst", ZSTD + b"garbage", "a.jsonl.zst cannot be unpacked: ZSTD decompress failed"),
         ("a.txt", GOOD, "a.txt is of no known format: it must be a file that ends in .arrow"),
@@ -80,6 +94,43 @@ def test_gzip_of_several_members_or_with_zeros_behind_is_good(content: bytes, tm
     rows = answered(tmp_path / "out")
     assert [row["text"] for row in rows[:2]] == ["one", "two"]
     assert (ended.code, len(rows)) == ((3, 4) if len(content) < 300 else (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("a.jsonl", packed) for packed in (GZIP, ZSTD)),
+        *(("a.jsonl.gz", packed) for packed in (GOOD, ZSTD, b"\xef\xbb\xbf" + GOOD)),
+        ("a.jsonl.zst", GOOD),
+        ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + GOOD)),
+        ("a.jsonl", b"\xef\xbb\xbf\r\n" + GOOD),
+    ],
+)
+def test_what_is_in_a_file_of_lines_counts_and_not_whether_its_name_says_compressed(
+    name: str, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    ended = call(tmp_path, "run", name, "-o", "out", "--engine", "echo", "--ranks", 2)
+    assert ended.code == 0, ended.err
+    assert [row["text"] for row in answered(tmp_path / "out")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("first", "failed"),
+    [
+        (b'{"id": "x",', 1),
+        (b'{"id": "x", "prompt": ["a",', 1),
+        (b"{", 1),
+        (b'{"id": "x", "prompt": "a\nb"}', 2),
+        (b"[1, 2]", 1),
+        (b'["a"', 1),
+    ],
+)
+def test_a_broken_first_line_costs_no_other_row(first: bytes, failed: int, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(first + b"\n" + GOOD)
+    ended = call(tmp_path, "run", "a.jsonl", "-o", "out", "--engine", "echo")
+    rows = answered(tmp_path / "out")
+    assert (ended.code, [row["text"] for row in rows]) == (3, [*[None] * failed, "one", "two"])
 
 
 def test_an_empty_file_among_others_is_no_reason_to_stop(tmp_path: Path) -> None:

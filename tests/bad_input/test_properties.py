@@ -18,9 +18,10 @@ from batchgen.engines.echo import Echo
 from batchgen.formats import InputError
 from batchgen.input import Input
 from batchgen.output import renderer
-from batchgen.prompts import PromptReader, own_id
+from batchgen.prompts import PromptReader
 from batchgen.recipe import Recipe
 from batchgen.refusal import Refused
+from batchgen.row_ids import own_id
 from batchgen.template import compiled
 from batchgen.types import Generation, Row, RowError, SamplingParams
 from tests import mutations

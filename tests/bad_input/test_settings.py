@@ -106,7 +106,7 @@ REQUESTS: list[tuple[dict[str, Any], str | None, str]] = [
     (completion([1, -1]), "wrong_type", "body.prompt must be a text or a list of token ids, not a list"),
     (completion([256]), "wrong_type", "body.prompt has token 256, but the model has 256 tokens"),
     (completion([10**400]), "wrong_type", "body.prompt has token a number of many digits"),
-    ({"prompt": "no request"}, "wrong_type", "method must be"),
+    ({"prompt": "no request"}, "wrong_type", "method, url and body are missing: a line needs custom_id, method"),
     ({"custom_id": "chat-0", **chat()}, "duplicate_id", 'the id "chat-0" is that of line 1 of a.jsonl'),
 ]  # fmt: skip
 
@@ -124,7 +124,7 @@ def test_every_openai_line_is_answered_in_its_place(shape: str, tmp_path: Path) 
     assert len(answers) == len(text)
     for number, (answer, row) in enumerate(zip(answers, rows, strict=False)):
         own = row["custom_id"]
-        assert answer["custom_id"] == (own if isinstance(own, str) and own else f"line-{number + 1}")
+        assert answer["custom_id"] == (str(own) if own else f"line-{number + 1}")
         _, code, sentence = REQUESTS[number]
         if code is None:
             assert (answer["response"]["status_code"], answer["error"]) == (200, None), answer

@@ -13,9 +13,7 @@ from click.testing import CliRunner
 from batchgen import commands
 from batchgen.commands import CommandError, main
 
-NAMES = sorted(
-    path.stem.replace("_", "-") for path in Path(commands.__file__).parent.glob("*.py") if path.stem != "__init__"
-)
+NAMES = sorted(path.stem.replace("_", "-") for path in Path(commands.__file__).parent.glob("[!_]*.py"))
 CONTEXT = click.Context(main)
 
 

@@ -1,37 +1,114 @@
-"""Flags of `vllm run-batch` with one dash and several characters, which hold the letters of our -i and -o."""
+"""Flags of `vllm run-batch`, in each of its spellings: carried out, ignored and named, or refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
-from batchgen.commands import run_batch
+from batchgen.commands import CommandError, main, run_batch
+from batchgen.commands._vllm_flags import IGNORED, INSTEAD
 from tests.commands.starts import call, read_rows, write_rows
+
+FILES = ["-i", "in", "-o", "out"]
+
+
+def read(*words: str) -> click.Context:
+    """What the command makes of its words, and in `args` the flags that it ignores."""
+    return run_batch.command.make_context("run-batch", list(words), **main.context_settings)
 
 
 @pytest.mark.parametrize(
     ("words", "ignored"),
     [
-        (["-iin", "-oout", "-cc.mode=3"], ["-cc.mode=3"]),
-        (["-O3", "-i", "in", "-O.mode=3", "-o", "out"], ["-O3", "-O.mode=3"]),
-        (["-i", "in", "--other", "-tp", "4", "-cc.pass_config", "5", "-o", "out"], ["--other", "-tp", "4"]),
-        (["-i", "in", "-O", "3", "-o", "out"], ["-O", "3"]),
+        (["-iin", "-oout", "-cc.mode=3"], ["-cc.mode"]),
+        (["-O3", "-i", "in", "-O.mode=3", "-o", "out"], ["-O3", "-O.mode"]),
+        (["-i", "in", "-tp", "4", "-cc.pass_config", "5", "-o", "out"], ["-tp", "-cc.pass_config"]),
+        (["-i", "in", "-O", "3", "-o", "out"], ["-O"]),
+        (["--input_file", "in", "--output_file=out", "--max_model_len=5"], ["--max_model_len"]),
+        ([*FILES, "--no-enable-eplb", "--no-enable_lora"], ["--no-enable-eplb", "--no-enable_lora"]),
+        ([*FILES, "--cudagraph-capture-sizes", "1", "2", "4", "--seed", "3"], ["--cudagraph-capture-sizes"]),
+        ([*FILES, "--eplb-config.a", "b", "--hf-token", "secret"], ["--eplb-config.a", "--hf-token"]),
+        ([*FILES, "--quantization=None", "--kv_cache_dtype", "auto"], ["--quantization", "--kv_cache_dtype"]),
+        ([*FILES, "--load-format", "safetensors", "--task", "generate"], ["--load-format", "--task"]),
+        ([*FILES, "--tokenizer", "a/b", "--model", "a/b"], ["--tokenizer"]),
+        ([*FILES, "--no-enable-reasoning"], ["--no-enable-reasoning"]),
+    ],
+)  # fmt: skip
+def test_what_changes_no_answer_is_ignored_and_named(words: list[str], ignored: list[str]) -> None:
+    context = read(*words)
+    assert (context.params["input_file"], context.params["output_file"]) == ("in", "out")
+    assert context.args == ignored
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--served_model_name", "m"], "served_model_name", "m"),
+        (["--max_num_seqs=8"], "max_num_seqs", 8),
+        (["--default-chat-template-kwargs", '{"a": 1}'], "chat_template_kwargs", {"a": 1}),
+        (["--default_chat_template_kwargs.a_b", "false"], "chat_template_kwargs", {"a_b": False}),
+        (
+            ["--default-chat-template-kwargs.a.b=x", "--default-chat-template-kwargs.a.c", "[1]"],
+            "chat_template_kwargs",
+            {"a": {"b": "x", "c": [1]}},
+        ),
+        (["--chat-template-kwargs", '{"a": 1}'], "chat_template_kwargs", {"a": 1}),
+        (["--no_selftest"], "selftest", False),
+        (["--seed", "-12"], "seed", -12),
+        (["--stop", "-O3"], "stop", ("-O3",)),
+        (["--stop", "--chat-template"], "stop", ("--chat-template",)),
     ],
 )
-def test_they_are_left_alone(words: list[str], ignored: list[str]) -> None:
-    context = run_batch.command.make_context("run-batch", words)
-    assert (context.params["input_file"], context.params["output_file"]) == ("in", "out")
-    assert context.args[: len(ignored)] == ignored
-    assert "".join(context.args).isprintable()
+def test_what_is_ours_is_carried_out(words: list[str], name: str, value: Any) -> None:
+    context = read(*FILES, *words)
+    assert (context.params[name], context.args) == (value, [])
 
 
-def test_a_value_may_look_like_one() -> None:
-    words = ["-i", "-cc.mode", "-o", "-i", "--stop", "-O3", "--seed", "-12", "-O4"]
-    context = run_batch.command.make_context("run-batch", words)
-    assert (context.params["input_file"], context.params["output_file"]) == ("-cc.mode", "-i")
-    assert (context.params["stop"], context.params["seed"]) == (("-O3",), -12)
-    assert context.args == ["-O4"]
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--chat_template", "x.jinja"], "has no --chat_template, which would change the answers: the template is the"),
+        (["--chat-template=x"], "chat_template.jinja"),
+        (["--override-generation-config", '{"temperature": 0.9}'], "give --temperature, --top-p, --top-k"),
+        (["--override-generation-config.temperature", "0.9"], "no --override-generation-config.temperature, which"),
+        (["--override_generation_config.top_p=0.9"], "no --override_generation_config.top_p, which"),
+        (["-q", "awq"], "has no -q, which would change the answers: weights are read"),
+        (["--quantization", "fp8"], "--dtype int8 or nf4"),
+        (["--kv-cache-dtype", "fp8"], "in the dtype of the model"),
+        (["--lora-modules", "a=b"], "Merge the adapter"),
+        (["--tokenizer", "other"], "the tokenizer is the model's"),
+        (["--tokenizer-mode", "mistral"], "the tokenizer is the model's"),
+        (["--reasoning-parser", "qwen3"], "reasoning stays in the text"),
+        (["--hf-overrides.rope_theta", "1"], "Change config.json"),
+        (["--load-format", "dummy"], "as the model's folder has them"),
+        (["--config", "flags.yaml"], "write the flags that are in that file"),
+        (["--runner", "pooling"], "batchgen answers chats and completions"),
+        (["--template", "x"], "run-batch has no --template; `batchgen run` has"),
+        (["--served-model-nam", "x"], "is --served-model-name meant?"),
+        (["--tensor-parallel-sise", "2"], "is --tensor-parallel-size meant?"),
+        (["--frobnicate"], "run-batch has no --frobnicate, and it is no flag of vLLM's that is known here"),
+        (["-zz", "1"], "run-batch has no -zz"),
+    ],
+)
+def test_what_would_change_the_answers_is_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(CommandError) as caught:
+        read(*FILES, *words)
+    assert caught.value.exit_code == 4
+    assert sentence in caught.value.message
+
+
+def test_every_flag_has_one_verdict() -> None:
+    own = {name for one in run_batch.command.params for name in one.opts}
+    assert not IGNORED & INSTEAD.keys()
+    assert not own & (IGNORED | INSTEAD.keys())
+
+
+def test_a_word_that_belongs_to_no_flag_is_a_usage_error() -> None:
+    with pytest.raises(click.UsageError, match="unexpected extra argument"):
+        read("stray", *FILES)
 
 
 def test_answers_go_where_they_shall(tmp_path: Path) -> None:
@@ -40,6 +117,6 @@ def test_answers_go_where_they_shall(tmp_path: Path) -> None:
     words = ["-i", "in.jsonl", "-o", "out.jsonl", "-cc.mode=3", "-O3", "--model", "m", "--engine", "echo"]
     ended = call(tmp_path, "run-batch", *words)
     assert (ended.code, ended.out) == (0, "out.jsonl\n"), ended.err
-    assert "batchgen: ignored, not known here: -cc.mode=3 -O3\n" in ended.err
+    assert "batchgen: ignored, since no answer depends on them here: -cc.mode, -O3\n" in ended.err
     assert [line["custom_id"] for line in read_rows(tmp_path / "out.jsonl")] == ["a"]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["in.jsonl", "out.jsonl", "out.jsonl.run"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,11 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
-from batchgen.commands import run_batch
+from batchgen.commands import _transfer, run_batch
+from tests.bad_input.command import call as fork
 from tests.commands.starts import Started, batchgen, call, found, read_rows, recorded, step, until, write_rows
 
 
@@ -76,8 +80,8 @@ def test_flags_of_vllm_are_taken_or_ignored_with_a_warning(tmp_path: Path) -> No
     flags = "--tensor-parallel-size 2 --enable-metrics --dtype half --max-num-seqs 2 --max-model-len=4096 -tp 4"
     ended = call(tmp_path, *answer(*flags.split(), "--input-file", "in.jsonl", "--output-file", "out.jsonl"))
     assert ended.code == 0, ended.err
-    ignored = "--tensor-parallel-size 2 --enable-metrics --max-model-len=4096 -tp 4"
-    assert f"batchgen: ignored, not known here: {ignored}\n" in ended.err
+    ignored = "--tensor-parallel-size, --enable-metrics, --max-model-len, -tp"
+    assert f"batchgen: ignored, since no answer depends on them here: {ignored}\n" in ended.err
     assert [batch["prompts"] for batch in read_rows(tmp_path / "out.jsonl.run/timing.jsonl")] == [2, 1]
 
 
@@ -157,7 +161,7 @@ def test_output_that_can_never_be_written_is_refused_before_anything_is_generate
     [
         (["--shard", "0/2"], "run-batch has no --shard; `batchgen run` has"),
         (["--strict"], "run-batch has no --strict; `batchgen run` has"),
-        (["--chat-template", "x"], "run-batch has no --chat-template; leave it out"),
+        (["--chat-template", "x"], "run-batch has no --chat-template, which would change the answers"),
         (["--max-new-token", "3"], "run-batch has no --max-new-token; is --max-new-tokens meant?"),
     ],
 )
@@ -181,6 +185,64 @@ def test_a_finished_run_that_is_thrown_away_is_said_and_its_removal_is_gone_on_w
     ended = call(tmp_path, *words)
     assert ended.code == 0
     assert "the run in out.jsonl.run is finished, so this is a new one, from the beginning" in ended.err
+
+
+@pytest.mark.parametrize("name", ["requests", "requests.json", "requests.txt", "b.parquet", "b.arrow", "x.jsonl.gz"])
+def test_an_input_is_json_lines_whatever_its_name(name: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / name, [completion("a", "x")])
+    ended = fork(tmp_path, *answer("-i", name, "-o", "out"))
+    assert (ended.code, [line["custom_id"] for line in read_rows(tmp_path / "out")]) == (0, ["a"]), ended.err
+
+
+def test_nor_does_its_name_say_whether_it_is_compressed(tmp_path: Path) -> None:
+    text = write_rows(tmp_path / "lines", [completion("a", "x")]).read_bytes()
+    for content in (gzip.compress(text), pa.compress(text, codec="zstd", asbytes=True)):
+        (tmp_path / "lines").write_bytes(content)
+        ended = fork(tmp_path, *answer("-i", "lines", "-o", "out"))
+        assert (ended.code, [line["custom_id"] for line in read_rows(tmp_path / "out")]) == (0, ["a"]), ended.err
+
+
+def test_a_table_of_requests_is_read_as_before(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([completion("a", "x")]), tmp_path / "in.parquet")
+    ended = fork(tmp_path, *answer("-i", "in.parquet", "-o", "out"))
+    assert (ended.code, [line["custom_id"] for line in read_rows(tmp_path / "out")]) == (0, ["a"]), ended.err
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf\n", gzip.compress(b"\n")])
+def test_an_empty_file_has_an_empty_file_of_answers(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(content)
+    (tmp_path / "out").write_bytes(b"from before")
+    ended = fork(tmp_path, *answer("-i", "in", "-o", "out"))
+    assert (ended.code, ended.out, (tmp_path / "out").read_bytes()) == (0, "out\n", b""), ended.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_an_empty_file_takes_the_place_of_a_finished_run_but_not_of_another(tmp_path: Path) -> None:
+    words = answer("-i", "in.jsonl", "-o", "out.jsonl")
+    write_rows(tmp_path / "in.jsonl", [completion(f"row-{number}", "x") for number in range(100)])
+    with Started(batchgen(*words, "--set", "seconds=0.01", "--batch-size", 5), tmp_path) as process:
+        until(lambda: recorded(tmp_path / "out.jsonl.run"), process)
+        process.send(signal.SIGTERM)
+        assert process.end().code == 75
+    lines = (tmp_path / "in.jsonl").read_bytes()
+    (tmp_path / "in.jsonl").write_bytes(b"")
+    ended = call(tmp_path, *words)
+    assert (ended.code, "is not what the run began with" in ended.err) == (4, True), ended.err
+    (tmp_path / "in.jsonl").write_bytes(lines)
+    assert call(tmp_path, *words).code == 0
+    (tmp_path / "in.jsonl").write_bytes(b"")
+    ended = call(tmp_path, *words)
+    assert (ended.code, (tmp_path / "out.jsonl").read_bytes()) == (0, b""), ended.err
+
+
+def test_ids_of_two_files_may_be_the_same_with_their_files_names_in_front(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        write_rows(tmp_path / name, [completion("1", name), completion("2", name)])
+    ended = fork(tmp_path, *answer("-i", "*.jsonl", "-o", "out"))
+    assert (ended.code, "With --id-prefix file, each id has the name of its file in front" in ended.err) == (3, True)
+    ended = fork(tmp_path, *answer("-i", "*.jsonl", "-o", "other", "--id-prefix", "file"))
+    ids = [line["custom_id"] for line in read_rows(tmp_path / "other")]
+    assert (ended.code, ids) == (0, ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1", "b.jsonl:2"]), ended.err
 
 
 def test_under_srun_the_last_task_writes_the_output(tmp_path: Path) -> None:
@@ -286,7 +348,7 @@ def test_url_that_cannot_be_read_is_exit_4(tmp_path: Path, store: Store) -> None
 
 
 def test_put_is_tried_again(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_batch, "_PUT_WAIT_SECONDS", 0)
+    monkeypatch.setattr(_transfer, "_PUT_WAIT_SECONDS", 0)
     (tmp_path / "answers").write_bytes(b"all answers")
     store.failures = 4
     run_batch._deliver(tmp_path / "answers", store.url("/out"))

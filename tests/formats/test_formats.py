@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchgen.formats
-from batchgen.formats import InputError, Source, Value, find
-from batchgen.input import Input
+from batchgen.formats import InputError, Source, Value
+from batchgen.input import Input, find
 from batchgen.types import Row, RowError
 
 Rows = Sequence[dict[str, object]]
