@@ -9,7 +9,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
-from batchgen.openai import CHAT, COMPLETIONS, Shape, answer, parse
+from batchgen.openai import Shape, answer, parse
+from batchgen.openai_completions import CHAT, COMPLETIONS
 from batchgen.refusal import Refused
 from batchgen.row_ids import is_request
 from batchgen.types import Generation, RowError
