@@ -15,7 +15,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -163,7 +163,8 @@ class Row:
     source: str  # the file's name, unique within the input
     line: int  # as in RowError
     value: Mapping[str, object] | RowError  # the columns, or why they could not be read
-    has_every_key: bool = False  # its format forces every object to have every key, so null means "not given"
+    has_every_key: bool = field(default=False, compare=False)
+    """Its format forces every object to have every key, so null means "not given". Rows are the same in any format."""
 
 
 @dataclass(slots=True)
