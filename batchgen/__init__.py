@@ -3,7 +3,7 @@
     from batchgen import Recipe, SamplingParams, run
     status = run("prompts.jsonl", "out", recipe=Recipe(sampling=SamplingParams(max_new_tokens=64)))
 
-is the command `batchgen run prompts.jsonl -o out --max-new-tokens 64`.
+is the command `batchgen run prompts.jsonl -o out --max-new-tokens 64`; `FIT` is `--max-new-tokens fit`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from batchgen.checkpoint import Status
     from batchgen.flow import Host, merge, run
     from batchgen.recipe import Recipe
-    from batchgen.types import SamplingParams
+    from batchgen.types import FIT, SamplingParams
 
-__all__ = ["Host", "Recipe", "SamplingParams", "Status", "merge", "run"]
+__all__ = ["FIT", "Host", "Recipe", "SamplingParams", "Status", "merge", "run"]
 
 _HOMES = {
+    "FIT": "types",
     "Host": "flow",
     "Recipe": "recipe",
     "SamplingParams": "types",

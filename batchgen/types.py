@@ -100,7 +100,7 @@ class SamplingParams:
         ValueError: a value is out of range; the message names the field and the rule.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # FIT: as many as the context leaves
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off

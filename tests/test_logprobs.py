@@ -16,7 +16,8 @@ from openai.types.chat.chat_completion import ChoiceLogprobs
 
 from batchgen import Host, Recipe, SamplingParams, run
 from batchgen.checkpoint import CheckpointError
-from batchgen.openai import CHAT, COMPLETIONS, Shape, answer, parse
+from batchgen.openai import Shape, answer, parse
+from batchgen.openai_completions import CHAT, COMPLETIONS
 from batchgen.refusal import Refused
 from batchgen.types import Generation
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows

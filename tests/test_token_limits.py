@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from batchgen import Recipe, SamplingParams, run
+from batchgen import FIT, Recipe, SamplingParams, run
 from batchgen.checkpoint import AskedDifferently
 from batchgen.commands.run import command
 from batchgen.encoder import HfEncoder
 from batchgen.flow import Host
 from batchgen.prepare import RunError
-from batchgen.types import FIT
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 
 ALONE = Host(ENVIRONMENT)

@@ -13,6 +13,7 @@ import click
 from batchgen.types import FIT
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+_LETTERS = {meant: letter for letter, meant in _ESCAPES.items()}
 _ESCAPE = re.compile(r"\\(?:([ntr\\])|u([0-9a-fA-F]{4}))")
 
 
@@ -74,7 +75,7 @@ def unescaped(text: str) -> str:
 
 def escaped(text: str) -> str:
     """What `unescaped` reads as `text`."""
-    return text.replace("\\", "\\\\")
+    return re.sub(r"[\n\t\r\\]", lambda found: f"\\{_LETTERS[found[0]]}", text)
 
 
 id_prefix = click.option(

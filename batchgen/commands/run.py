@@ -37,6 +37,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--max-new-tokens",
                 type=TokenLimit(),
+                metavar="N|fit",
                 default=defaults.max_new_tokens,
                 show_default=True,
                 help="Most tokens to generate for a row; fit is as many as the model's context leaves.",

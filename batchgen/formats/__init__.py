@@ -234,7 +234,7 @@ class Source(ABC):
         `place_of` its line."""
         for _, line, value in self.rows(range(len(self))):
             own = id_of(value)
-            yield hash(prefix + own if own else place_of(self.name, line))
+            yield hash((prefix + own if prefix else own) if own else place_of(self.name, line))
 
     def pieces(self) -> Generator[tuple[int, pa.RecordBatch], int | None, None]:
         """The rows of a typed file in order, few at a time, after the number of their first.

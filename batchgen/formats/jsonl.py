@@ -28,7 +28,7 @@ from batchgen.objects import BOM, DECODER, DEEPEST, read_carefully, writable
 
 WINDOW = 1 << 18  # bytes read at once: more costs no less time, and only this much lies around
 _ESCAPED_NAME = re.compile(rb"\\u00[567]")  # letters that only a name like "\u0069d" needs to escape
-_ID_FIRST = re.compile(rb'^[ \t]*\{[ \t]*"(?:custom_)?id"[ \t]*:[ \t]*"([^"\\\n]*)"', re.MULTILINE)
+_ID_FIRST = re.compile(rb'^[ \t]*\{[ \t]*"(?:custom_)?id"[ \t]*:[ \t]*"([^"\\\n]+)"', re.MULTILINE)
 
 
 class Jsonl(Source):
@@ -189,7 +189,7 @@ class Jsonl(Source):
                     continue
                 for _, line, value in self.rows(window):
                     own = id_of(value)
-                    yield hash(prefix + own if own else place_of(self.name, line))
+                    yield hash((prefix + own if prefix else own) if own else place_of(self.name, line))
 
     def _windows(self, numbers: Iterable[int]) -> Iterator[list[int]]:
         """`numbers` in groups whose text lies within `WINDOW` bytes, or alone."""

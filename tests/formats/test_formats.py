@@ -301,6 +301,20 @@ def test_a_repeated_id_points_to_its_first_use(tmp_path: Path, kind: type[str]) 
     }
 
 
+def test_ids_of_two_files_differ_by_their_files_names(tmp_path: Path) -> None:
+    first = lines(tmp_path / "a.jsonl", "x", "y", "x")
+    second = lines(tmp_path / "b.jsonl", "y", "x", "", "3")
+    pq.write_table(pa.table({"id": ["x", "z", "z"]}), tmp_path / "c.parquet")
+    files = [str(first), str(second), str(tmp_path / "c.parquet")]
+    source = Input.open(files, tmp_path / "cache", scan=True)
+    # The row without an id is called b.jsonl:3, and so is the one behind it.
+    assert source.duplicates(id_of, by_file=True) == {
+        2: "line 1 of a.jsonl",
+        6: "line 3 of b.jsonl",
+        9: "line 2 of c.parquet",
+    }
+
+
 def test_no_id_is_repeated(tmp_path: Path) -> None:
     source = opened(lines(tmp_path / "a.jsonl", *map(str, range(1000))), tmp_path / "cache")
     assert source.duplicates(id_of) == {}

@@ -22,7 +22,8 @@ from batchgen import engine, models, plan
 from batchgen.cards import card_of
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Setup
-from batchgen.prompts import PromptReader, Recipe
+from batchgen.prompts import PromptReader
+from batchgen.recipe import Recipe
 from batchgen.types import Prompt, Row, SamplingParams, UserError
 from batchgen.world import World
 from tests import models as tiny
