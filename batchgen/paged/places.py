@@ -1,7 +1,7 @@
 """Where the keys and values of a step lie in a layer's cache, worked out once for all layers, for attention in torch.
 
-A cache [pages, heads, SIZE, head size] is taken as a matrix with a row for each token of each head. Such rows are copied
-as they are and come out in order, while `cache[pages]` goes through them number by number and has to be turned after.
+A cache [pages, heads, SIZE, head size] is taken as a matrix with a row for each token of each head. Such rows are
+copied whole and come out in order, while `cache[pages]` copies number by number, and its copy has to be turned after.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Written:
         self._rows = _rows(pages[None], offsets[None], heads).flatten()  # [heads * tokens]
 
     def write(self, cache: torch.Tensor, values: torch.Tensor) -> None:
-        """Puts `values` [heads, tokens, head size] into one half of a layer's cache, [pages, heads, SIZE, head size]."""
+        """Puts `values` [heads, tokens, head size] into one half of a layer's cache."""
         size = values.shape[-1]
         cache.view(-1, size).index_copy_(0, self._rows, values.reshape(-1, size).to(cache.dtype))
 
