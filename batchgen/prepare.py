@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from batchgen import choice, formats, models
+from batchgen import dtype as dtype_of
 from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
+from batchgen.dtype import Dtype
 from batchgen.engine import Encoder, Engine
 from batchgen.formats import Begun, InputError
 from batchgen.input import Input, files_of
@@ -52,11 +54,16 @@ class Ready:
     reader: PromptReader
     model: ResolvedModel
     choice: Choice
-    dtype: str
+    settled_dtype: Dtype
     batch_size: int | None
     selftest: bool
     cache: Path  # batchgen's own, not the run's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in, as `--dtype` takes it."""
+        return self.settled_dtype.name
 
     @property
     def engine(self) -> str:
@@ -116,12 +123,14 @@ def prepare(
         if model is None and scan:
             logger.info("no --model given: using the default model, %s", models.DEFAULT)
         resolved = models.resolve(model, own_cache, logger.info)
+    dtype_found = dtype_of.find(dtype, folder, resolved.folder)
     if chosen is None:
         world = from_environment(environment)
-        chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
+        chosen = _chosen(resolved, dtype_found.name, settings, partial(_lengths, source, recipe), world, ranks)
     duplicates = _duplicates(source, cache / "duplicates.json", scan, folder.begun)
+    encoder = chosen.kind.encoder(str(resolved.folder))
     try:
-        reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates)
+        reader = PromptReader(recipe, encoder, duplicates)
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
     answers_requests = recipe.model is not None or _begins_with_request(source)
@@ -131,7 +140,7 @@ def prepare(
         reader,
         resolved,
         chosen,
-        dtype,
+        dtype_of.settle(dtype_found, encoder, say=scan),
         batch_size,
         selftest,
         own_cache,

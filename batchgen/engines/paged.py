@@ -42,6 +42,7 @@ class Paged(Engine):
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
     pace = Pace(
         layer_seconds=0.00003,
+        host_layer_seconds=0.001,
         shared_layer_seconds=0.00009,
         read_share=0.85,
         cache_passes=1.0,
