@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from batchgen import memory
+from batchgen import memory, processor
 from batchgen.types import UserError
 
 _GIB = 1 << 30
 _FULL = 0.99  # what a card has of the memory that it is sold with, in GiB
-# Of one core of a CPU, and of the memory of all: guesses, good enough to tell engines apart.
-_CORE_OPERATIONS, _HOST_BANDWIDTH = 5e10, 2e10
+_FEEDING_CORES = 4  # that together read all that the host's memory gives
 
 
 class CardError(UserError):
@@ -76,9 +75,10 @@ def _nearest(cards: Mapping[str, Card], size: int) -> Card:
 class Machine:
     """What there is to compute with."""
 
-    card: Card  # each of its GPUs; without one, what each rank has of the host
+    card: Card | None  # each of its GPUs
     gpus: int
     host_memory: int  # bytes, used or not
+    local_size: int = 1  # ranks that share the host's cores where there is no GPU
 
     @classmethod
     def here(cls, local_size: int) -> Machine:
@@ -88,5 +88,14 @@ class Machine:
         if gpus:
             found = torch.cuda.get_device_properties(0)
             return cls(recognised(found.name, found.total_memory), gpus, size)
-        speed, operations = _HOST_BANDWIDTH / local_size, _CORE_OPERATIONS * memory.cores() / local_size
-        return cls(Card(size // local_size, speed, operations, speed, speed, gpu=False), 0, size)
+        return cls(None, 0, size, local_size)
+
+    def device(self, dtype: torch.dtype) -> Card:
+        """What a rank computes numbers of this type on: a GPU, or its share of the host, which is measured."""
+        if self.card is not None:
+            return self.card
+        reached, cores = processor.measure_products(dtype), memory.cores()
+        speed = reached.bandwidth * min(cores, _FEEDING_CORES) / self.local_size
+        operations = reached.operations * cores / self.local_size
+        size = self.host_memory // self.local_size
+        return Card(size, speed, operations, speed, speed, measured=True, gpu=False)

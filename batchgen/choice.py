@@ -164,7 +164,10 @@ class _Search:
         from batchgen import loading
 
         bits: Literal[0, 4, 8] = 8 if self.dtype == "int8" else 4 if self.dtype == "nf4" else 0
-        return loading.floating_dtype("auto" if bits else self.dtype, self.encoder.config), bits
+        config = self.encoder.config
+        if bits:
+            return loading.own_dtype(config), bits
+        return loading.floating_dtype(self.dtype, config, on_gpu=self.machine.gpus > 0), bits
 
     def _forecasts(self, model: Model, work: Work, ranks: int) -> list[Forecast]:
         """Of `ranks` ranks, the best first; only those that need nothing more of the user."""
@@ -173,7 +176,7 @@ class _Search:
         machine, found = self.machine, []
         # One rank may spread a model over all GPUs that it sees.
         for gpus in {ranks, max(1, machine.gpus)} if ranks == 1 else {ranks}:
-            node = plan.Node(machine.card, gpus, self.hosts * machine.host_memory, hosts=self.hosts)
+            node = plan.Node(machine.device(model.dtype), gpus, self.hosts * machine.host_memory, hosts=self.hosts)
             there = [
                 one
                 for one in plan.forecasts(model, work, node, {}, self.engines)

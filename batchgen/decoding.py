@@ -19,6 +19,8 @@ from batchgen.engine import Died
 from batchgen.types import Prompt
 
 _STEPS_DRAWN = 64  # random numbers a row that travel to the device together
+_CANDIDATES = 1024  # likeliest tokens of a row, which hold its nucleus unless the row is close to noise
+_ROUNDING = 1e-9  # by which a sum of float64 may differ with the order
 _ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 64 MiB for each float64 tensor
 
 
@@ -69,10 +71,28 @@ def _keep_top_k(scaled: torch.Tensor, top_k: torch.Tensor, most_k: int) -> torch
 
 
 def _keep_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    above = ordered.cumsum(-1) - ordered
-    dropped = (above >= top_p[:, None]) & (top_p < 1)[:, None]
-    return probabilities.masked_fill(torch.empty_like(dropped).scatter(-1, order, dropped), 0)
+    limited = (top_p < 1)[:, None]
+    columns = _candidates(probabilities, top_p) if probabilities.device.type == "cpu" else None
+    among = probabilities if columns is None else probabilities[:, columns]
+    ordered, order = among.sort(dim=-1, descending=True, stable=True)
+    dropped = ordered.cumsum(-1) - ordered >= top_p[:, None]
+    dropped = torch.empty_like(dropped).scatter(-1, order, dropped)
+    if columns is not None:
+        dropped = torch.ones_like(probabilities, dtype=torch.bool).index_copy_(1, columns, dropped)
+    return probabilities.masked_fill(dropped & limited, 0)
+
+
+def _candidates(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor | None:
+    """Ids in order, with all tokens that may be kept of any row that is limited; None: that would be too many.
+
+    To sort a whole vocabulary takes a CPU a tenth of the time of a small model's step.
+    """
+    likely = probabilities.topk(min(_CANDIDATES, probabilities.shape[-1])).values[:, -1:]
+    inside = (probabilities >= likely) & (probabilities > 0) & (top_p < 1)[:, None]
+    enough = (inside * probabilities).sum(-1) > top_p + _ROUNDING
+    if not bool((enough | (likely[:, 0] == 0) | (top_p >= 1)).all()):
+        return None
+    return inside.any(0).nonzero()[:, 0]
 
 
 def choose_rows(

@@ -53,6 +53,7 @@ class Pace:
     those of Transformers' `generate` on an H100 (benchmarks/README.md)."""
 
     layer_seconds: float = 0.0010  # of Python's work for each layer, however few the rows
+    host_layer_seconds: float = 0.0015  # the same on a CPU, with the operations that are no products
     shared_layer_seconds: float | None = None  # the same where several ranks share each layer; None: as alone
     read_share: float = 0.5  # of the bandwidth, that a step's weights are read at: many matrices, some of them small
     # How often a step moves the cache: `generate` copies it to make it longer, and attention that writes its scores

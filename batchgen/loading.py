@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers.integrations import sdpa_attention
 
-from batchgen import architectures, memory, presplit
+from batchgen import architectures, memory, presplit, processor
 from batchgen.definition.build import explain_shapes
 from batchgen.definition.config import read_config
 from batchgen.definition.errors import ModelError, one_line
@@ -210,14 +210,42 @@ def _fill_rounded(parameter: Any, values: torch.Tensor, spread: float) -> None:
         parameter.quant_state.absmax.fill_(spread / parameter.quant_state.code.std())
 
 
-def floating_dtype(name: str, config: Any) -> torch.dtype:
-    """The torch type of `--dtype`, where only those with a point will do; auto is the config's own.
+def own_dtype(config: Any) -> torch.dtype:
+    """The type that a model's config names; float32 if it names none."""
+    dtype: torch.dtype = config.get_text_config().dtype or torch.float32
+    return dtype
+
+
+def automatic_dtype(config: Any, *, on_gpu: bool | None = None) -> torch.dtype:
+    """What `--dtype auto` is: on a GPU the config's own type, on a CPU float32 if this one is slow in the other.
+
+    Args:
+        on_gpu: the model will be; None: if there is one here.
+    """
+    own = own_dtype(config)
+    if on_gpu is None:
+        on_gpu = torch.cuda.is_available() and torch.cuda.device_count() > 0
+    if on_gpu or own not in (torch.bfloat16, torch.float16) or processor.is_fast_in(own):
+        return own
+    return torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As `--dtype` takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def floating_dtype(name: str, config: Any, *, on_gpu: bool | None = None) -> torch.dtype:
+    """The torch type of `--dtype`, where only those with a point will do.
+
+    Args:
+        on_gpu: as `automatic_dtype` takes it.
 
     Raises:
         EngineError: it is a quantised one.
     """
     if name == "auto":
-        return config.get_text_config().dtype or torch.float32
+        return automatic_dtype(config, on_gpu=on_gpu)
     if name not in FLOATING:
         raise EngineError(f"this engine has no dtype {name}; choose auto, {', '.join(FLOATING)}")
     dtype = getattr(torch, name)

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from batchgen import choice, models
+from batchgen import dtype as dtype_of
 from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
+from batchgen.dtype import Dtype
 from batchgen.engine import Encoder, Engine
 from batchgen.formats import InputError
 from batchgen.generation_config import with_authors_sampling
@@ -56,11 +58,16 @@ class Ready:
     reader: PromptReader
     model: ResolvedModel
     choice: Choice
-    dtype: str
+    settled_dtype: Dtype
     batch_size: int | None
     selftest: bool
     cache: Path  # batchgen's own, not the run's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in, as `--dtype` takes it."""
+        return self.settled_dtype.name
 
     @property
     def engine(self) -> str:
@@ -122,18 +129,29 @@ def prepare(
             logger.info("no --model given: using the default model, %s", models.DEFAULT)
         resolved = models.resolve(model, own_cache, logger.info)
     recipe = _with_sampling(recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=into is not None)
+    dtype_found = dtype_of.find(dtype, folder, resolved.folder)
     if chosen is None:
         world = from_environment(environment)
-        chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
+        chosen = _chosen(resolved, dtype_found.name, settings, partial(_lengths, source, recipe), world, ranks)
     duplicates = _duplicates(source, cache, into, recipe.id_prefix)
     answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
+    encoder = chosen.kind.encoder(str(resolved.folder))
     try:
-        reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates, answers_requests)
+        reader = PromptReader(recipe, encoder, duplicates, answers_requests)
     except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
     return Ready(
-        source, recipe, reader, resolved, chosen, dtype, batch_size, selftest, own_cache, answers_requests
-    )  # fmt: skip
+        source,
+        recipe,
+        reader,
+        resolved,
+        chosen,
+        dtype_of.settle(dtype_found, encoder, say=into is not None),
+        batch_size,
+        selftest,
+        own_cache,
+        answers_requests,
+    )
 
 
 def _opened(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, lines: bool) -> Input:

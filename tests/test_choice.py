@@ -189,8 +189,9 @@ def test_engines_for_gpus_that_settings_ask_for_are_compared_without_one(tiny_ll
     here = Machine.here(2)
     if here.gpus:
         pytest.skip("there is a GPU here")
-    assert not here.card.gpu
-    assert here.card.memory == here.host_memory // 2
+    device = here.device(torch.float32)
+    assert not device.gpu
+    assert device.memory == here.host_memory // 2
     found = chosen(tiny_llama, here, ranks=2, settings=["timeout_seconds=5", "attn_implementation=eager"])
     assert found.name in ("ds-inference", "ds-zero")
     assert found.options.timeout_seconds == 5

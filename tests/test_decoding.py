@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from batchgen.decoding import Sampler, choose
+from batchgen.decoding import Sampler, _keep_nucleus, choose
 from batchgen.finite import NotFinite
 from batchgen.stopping import Stopper, StopTexts, cut
 from batchgen.types import Prompt, SamplingParams
@@ -65,6 +65,30 @@ def test_exactly_the_tokens_are_kept_that_transformers_keeps(top_k: int, top_p: 
     assert set(tokens.tolist()) == kept
     shares = torch.bincount(tokens, minlength=30) / draws
     assert torch.allclose(shares, warped[0].softmax(-1), atol=2 / draws)
+
+
+@pytest.mark.parametrize("candidates", [1, 4, 20])
+def test_a_few_candidates_hold_the_same_nucleus_as_the_whole_vocabulary(
+    candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = torch.Generator().manual_seed(6)
+    peaked = torch.randn(8, 60, generator=source) * 5
+    ties = torch.randint(0, 4, (8, 60), generator=source).float()
+    noise = torch.randn(8, 60, generator=source) / 10
+    short = torch.where(torch.rand(8, 60, generator=source) < 0.9, -torch.inf, peaked)
+    logits = torch.cat([peaked, ties, noise, short])[torch.randperm(32, generator=source)]
+    top_p = torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64).repeat(8)
+
+    def kept(rows: slice) -> torch.Tensor:
+        return _keep_nucleus(logits[rows].double().softmax(-1), top_p[rows])
+
+    monkeypatch.setattr("batchgen.decoding._CANDIDATES", 60)
+    whole = kept(slice(None))
+    assert ((whole > 0).sum(-1) < 60).sum() >= 20
+    monkeypatch.setattr("batchgen.decoding._CANDIDATES", candidates)
+    assert torch.equal(kept(slice(None)), whole)
+    for row in range(32):  # alone, each takes its own way
+        assert torch.equal(kept(slice(row, row + 1))[0], whole[row])
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])

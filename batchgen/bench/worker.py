@@ -96,7 +96,8 @@ class Worker:
         if config is None:  # echo
             return None
         name = self._task.dtype
-        dtype = getattr(torch, name) if name in loading.FLOATING else config.get_text_config().dtype or torch.float32
+        floating = name in ("auto", *loading.FLOATING)
+        dtype = loading.floating_dtype(name, config) if floating else loading.own_dtype(config)
         machine = measure(self._device, dtype)
         if self._task.machine not in (None, machine.name):
             raise BenchError(

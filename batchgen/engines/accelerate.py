@@ -52,7 +52,7 @@ class Accelerate(Engine):
         if placement["device_map"] in _SPREADING:
             placement["offload_folder"] = options.offload_folder or self._make_spill()
         try:
-            model = _load(setup, options, placement)
+            model = _load(setup, options, placement, encoder.config)
         except BaseException:
             self.close()
             raise
@@ -151,12 +151,10 @@ def _parse_max_memory(text: str | None) -> dict[int | str, str] | None:
     return limits
 
 
-def _precision(dtype: str) -> dict[str, Any]:
+def _precision(dtype: str, config: Any) -> dict[str, Any]:
     """The arguments of `from_pretrained` for `--dtype`."""
-    if dtype == "auto":
-        return {"dtype": "auto"}
-    if dtype in ("float32", "bfloat16", "float16"):
-        return {"dtype": getattr(torch, dtype)}
+    if dtype in ("auto", *loading.FLOATING):
+        return {"dtype": loading.floating_dtype(dtype, config)}
     if dtype not in ("int8", "nf4"):
         raise EngineError(f"dtype {dtype!r} is not known; choose auto, float32, bfloat16, float16, int8 or nf4")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -169,8 +167,8 @@ def _precision(dtype: str) -> dict[str, Any]:
     return {"dtype": "auto", "quantization_config": config}
 
 
-def _load(setup: Setup, options: Accelerate.Options, placement: dict[str, Any]) -> Any:
-    arguments = placement | _precision(setup.dtype) | {"attn_implementation": options.attn_implementation}
+def _load(setup: Setup, options: Accelerate.Options, placement: dict[str, Any], config: Any) -> Any:
+    arguments = placement | _precision(setup.dtype, config) | {"attn_implementation": options.attn_implementation}
     return loading.load(setup.model, arguments)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -41,6 +42,7 @@ class Paged(Engine):
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
     pace = Pace(
         layer_seconds=0.00003,
+        host_layer_seconds=0.001,
         shared_layer_seconds=0.00009,
         read_share=0.85,
         cache_passes=1.0,
@@ -93,8 +95,18 @@ class Paged(Engine):
             self.patience = options.timeout_seconds
             return
         loading.check_weights(setup.model)
-        dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         self._device = loading.device_of(setup.world)
+        if self._device.type == "cuda":
+            self._load(setup)
+            return
+        # Threads that compute for this one wait awake for the next product only while there are, with those of the
+        # loop's thread, no more of them than cores. Those of a thread that has ended are gone.
+        with ThreadPoolExecutor(1) as apart:
+            apart.submit(self._load, setup).result()
+
+    def _load(self, setup: Setup) -> None:
+        """A whole model."""
+        dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         self._model = loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
         self._ready()
 

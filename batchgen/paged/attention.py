@@ -12,12 +12,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from batchgen.paged.pages import SIZE
+from batchgen.paged.places import Decoding, Written
 from batchgen.paged.step import Part
 
 
@@ -35,6 +37,26 @@ class Layout:
     count: torch.Tensor | None = None  # [1], the tokens that decode; int32
     blocks: torch.Tensor | None = None  # [blocks, 2] of the parts: first token, tokens (0: none); int32
     splits: int = 1  # programs that share a decoding sequence
+
+    # For torch alone: what is the same for all layers.
+    @cached_property
+    def all_real(self) -> bool:
+        """None of the tokens is padding."""
+        return bool((self.positions >= 0).all())
+
+    @cached_property
+    def written(self) -> Written:
+        """Where the tokens that are not padding go."""
+        real = self.positions >= 0
+        positions = self.positions[real].long()
+        pages = self.table[self.slots[real].long(), positions // SIZE]
+        return Written(pages, positions % SIZE, self.caches[0].shape[2])
+
+    @cached_property
+    def read(self) -> Decoding:
+        """What the tokens that decode read."""
+        slots = self.slots[: self.decoding].long()
+        return Decoding(self.table[slots], self.positions[: self.decoding].long(), self.caches[0].shape[2])
 
 
 class _Current(threading.local):
@@ -124,24 +146,49 @@ def reference(
     slopes: torch.Tensor | None,
 ) -> torch.Tensor:
     """As `attend`, in plain torch on any device."""
-    real = layout.positions >= 0
-    slots, positions = layout.slots[real].long(), layout.positions[real].long()
-    pages = layout.table[slots, positions // SIZE].long()
-    cache[0, pages, :, positions % SIZE] = key[0].transpose(0, 1)[real]
-    cache[1, pages, :, positions % SIZE] = value[0].transpose(0, 1)[real]
+    real = slice(None) if layout.all_real else layout.positions >= 0
+    for half, values in zip(cache, (key, value), strict=True):
+        layout.written.write(half, values[0][:, real])
     out = torch.zeros_like(query.transpose(1, 2).contiguous())
     if layout.decoding:
-        rows = query[0, :, : layout.decoding].transpose(0, 1)[:, :, None]  # [sequences, heads, 1, head size]
-        lengths = layout.positions[: layout.decoding].long() + 1
-        kept = _read(cache, layout.table[layout.slots[: layout.decoding].long()], int(lengths.max()))
-        found = _masked(rows, *kept, lengths - 1, scale, window, slopes)
-        out[0, : layout.decoding] = torch.where((lengths > 0)[:, None, None], found[:, :, 0], 0)
+        found = _decoded(query[0, :, : layout.decoding], cache, layout.read, scale, window, slopes)
+        if not layout.all_real:
+            found = found.masked_fill((layout.positions[: layout.decoding] < 0)[:, None, None], 0)
+        out[0, : layout.decoding] = found
+    plain = slopes is None and bool(layout.parts) and bool(key.isfinite().all() & value.isfinite().all())
     for part in layout.parts:
         those = slice(part.first, part.first + part.count)
-        kept = _read(cache, layout.table[part.slot : part.slot + 1], part.length)
-        begin = torch.tensor([part.length - part.count], device=query.device)
-        out[0, those] = _masked(query[:, :, those], *kept, begin, scale, window, slopes)[0].transpose(0, 1)
+        own = [tensor[:, :, those] for tensor in (query, key, value)]
+        if plain and part.count == part.length and not 0 < window < part.length:  # all that it sees is in this step
+            grouped = query.shape[1] != key.shape[1]
+            found = F.scaled_dot_product_attention(*own, is_causal=True, scale=scale, enable_gqa=grouped)
+        else:
+            kept = _read(cache, layout.table[part.slot : part.slot + 1], part.length)
+            begin = torch.tensor([part.length - part.count], device=query.device)
+            found = _masked(own[0], *kept, begin, scale, window, slopes)
+        out[0, those] = found[0].transpose(0, 1)
     return out
+
+
+def _decoded(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    read: Decoding,
+    scale: float,
+    window: int,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of one token a sequence, [heads, sequences, head size] to [sequences, heads, head size].
+
+    The heads that share keys are as many tokens of one head, which see the same.
+    """
+    key, value = (read.read(half, window) for half in cache)
+    shape = (key.shape[0], key.shape[1], -1, key.shape[-1])  # [sequences, key heads, heads of each, head size]
+    bias = read.bias(window, slopes, query.dtype)
+    if slopes is not None:
+        bias = bias.unflatten(1, (key.shape[1], -1)).squeeze(3)
+    rows = query.transpose(0, 1).reshape(shape)
+    return F.scaled_dot_product_attention(rows, key, value, bias, scale=scale).flatten(1, 2)
 
 
 def _read(cache: torch.Tensor, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,13 +108,15 @@ class Speed:
             moved = placement.moved / (_LINK * card.host_link if placement.path == "host" else card.gpu_link)
         shared = (together > 1 or placement.gathered > 0) and pace.shared_layer_seconds is not None
         work = (pace.shared_layer_seconds or 0.0) if shared else pace.layer_seconds
+        work = work if card.gpu else max(work, pace.host_layer_seconds)
         times = {
             "overhead of the layers": work * self.model.layers,
             "products and cache": max(read, self._products(rows)) + cache + self._sums(rows),
             f"weights from the {placement.path}": moved,
         }
         bound = max(times, key=lambda one: times[one])
-        return sum(seconds**_OVERLAP for seconds in times.values()) ** (1 / _OVERLAP), bound
+        overlap = _OVERLAP if card.gpu else 1.0
+        return sum(seconds**overlap for seconds in times.values()) ** (1 / overlap), bound
 
     def prefill(self, tokens: float) -> float:
         """Seconds of so many tokens of prompts."""

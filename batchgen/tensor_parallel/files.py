@@ -48,8 +48,9 @@ def make(source: ResolvedModel, out: Path, count: int, dtype: str, report: Repor
     config = HfEncoder(folder).config
     if count > 1:
         check_split(config, count)
-    computes_in = loading.floating_dtype("auto" if dtype == "int8" else dtype, config)
-    named = str(computes_in).removeprefix("torch.")
+    own = dtype in ("auto", "int8")  # the machine that splits a model is not the one that runs it
+    computes_in = loading.own_dtype(config) if own else loading.floating_dtype(dtype, config)
+    named = loading.name_of(computes_in)
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

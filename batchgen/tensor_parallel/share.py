@@ -27,8 +27,9 @@ def load(setup: Setup, config: Any, group: Group, attn_implementation: str | Non
     """
     begun, device = time.perf_counter(), group.device
     eight_bits = setup.dtype == "int8"
-    dtype = _computed_in(setup.dtype, config, device)
     found = presplit.read(Path(setup.model))
+    as_split = found is not None and setup.dtype == "auto" and found.dtype in loading.FLOATING
+    dtype = _computed_in(found.dtype if found is not None and as_split else setup.dtype, config, device)
     if found is not None:
         _check_presplit(found, setup, len(group.ranks), dtype)
         model = read(Path(setup.model), found, group.model, device, attn_implementation)
@@ -55,7 +56,7 @@ def _computed_in(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     """The type of products; with 8 bits the model's own, but on a GPU never float32, which its units are slow at."""
     if dtype != "int8":
         return loading.floating_dtype(dtype, config)
-    own = loading.floating_dtype("auto", config)
+    own = loading.own_dtype(config)
     return torch.bfloat16 if own == torch.float32 and device.type == "cuda" else own
 
 
@@ -65,7 +66,7 @@ def _check_presplit(found: presplit.Split, setup: Setup, size: int, dtype: torch
             f"{setup.model} is split over {found.ranks} ranks, and a group of this run has {size}: give --tp "
             f"{found.ranks} with a multiple of {found.ranks} ranks, or the model it was made from, {found.model}"
         )
-    wanted = "int8" if setup.dtype == "int8" else str(dtype).removeprefix("torch.")
+    wanted = "int8" if setup.dtype == "int8" else loading.name_of(dtype)
     if found.dtype != wanted and not (wanted == "int8" and found.dtype in loading.FLOATING):
         able = f"{found.dtype} with --engine ds-inference" if found.dtype == "int8" else found.dtype
         raise EngineError(
