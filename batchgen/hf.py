@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -282,6 +283,8 @@ class StaticBatches:
                     **inputs, generation_config=config, **more, **self._generate_kwargs
                 )
         except _BROKEN as error:
+            if not _is_raised_by_transformers(error):
+                raise
             raise EngineError(
                 f"Transformers {transformers.__version__} cannot generate with this model, which is of type "
                 f"{self._encoder.config.model_type}: {type(error).__name__}: {' '.join(str(error).split())}. Another "
@@ -329,6 +332,12 @@ class StaticBatches:
             generations.append(generation(prompt, row[:length], stopped, self._encoder, asked))
             padded += width - len(prompt.tokens) + stopper.steps - length
         return Batch(generations, padded, memory.take_peak_bytes(self._devices))
+
+
+def _is_raised_by_transformers(error: Exception) -> bool:
+    """Whether its own code has raised it, and not ours, or torch over what it was given."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "transformers"
 
 
 def _lengths(batch: Sequence[Prompt]) -> tuple[int, int]:

@@ -193,7 +193,7 @@ def test_a_folder_without_a_model_is_one_sentence(tiny_llama: Path, tmp_path: Pa
     with pytest.raises(EngineError, match="unheard_of"):
         HfEncoder(str(strange))
     painter = folder_with({"model_type": "blip"}, tiny_llama, tmp_path / "painter")
-    with pytest.raises(EngineError, match="models of type blip.* Transformers generates with it from a picture alone"):
+    with pytest.raises(EngineError, match=r"models of type blip.* Transformers generates with it from a picture alone"):
         HfEncoder(str(painter))
     mute = folder_with({}, tiny_llama, tmp_path / "mute")
     for name in ("tokenizer.json", "tokenizer_config.json"):
