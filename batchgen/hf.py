@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import inspect
-import traceback
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,20 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from batchgen import architectures, loading, memory, selftest
 from batchgen.decoding import Agreed, Sampler, Stopper, StopTexts, generation
 from batchgen.encoder import HfEncoder
-from batchgen.engine import Died, EngineError, OutOfStep
+from batchgen.engine import Died, OutOfStep
+from batchgen.generate import generate_greedily
 from batchgen.likelihood import Recorder
 from batchgen.types import Batch, Prompt
 
 __all__ = ["HfEncoder", "Peers", "StaticBatches"]
-
-# What code of Transformers raises that does not fit a model's config. Not RuntimeError, which devices and ranks raise.
-_BROKEN = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
 class _Abandoned(Exception):
@@ -108,7 +104,7 @@ class StaticBatches:
         self._unchecked = check
         self._peers = peers
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-        self._pads = architectures.can_pad(encoder.config)
+        self._most_padded = architectures.most_padded_tokens(encoder.config)
         self._limits = memory.SizeLimits()
         for length, rows in (limits or {}).items():
             self._limits.remember(length, rows)
@@ -152,7 +148,10 @@ class StaticBatches:
 
     def _can_join(self, batch: Sequence[Prompt], prompt: Prompt) -> bool:
         """Whether `prompt` can be in a batch with these."""
-        return self._pads or len(prompt.tokens) == len(batch[0].tokens)
+        if self._most_padded is None:
+            return True
+        together = [*batch, prompt]
+        return len({len(one.tokens) for one in together}) == 1 or sum(_lengths(together)) <= self._most_padded
 
     def _most_rows(self, prompt_tokens: int, new_tokens: int, free: int) -> int:
         learnt = self._limits.most(prompt_tokens + new_tokens)
@@ -239,12 +238,14 @@ class StaticBatches:
         if self._peers is not None:
             choosers.append(Agreed(self._peers.tokens))
         recorder = Recorder(batch, choosers, self._device)
-        config = self._configuration(max(prompt.params.max_new_tokens for prompt in batch), end=True)
-        output = self._call(
+        output = generate_greedily(
+            self._model,
+            self._encoder,
             inputs,
-            config,
+            max(prompt.params.max_new_tokens for prompt in batch),
             logits_processor=LogitsProcessorList([recorder] if recorder.needed else choosers),
             stopping_criteria=StoppingCriteriaList([stopper]),
+            **self._generate_kwargs,
         )
         if stopper.abandoned:
             raise _Abandoned
@@ -266,41 +267,10 @@ class StaticBatches:
 
     def _generate_alone(self, prompt: Prompt, count: int) -> list[int]:
         """`count` tokens behind `prompt`, chosen greedily, with nothing beside it."""
-        config = self._configuration(count, end=False)
-        output = self._call(self._pad([prompt]), config)
+        inputs = self._pad([prompt])
+        output = generate_greedily(self._model, self._encoder, inputs, count, end=False, **self._generate_kwargs)
         tokens: list[int] = output[0, len(prompt.tokens) :].tolist()
         return tokens
-
-    def _call(self, inputs: Mapping[str, torch.Tensor], config: GenerationConfig, **more: Any) -> torch.Tensor:
-        """`model.generate`: token ids, [rows, longest prompt and new tokens].
-
-        Raises:
-            EngineError: Transformers has a model of this kind, but cannot generate with it.
-        """
-        try:
-            with torch.inference_mode():
-                output: torch.Tensor = self._model.generate(
-                    **inputs, generation_config=config, **more, **self._generate_kwargs
-                )
-        except _BROKEN as error:
-            if not _is_raised_by_transformers(error):
-                raise
-            raise EngineError(
-                f"Transformers {transformers.__version__} cannot generate with this model, which is of type "
-                f"{self._encoder.config.model_type}: {type(error).__name__}: {' '.join(str(error).split())}. Another "
-                "version may; or choose another model"
-            ) from error
-        return output
-
-    def _configuration(self, new_tokens: int, *, end: bool) -> GenerationConfig:
-        """Greedy, up to so many tokens, or to the `end` of each row; what else is asked for comes in processors."""
-        return GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self._encoder.pad_token,
-            eos_token_id=(self._encoder.end_tokens or None) if end else None,
-        )
 
     def _pad(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Left-padded ids, mask and positions, each [rows, longest prompt]."""
@@ -332,12 +302,6 @@ class StaticBatches:
             generations.append(generation(prompt, row[:length], stopped, self._encoder, asked))
             padded += width - len(prompt.tokens) + stopper.steps - length
         return Batch(generations, padded, memory.take_peak_bytes(self._devices))
-
-
-def _is_raised_by_transformers(error: Exception) -> bool:
-    """Whether its own code has raised it, and not ours, or torch over what it was given."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).partition(".")[0] == "transformers"
 
 
 def _lengths(batch: Sequence[Prompt]) -> tuple[int, int]:
