@@ -55,7 +55,7 @@ _REFUSED = {
 }
 
 # Types of rotary positions whose frequencies Transformers takes, beyond the original context, from the longest row.
-_OF_THE_LONGEST = ("longrope", "dynamic")
+OF_THE_LONGEST = ("longrope", "dynamic")
 
 
 def why_refused(config: Any) -> str:
@@ -73,7 +73,7 @@ def most_padded_tokens(config: Any) -> int | None:
         return 0
     rope = getattr(text, "rope_parameters", None) or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if part.get("rope_type") in _OF_THE_LONGEST:
+        if part.get("rope_type") in OF_THE_LONGEST:
             return int(part.get("original_max_position_embeddings") or text.max_position_embeddings)
     return None
 

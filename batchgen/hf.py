@@ -256,7 +256,7 @@ class StaticBatches:
 
     def _check(self, batch: Sequence[Prompt], rows: list[list[int]], lengths: list[int]) -> None:
         for row in selftest.choose(batch):
-            tokens = rows[row][: lengths[row]]
+            tokens = rows[row][: min(lengths[row], selftest.TOKENS)]
             try:
                 selftest.check(self._model, batch[row], tokens, len(batch), self._device, self._encoder.decode)
             except selftest.TextChanged:
