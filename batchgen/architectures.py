@@ -54,15 +54,28 @@ _REFUSED = {
     "shieldgemma2": "it judges pictures, and generates no text",
 }
 
+# Types of rotary positions whose frequencies Transformers takes, beyond the original context, from the longest row.
+OF_THE_LONGEST = ("longrope", "dynamic")
+
 
 def why_refused(config: Any) -> str:
     """Why a model of this config answers no rows of text; "" if it does."""
     return _REFUSED.get(config.model_type, "")
 
 
-def can_pad(config: Any) -> bool:
-    """Whether rows of different lengths can be in one batch."""
-    return not {config.model_type, config.get_text_config().model_type} & _UNPADDED
+def most_padded_tokens(config: Any) -> int | None:
+    """Up to how many tokens, prompt and new ones, rows of different lengths can be in one batch; None: any number.
+
+    Beyond it a batch holds rows of equal length alone, which count the same positions at each step.
+    """
+    text = config.get_text_config()
+    if {config.model_type, text.model_type} & _UNPADDED:
+        return 0
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") in OF_THE_LONGEST:
+            return int(part.get("original_max_position_embeddings") or text.max_position_embeddings)
+    return None
 
 
 def auto_class(config: Any) -> Any:

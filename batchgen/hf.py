@@ -19,6 +19,7 @@ from batchgen.decoding import Agreed, Peers, Sampler
 from batchgen.encoder import HfEncoder
 from batchgen.engine import OutOfStep
 from batchgen.finite import NotFinite
+from batchgen.generate import generate_greedily
 from batchgen.likelihood import Recorder
 from batchgen.selftest import SelfTest
 from batchgen.stopping import Stopper, StopTexts, generation
@@ -85,7 +86,7 @@ class StaticBatches:
         self._unchecked = check
         self._peers = peers
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-        self._pads = architectures.can_pad(encoder.config)
+        self._most_padded = architectures.most_padded_tokens(encoder.config)
         self._limits = memory.SizeLimits()
         for length, rows in (limits or {}).items():
             self._limits.remember(length, rows)
@@ -130,7 +131,10 @@ class StaticBatches:
 
     def _can_join(self, batch: Sequence[Prompt], prompt: Prompt) -> bool:
         """Whether `prompt` can be in a batch with these."""
-        return self._pads or len(prompt.tokens) == len(batch[0].tokens)
+        if self._most_padded is None:
+            return True
+        together = [*batch, prompt]
+        return len({len(one.tokens) for one in together}) == 1 or sum(_lengths(together)) <= self._most_padded
 
     def _most_rows(self, prompt_tokens: int, new_tokens: int, free: int) -> int:
         learnt = self._limits.most(prompt_tokens + new_tokens)
@@ -225,12 +229,14 @@ class StaticBatches:
         if self._peers is not None:
             choosers.append(Agreed(self._peers.tokens))
         recorder = Recorder(batch, choosers, self._device)
-        config = self._configuration(max(prompt.params.max_new_tokens for prompt in batch), end=True)
-        output = self._call(
+        output = generate_greedily(
+            self._model,
+            self._encoder,
             inputs,
-            config,
+            max(prompt.params.max_new_tokens for prompt in batch),
             logits_processor=LogitsProcessorList([not_finite, *([recorder] if recorder.needed else choosers)]),
             stopping_criteria=StoppingCriteriaList([stopper]),
+            **self._generate_kwargs,
         )
         if stopper.abandoned:
             raise _Abandoned
@@ -244,7 +250,7 @@ class StaticBatches:
         good = [row for row in range(len(batch)) if not failed[row]]
         test = SelfTest(self._model, self._device, self._encoder.decode, len(batch), measures=self._peers is None)
         for row in (good[place] for place in selftest.choose([batch[row] for row in good])):
-            tokens = rows[row][: lengths[row]]
+            tokens = rows[row][: min(lengths[row], selftest.TOKENS)]
             try:
                 test.check(batch[row], tokens)
             except selftest.TextChanged:
@@ -255,28 +261,10 @@ class StaticBatches:
 
     def _generate_alone(self, prompt: Prompt, count: int) -> list[int]:
         """`count` tokens behind `prompt`, chosen greedily, with nothing beside it."""
-        config = self._configuration(count, end=False)
-        output = self._call(self._pad([prompt]), config)
+        inputs = self._pad([prompt])
+        output = generate_greedily(self._model, self._encoder, inputs, count, end=False, **self._generate_kwargs)
         tokens: list[int] = output[0, len(prompt.tokens) :].tolist()
         return tokens
-
-    def _call(self, inputs: Mapping[str, torch.Tensor], config: GenerationConfig, **more: Any) -> torch.Tensor:
-        """`model.generate`: token ids, [rows, longest prompt and new tokens]."""
-        with torch.inference_mode():
-            output: torch.Tensor = self._model.generate(
-                **inputs, generation_config=config, **more, **self._generate_kwargs
-            )
-        return output
-
-    def _configuration(self, new_tokens: int, *, end: bool) -> GenerationConfig:
-        """Greedy, up to so many tokens, or to the `end` of each row; what else is asked for comes in processors."""
-        return GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self._encoder.pad_token,
-            eos_token_id=(self._encoder.end_tokens or None) if end else None,
-        )
 
     def _pad(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """Left-padded ids, mask and positions, each [rows, longest prompt]."""

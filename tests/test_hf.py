@@ -212,6 +212,22 @@ def test_a_stop_request_before_the_first_batch_pulls_nothing(llama: Model) -> No
     assert len(list(prompts)) == 3
 
 
+def test_a_short_row_does_not_take_the_positions_of_a_long_one(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0, 1.0, 1.0, 1.0],
+        "long_factor": [1.0, 2.0, 4.0, 9.0],
+        "original_max_position_embeddings": 40,
+    }
+    model = Model(models.save(tmp_path / "long", models.llama, rope_parameters=rope))
+    prompts = random_prompts(24)
+    batches = model.run(prompts)
+    assert len(batches) > 3
+    found = {generation.id: generation.text for batch in batches for generation in batch.generations}
+    assert found == {prompt.id: model.encoder.decode(model.alone(prompt)) for prompt in prompts}
+
+
 def test_a_model_that_transformers_cannot_generate_with_is_one_sentence(tmp_path: Path) -> None:
     # Its cache has as many layers as the encoder, which a decoder alone does not have.
     sizes = {

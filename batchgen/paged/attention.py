@@ -161,7 +161,9 @@ def reference(
         own = [tensor[:, :, those] for tensor in (query, key, value)]
         if plain and part.count == part.length and not 0 < window < part.length:  # all that it sees is in this step
             grouped = query.shape[1] != key.shape[1]
-            found = F.scaled_dot_product_attention(*own, is_causal=True, scale=scale, enable_gqa=grouped)
+            found = F.scaled_dot_product_attention(
+                own[0], own[1], own[2], is_causal=True, scale=scale, enable_gqa=grouped
+            )
         else:
             kept = _read(cache, layout.table[part.slot : part.slot + 1], part.length)
             begin = torch.tensor([part.length - part.count], device=query.device)
@@ -186,7 +188,7 @@ def _decoded(
     shape = (key.shape[0], key.shape[1], -1, key.shape[-1])  # [sequences, key heads, heads of each, head size]
     bias = read.bias(window, slopes, query.dtype)
     if slopes is not None:
-        bias = bias.unflatten(1, (key.shape[1], -1)).squeeze(3)
+        bias = bias.unflatten(1, (key.shape[1], -1)).squeeze(3)  # type: ignore[no-untyped-call]
     rows = query.transpose(0, 1).reshape(shape)
     return F.scaled_dot_product_attention(rows, key, value, bias, scale=scale).flatten(1, 2)
 

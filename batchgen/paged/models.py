@@ -15,12 +15,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
 
+from batchgen.architectures import OF_THE_LONGEST
 from batchgen.engine import EngineError
 from batchgen.paged import products
 from batchgen.paged.attention import attend
 
 NAME = "batchgen_paged"
-_OF_THE_LONGEST = ("longrope", "dynamic")  # whose frequencies Transformers takes from the longest row of a forward
 COVERED = ("bloom", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -28,7 +28,7 @@ def covers(config: Any) -> bool:
     """Whether models of this config are covered."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     known = str(config.model_type) in COVERED and kinds <= {"full_attention", "sliding_attention"}
-    return known and _positions(config) not in _OF_THE_LONGEST
+    return known and _positions(config) not in OF_THE_LONGEST
 
 
 def _positions(config: Any) -> str:
@@ -39,10 +39,10 @@ def _positions(config: Any) -> str:
 def check(config: Any) -> None:
     """Raises EngineError if models of this config are not covered; the message says what to use instead."""
     if not covers(config):
-        if _positions(config) in _OF_THE_LONGEST:
+        if _positions(config) in OF_THE_LONGEST:
             raise EngineError(
                 f"--engine paged does not cover rotary positions of type {_positions(config)}, which hang on the "
-                "longest row of a step; use --engine accelerate with --batch-size 1"
+                "longest row of a step; use --engine accelerate"
             )
         raise EngineError(
             f"--engine paged does not cover models of type {config.model_type} (it does {', '.join(COVERED)}); "

@@ -62,7 +62,7 @@ def _outcome(one: Swept, name: str) -> Outcome:
 def _row(one: Swept) -> str:
     words = {"equal": "yes", "refused": "no"}
     cells = [words.get(outcome.word, outcome.word) for outcome in (_outcome(one, name) for name in ENGINES)]
-    padded = "yes" if architectures.can_pad(make_config(one.kind)) else "alone"
+    padded = "alone" if architectures.most_padded_tokens(make_config(one.kind)) == 0 else "yes"
     return f"| `{one.kind}` | {' | '.join(cells)} | {padded} | {'sees' if one.kind in SEEING else ''} |\n"
 
 
