@@ -25,6 +25,8 @@ _PACKAGES = {
     "sentencepiece.bpe.model": "sentencepiece",
     "tiktoken.model": "tiktoken",
 }
+_SPACES = ("Ġ", "▁")  # how vocabularies write them
+_MESSAGE = "Name a colour"
 _LETTERS = string.ascii_letters + string.digits
 LETTERS = _LETTERS + "éßñøΩжשאعक中あ한"
 """Of many alphabets: a tokenizer that makes tokens of each is taken to lose no letter of any text."""
@@ -54,8 +56,18 @@ def read_tokenizer(model: str) -> Any:
             f"the tokenizer of the model in {folder} leaves every letter and digit out of a text: its vocabulary is "
             "not whole; copy the model again"
         )
+    if any(mark in _decode_again(tokenizer) for mark in _SPACES):
+        raise ModelError(
+            f"the tokenizer of the model in {folder} has no decoder for what it makes of spaces: texts would come out "
+            f"as {_decode_again(tokenizer)!r}; copy tokenizer.json again"
+        )
     _check_chat_template(folder, tokenizer)
     return tokenizer
+
+
+def _decode_again(tokenizer: Any) -> str:
+    tokens = tokenizer(_MESSAGE, add_special_tokens=False)["input_ids"]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def find_lost(tokenizer: Any, letters: str) -> str:
@@ -106,21 +118,34 @@ def _explained(folder: Path, error: Exception) -> ModelError:
 
 
 def _check_chat_template(folder: Path, tokenizer: Any) -> None:
-    """Whether the chat template, if there is one, is a Jinja template; it is not run."""
+    """Whether each chat template is a Jinja template, and the usual one puts a message into the text."""
     if not tokenizer.chat_template:
         return
     file = next((name for name in ("chat_template.jinja", "chat_template.json") if (folder / name).exists()), None)
     where = f"the chat template of the model ({folder / (file or 'tokenizer_config.json')})"
-    try:
-        template = tokenizer.get_chat_template()
+    named = tokenizer.chat_template
+    for template in named.values() if isinstance(named, dict) else [named]:
         if not isinstance(template, str):
             raise ModelError(f"{where} must be a text, not {type(template).__name__}")
-        render_jinja_template(conversations=[], chat_template=template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelError(
-            f"{where} is no Jinja template: line {error.lineno}: {error.message}. Mend it, or copy it again"
-        ) from error
-    except ModelError:
-        raise
-    except Exception as error:  # of another shape than a text or a list of named texts
-        raise ModelError(f"{where} cannot be used: {one_line(error)}") from error
+        try:
+            render_jinja_template(conversations=[], chat_template=template)  # compiles it, and renders nothing
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(
+                f"{where} is no Jinja template: line {error.lineno}: {error.message}. Mend it, or copy it again"
+            ) from error
+        except Exception as error:  # the code that Jinja makes of it is none: nested too deeply, say
+            raise ModelError(f"{where} cannot be used: {one_line(error)}") from error
+    if _drops_messages(tokenizer):
+        raise ModelError(f"{where} leaves what the user says out of the text; mend it, or copy it again")
+
+
+def _drops_messages(tokenizer: Any) -> bool:
+    """Whether the chat template renders a text without the message, given as a text and given as parts."""
+    for content in (_MESSAGE, [{"type": "text", "text": _MESSAGE}]):
+        try:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:  # it wants something else, and says so of each row that lacks it
+            return False
+        if _MESSAGE in text:
+            return False
+    return True
