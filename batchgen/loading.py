@@ -165,9 +165,9 @@ def _layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def refused_pickle(folder: Path) -> EngineError:
+def refused_pickle(folder: Path) -> ModelError:
     """Of torch's own words about such a file, the advice to load it all the same is left out."""
-    return EngineError(
+    return ModelError(
         f"the model in {folder} cannot be loaded: its pytorch_model*.bin holds more than tensors, or is damaged. Such "
         "a file can run code as it is read, so this one is not; take a model with safetensors"
     )

@@ -36,12 +36,14 @@ def build_empty(config: Any, dtype: torch.dtype | None = None, **arguments: Any)
     if make is None:
         raise ModelError(f"Transformers has no language model of type {config.model_type}; choose another model")
     place = f" in {config.name_or_path}" if config.name_or_path else f" of type {config.model_type}"
+    if dtype is not None:
+        arguments["dtype"] = dtype
     with refuse_errors(f"the config of the model{place} cannot be used"):
         # Imports the model's module, which must not happen inside the block: its constants would be on the meta device.
         architectures.model_class(config)
         try:
             with torch.device("meta"):
-                return make.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **arguments)
+                return make.from_config(copy.deepcopy(config), trust_remote_code=False, **arguments)
         except Exception as error:  # the code of hundreds of architectures meets numbers that nobody has tried
             field = _find_field(config.get_text_config())
             if field is None:

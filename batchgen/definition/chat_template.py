@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -13,6 +14,7 @@ from batchgen.definition.files import read_json
 
 _FIELD = "chat_template"
 _DEFAULT = "default"
+_MESSAGE = "Name a colour"
 _CONFIG, _FILE = "tokenizer_config.json", "chat_template.json"
 
 
@@ -34,12 +36,13 @@ def read_chat_template(folder: Path) -> str | dict[str, str] | None:
     return templates[_DEFAULT] if [*templates] == [_DEFAULT] else templates
 
 
-def check_chat_template(folder: Path, given: object) -> None:
-    """Whether the chat template that the tokenizer has come to is a Jinja template, if it has one; it is not run.
+def check_chat_template(folder: Path, tokenizer: Any) -> None:
+    """Whether each chat template that the tokenizer has is a Jinja template, and writes what the user says.
 
     Raises:
-        ModelError: it is not; a sentence that names the file.
+        ModelError: it is not, or does not; a sentence that names the file.
     """
+    given = tokenizer.chat_template
     if not given:
         return
     file = next((name for name in ("chat_template.jinja", _FILE) if (folder / name).exists()), _CONFIG)
@@ -55,6 +58,20 @@ def check_chat_template(folder: Path, given: object) -> None:
         raise
     except Exception as error:  # nested too deeply for Python, a number of too many digits
         raise ModelError(f"{where} cannot be used: {one_line(error)}") from error
+    if _drops_messages(tokenizer):
+        raise ModelError(f"{where} leaves what the user says out of the text; mend it, or copy it again")
+
+
+def _drops_messages(tokenizer: Any) -> bool:
+    """Whether the chat template renders a text without the message, given as a text and given as parts."""
+    for content in (_MESSAGE, [{"type": "text", "text": _MESSAGE}]):
+        try:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:  # it wants something else, and says so of each row that lacks it
+            return False
+        if _MESSAGE in text:
+            return False
+    return True
 
 
 def read_templates(given: object, name: str) -> dict[str, str]:

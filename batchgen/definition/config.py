@@ -19,7 +19,7 @@ from batchgen.definition.folders import CONFIG, check_model_folder
 ENCODERS = frozenset(
     {
         *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
-        *("reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"),
+        *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"),
         *("xlm-roberta-xl", "xmod"),
     }
 )

@@ -24,6 +24,8 @@ _PACKAGES = {
     "sentencepiece.bpe.model": "sentencepiece",
     "tiktoken.model": "tiktoken",
 }
+_SPACES = ("Ġ", "▁")  # how vocabularies write them
+_MESSAGE = "Name a colour"
 _LETTERS = string.ascii_letters + string.digits
 LETTERS = _LETTERS + "éßñøΩжשאعक中あ한"
 """Of many alphabets: a tokenizer that makes tokens of each is taken to lose no letter of any text."""
@@ -54,9 +56,19 @@ def read_tokenizer(model: str) -> Any:
             f"the tokenizer of the model in {folder} leaves every letter and digit out of a text: its vocabulary is "
             "not whole; copy the model again"
         )
+    if any(mark in _decode_again(tokenizer) for mark in _SPACES):
+        raise ModelError(
+            f"the tokenizer of the model in {folder} has no decoder for what it makes of spaces: texts would come out "
+            f"as {_decode_again(tokenizer)!r}; copy tokenizer.json again"
+        )
     tokenizer.chat_template = tokenizer.chat_template or template
-    check_chat_template(folder, tokenizer.chat_template)
+    check_chat_template(folder, tokenizer)
     return tokenizer
+
+
+def _decode_again(tokenizer: Any) -> str:
+    tokens = tokenizer(_MESSAGE, add_special_tokens=False)["input_ids"]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def find_lost(tokenizer: Any, letters: str) -> str:
