@@ -36,7 +36,7 @@ from batchgen.description import asked, facts
 from batchgen.engine import Died
 from batchgen.input import Input, files_of
 from batchgen.output import ErrorFormat, renderer
-from batchgen.prepare import Ready, RunError, check_all, prepare
+from batchgen.prepare import Ready, RunError, check_all, check_engine, prepare
 from batchgen.prompts import Recipe
 from batchgen.redaction import redacted
 from batchgen.stop import Stop
@@ -159,6 +159,7 @@ def _begun(
         before = checkpoint.check_free(folder, world, host.shard)
         with folder.scanning() as scratch:
             ready = opened(into=scratch)
+            check_engine(ready, world, host.ranks)
             if strict:
                 check_all(ready)
             known = facts(ready, max(world.size, host.ranks), host.environment)
@@ -215,8 +216,9 @@ def _carry_out(
             codes = launch.start_ranks(
                 attempt, host.rank_command, host.ranks, stop, host.environment, host.stall_seconds
             )
-        if 4 in codes:
-            raise RunError("a rank could not start; it says above why")
+        refused = [rank for rank, code in enumerate(codes) if code == 4]
+        if refused:
+            raise RunError(f"{launch.in_words(refused)} could not run; it says above why")
         if stop.signal is not None or not attempt.folder.has_limits_of(attempt.number):
             return
         stop.reason = None  # that a rank died is why we start again

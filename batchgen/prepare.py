@@ -11,15 +11,15 @@ import random
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchgen import choice, formats, models
+from batchgen import choice, formats, models, packages
 from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
-from batchgen.engine import Encoder, Engine
+from batchgen.engine import Encoder, Engine, Setup
 from batchgen.formats import InputError
 from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
@@ -56,6 +56,7 @@ class Ready:
     batch_size: int | None
     selftest: bool
     cache: Path  # batchgen's own, not the run's
+    encoder: Encoder  # the model's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
 
     @property
@@ -126,7 +127,8 @@ def prepare(
         chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
     duplicates = _duplicates(source, cache, into)
     try:
-        reader = PromptReader(recipe, chosen.kind.encoder(str(resolved.folder)), duplicates)
+        encoder = chosen.kind.encoder(str(resolved.folder))
+        reader = PromptReader(recipe, encoder, duplicates)
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
     answers_requests = recipe.model is not None or _begins_with_request(source)
@@ -140,8 +142,21 @@ def prepare(
         batch_size,
         selftest,
         own_cache,
+        encoder,
         answers_requests,
     )
+
+
+def check_engine(ready: Ready, world: World, ranks: int) -> None:
+    """Raises PackageError or EngineError for what would end every rank alike, before one is started.
+
+    Args:
+        ranks: that this process will start, where it is alone in its `world`.
+    """
+    packages.check_installed(ready.kind.packages(ready.options, ready.dtype), f"engine {ready.engine}")
+    all_ranks = world if world.size > 1 else replace(world, size=ranks, local_size=ranks)
+    setup = Setup(str(ready.model.folder), ready.dtype, ready.batch_size, all_ranks)
+    ready.kind.check(setup, ready.encoder, ready.options)
 
 
 def _known(name: str, settings: Sequence[str], begun: Mapping[str, Any] | None) -> Choice | None:

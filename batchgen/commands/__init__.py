@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -42,6 +42,17 @@ class Unfinished(CommandError):
 
 class _Commands(click.Group):
     """Finds commands by file name, so that `--help` and tab completion import none of them but the one asked for."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except ImportError as error:
+            from batchgen import packages
+
+            sentence = packages.about(error)
+            if sentence is None:
+                raise
+            raise CommandError(sentence) from error
 
     def list_commands(self, context: click.Context) -> list[str]:
         return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
@@ -155,15 +166,17 @@ def carry_out(
 
     Raises:
         CommandError: it could not start.
+        ImportError: a package is missing.
     """
-    from batchgen import flow, launch
-    from batchgen.engine import Died
+    from batchgen import flow, launch, packages
     from batchgen.progress import watch
     from batchgen.types import UserError
     from batchgen.world import from_environment
 
+    who = ""
     try:
         world = from_environment(os.environ)
+        who = f"rank {world.rank}: " if world.size > 1 else ""
         if "BATCHGEN_STARTER" in os.environ:
             launch.die_with(int(os.environ["BATCHGEN_STARTER"]))
         log_to_stderr(world.rank, world.size)
@@ -175,15 +188,35 @@ def carry_out(
             return flow.run(inputs, out, host=host, **options), world.size == 1
     except flow.MergeError as error:
         raise Unfinished(str(error)) from error
-    except UserError as error:
-        raise fail(error) from error
+    except (UserError, ImportError) as error:
+        sentence = packages.about(error) if isinstance(error, ImportError) else str(error)
+        if sentence is None:
+            _die(error, who)
+        if launch.tell_starter(redacted(sentence, os.environ), os.environ):
+            sys.exit(CommandError.exit_code)
+        raise CommandError(who + sentence) from error
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, Died):
-            _say(str(error))
-        elif not isinstance(error, KeyboardInterrupt):
-            click.echo(redacted(traceback.format_exc(), os.environ), err=True, nl=False)
-        _say("died. What is recorded is safe; the same command goes on from there")
-        sys.exit(DIED)
+        _die(error, who)
+
+
+def _die(error: BaseException, who: str) -> NoReturn:
+    """Says why this process dies, if only to the process that has started this rank, and exits."""
+    from batchgen import launch
+    from batchgen.engine import Died
+
+    in_work = "".join(f", with {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, Died):
+        why = str(error) + in_work
+    elif isinstance(error, KeyboardInterrupt):
+        why = ""
+    else:
+        click.echo(redacted(f"{who}{traceback.format_exc()}", os.environ), err=True, nl=False)
+        first = (str(error).splitlines() or [""])[0][:300]
+        why = f"{type(error).__name__}: {first}{in_work}"
+    if not why or not launch.tell_starter(redacted(why, os.environ), os.environ):
+        _say(f"{who}{why or 'interrupted'}")
+        _say(f"{who}died. What is recorded is safe; the same command goes on from there")
+    sys.exit(DIED)
 
 
 def _say(sentence: str) -> None:
