@@ -155,8 +155,10 @@ def _wait(ranks: list[Rank], stop: Stop, attempt: Attempt | None, stall_seconds:
     passed_on: int | None = None
     deadline: float | None = None
     watched = Ranks(attempt, stall_seconds) if attempt is not None else None
-    while _alive(ranks):
-        if attempt is not None and watched is not None and deadline is None:
+    works = True
+    while works:
+        works = bool(_alive(ranks))  # asked first: the last death is looked at, too
+        if works and attempt is not None and watched is not None and deadline is None:
             for rank in _ended_for_standing(ranks, attempt, watched, stall_seconds):
                 rank.wait()
         if stop.signal is not None and passed_on is None:
@@ -175,7 +177,7 @@ def _wait(ranks: list[Rank], stop: Stop, attempt: Attempt | None, stall_seconds:
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and (time.monotonic() > deadline or all(map(_is_frozen, _alive(ranks)))):
             _send(ranks, signal.SIGKILL)
-        time.sleep(0.05)
+        time.sleep(0.05 if works else 0.0)
     return [rank.returncode for rank in ranks]
 
 

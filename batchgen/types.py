@@ -75,6 +75,9 @@ _END = 2**31  # of what devices count with 32 bits
 MACHINE_ERRORS = ("out_of_memory", "not_finite", "engine")
 """Types of what a row has met at work: another start may not, on a larger machine or with another engine."""
 
+CANNOT_WRITE = "cannot write to"
+"""How the reason of an attempt begins that has ended for a full or failing disk."""
+
 TOO_MANY_FAILED = "more than --max-error-rate allows"
 """Part of the reason of an attempt that has ended for it."""
 

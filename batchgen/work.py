@@ -16,7 +16,7 @@ from batchgen.prepare import Ready
 from batchgen.schedule import open_rows, order, shard, windows
 from batchgen.stacks import answering
 from batchgen.stop import Stop
-from batchgen.types import TOO_MANY_FAILED, WHOLE, Batch, Generation, Prompt, UserError
+from batchgen.types import CANNOT_WRITE, TOO_MANY_FAILED, WHOLE, Batch, Generation, Prompt, UserError
 from batchgen.watchdog import Watchdog
 from batchgen.world import World
 
@@ -171,8 +171,9 @@ class Share:
             record = self._writer.commit(whole, now - self._mark)
         except OSError as error:
             # What is recorded is safe; the engine is asked to end, and the rest is done again by the next start.
-            reason = f"cannot write to {self._attempt.folder.path}: {error.strerror or error}"
-            logger.error("%s. Nothing recorded is lost; make room and start again", reason)
+            reason = f"{CANNOT_WRITE} {self._attempt.folder.path}: {error.strerror or error}"
+            if self._setup.world.size > 1 and self._setup.world.attempt is None:
+                logger.error("%s", reason)  # else it is said at the end, once for all ranks
             self._stop.request(reason)
             return
         self._mark = now

@@ -204,17 +204,14 @@ def _die(error: BaseException, who: str) -> NoReturn:
     from batchgen import launch
     from batchgen.engine import Died
 
-    in_work = "".join(f", with {note}" for note in getattr(error, "__notes__", ()))
-    if isinstance(error, Died):
-        why = str(error) + in_work
-    elif isinstance(error, KeyboardInterrupt):
-        why = ""
-    else:
+    is_sentence = isinstance(error, Died)
+    if not is_sentence and not isinstance(error, KeyboardInterrupt):
         click.echo(redacted(f"{who}{traceback.format_exc()}", os.environ), err=True, nl=False)
-        first = (str(error).splitlines() or [""])[0][:300]
-        why = f"{type(error).__name__}: {first}{in_work}"
-    if not why or not launch.tell_starter(redacted(why, os.environ), os.environ):
-        _say(f"{who}{why or 'interrupted'}")
+    first = str(error) if is_sentence else f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    why = first + "".join(f", with {note}" for note in getattr(error, "__notes__", ()))
+    if not launch.tell_starter(redacted(why, os.environ), os.environ):
+        if is_sentence:
+            _say(who + why)
         _say(f"{who}died. What is recorded is safe; the same command goes on from there")
     sys.exit(DIED)
 
@@ -252,15 +249,20 @@ def about_failures(path: Path) -> str:
 
 def conclude(status: Status, speaks: bool) -> None:
     """Says how the run stands, and exits with its code."""
-    from batchgen.types import TOO_MANY_FAILED
+    from batchgen.types import CANNOT_WRITE, TOO_MANY_FAILED
 
     if not speaks:
         sys.exit(0)  # in order: another code would make srun kill the other ranks
     last = status.attempts[-1].ended if status.attempts else None
     counts = f"{status.good} of {status.rows} rows good, {status.failed} failed, {status.open} open"
     if status.open:
-        more = " with a higher --max-error-rate" if TOO_MANY_FAILED in (last or "") else ""
-        _say(f"{last or 'ended'}; {counts}. The same command{more} goes on from there")
+        why = last or "ended"
+        again = "The same command goes on from there"
+        if TOO_MANY_FAILED in why:
+            again = "The same command with a higher --max-error-rate goes on from there"
+        elif why.startswith(CANNOT_WRITE):
+            again = "Nothing recorded is lost; make room, and the same command goes on from there"
+        _say(f"{why}; {counts}. {again}")
     else:
         which = "" if status.shard.count == 1 else f"shard {status.shard} "
         _say(f"{which}finished; {counts}")

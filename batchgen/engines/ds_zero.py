@@ -40,7 +40,7 @@ class DsZero(Engine):
     """A share of the weights and a stream of its own on every rank."""
 
     calls_together = True
-    needed_packages = ("deepspeed",)
+    needed_packages = ("deepspeed", "accelerate")
     pace = Pace(layer_seconds=0.00062, shared_layer_seconds=0.0011)  # H100s and H200s, one to four
 
     @dataclass(frozen=True)
