@@ -110,12 +110,7 @@ def prepare(
         raise RunError(f"there is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
-    cache = folder.input_cache
-    source = Input.open(
-        inputs, cache, scan=into is not None, into=into, originals=None if into is None else folder.originals()
-    )
-    if not len(source):  # a file that was never written, most likely
-        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
+    source = _opened(inputs, folder, into)
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
     if chosen is None or chosen.kind.needs_model:
@@ -125,7 +120,7 @@ def prepare(
     if chosen is None:
         world = from_environment(environment)
         chosen = _chosen(resolved, dtype, settings, partial(_lengths, source, recipe), world, ranks)
-    duplicates = _duplicates(source, cache, into)
+    duplicates = _duplicates(source, folder.input_cache, into)
     try:
         encoder = chosen.kind.encoder(str(resolved.folder))
         reader = PromptReader(recipe, encoder, duplicates)
@@ -133,18 +128,16 @@ def prepare(
         raise RunError(str(error)) from error
     answers_requests = recipe.model is not None or _begins_with_request(source)
     return Ready(
-        source,
-        recipe,
-        reader,
-        resolved,
-        chosen,
-        dtype,
-        batch_size,
-        selftest,
-        own_cache,
-        encoder,
-        answers_requests,
+        source, recipe, reader, resolved, chosen, dtype, batch_size, selftest, own_cache, encoder, answers_requests
     )
+
+
+def _opened(inputs: Sequence[str], folder: RunFolder, into: Path | None) -> Input:
+    originals = folder.originals() if into is not None else None
+    source = Input.open(inputs, folder.input_cache, scan=into is not None, into=into, originals=originals)
+    if not len(source):  # a file that was never written, most likely
+        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
+    return source
 
 
 def check_engine(ready: Ready, world: World, ranks: int) -> None:

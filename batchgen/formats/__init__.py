@@ -91,8 +91,7 @@ class Source(ABC):
             original: what a run has begun with in this place; None: none has.
 
         Raises:
-            InputError: it cannot be read, is not what its name says, was not scanned, or has changed since.
-            Changed: the run has begun with another content.
+            InputError: it cannot be read, is not what its name says, was not scanned, or has changed (`Changed`) since.
         """
         self.path, self.name, self._original = path, name, original
         self._cursor: tuple[Generator[tuple[int, pa.RecordBatch], int | None, None], int, pa.RecordBatch] | None = None
@@ -137,16 +136,16 @@ class Source(ABC):
             raise Changed(self.path)
 
     def _name_left(self) -> str | None:
-        """What an accepted start called the same bytes, as it has left it in the cache; None if that is not there."""
+        """What an accepted start called the same bytes, as the cache has it; None if that is not there."""
         try:
             name, digest, *_, first = json.loads(self._record.read_bytes())
         except (FileNotFoundError, ValueError, TypeError):
             return None
-        # From before there was a first name, four values were kept, and the last one is a number.
+        # At first four values were kept, and the last one is a number.
         return str(first if isinstance(first, str) else name) if digest == self.scanned.digest else None
 
     def settle(self) -> None:
-        """From now on, what the scan has found is read from the cache, where it has been moved."""
+        """Reads what the scan has found from the cache from now on, where it has been moved."""
         self.cache = self.kept
 
     def __len__(self) -> int:
@@ -291,9 +290,8 @@ def find(path: Path) -> type[Source]:
             f"{path} is neither a file nor a folder, and has no end or can be read only once. Put its rows into a file"
         )
     known: list[str] = []
-    modules = [module.name for module in pkgutil.iter_modules(__path__)]
     # The format that the file is named after comes first, so that the others are not imported.
-    for module in sorted(modules, key=lambda name: f".{name}" not in path.name):
+    for module in sorted((one.name for one in pkgutil.iter_modules(__path__)), key=lambda n: f".{n}" not in path.name):
         for value in vars(importlib.import_module(f"{__name__}.{module}")).values():
             if isinstance(value, type) and issubclass(value, Source) and value is not Source:
                 if value.accepts(path):
