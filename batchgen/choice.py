@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from batchgen import engine, presplit
 from batchgen.engine import Encoder, Engine, EngineError
+from batchgen.packages import is_installed
 
 if TYPE_CHECKING:
     from batchgen.cards import Machine
@@ -110,7 +111,8 @@ def _why_not(kind: type[Engine], split: bool, dtype: str, settings: Sequence[str
         return f"no setting {', '.join(unknown)}"
     if dtype not in kind.dtypes:
         return f"no dtype {dtype}"
-    return ""
+    missing = [name for name in kind.packages(engine.parse_options(kind, settings), dtype) if not is_installed(name)]
+    return f"the package {missing[0]} is not installed" if missing else ""
 
 
 def _grouped(out: Mapping[str, str]) -> str:

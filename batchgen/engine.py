@@ -105,8 +105,8 @@ class Setup:
 class Engine(ABC):
     """Turns prompts into generations, for one stream.
 
-    Life of an engine: `stream` and `encoder` are asked before any weights are loaded; the constructor loads them;
-    `generate` is called once; the context manager frees what was taken.
+    Life of an engine: class methods are asked before any weights are loaded; the constructor loads them; `generate` is
+    called once; the context manager frees what was taken.
     """
 
     @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class Engine(ABC):
         """Settings of this engine alone, set with `--set name=value`. An engine with settings defines its own."""
 
     needs_model: ClassVar[bool] = True
+    needed_packages: ClassVar[Sequence[str]] = ()  # whatever its options are
     serves_cpu: ClassVar[bool] = False
     """Is meant for machines without a GPU too: there `--engine auto` chooses among these."""
     reads_split: ClassVar[bool] = False
@@ -121,27 +122,35 @@ class Engine(ABC):
     dtypes: ClassVar[Sequence[str]] = ("auto", "float32", "bfloat16", "float16")
     pace: ClassVar[Pace] = Pace()
     calls_together: bool = False
-    """Ranks take part in each other's steps, so that each is needed even when its own queue is empty."""
+    """Ranks take part in each other's steps: each is needed even when its own queue is empty."""
 
     generated_tokens: int = 0
-    """Tokens generated so far by this rank, those of unfinished batches included. Raised at every decode step; read by
-    the heartbeat from another thread, so that the work lost by a kill can be stated."""
+    """Tokens generated so far by this rank, also in unfinished batches. Read from the heartbeat's thread."""
 
     steps: int = 0
-    """Forwards so far, those for other ranks' sake included. The others wait for the rank with the fewest."""
+    """Forwards so far, those for other ranks' sake included."""
 
     heard: int = 0
-    """How often another rank has said that it is there, and has nothing to do either."""
+    """How often another rank has said that it is there, with nothing to do either."""
 
     patience: float | None = None
-    """Seconds without a step, and nothing `heard`, after which this rank takes another one for dead; None: it waits for
-    nobody now."""
+    """Seconds without a step, and nothing `heard`, after which another one is taken for dead; None: none is awaited."""
 
     awaited: Collection[int] | None = None
     """The ranks whose steps this one's wait for; None: all of the world's."""
 
     at_ease: bool = False
     """Its own part is done, and it waits for others, for as long as they take."""
+
+    @classmethod
+    def packages(cls, options: Any, dtype: str) -> Sequence[str]:
+        """What must be installed for it, besides torch and Transformers."""
+        return cls.needed_packages
+
+    @classmethod
+    def check(cls, setup: Setup, encoder: Any, options: Any) -> None:
+        """Raises EngineError for what would end every rank alike, if it shows without weights and devices."""
+        cls.stream(setup.world, options)
 
     @classmethod
     def stream(cls, world: World, options: Any) -> Stream:

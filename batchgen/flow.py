@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -20,9 +19,7 @@ from typing import Literal
 
 from batchgen import checkpoint, launch
 from batchgen.checkpoint import (
-    FINAL,
     HEARTBEAT_SECONDS,
-    JOIN_SECONDS,
     Attempt,
     CheckpointError,
     Done,
@@ -36,12 +33,12 @@ from batchgen.description import asked, facts
 from batchgen.engine import Died
 from batchgen.input import Input, files_of
 from batchgen.output import ErrorFormat, renderer
-from batchgen.prepare import Ready, RunError, check_all, prepare
+from batchgen.prepare import Ready, RunError, check_all, check_engine, prepare
 from batchgen.recipe import Recipe
 from batchgen.redaction import redacted
 from batchgen.stop import Stop
 from batchgen.types import WHOLE, Shard, UserError
-from batchgen.watchdog import STALL_SECONDS, report, stalled
+from batchgen.watchdog import STALL_SECONDS, await_ranks
 from batchgen.work import Share
 from batchgen.world import World, check_start, from_environment
 
@@ -162,7 +159,7 @@ def _begun(
             if strict:
                 check_all(ready)
             known = facts(ready, max(world.size, host.ranks), host.environment)
-            folder.ask(asked(ready, error_format), known, ready.source.originals)
+            _enter(folder, ready, world, host, asked(ready, error_format), known)
             ready.source.keep()
     except BaseException:
         for made in new:  # a refused start leaves nothing
@@ -173,6 +170,29 @@ def _begun(
     if host.shard == WHOLE:
         folder.sweep()  # nobody else works here
     return ready, attempt
+
+
+def _enter(
+    folder: RunFolder,
+    ready: Ready,
+    world: World,
+    host: Host,
+    wanted: Mapping[str, object],
+    known: Mapping[str, object],
+) -> None:
+    """Begins the run, or checks that it is the one that has begun; writes nothing before all is well.
+
+    Raises:
+        UserError: it is another one, or the engine has something to do and cannot run here.
+    """
+    begun = folder.begun()
+    if begun:
+        folder.ask(wanted, known)
+        mine = folder.done(len(ready.source), verify=False).part(host.shard)
+    if not begun or mine.good < len(mine.states):
+        check_engine(ready, world, host.ranks)
+    if not begun:
+        folder.ask(wanted, known, ready.source.originals)
 
 
 @contextmanager
@@ -215,8 +235,9 @@ def _carry_out(
             codes = launch.start_ranks(
                 attempt, host.rank_command, host.ranks, stop, host.environment, host.stall_seconds
             )
-        if 4 in codes:
-            raise RunError("a rank could not start; it says above why")
+        refused = [rank for rank, code in enumerate(codes) if code == 4]
+        if refused:
+            raise RunError(f"{launch.in_words(refused)} could not run; it says above why")
         if stop.signal is not None or not attempt.folder.has_limits_of(attempt.number):
             return
         stop.reason = None  # that a rank died is why we start again
@@ -233,7 +254,7 @@ def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_for
     shard = attempt.shard
     if world.attempt is not None or world.rank > 0:
         return checkpoint.status(attempt.folder, shard)  # the starter, or rank 0, does it
-    missing = world.size > 1 and not _await_ranks(attempt, world)
+    missing = world.size > 1 and not await_ranks(attempt, world.size)
     # Of the whole run: whoever finishes the last shard merges. Two that end at once write the same bytes.
     # Verified only when all seems done, since that reads all text.
     complete = not checkpoint.status(attempt.folder).open
@@ -251,27 +272,6 @@ def _finish(ready: Ready, attempt: Attempt, world: World, stop: Stop, output_for
     if missing and status.open:
         raise Died(f"{why}; some of the {world.size} ranks have not ended in order")  # the launcher ends them
     return checkpoint.status(attempt.folder, shard, verify=damaged)
-
-
-def _await_ranks(attempt: Attempt, world: World) -> bool:
-    """Rank 0 of an outside launcher stays until the others have ended; False: some have stopped answering.
-
-    No collective: it looks into the run folder.
-    """
-    before: object = None
-    changed = time.monotonic()
-    while True:
-        beats = attempt.heartbeats()
-        if len(beats) == world.size and all(beat["state"] in FINAL for beat in beats.values()):
-            return True
-        if beats != before:
-            before, changed = beats, time.monotonic()
-        patience = attempt.limit if len(beats) == world.size else JOIN_SECONDS
-        if time.monotonic() - changed > patience:
-            waited = time.monotonic() - changed
-            report(attempt, stalled(attempt, waited, [rank for rank, beat in beats.items() if rank > 0]))
-            return False
-        time.sleep(0.1)
 
 
 def _end(attempt: Attempt, how: str) -> None:

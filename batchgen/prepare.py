@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchgen import choice, models
+from batchgen import choice, models, packages
 from batchgen import dtype as dtype_of
 from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, to_json, write_atomic
 from batchgen.choice import AUTO, Choice
 from batchgen.dtype import Dtype
-from batchgen.engine import Encoder, Engine
+from batchgen.engine import Encoder, Engine, Setup
 from batchgen.formats import InputError
 from batchgen.generation_config import with_authors_sampling
 from batchgen.input import Input, files_of, find
@@ -62,6 +62,7 @@ class Ready:
     batch_size: int | None
     selftest: bool
     cache: Path  # batchgen's own, not the run's
+    encoder: Encoder  # the model's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
 
     @property
@@ -120,7 +121,6 @@ def prepare(
         raise RunError(f"there is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if batch_size is not None and batch_size < 1:
         raise RunError("the batch size must be 1 or more")
-    cache = folder.input_cache
     source = _opened(inputs, folder, into, lines=recipe.model is not None)
     own_cache = models.cache_folder(environment)
     resolved = _NO_MODEL
@@ -133,10 +133,10 @@ def prepare(
     if chosen is None:
         world = from_environment(environment)
         chosen = _chosen(resolved, dtype_found.name, settings, partial(_lengths, source, recipe), world, ranks)
-    duplicates = _duplicates(source, cache, into, recipe.id_prefix)
+    duplicates = _duplicates(source, folder.input_cache, into, recipe.id_prefix)
     answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
-    encoder = chosen.kind.encoder(str(resolved.folder))
     try:
+        encoder = chosen.kind.encoder(str(resolved.folder))
         reader = PromptReader(recipe, encoder, duplicates, answers_requests)
     except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
@@ -150,6 +150,7 @@ def prepare(
         batch_size,
         selftest,
         own_cache,
+        encoder,
         answers_requests,
     )
 
@@ -171,6 +172,18 @@ def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) 
                 logger.info("this run began without the model's generation_config.json, and goes on without it")
             recipe = replace(recipe, generation_config="none")
     return with_authors_sampling(recipe, model, say=say)
+
+
+def check_engine(ready: Ready, world: World, ranks: int) -> None:
+    """Raises PackageError or EngineError for what would end every rank alike, before one is started.
+
+    Args:
+        ranks: that this process will start, where it is alone in its `world`.
+    """
+    packages.check_installed(ready.kind.packages(ready.options, ready.dtype), f"engine {ready.engine}")
+    all_ranks = world if world.size > 1 else replace(world, size=ranks, local_size=ranks)
+    setup = Setup(str(ready.model.folder), ready.dtype, ready.batch_size, all_ranks)
+    ready.kind.check(setup, ready.encoder, ready.options)
 
 
 def _known(name: str, settings: Sequence[str], begun: Mapping[str, Any] | None) -> Choice | None:

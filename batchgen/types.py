@@ -78,6 +78,8 @@ MACHINE_ERRORS = ("out_of_memory", "not_finite", "engine")
 
 FIT = _END - 1
 """As many new tokens as the model's context leaves behind the prompt; no prompt that an engine sees has it."""
+CANNOT_WRITE = "cannot write to"
+"""How the reason of an attempt begins that has ended for a full or failing disk."""
 
 TOO_MANY_FAILED = "more than --max-error-rate allows"
 """Part of the reason of an attempt that has ended for it."""

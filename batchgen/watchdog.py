@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 from batchgen import stacks
-from batchgen.checkpoint import FINAL, Attempt, CheckpointError
+from batchgen.checkpoint import FINAL, JOIN_SECONDS, Attempt, CheckpointError
 from batchgen.checkpoint.process import myself
 from batchgen.engine import Engine
 
@@ -223,6 +223,27 @@ class Watchdog(threading.Thread):
         self._ask_to_stop(why)
         if not self._ended.wait(_GRACE_SECONDS):
             os._exit(RESUMABLE)
+
+
+def await_ranks(attempt: Attempt, size: int) -> bool:
+    """Lets rank 0 of an outside launcher stay until all `size` ranks have ended; False: some have stopped answering.
+
+    No collective: it looks into the run folder.
+    """
+    before: object = None
+    changed = time.monotonic()
+    while True:
+        beats = attempt.heartbeats()
+        if len(beats) == size and all(beat["state"] in FINAL for beat in beats.values()):
+            return True
+        if beats != before:
+            before, changed = beats, time.monotonic()
+        patience = attempt.limit if len(beats) == size else JOIN_SECONDS
+        if time.monotonic() - changed > patience:
+            waited = time.monotonic() - changed
+            report(attempt, stalled(attempt, waited, [rank for rank, beat in beats.items() if rank > 0]))
+            return False
+        time.sleep(0.1)
 
 
 def stalled(attempt: Attempt, seconds: float, awaited: Collection[int] | None) -> str:

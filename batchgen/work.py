@@ -9,17 +9,20 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 
+from batchgen import packages
 from batchgen.checkpoint import Attempt, Done, Heartbeat, Writer
 from batchgen.engine import Engine, OutOfStep, Setup, Stream, settings_of
 from batchgen.prepare import Ready
 from batchgen.schedule import open_rows, order, shard, windows
 from batchgen.stacks import answering
 from batchgen.stop import Stop
-from batchgen.types import TOO_MANY_FAILED, WHOLE, Batch, Generation, Prompt
+from batchgen.types import CANNOT_WRITE, TOO_MANY_FAILED, WHOLE, Batch, Generation, Prompt, UserError
 from batchgen.watchdog import Watchdog
 from batchgen.world import World
 
 logger = logging.getLogger(__name__)
+
+_NAMED = 5  # rows in work that are named where a rank dies
 
 
 class Share:
@@ -60,6 +63,7 @@ class Share:
         self._stall_seconds = stall_seconds
         self._writer = Writer(attempt.folder.path, attempt.number, self.stream.index, world.rank, render)
         self._engine: Engine | None = None
+        self._in_work: dict[int, str] = {}  # ids of the prompts that the engine has and has not answered, by their row
         self._refused: list[Generation] = []  # rows that became no prompt, waiting for the next commit
         self._refused_before = 0  # rows that an earlier attempt has refused and recorded, met again
         self._mark = time.perf_counter()
@@ -81,8 +85,10 @@ class Share:
                     length, rows = error.length, error.rows // 2
                     self._attempt.folder.add_limit(self._attempt.number, rank, self._conditions, length, rows)
                 raise
-            except BaseException:
+            except BaseException as error:
                 self._state = "failed"
+                if self._in_work and not isinstance(error, UserError):
+                    error.add_note(f"{self._named()} in work")
                 raise
 
     def _generate(self, heartbeat: Heartbeat) -> None:
@@ -98,11 +104,13 @@ class Share:
             self._commit(Batch([]), heartbeat)
             return
         rank, limit = self._setup.world.rank, self._stall_seconds
+        needed = self._ready.kind.packages(self._ready.options, self._ready.dtype)
+        packages.check_imports(needed, f"engine {self._ready.engine}")
         with self._ready.kind(self._setup, self._ready.options) as engine:
             self._engine = engine
             self._look_at_devices()
             self._begin(heartbeat)
-            queue = prompts if first is None else chain([first], prompts)
+            queue = self._noted(prompts if first is None else chain([first], prompts))
             with Watchdog(engine, self._attempt, rank, self._count, self._stop.request, limit):
                 for batch in engine.generate(queue, self._stop):
                     self._commit(batch, heartbeat)
@@ -137,7 +145,22 @@ class Share:
                     return  # an engine that exists agrees with its ranks first, and leaves by itself
             yield from order(prompts, number)
 
+    def _noted(self, prompts: Iterator[Prompt]) -> Iterator[Prompt]:
+        for prompt in prompts:
+            self._in_work[prompt.index] = prompt.id
+            yield prompt
+
+    def _named(self) -> str:
+        """What is in work, in words; asked by the heartbeat's thread, too."""
+        ids = list(self._in_work.values())
+        if not ids:
+            return ""
+        more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+        return f"row{'s' if len(ids) > 1 else ''} {', '.join(ids[:_NAMED])}{more}"
+
     def _commit(self, batch: Batch, heartbeat: Heartbeat) -> None:
+        for generation in batch.generations:
+            self._in_work.pop(generation.index, None)
         refused, self._refused = self._refused, []
         generations = [*batch.generations, *refused]
         if not generations or not self.stream.writes or self._writer.broken:
@@ -148,8 +171,9 @@ class Share:
             record = self._writer.commit(whole, now - self._mark)
         except OSError as error:
             # What is recorded is safe; the engine is asked to end, and the rest is done again by the next start.
-            reason = f"cannot write to {self._attempt.folder.path}: {error.strerror or error}"
-            logger.error("%s. Nothing recorded is lost; make room and start again", reason)
+            reason = f"{CANNOT_WRITE} {self._attempt.folder.path}: {error.strerror or error}"
+            if self._setup.world.size > 1 and self._setup.world.attempt is None:
+                logger.error("%s", reason)  # else it is said at the end, once for all ranks
             self._stop.request(reason)
             return
         self._mark = now
@@ -180,6 +204,7 @@ class Share:
             "stream": self.stream.index,
             "ready": self._ready_at,
             "devices": self._devices,
+            "in_work": self._named(),
             "rows": self._rows_done if self.stream.writes else 0,
             "failed": self._failed if self.stream.writes else 0,
             "prompt_tokens": self._prompt_tokens,

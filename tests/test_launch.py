@@ -14,7 +14,7 @@ import pytest
 
 from batchgen import launch
 from batchgen.checkpoint import Attempt, RunFolder, claim
-from batchgen.launch import start_ranks
+from batchgen.launch import RankError, start_ranks
 from batchgen.stop import Stop
 from batchgen.world import World, from_environment
 from tests.commands.starts import ENVIRONMENT, is_alive, until
@@ -78,6 +78,41 @@ def test_whichever_rank_dies_the_others_are_asked_to_end(ranks: Path, attempt: A
     assert codes[dying] == 9
     assert 9 not in codes[:dying] + codes[dying + 1 :]
     assert stop.reason == f"rank {dying} died (exit code 9)"
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        (["no folder", "no folder", "no folder"], "no folder"),
+        (["no folder", "", "no folder"], "ranks 0 and 2: no folder"),
+        (["no folder", "no disk", "no folder"], "ranks 0 and 2: no folder\nrank 1: no disk"),
+    ],
+)
+def test_what_ranks_tell_their_starter_is_said_once(
+    ranks: Path, attempt: Attempt, told: list[str], sentence: str
+) -> None:
+    (ranks / "rank.py").write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "open('here-' + os.environ['RANK'], 'w')\n"
+        "while not all(os.path.exists(f'here-{rank}') for rank in range(3)): time.sleep(0.01)\n"
+        f"os.write(int(os.environ['BATCHGEN_TOLD_TO']), {told!r}[int(os.environ['RANK'])].encode())\n"
+        "sys.exit(4)\n"
+    )
+    with pytest.raises(RankError) as caught:
+        start_ranks(attempt, [], 3, Stop(), ENVIRONMENT)
+    assert str(caught.value) == sentence
+
+
+def test_a_rank_that_tells_why_it_dies_is_quoted(ranks: Path, attempt: Attempt) -> None:
+    (ranks / "rank.py").write_text(
+        "if os.environ['RANK'] == '1':\n"
+        "    os.write(int(os.environ['BATCHGEN_TOLD_TO']), b'ValueError: odd, with rows a, b in work')\n"
+        "    sys.exit(75)\n"
+    )
+    stop = Stop()
+    assert start_ranks(attempt, [], 2, stop, ENVIRONMENT) == [0, 75]
+    assert stop.reason == "rank 1 died: ValueError: odd, with rows a, b in work"
 
 
 def test_rank_that_does_not_end_when_asked_is_killed(

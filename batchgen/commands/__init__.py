@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -43,6 +43,17 @@ class Unfinished(CommandError):
 
 class _Commands(click.Group):
     """Finds commands by file name, so that `--help` and tab completion import none of them but the one asked for."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except ImportError as error:
+            from batchgen import packages
+
+            sentence = packages.about(error)
+            if sentence is None:
+                raise
+            raise CommandError(sentence) from error
 
     def list_commands(self, context: click.Context) -> list[str]:
         names = (module.name for module in pkgutil.iter_modules(__path__))
@@ -168,15 +179,17 @@ def carry_out(
 
     Raises:
         CommandError: it could not start.
+        ImportError: a package is missing.
     """
-    from batchgen import flow, launch
-    from batchgen.engine import Died
+    from batchgen import flow, launch, packages
     from batchgen.progress import watch
     from batchgen.types import UserError
     from batchgen.world import from_environment
 
+    who = ""
     try:
         world = from_environment(os.environ)
+        who = f"rank {world.rank}: " if world.size > 1 else ""
         if "BATCHGEN_STARTER" in os.environ:
             launch.die_with(int(os.environ["BATCHGEN_STARTER"]))
         log_to_stderr(world.rank, world.size)
@@ -188,15 +201,32 @@ def carry_out(
             return flow.run(inputs, out, host=host, **options), world.size == 1
     except flow.MergeError as error:
         raise Unfinished(str(error)) from error
-    except UserError as error:
-        raise fail(error) from error
+    except (UserError, ImportError) as error:
+        sentence = packages.about(error) if isinstance(error, ImportError) else str(error)
+        if sentence is None:
+            _die(error, who)
+        if launch.tell_starter(redacted(sentence, os.environ), os.environ):
+            sys.exit(CommandError.exit_code)
+        raise CommandError(who + sentence) from error
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, Died):
-            _say(str(error))
-        elif not isinstance(error, KeyboardInterrupt):
-            click.echo(redacted(traceback.format_exc(), os.environ), err=True, nl=False)
-        _say("died. What is recorded is safe; the same command goes on from there")
-        sys.exit(DIED)
+        _die(error, who)
+
+
+def _die(error: BaseException, who: str) -> NoReturn:
+    """Says why this process dies, if only to the process that has started this rank, and exits."""
+    from batchgen import launch
+    from batchgen.engine import Died
+
+    is_sentence = isinstance(error, Died)
+    if not is_sentence and not isinstance(error, KeyboardInterrupt):
+        click.echo(redacted(f"{who}{traceback.format_exc()}", os.environ), err=True, nl=False)
+    first = str(error) if is_sentence else f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    why = first + "".join(f", with {note}" for note in getattr(error, "__notes__", ()))
+    if not launch.tell_starter(redacted(why, os.environ), os.environ):
+        if is_sentence:
+            _say(who + why)
+        _say(f"{who}died. What is recorded is safe; the same command goes on from there")
+    sys.exit(DIED)
 
 
 def _say(sentence: str) -> None:
@@ -232,15 +262,20 @@ def about_failures(path: Path) -> str:
 
 def conclude(status: Status, speaks: bool) -> None:
     """Says how the run stands, and exits with its code."""
-    from batchgen.types import TOO_MANY_FAILED
+    from batchgen.types import CANNOT_WRITE, TOO_MANY_FAILED
 
     if not speaks:
         sys.exit(0)  # in order: another code would make srun kill the other ranks
     last = status.attempts[-1].ended if status.attempts else None
     counts = f"{status.good} of {status.rows} rows good, {status.failed} failed, {status.open} open"
     if status.open:
-        more = " with a higher --max-error-rate" if TOO_MANY_FAILED in (last or "") else ""
-        _say(f"{last or 'ended'}; {counts}. The same command{more} goes on from there")
+        why = last or "ended"
+        again = "The same command goes on from there"
+        if TOO_MANY_FAILED in why:
+            again = "The same command with a higher --max-error-rate goes on from there"
+        elif why.startswith(CANNOT_WRITE):
+            again = "Nothing recorded is lost; make room, and the same command goes on from there"
+        _say(f"{why}; {counts}. {again}")
     else:
         which = "" if status.shard.count == 1 else f"shard {status.shard} "
         _say(f"{which}finished; {counts}")

@@ -6,10 +6,9 @@ Alone, the model is spread over all GPUs, then over the host's memory and a disk
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +40,20 @@ class Accelerate(Engine):
         max_memory: str | None = None  # most weights a device, "0=20GiB,cpu=64GiB"; what is not named gets none
         offload_folder: str | None = None  # for weights that fit nowhere else; None: a temporary folder
         attn_implementation: str | None = None  # None: Transformers' choice
+
+    @classmethod
+    def packages(cls, options: Options, dtype: str) -> Sequence[str]:
+        return ("accelerate", "bitsandbytes") if dtype in ("int8", "nf4") else ("accelerate",)
+
+    @classmethod
+    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
+        super().check(setup, encoder, options)
+        if options.device_map not in _SPREADING:
+            _check_named_device(options)
+        elif setup.world.size > 1:
+            _check_alone(options)
+        else:
+            _check_max_memory(options.max_memory)
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._batches: StaticBatches | None = None
@@ -111,7 +124,7 @@ def _placement(options: Accelerate.Options, world: World) -> dict[str, Any]:
     return {"device_map": options.device_map, "max_memory": limits}
 
 
-def _named_device(options: Accelerate.Options) -> str:
+def _check_named_device(options: Accelerate.Options) -> None:
     name = options.device_map
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise EngineError(f"device_map={name}: must be {', '.join(_SPREADING)}, cpu, cuda or cuda:N")
@@ -119,32 +132,43 @@ def _named_device(options: Accelerate.Options) -> str:
         raise EngineError(
             f"max_memory spreads a model over devices, but device_map={name} names one; leave one of them out"
         )
+
+
+def _named_device(options: Accelerate.Options) -> str:
+    _check_named_device(options)
+    name = options.device_map
     if name.startswith("cuda"):
         loading.check_gpu(int(name.partition(":")[2] or 0), f"device_map={name}")
     return name
 
 
-def _own_device(options: Accelerate.Options, world: World) -> str:
-    """The device of this rank, one of several on this host."""
+def _check_alone(options: Accelerate.Options) -> None:
     if options.max_memory is not None or options.offload_folder is not None:
         raise EngineError(
             "max_memory and offload_folder spread one model over several devices; under several ranks each rank holds "
             "a whole model on its own device. Leave them out, or start one rank"
         )
+
+
+def _own_device(options: Accelerate.Options, world: World) -> str:
+    """The device of this rank, one of several on this host."""
+    _check_alone(options)
     return str(loading.device_of(world))
+
+
+def _check_max_memory(text: str | None) -> list[tuple[str, str]]:
+    """Device and size of each of its parts."""
+    parts = [_MEMORY.fullmatch(part.strip()) for part in text.split(",")] if text is not None else []
+    if not all(parts):
+        raise EngineError(f"max_memory={text}: must look like 0=20GiB,cpu=64GiB (a GPU's number or cpu, and a size)")
+    return [(part[1], part[2]) for part in parts if part is not None]
 
 
 def _parse_max_memory(text: str | None) -> dict[int | str, str] | None:
     if text is None:
         return None
     limits: dict[int | str, str] = {}
-    for part in text.split(","):
-        found = _MEMORY.fullmatch(part.strip())
-        if not found:
-            raise EngineError(
-                f"max_memory={text}: must look like 0=20GiB,cpu=64GiB (a GPU's number or cpu, and a size)"
-            )
-        device, size = found.groups()
+    for device, size in _check_max_memory(text):
         if device != "cpu":
             loading.check_gpu(int(device), f"max_memory={text}")
         limits["cpu" if device == "cpu" else int(device)] = size
@@ -157,8 +181,6 @@ def _precision(dtype: str, config: Any) -> dict[str, Any]:
         return {"dtype": loading.floating_dtype(dtype, config)}
     if dtype not in ("int8", "nf4"):
         raise EngineError(f"dtype {dtype!r} is not known; choose auto, float32, bfloat16, float16, int8 or nf4")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EngineError(f"dtype {dtype} needs the package bitsandbytes: pip install bitsandbytes")
     computed_in = torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16
     quantization: dict[str, Any] = {"load_in_8bit": True}
     if dtype == "nf4":

@@ -23,6 +23,7 @@ class DsInference(Engine):
     """A share of every matrix on each rank of a group, and one stream a group."""
 
     calls_together = True
+    needed_packages = ("deepspeed",)
     reads_split = True
     dtypes = (*Engine.dtypes, "int8")
     # Of two H100s: 40 to 64 ms for the 30 layers of BLOOM-7b1, with two all-reduces each.
@@ -35,6 +36,12 @@ class DsInference(Engine):
         tp: int | None = None  # ranks that share a model; None: all of the run's
         attn_implementation: str | None = None  # None: Transformers' choice
         timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
+
+    @classmethod
+    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
+        super().check(setup, encoder, options)
+        if (size := len(tensor_parallel.ranks_of_group(setup.world, options.tp))) > 1:
+            tensor_parallel.check_split(encoder.config, size)
 
     @classmethod
     def stream(cls, world: World, options: Options) -> Stream:

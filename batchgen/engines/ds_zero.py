@@ -40,6 +40,7 @@ class DsZero(Engine):
     """A share of the weights and a stream of its own on every rank."""
 
     calls_together = True
+    needed_packages = ("deepspeed", "accelerate")
     pace = Pace(layer_seconds=0.00062, shared_layer_seconds=0.0011)  # H100s and H200s, one to four
 
     @dataclass(frozen=True)
@@ -87,6 +88,15 @@ class DsZero(Engine):
         files = weights.shard_bytes(gpus) * gpus
         disk = replace(away, settings=("offload=nvme=FOLDER",), disk=files, moved=size // gpus, path="disk")
         return [held, host, disk]
+
+    @classmethod
+    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
+        super().check(setup, encoder, options)
+        kind, _, folder = (options.offload or "").partition("=")
+        if kind == "nvme":
+            offload.check_folder(Path(folder))
+        if options.config is not None:
+            zero.user_configuration(options.config)
 
     @classmethod
     def encoder(cls, model: str) -> Encoder:
@@ -245,11 +255,8 @@ class DsZero(Engine):
             self._bandwidth = self._least(self._bandwidth)  # a host's ranks share its disk; the slowest host counts
             self._weight_bytes = plan.read_bytes * world.local_size
         if self._bandwidth and world.rank == 0:
-            bound = self._weight_bytes / self._bandwidth
-            speed = self._bandwidth / 1e9
-            logger.info(
-                "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch", speed, bound
-            )
+            said = "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch"
+            logger.info(said, self._bandwidth / 1e9, self._weight_bytes / self._bandwidth)
         return plan
 
     def _least(self, figure: float | None) -> float:

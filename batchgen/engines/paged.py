@@ -8,7 +8,7 @@ stream, whose steps the first of them plans.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +70,17 @@ class Paged(Engine):
     @classmethod
     def will_call_together(cls, options: Options) -> bool:
         return (options.tp or 1) > 1
+
+    @classmethod
+    def packages(cls, options: Options, dtype: str) -> Sequence[str]:
+        return ("deepspeed",) if cls.will_call_together(options) else ("accelerate",)
+
+    @classmethod
+    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
+        super().check(setup, encoder, options)
+        models.check(encoder.config)
+        if cls.will_call_together(options):
+            tensor_parallel.check_split(encoder.config, options.tp or 1, evenly=True)
 
     @classmethod
     def stream(cls, world: World, options: Options) -> Stream:
@@ -156,13 +167,7 @@ class Paged(Engine):
             )
         runner.allocate(pages)
         self._runner, self._rows = runner, slots
-        self._schedule = partial(
-            Scheduler,
-            slots=slots,
-            width=width,
-            budget=budget,
-            expected=options.expected_share,
-        )
+        self._schedule = partial(Scheduler, slots=slots, width=width, budget=budget, expected=options.expected_share)
 
     @property
     def preemptions(self) -> int:

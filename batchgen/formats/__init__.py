@@ -89,8 +89,7 @@ class Source(ABC):
             original: what a run has begun with in this place; None: none has.
 
         Raises:
-            InputError: it cannot be read, is not what its name says, was not scanned, or has changed since.
-            Changed: the run has begun with another content.
+            InputError: it cannot be read, is not what its name says, was not scanned, or has changed (`Changed`) since.
         """
         self.path, self.name, self._original = path, name, original
         self._cursor: tuple[Generator[tuple[int, pa.RecordBatch], int | None, None], int, pa.RecordBatch] | None = None
@@ -135,16 +134,16 @@ class Source(ABC):
             raise Changed(self.path)
 
     def _name_left(self) -> str | None:
-        """What an accepted start called the same bytes, as it has left it in the cache; None if that is not there."""
+        """What an accepted start called the same bytes, as the cache has it; None if that is not there."""
         try:
             name, digest, *_, first = json.loads(self._record.read_bytes())
         except (FileNotFoundError, ValueError, TypeError):
             return None
-        # From before there was a first name, four values were kept, and the last one is a number.
+        # At first four values were kept, and the last one is a number.
         return str(first if isinstance(first, str) else name) if digest == self.scanned.digest else None
 
     def settle(self) -> None:
-        """From now on, what the scan has found is read from the cache, where it has been moved."""
+        """Reads what the scan has found from the cache from now on, where it has been moved."""
         self.cache = self.kept
 
     def __len__(self) -> int:

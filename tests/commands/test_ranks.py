@@ -74,12 +74,26 @@ def test_killed_rank_ends_the_others_and_the_run_resumes(tmp_path: Path, rows: P
         subprocess.run(["kill", "-KILL", str(pids[1])], check=True)
         ended = process.end()
     assert (ended.code, ended.out) == (75, "")
-    assert "rank 1 died (exit code -9); ending the others" in ended.err
-    assert "batchgen: rank 1 died (exit code -9); " in ended.err
+    death = "rank 1 died (killed by SIGKILL, as the system does when memory runs out)"
+    assert death in ended.err
+    assert "; ending the others" in ended.err
+    assert f"batchgen: {death}" in ended.err.splitlines()[-1]
+    assert ended.err.count("same command goes on") == 1
     assert not any(map(is_alive, pids.values()))
     assert heartbeats(out)[0]["state"] == "stopped"  # in order
     assert call(tmp_path, *slow_echo(rows, "-o", out), "--ranks", 3).code == 0
     assert texts(out) == WANTED
+
+
+def test_the_death_of_a_rank_names_the_rows_that_it_had_in_work(tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", write_rows(tmp_path / "p.jsonl", prompts(2))
+    words = [*echo(rows, "-o", out), "--set", "seconds=3", "--ranks", 2, "--heartbeat-seconds", 0.05]
+    with Started(batchgen(*words), tmp_path) as process:
+        until(lambda: heartbeats(out).get(1, {}).get("in_work"), process)
+        subprocess.run(["kill", "-SEGV", str(heartbeats(out)[1]["pid"])], check=True)
+        ended = process.end()
+    assert ended.code == 75
+    assert "rank 1 died (killed by SIGSEGV) with row row-1 in work; ending the others" in ended.err
 
 
 def test_no_rank_outlives_a_killed_starter(tmp_path: Path, rows: Path) -> None:
@@ -125,6 +139,19 @@ def test_second_interrupt_ends_the_ranks_at_once(tmp_path: Path, rows: Path) -> 
     assert not any(map(is_alive, pids))
 
 
+def test_what_ends_every_rank_is_said_once_and_before_they_start(tmp_path: Path, rows: Path, tiny_llama: Path) -> None:
+    offload = ["--engine", "ds-zero", "--offload", f"nvme={tmp_path / 'gone'}"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    words = ["run", rows, "-o", "out", "--model", tiny_llama, "--ranks", 2, *offload]
+    ended = call(tmp_path, *words, environment=environment)
+    assert (ended.code, ended.out) == (4, "")
+    sentence = f"Error: offload=nvme={tmp_path / 'gone'}: there is no such folder here."
+    assert ended.err.splitlines()[-1].startswith(sentence)
+    assert ended.err.count("no such folder") == 1
+    assert "above" not in ended.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_rank_that_cannot_start_is_exit_4_with_its_sentence(tmp_path: Path, rows: Path, tiny_llama: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -135,8 +162,10 @@ def test_rank_that_cannot_start_is_exit_4_with_its_sentence(tmp_path: Path, rows
     ended = call(tmp_path, "run", rows, "-o", "out", "--model", model, "--ranks", 2, environment=environment)
     assert (ended.code, ended.out) == (4, "")
     assert "Traceback" not in ended.err
-    assert ended.err.endswith("Error: a rank could not start; it says above why\n")
-    assert re.search(rf"Error: .*{model}.*", ended.err)
+    said = [line for line in ended.err.splitlines() if str(model) in line]
+    assert len(said) == 1
+    assert re.match(rf"Error: (rank [01]: )?the model in {model} cannot be loaded", said[0])
+    assert found(tmp_path / "out").attempts[0].ended.startswith("failed: RankError: ")
 
 
 def under_srun(folder: Path, *arguments: object) -> tuple[Ended, Ended]:

@@ -135,7 +135,7 @@ def test_run_that_cannot_write_any_more_stops_and_loses_nothing(tmp_path: Path, 
     ended = call(tmp_path, *command, before=partial(limit_files, 8000))
     assert (ended.code, ended.out) == (75, "")
     assert "cannot write to out: File too large" in ended.err
-    assert "Nothing recorded is lost; make room and start again" in ended.err
+    assert "Nothing recorded is lost; make room, and the same command goes on from there" in ended.err
     assert "Traceback" not in ended.err
     state = found(tmp_path / "out")
     assert 0 < state.good < ROWS
@@ -149,6 +149,7 @@ def test_ranks_that_cannot_write_any_more_say_why_the_attempt_ended(tmp_path: Pa
     ended = call(tmp_path, *command, before=partial(limit_files, 8000))
     assert ended.code == 75
     assert "batchgen: cannot write to out: File too large; " in ended.err
+    assert ended.err.count("cannot write to out:") == 1
     assert "died" not in ended.err
 
 
@@ -207,7 +208,8 @@ def test_full_disk_stops_the_run_and_the_same_command_goes_on_when_there_is_room
     command = [*echo(rows, "-o", out), "--batch-size", 5]
     ended = call(tmp_path, *command)
     assert ended.code == 75, ended.err
-    assert f"cannot write to {out}: No space left on device. Nothing recorded is lost" in ended.err
+    assert f"cannot write to {out}: No space left on device; " in ended.err
+    assert "Nothing recorded is lost; make room, and the same command goes on" in ended.err
     assert "Traceback" not in ended.err
     assert 0 < found(out).good < ROWS
     ballast.unlink()
