@@ -127,20 +127,13 @@ class Engine(ABC):
     generated_tokens: int = 0
     """Tokens generated so far by this rank, also in unfinished batches. Read from the heartbeat's thread."""
 
-    steps: int = 0
-    """Forwards so far, those for other ranks' sake included."""
-
-    heard: int = 0
-    """How often another rank has said that it is there, with nothing to do either."""
-
+    steps: int = 0  # forwards so far, those for other ranks' sake included
+    heard: int = 0  # how often another rank has said that it is there, with nothing to do either
     patience: float | None = None
     """Seconds without a step, and nothing `heard`, after which another one is taken for dead; None: none is awaited."""
 
-    awaited: Collection[int] | None = None
-    """The ranks whose steps this one's wait for; None: all of the world's."""
-
-    at_ease: bool = False
-    """Its own part is done, and it waits for others, for as long as they take."""
+    awaited: Collection[int] | None = None  # the ranks whose steps this one's wait for; None: all of the world's
+    at_ease: bool = False  # its own part is done, and it waits for others, for as long as they take
 
     @classmethod
     def packages(cls, options: Any, dtype: str) -> Sequence[str]:

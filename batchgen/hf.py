@@ -19,7 +19,7 @@ from batchgen.decoding import Agreed, Peers, Sampler
 from batchgen.encoder import HfEncoder
 from batchgen.engine import OutOfStep
 from batchgen.finite import NotFinite
-from batchgen.generate import generate_greedily
+from batchgen.generate import generate_greedily, pad
 from batchgen.likelihood import Recorder
 from batchgen.selftest import SelfTest
 from batchgen.stopping import Stopper, StopTexts, generation
@@ -180,7 +180,8 @@ class StaticBatches:
 
     def _attempt(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Batch | None:
         """The finished batch, or None: out of memory."""
-        fits = not self._reserve or self._can_reserve(batch)
+        size = len(batch) * self._row_bytes(*_lengths(batch)) + self._kept_free
+        fits = not self._reserve or memory.can_reserve(size, self._device)
         if self._peers is not None:
             fits = not self._peers.any_rank(not fits)
         try:
@@ -202,18 +203,6 @@ class StaticBatches:
         # Only here: while the exception is handled, its traceback holds every tensor of the failed call.
         memory.release()
         return None
-
-    def _can_reserve(self, batch: Sequence[Prompt]) -> bool:
-        """Whether the memory that `batch` may take is there now."""
-        prompt_tokens, new_tokens = _lengths(batch)
-        size = len(batch) * self._row_bytes(prompt_tokens, new_tokens) + self._kept_free
-        try:
-            torch.empty(size, dtype=torch.uint8, device=self._device)
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            return False
-        return True
 
     def generate(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Batch:
         """`batch` in one call of `model.generate`; out of memory is the caller's business."""
@@ -267,17 +256,8 @@ class StaticBatches:
         return tokens
 
     def _pad(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """Left-padded ids, mask and positions, each [rows, longest prompt]."""
-        width = max(len(prompt.tokens) for prompt in batch)
-        gaps = [width - len(prompt.tokens) for prompt in batch]
-        pad = self._encoder.pad_token
-        ids = torch.tensor([[pad] * gap + list(prompt.tokens) for gap, prompt in zip(gaps, batch, strict=True)])
-        mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._takes_positions:
-            # `generate` appends the following positions itself at each step.
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        return {name: tensor.to(self._device) for name, tensor in inputs.items()}
+        rows = [prompt.tokens for prompt in batch]
+        return pad(rows, self._encoder.pad_token, self._device, positions=self._takes_positions)
 
     def _collect(
         self,

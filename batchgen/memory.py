@@ -193,6 +193,17 @@ def _page_cache(statistics: Path) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
+def can_reserve(size: int, device: torch.device) -> bool:
+    """Whether so many bytes of the device are there now; they are given back at once."""
+    try:
+        torch.empty(size, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
 def refuse(prompt: Prompt) -> Generation:
     """What becomes of a prompt for which there is not enough memory, even with nothing beside it."""
     return Generation.failed(

@@ -5,11 +5,9 @@ What is wrong with the settings shows here, in seconds, on a machine without a G
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import tempfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,9 +16,10 @@ from typing import Any
 
 from batchgen import choice, models, packages
 from batchgen import dtype as dtype_of
-from batchgen.checkpoint import CheckpointError, Damaged, RunFolder, read_json, to_json, write_atomic
+from batchgen.checkpoint import RunFolder
 from batchgen.choice import AUTO, Choice
 from batchgen.dtype import Dtype
+from batchgen.duplicates import find_duplicates
 from batchgen.engine import Encoder, Engine, Setup
 from batchgen.formats import InputError
 from batchgen.generation_config import with_authors_sampling
@@ -28,7 +27,7 @@ from batchgen.input import Input, files_of, find
 from batchgen.models import ResolvedModel
 from batchgen.prompts import PromptReader
 from batchgen.recipe import Recipe
-from batchgen.row_ids import IdPrefix, are_requests, own_id
+from batchgen.row_ids import are_requests
 from batchgen.schedule import windows
 from batchgen.types import Generation, Prompt, UserError
 from batchgen.world import World, from_environment
@@ -133,7 +132,7 @@ def prepare(
     if chosen is None:
         world = from_environment(environment)
         chosen = _chosen(resolved, dtype_found.name, settings, partial(_lengths, source, recipe), world, ranks)
-    duplicates = _duplicates(source, folder.input_cache, into, recipe.id_prefix)
+    duplicates = find_duplicates(source, folder.input_cache, into, recipe.id_prefix)
     answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
     try:
         encoder = chosen.kind.encoder(str(resolved.folder))
@@ -254,32 +253,6 @@ def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tupl
     prompts, count = _draw(source, recipe, encoder, _SAMPLE)
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in prompts]
     return lengths, round(len(source) * len(prompts) / max(count, 1))
-
-
-def _duplicates(source: Input, cache: Path, into: Path | None, prefix: IdPrefix | None) -> dict[int, str]:
-    """Repeated ids, found once for the whole input: a rank that sees only its own rows could not find them."""
-    path = cache / "duplicates.json"
-    try:
-        known = read_json(path) if path.exists() else {}
-    except Damaged:
-        known = {}
-    wanted, there = [source.digest, prefix], [known.get("input"), known.get("id_prefix")]
-    if there != wanted or known.get("checksum") != _checksum(known.get("rows")):
-        if into is None:
-            raise CheckpointError(f"{path} is of another input, or damaged; start again")
-        found = {str(row): first for row, first in source.duplicates(own_id, by_file=prefix is not None).items()}
-        known = {"input": source.digest, "id_prefix": prefix, "rows": found, "checksum": _checksum(found)}
-        try:
-            write_atomic(into / path.name, to_json(known))
-        except OSError as error:
-            raise RunError(
-                f"cannot write {into / path.name}: {error.strerror or error}. Nothing has started"
-            ) from error
-    return {int(row): str(first) for row, first in known["rows"].items()}
-
-
-def _checksum(rows: object) -> int:
-    return zlib.crc32(json.dumps(rows).encode())
 
 
 def refusals(ready: Ready) -> Iterator[Generation]:

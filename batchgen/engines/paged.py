@@ -19,14 +19,15 @@ from batchgen import finite, loading, memory, ranks, selftest, tensor_parallel
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
 from batchgen.paged import models, room
-from batchgen.paged.loop import Finished, Loop
+from batchgen.paged.finished import Finished, generation_of, long_enough
+from batchgen.paged.loop import Loop
 from batchgen.paged.pages import SIZE
 from batchgen.paged.peers import Leader, Peers, follow
 from batchgen.paged.runner import Runner
 from batchgen.paged.scheduler import Scheduler
 from batchgen.selftest import SelfTest
-from batchgen.stopping import StopTexts, generation
-from batchgen.types import Batch, Generation, Prompt
+from batchgen.stopping import StopTexts
+from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
 _YIELD_SECONDS = 1.0
@@ -107,9 +108,6 @@ class Paged(Engine):
             return
         loading.check_weights(setup.model)
         self._device = loading.device_of(setup.world)
-        if self._device.type == "cuda":
-            self._load(setup)
-            return
         # Threads that compute for this one wait awake for the next product only while there are, with those of the
         # loop's thread, no more of them than cores. Those of a thread that has ended are gone.
         with ThreadPoolExecutor(1) as apart:
@@ -227,7 +225,7 @@ class Paged(Engine):
             end_tokens=frozenset(self._encoder.end_tokens),
             watch=self._watch,
             check=partial(self._selftests, leader) if self._check else None,
-            enough=lambda rows: len(selftest.choose([row.prompt for row in _long(rows)])) == selftest.ROWS,
+            enough=lambda rows: len(selftest.choose([row.prompt for row in long_enough(rows)])) == selftest.ROWS,
             count=self._count,
             leader=leader,
         )
@@ -262,18 +260,11 @@ class Paged(Engine):
             yield self._batch(collected, loop.most_running)
 
     def _batch(self, rows: list[Finished], at_once: int) -> Batch:
-        generations = [self._generation(row) for row in rows]
+        generations = [generation_of(row, self._encoder, finite.dtype_of(self._model)) for row in rows]
         return Batch(generations, 0, memory.take_peak_bytes([self._device]), at_once=at_once)
 
-    def _generation(self, row: Finished) -> Generation:
-        if row.not_finite:
-            return finite.fail(row.prompt, finite.dtype_of(self._model))
-        if row.tokens is None:
-            return memory.refuse(row.prompt)
-        return generation(row.prompt, row.tokens, row.stopped, self._encoder, row.logprobs)
-
     def _selftests(self, leader: Leader | None, rows: list[Finished]) -> None:
-        rows = _long(rows) or rows
+        rows = long_enough(rows) or rows
         test = SelfTest(self._model, self._device, self._encoder.decode, self._rows, measures=leader is None)
         for place in selftest.choose([row.prompt for row in rows]):
             prompt, tokens = rows[place].prompt, rows[place].tokens or []
@@ -307,8 +298,3 @@ class Paged(Engine):
         memory.release()
         if self.calls_together:
             ranks.leave()
-
-
-def _long(rows: list[Finished]) -> list[Finished]:
-    """Those whose text says something about decoding: one that ends at once is all prefill."""
-    return [row for row in rows if len(row.tokens or ()) >= selftest.TOKENS // 2]

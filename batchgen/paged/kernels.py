@@ -18,9 +18,7 @@ from batchgen.paged.pages import SIZE
 if TYPE_CHECKING:
     from batchgen.paged.attention import Layout
 
-QUERIES = 64
-"""Tokens of a block of a part, most."""
-
+QUERIES = 64  # tokens of a block of a part, most
 _KEYS = 64  # tokens whose keys a program looks at at once
 _DECODE = {"num_warps": 2, "num_stages": 2}  # of 19 tried; benchmarks/README.md
 _LOG2_E = 1.4426950408889634  # exp2 is the one the hardware has
@@ -138,7 +136,7 @@ def _step(
         seen = seen & (others[None, :] > places[:, None] - WINDOW)
     scores = tl.where(seen, scores, float("-inf"))
     if CAUSAL or WINDOW:
-        # Some queries see a key that others do not see: its value reaches those through 0 * NaN unless it is taken out.
+        # A value that is NaN would reach the queries that do not see it, too: 0 * NaN is NaN.
         finite = (value - value) == 0.0
         value = tl.where(finite, value, 0.0).to(value.dtype)
         broken = tl.max(tl.where(finite, 0, 1), 1)
@@ -279,8 +277,7 @@ def _prefill(
     mixed = tl.zeros([QUERIES, WIDE], tl.float32)
     pages = table + tl.load(slots + token) * columns
     keys = cache + (head // GROUP) * PAGE * SIZE
-    # Masks take time, so that they are left out where all queries of the block see all keys: from `begin` to `middle`.
-    middle = place // KEYS * KEYS
+    middle = place // KEYS * KEYS  # from `begin` to here all queries see all keys, and need no mask, which takes time
     begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS) * KEYS, middle) if WINDOW else first
     if WINDOW:
         for start in range(first, begin, KEYS):

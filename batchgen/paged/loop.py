@@ -7,12 +7,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from batchgen import memory
 from batchgen.paged import room
+from batchgen.paged.finished import Finished
 from batchgen.paged.flight import Flight
 from batchgen.paged.pages import SIZE
 from batchgen.paged.peers import Leader, no_memory
@@ -26,17 +26,6 @@ logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.05
 _HELD_ROWS, _HELD_SECONDS = 64, 10.0  # that have ended and wait for the check of the first ones, at most
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A row that has ended."""
-
-    prompt: Prompt
-    tokens: list[int] | None  # generated, up to and including the one that ended it; None: it has failed
-    stopped: bool = False  # by an end of sequence or a stop text, not by its length
-    logprobs: list[float] | None = None  # of `tokens`, if the prompt asks for them
-    not_finite: bool = False  # why it has failed: the model's numbers; else there is no room for it
 
 
 class Loop:

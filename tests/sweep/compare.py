@@ -14,9 +14,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from batchgen import choice, engine, loading
 from batchgen.cards import Machine
-from batchgen.decoding import generation
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Setup
+from batchgen.stopping import generation
 from batchgen.types import Generation, Prompt, SamplingParams, UserError
 from batchgen.world import World
 from tests.sweep.kinds import build
