@@ -108,13 +108,14 @@ class Paged(Engine):
             return
         loading.check_weights(setup.model)
         self._device = loading.device_of(setup.world)
-        # Threads that compute for this one wait awake for the next product only while there are, with those of the
-        # loop's thread, no more of them than cores. Those of a thread that has ended are gone.
+        if self._device.type == "cuda":
+            self._load(setup)
+            return
+        # The threads that compute for this one end with it. More than cores would not wait awake for the next product.
         with ThreadPoolExecutor(1) as apart:
             apart.submit(self._load, setup).result()
 
     def _load(self, setup: Setup) -> None:
-        """A whole model."""
         dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
         self._model = loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
         self._ready()
@@ -273,8 +274,7 @@ class Paged(Engine):
             test.check(prompt, tokens)
 
     def _watch(self, prompt: Prompt) -> StopTexts:
-        encoder = self._encoder
-        return StopTexts([prompt], encoder.end_tokens, encoder.decode, encoder.special_tokens)
+        return StopTexts([prompt], (one := self._encoder).end_tokens, one.decode, one.special_tokens)
 
     def _count(self, tokens: int) -> None:
         self.generated_tokens += tokens
