@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from batchgen.definition.build import build_empty, can_build
 from batchgen.definition.config import read_config
+from batchgen.definition.errors import ModelError
 from batchgen.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.generation_config import read_generation_config
 from batchgen.types import Tokens
@@ -131,7 +133,13 @@ def _readable(text: str) -> str:
 
 
 def _end_tokens(model: str, config: Any, tokenizer: Any) -> list[int]:
-    found: set[object] = set()
-    for ids in (read_generation_config(model).get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
-        found.update(ids if isinstance(ids, list) else [ids])
-    return sorted(i for i in found if type(i) is int and i >= 0)
+    found = {tokenizer.eos_token_id}
+    of_author = read_generation_config(model).get("eos_token_id")
+    for name, ids in (("generation_config.json", of_author), ("config.json", config.eos_token_id)):
+        given = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+        if any(type(i) is not int for i in given):
+            raise ModelError(
+                f"{Path(model) / name}: eos_token_id must be a token's number or a list of them, not {ids!r}"
+            )
+        found.update(given)
+    return sorted(i for i in found if i is not None and i >= 0)
