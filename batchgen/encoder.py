@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from batchgen.chat_template import ChatTemplate, Message
 from batchgen.definition.build import build_empty
 from batchgen.definition.config import read_config
+from batchgen.definition.errors import ModelError
 from batchgen.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.generation_config import read_generation_config
 from batchgen.types import Tokens
@@ -165,12 +167,22 @@ def _readable(text: str) -> str:
 
 
 def _end_tokens(model: str, config: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a text, sorted.
+
+    Raises:
+        ModelError: a file names something else; the message has the file and the field.
+    """
     text = config.get_text_config()
-    given = [read_generation_config(model).get("eos_token_id"), getattr(config, "eos_token_id", None)]
+    of_author, of_model = read_generation_config(model).get("eos_token_id"), getattr(config, "eos_token_id", None)
     # Where the text part of a model does not name one, its config gives the default of its class, a wrong one perhaps.
-    if text is not config and given == [None, None]:
-        given.append(getattr(text, "eos_token_id", None))
-    found: set[object] = set()
-    for ids in (*given, tokenizer.eos_token_id):
-        found.update(ids if isinstance(ids, list) else [ids])
-    return sorted(i for i in found if type(i) is int and i >= 0)
+    if text is not config and of_author is None and of_model is None:
+        of_model = getattr(text, "eos_token_id", None)
+    found = {tokenizer.eos_token_id}
+    for name, ids in (("generation_config.json", of_author), ("config.json", of_model)):
+        given = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+        if any(type(i) is not int for i in given):
+            raise ModelError(
+                f"{Path(model) / name}: eos_token_id must be a token's number or a list of them, not {ids!r}"
+            )
+        found.update(given)
+    return sorted(i for i in found if i is not None and i >= 0)

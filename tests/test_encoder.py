@@ -126,6 +126,8 @@ def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer_together(tiny_ll
     assert HfEncoder(str(folder)).end_tokens == [models.END, 7, 9]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": models.END_OF_TURN}))
     assert HfEncoder(str(folder)).end_tokens == [models.END, models.END_OF_TURN, 7, 9]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [models.END_OF_TURN, None]}))
+    assert HfEncoder(str(folder)).end_tokens == [models.END, models.END_OF_TURN, 7, 9]
 
 
 def test_padding_is_no_end_token_and_lies_in_the_embedding(tiny_llama: Path, tiny_bloom: Path, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def _model(options: dict[str, Any], dtype: str, scratch: Path) -> tuple[Path, st
     from batchgen import models
 
     if options["random_weights"] is None:
+        models.check_there(options["model"])
         resolved = models.resolve(options["model"], models.cache_folder(os.environ), lambda sentence: None)
         return resolved.folder, resolved.name
     import torch

@@ -193,6 +193,10 @@ KINDS: dict[str, tuple[Damage, str]] = {
         r"generation_config\.json is no JSON: line 3, column 1",
     ),
     "generation_config.json as a list": (put("generation_config.json", "[]"), r"generation_config\.json holds no JSON"),
+    "an end token that is an object": (
+        put("generation_config.json", '{"eos_token_id": {"id": 2}}'),
+        r"generation_config\.json: eos_token_id must be a token's number or a list of them, not ",
+    ),
     "an unknown quantisation": (config(quantization_config={"quant_method": "own"}), "quant_method 'own'"),
     "a quantisation that is a number": (config(quantization_config=5), "quantization_config must be an object"),
     # Weights
