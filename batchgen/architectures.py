@@ -54,6 +54,9 @@ _REFUSED = {
     "shieldgemma2": "it judges pictures, and generates no text",
 }
 
+# Kinds whose modules read their own weights while they are made: too early where each is sharded as it is made.
+_UNSHARDED = frozenset({"rwkv", "xlstm", "youtu"})
+
 # Types of rotary positions whose frequencies Transformers takes, beyond the original context, from the longest row.
 OF_THE_LONGEST = ("longrope", "dynamic")
 
@@ -61,6 +64,11 @@ OF_THE_LONGEST = ("longrope", "dynamic")
 def why_refused(config: Any) -> str:
     """Why a model of this config answers no rows of text; "" if it does."""
     return _REFUSED.get(config.model_type, "")
+
+
+def can_shard(config: Any) -> bool:
+    """Whether DeepSpeed's ZeRO can shard a model of this config as Transformers makes it."""
+    return not {config.model_type, config.get_text_config().model_type} & _UNSHARDED
 
 
 def most_padded_tokens(config: Any) -> int | None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from batchgen import extensions, gather, loading, memory, offload, ranks, zero
+from batchgen import architectures, extensions, gather, loading, memory, offload, ranks, zero
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
 from batchgen.gather import Gathered
 from batchgen.hf import HfEncoder, StaticBatches
@@ -77,6 +77,8 @@ class DsZero(Engine):
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
+        if not architectures.can_shard(config):
+            return []
         size, shared, gathered = weights.read_bytes, weights.shared_bytes, zero.gathered_bytes(weights)
         held = Placement((), gpus, gpus, device=size)
         if gpus > 1:
@@ -94,6 +96,11 @@ class DsZero(Engine):
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._encoder = HfEncoder(setup.model)
+        if not architectures.can_shard(self._encoder.config):
+            raise EngineError(
+                f"--engine ds-zero does not run models of type {self._encoder.config.model_type}, whose weights "
+                "Transformers reads while it makes them, before they can be sharded; use --engine accelerate"
+            )
         loading.check_weights(setup.model)
         loading.prepare_transformers()
         self._device = ranks.join(setup.world, options.timeout_seconds)
