@@ -77,7 +77,7 @@ class DsZero(Engine):
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
-        if not architectures.can_shard(config):
+        if architectures.why_not_sharded(config):
             return []
         size, shared, gathered = weights.read_bytes, weights.shared_bytes, zero.gathered_bytes(weights)
         held = Placement((), gpus, gpus, device=size)
@@ -96,11 +96,8 @@ class DsZero(Engine):
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._encoder = HfEncoder(setup.model)
-        if not architectures.can_shard(self._encoder.config):
-            raise EngineError(
-                f"--engine ds-zero does not run models of type {self._encoder.config.model_type}, whose weights "
-                "Transformers reads while it makes them, before they can be sharded; use --engine accelerate"
-            )
+        if why := architectures.why_not_sharded(self._encoder.config):
+            raise EngineError(why)
         loading.check_weights(setup.model)
         loading.prepare_transformers()
         self._device = ranks.join(setup.world, options.timeout_seconds)
@@ -113,7 +110,11 @@ class DsZero(Engine):
         self._gathered: Gathered | None = None
         self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
         self._by_layers = not options.by_deepspeed and (self._whole_model or gather.lists_layers(self._encoder.config))
-        self._model = self._load(setup, options)
+        try:
+            self._model = self._load(setup, options)
+        except BaseException:
+            self.close()
+            raise
         self._batches: StaticBatches | None = StaticBatches(
             self._model,
             self._encoder,
