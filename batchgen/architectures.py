@@ -54,6 +54,12 @@ _REFUSED = {
     "shieldgemma2": "it judges pictures, and generates no text",
 }
 
+# Kinds that Transformers does not load while ZeRO shards each weight as it is made: their modules look at weights that
+# are not there yet, or the files hold them in other pieces than the model does.
+_UNSHARDED = frozenset(
+    ("deepseek_v4", "emu3", "marian", "molmo2", "pegasus", "qwen3_vl_moe", "roformer", "rwkv", "xlstm", "youtu")
+)
+
 # Types of rotary positions whose frequencies Transformers takes, beyond the original context, from the longest row.
 OF_THE_LONGEST = ("longrope", "dynamic")
 
@@ -61,6 +67,16 @@ OF_THE_LONGEST = ("longrope", "dynamic")
 def why_refused(config: Any) -> str:
     """Why a model of this config answers no rows of text; "" if it does."""
     return _REFUSED.get(config.model_type, "")
+
+
+def why_not_sharded(config: Any) -> str:
+    """Why ZeRO cannot shard a model of this config; "" if it can."""
+    if not {config.model_type, config.get_text_config().model_type} & _UNSHARDED:
+        return ""
+    return (
+        f"Transformers does not load models of type {config.model_type} while their weights are sharded; "
+        "use --engine accelerate"
+    )
 
 
 def most_padded_tokens(config: Any) -> int | None:

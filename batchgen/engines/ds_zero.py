@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from batchgen import extensions, gather, loading, memory, offload, ranks, zero
+from batchgen import architectures, extensions, gather, loading, memory, offload, ranks, zero
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
 from batchgen.gather import Gathered
 from batchgen.hf import HfEncoder, StaticBatches
@@ -78,6 +78,8 @@ class DsZero(Engine):
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
+        if architectures.why_not_sharded(config):
+            return []
         size, shared, gathered = weights.read_bytes, weights.shared_bytes, zero.gathered_bytes(weights)
         held = Placement((), gpus, gpus, device=size)
         if gpus > 1:
@@ -104,6 +106,8 @@ class DsZero(Engine):
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._encoder = HfEncoder(setup.model)
+        if why := architectures.why_not_sharded(self._encoder.config):
+            raise EngineError(why)
         loading.check_weights(setup.model)
         loading.prepare_transformers()
         self._device = ranks.join(setup.world, options.timeout_seconds)
@@ -116,7 +120,11 @@ class DsZero(Engine):
         self._gathered: Gathered | None = None
         self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
         self._by_layers = not options.by_deepspeed and (self._whole_model or gather.lists_layers(self._encoder.config))
-        self._model = self._load(setup, options)
+        try:
+            self._model = self._load(setup, options)
+        except BaseException:
+            self.close()
+            raise
         self._batches: StaticBatches | None = StaticBatches(
             self._model,
             self._encoder,

@@ -70,7 +70,7 @@ def sweep(kind: str, engines: Sequence[str], folder: Path) -> Swept:
             if varies(expected):
                 break
     except UserError as error:
-        return Swept(kind, "", dict.fromkeys(engines, Outcome("refused", str(error))))
+        return Swept(kind, "", dict.fromkeys(engines, Outcome("refused", str(error).replace(str(folder), "FOLDER"))))
     except Exception as error:
         impossible = f"Transformers does not generate with it from text alone: {_one_line(error)}"
     outcomes = {name: compare(name, folder, expected) for name in engines}
