@@ -24,7 +24,7 @@ from tests.conversations import (
     save,
     split,
 )
-from tests.fuzz_conversations import case
+from tests.fuzz.conversations import case
 
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 KINDS = {
+    "conversations": "tests.fuzz.conversations",
     "folders": "tests.fuzz.folders",
     "inputs": "tests.fuzz.inputs",
 }

@@ -1,7 +1,5 @@
 """A seeded fuzzer of conversations: any turns, through the chat templates of many families.
 
-    python -m tests.fuzz_conversations [--cases N] [--seed S]
-
 Every seed makes a conversation, as a row of JSON lines, of a table, or as a line of an OpenAI batch file. No exception
 may come out. A word of a text that any way of giving Transformers the same conversation brings into the prompt is in
 batchgen's prompt too, and what Transformers renders without a loss is not refused.
@@ -9,12 +7,7 @@ batchgen's prompt too, and what Transformers renders without a loss is not refus
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
-import tempfile
-import traceback
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -222,27 +215,3 @@ def _check_refusal(model: Family, messages: Sequence[Mapping[str, Any]], kwargs:
             text is not None and _words_of(messages) <= set(_WORD.findall(text)) and not _WRITTEN_OUT.search(text)
         )
         assert not lossless, f"{model.name} takes {variant}, and {messages} was refused"
-
-
-def main(cases: int, seed: int) -> int:
-    """Tries `cases` seeds from `seed` on; prints those that fail, and says how many. Gives their number."""
-    outcomes: Counter[str] = Counter()
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(seed, seed + cases):
-            try:
-                outcomes[case(number, Path(folder))] += 1
-            except Exception:
-                failed += 1
-                sys.stderr.write(f"seed {number}:\n")
-                traceback.print_exc(limit=3)
-    sys.stdout.write(f"conversations: {cases} cases, {failed} failed; {dict(sorted(outcomes.items()))}\n")
-    return failed
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--cases", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    sys.exit(1 if main(given.cases, given.seed) else 0)
