@@ -122,11 +122,8 @@ def prepare(
         raise RunError("the batch size must be 1 or more")
     source = _opened(inputs, folder, into, lines=recipe.model is not None)
     own_cache = models.cache_folder(environment)
-    resolved = _NO_MODEL
-    if chosen is None or chosen.kind.needs_model:
-        if model is None and into is not None:
-            logger.info("no --model given: using the default model, %s", models.DEFAULT)
-        resolved = models.resolve(model, own_cache, logger.info)
+    needs_model = chosen is None or chosen.kind.needs_model
+    resolved = _resolved(model, own_cache, say=into is not None) if needs_model else _NO_MODEL
     recipe = _with_sampling(recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=into is not None)
     dtype_found = dtype_of.find(dtype, folder, resolved.folder)
     if chosen is None:
@@ -160,6 +157,12 @@ def _opened(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, line
     if not len(source):  # a file that was never written, most likely
         raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
     return source
+
+
+def _resolved(model: str | None, cache: Path, *, say: bool) -> ResolvedModel:
+    if model is None and say:
+        logger.info("no --model given: using the default model, %s", models.DEFAULT)
+    return models.resolve(model, cache, logger.info)
 
 
 def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:

@@ -115,8 +115,7 @@ class DsZero(Engine):
         self._flags = dist.new_group(backend="gloo", timeout=ranks.timeout(options.timeout_seconds))
         self._swap: offload.SwapFolder | None = None
         self._bandwidth: float | None = None  # bytes/s of the path that weights come over; None: no offload
-        self._weight_bytes = 0  # that come over it in a step
-        self._gathered_bytes = 0  # that a forward takes for weights, most
+        self._weight_bytes = self._gathered_bytes = 0  # that come over it in a step; that a forward takes for weights
         self._gathered: Gathered | None = None
         self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
         self._by_layers = not options.by_deepspeed and (self._whole_model or gather.lists_layers(self._encoder.config))
@@ -260,17 +259,14 @@ class DsZero(Engine):
             self._swap.open()
             if world.local_rank == 0:
                 self._bandwidth = offload.read_bandwidth(folder, block_bytes=plan.block_bytes)
-            self._bandwidth = self._least(self._bandwidth)  # a host's ranks share its disk; the slowest host counts
+            self._bandwidth = ranks.least(
+                self._bandwidth, self._flags
+            )  # a host's ranks share its disk; the slowest host counts
             self._weight_bytes = plan.read_bytes * world.local_size
         if self._bandwidth and world.rank == 0:
             said = "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch"
             logger.info(said, self._bandwidth / 1e9, self._weight_bytes / self._bandwidth)
         return plan
-
-    def _least(self, figure: float | None) -> float:
-        least = torch.tensor([float("inf") if figure is None else figure], dtype=torch.float64)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._flags)
-        return float(least.item())
 
     def _count(self, tokens: int) -> None:
         self.generated_tokens += tokens
