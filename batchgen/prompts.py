@@ -205,7 +205,8 @@ def _text(columns: Mapping[str, object], column: str | None) -> str:
     if text is not None:
         raise Refused("wrong_type", f'the "{name}" column must hold a text, not {shown(text)}')
     if name in columns:
-        raise Refused("missing_prompt", f'the "{name}" column is null; give this row a text')
+        what = "messages" if name == "messages" else "a text"
+        raise Refused("missing_prompt", f'the "{name}" column is null; give this row {what}')
     listed = ", ".join(key if len(key) <= 60 and key.isprintable() else shown(key) for key in list(columns)[:20])
     raise Refused(
         "missing_prompt",

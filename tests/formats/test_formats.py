@@ -292,7 +292,8 @@ def id_of(value: Value) -> str | None:
 @pytest.mark.parametrize("kind", [str, Colliding])
 def test_a_repeated_id_points_to_its_first_use(tmp_path: Path, kind: type[str]) -> None:
     first = lines(tmp_path / "a.jsonl", "x", "", "y", "z", "y", "")
-    second = lines(tmp_path / "b.jsonl", "w", "x", "y", "v")
+    # A row without an id makes each file be read by `id_of`, whose hashes are those of `kind`.
+    second = lines(tmp_path / "b.jsonl", "w", "x", "y", "v", "")
     source = Input.open([str(first), str(second)], tmp_path / "cache", scan=True)
     assert source.duplicates(lambda value: (id := id_of(value)) and kind(id)) == {
         4: "line 3 of a.jsonl",
