@@ -136,18 +136,9 @@ def prepare(
         reader = PromptReader(recipe, encoder, duplicates, answers_requests)
     except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
+    settled = dtype_of.settle(dtype_found, encoder, say=into is not None)
     return Ready(
-        source,
-        recipe,
-        reader,
-        resolved,
-        chosen,
-        dtype_of.settle(dtype_found, encoder, say=into is not None),
-        batch_size,
-        selftest,
-        own_cache,
-        encoder,
-        answers_requests,
+        source, recipe, reader, resolved, chosen, settled, batch_size, selftest, own_cache, encoder, answers_requests
     )
 
 

@@ -154,8 +154,11 @@ class DsZero(Engine):
             # Never by the local answer alone: `_before_forward` ends all ranks at the same forward.
             begun, steps = time.perf_counter(), self.steps
             for batch in self._batches.run(prompts, lambda: False):
-                share = self._share_of_bound(time.perf_counter() - begun, self.steps - steps)
-                yield replace(batch, share_of_bound=share)
+                if self._bandwidth is not None and self.steps > steps:
+                    step = (time.perf_counter() - begun) / (self.steps - steps)
+                    share = offload.share_of_bound(step, self._weight_bytes, self._bandwidth)
+                    batch = replace(batch, share_of_bound=round(share, 3))
+                yield batch
                 begun, steps = time.perf_counter(), self.steps
             while self._agree(works=False):
                 self._forward_for_the_others()
@@ -287,11 +290,6 @@ class DsZero(Engine):
         if flags[1]:
             raise _Stopped
         return bool(flags[0])
-
-    def _share_of_bound(self, seconds: float, steps: int) -> float | None:
-        if self._bandwidth is None or not steps:
-            return None
-        return round(offload.share_of_bound(seconds / steps, self._weight_bytes, self._bandwidth), 3)
 
     def _forward_for_the_others(self) -> None:
         token = torch.tensor([[self._encoder.pad_token]], device=self._device)
