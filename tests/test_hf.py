@@ -221,7 +221,7 @@ def test_a_short_row_does_not_take_the_positions_of_a_long_one(tmp_path: Path) -
         "original_max_position_embeddings": 40,
     }
     model = Model(models.save(tmp_path / "long", models.llama, rope_parameters=rope))
-    prompts = random_prompts(24)
+    prompts = random_prompts(12)
     batches = model.run(prompts)
     assert len(batches) > 3
     found = {generation.id: generation.text for batch in batches for generation in batch.generations}
