@@ -235,9 +235,7 @@ def _duplicates(source: Input, cache: Path, into: Path | None) -> dict[int, str]
         try:
             write_atomic(into / path.name, to_json(known))
         except OSError as error:
-            raise RunError(
-                f"cannot write {into / path.name}: {error.strerror or error}. Nothing has started"
-            ) from error
+            raise RunError(f"cannot write {path}: {error.strerror or error}. Nothing has started") from error
     return {int(row): str(first) for row, first in known["rows"].items()}
 
 
