@@ -37,8 +37,7 @@ def find_duplicates(source: Input, cache: Path, into: Path | None, prefix: IdPre
         try:
             write_atomic(into / path.name, to_json(known))
         except OSError as error:
-            where = into / path.name
-            raise CheckpointError(f"cannot write {where}: {error.strerror or error}. Nothing has started") from error
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}. Nothing has started") from error
     return {int(row): str(first) for row, first in known["rows"].items()}
 
 

@@ -279,7 +279,7 @@ def _end(attempt: Attempt, how: str) -> None:
         attempt.end(how)
     except OSError as error:
         # Everybody sees from the process that it is gone; only the reason is lost.
-        logger.warning("cannot write that the attempt has ended: %s", error)
+        logger.warning("%s. Make room: not even that the attempt has ended can be recorded (%s)", how, error)
 
 
 def merge(folder: RunFolder, source: Input | None, output_format: OutputFormat, *, typed: bool = True) -> Path:

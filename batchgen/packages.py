@@ -42,7 +42,7 @@ def about(error: ImportError) -> str | None:
     """The sentence about a failed import of another project's package; None: the import is batchgen's own fault."""
     frames = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     own = max((place for place, name in enumerate(frames) if _top(name) == "batchgen"), default=-1)
-    others = [_top(name) for name in frames[own + 1 :] if _top(name) not in ("importlib", "<frozen importlib")]
+    others = [_top(name) for name in frames[own + 1 :] if _top(name) != "importlib"]
     name = others[0] if others else _top(error.name or "")
     return _sentence("batchgen", name, error) if name not in ("", "batchgen") else None
 

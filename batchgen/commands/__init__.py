@@ -162,6 +162,18 @@ def log_to_stderr(rank: int, size: int) -> None:
     handler.setFormatter(Redacted(f"{who}: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("batchgen").setLevel(logging.INFO)
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text, count = record.getMessage(), len(said)
+        said.add(text)
+        return len(said) > count
+
+    # What is damaged in the run folder is met by every rank, and by this process each time it looks.
+    damage = logging.getLogger("batchgen.checkpoint.records")
+    damage.addFilter(is_new)
+    if rank > 0 or "BATCHGEN_STARTER" in os.environ:
+        damage.setLevel(logging.ERROR)
 
 
 def carry_out(

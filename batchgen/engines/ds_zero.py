@@ -262,9 +262,7 @@ class DsZero(Engine):
             self._swap.open()
             if world.local_rank == 0:
                 self._bandwidth = offload.read_bandwidth(folder, block_bytes=plan.block_bytes)
-            self._bandwidth = ranks.least(
-                self._bandwidth, self._flags
-            )  # a host's ranks share its disk; the slowest host counts
+            self._bandwidth = ranks.least(self._bandwidth, self._flags)  # a host shares its disk; the slowest counts
             self._weight_bytes = plan.read_bytes * world.local_size
         if self._bandwidth and world.rank == 0:
             said = "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch"

@@ -93,7 +93,7 @@ class Jsonl(Source):
                 size = self._note(lines.peek(WINDOW), _passed(lines, text.write))
         except (EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                where = f"cannot unpack {self.path} into {self._text.parent}"
+                where = f"cannot unpack {self.path} into {self.kept.parent}"
                 raise InputError(f"{where}: {error.strerror}. It needs room for the whole text") from error
             raise InputError(f"{self.path} cannot be unpacked: {error}. It is damaged, or was cut off") from error
         return self._save(digest, size)

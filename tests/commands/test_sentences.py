@@ -71,3 +71,16 @@ def test_a_run_with_too_many_bad_rows_says_what_would_let_it_go_on(tmp_path: Pat
     ended = call(tmp_path, *echo(rows, "-o", "out"), "--max-error-rate", 0, "--batch-size", 50)
     assert ended.code == 75
     assert "The same command with a higher --max-error-rate goes on from there" in ended.err
+
+
+def test_damage_in_the_run_folder_is_said_once_however_many_ranks_meet_it(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "p.jsonl", prompts(40))
+    assert call(tmp_path, *echo(rows, "-o", "out"), "--batch-size", 10).code == 0
+    text = tmp_path / "out" / "generations-00001-00000.jsonl"
+    text.write_bytes(text.read_bytes().replace(b'"text":"', b'"text":" ', 1)[:-1])
+    ended = call(tmp_path, *echo(rows, "-o", "out"), "--ranks", 3)
+    assert ended.code == 0
+    said = [line for line in ended.err.splitlines() if "are open again" in line]
+    assert said
+    assert len(said) == len(set(said))
+    assert {line.partition(":")[0] for line in said} == {"batchgen"}

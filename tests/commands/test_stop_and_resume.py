@@ -208,8 +208,8 @@ def test_full_disk_stops_the_run_and_the_same_command_goes_on_when_there_is_room
     command = [*echo(rows, "-o", out), "--batch-size", 5]
     ended = call(tmp_path, *command)
     assert ended.code == 75, ended.err
-    assert f"cannot write to {out}: No space left on device; " in ended.err
-    assert "Nothing recorded is lost; make room, and the same command goes on" in ended.err
+    assert f"cannot write to {out}: No space left on device" in ended.err
+    assert "ake room" in ended.err  # whether or not there is room for the reason
     assert "Traceback" not in ended.err
     assert 0 < found(out).good < ROWS
     ballast.unlink()

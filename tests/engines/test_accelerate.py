@@ -221,14 +221,6 @@ def test_an_unknown_dtype_is_one_sentence(tiny_llama: Path) -> None:
         load(tiny_llama, dtype="float7")
 
 
-def test_quantizing_without_bitsandbytes_says_what_to_install(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(EngineError, match="pip install bitsandbytes"):
-        load(tiny_llama, dtype="nf4")
-
-
 @pytest.mark.parametrize("config", [{"model_type": "t5"}, {"model_type": "unheard_of"}])
 def test_an_architecture_that_generates_no_text_is_one_sentence(
     tiny_llama: Path, tmp_path: Path, config: dict[str, Any]
