@@ -52,7 +52,8 @@ def _measure(dtype: torch.dtype) -> Products:
             many, one = (torch.ones(rows, _DEPTH, dtype=dtype) for rows in (_ROWS, 1))
             for rows in (many, one):  # the library prepares its kernels at the first call
                 _time(rows, weights[:1])
-            seconds, begun = [], time.perf_counter()
+            seconds: list[tuple[float, float]] = []
+            begun = time.perf_counter()
             while len(seconds) < _LEAST_ROUNDS or time.perf_counter() - begun < _SECONDS:
                 seconds.append((_time(many, weights), _time(one, weights)))
     finally:
