@@ -158,16 +158,16 @@ def reference(
     plain = slopes is None and bool(layout.parts) and bool(key.isfinite().all() & value.isfinite().all())
     for part in layout.parts:
         those = slice(part.first, part.first + part.count)
-        own = [tensor[:, :, those] for tensor in (query, key, value)]
+        own = query[:, :, those]
         if plain and part.count == part.length and not 0 < window < part.length:  # all that it sees is in this step
             grouped = query.shape[1] != key.shape[1]
             found = F.scaled_dot_product_attention(
-                own[0], own[1], own[2], is_causal=True, scale=scale, enable_gqa=grouped
+                own, key[:, :, those], value[:, :, those], is_causal=True, scale=scale, enable_gqa=grouped
             )
         else:
             kept = _read(cache, layout.table[part.slot : part.slot + 1], part.length)
             begin = torch.tensor([part.length - part.count], device=query.device)
-            found = _masked(own[0], *kept, begin, scale, window, slopes)
+            found = _masked(own, *kept, begin, scale, window, slopes)
         out[0, those] = found[0].transpose(0, 1)
     return out
 
@@ -188,7 +188,7 @@ def _decoded(
     shape = (key.shape[0], key.shape[1], -1, key.shape[-1])  # [sequences, key heads, heads of each, head size]
     bias = read.bias(window, slopes, query.dtype)
     if slopes is not None:
-        bias = bias.unflatten(1, (key.shape[1], -1)).squeeze(3)  # type: ignore[no-untyped-call]
+        bias = bias.view(*shape[:2], -1, key.shape[2])
     rows = query.transpose(0, 1).reshape(shape)
     return F.scaled_dot_product_attention(rows, key, value, bias, scale=scale).flatten(1, 2)
 

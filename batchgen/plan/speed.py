@@ -20,6 +20,7 @@ from batchgen.engine import Pace, Placement
 _CONTEXT_BYTES = int(1.0e9)  # of a CUDA context, cuBLAS's workspaces and a reserve
 _PRODUCTS = 0.8  # of the arithmetic that one large product reaches: those of a step are many, and some are small
 _LINK = 0.87  # of the host's link that DeepSpeed's copies reach
+_HOST_SUMS = 0.0005  # s a layer, of ranks on CPUs that wait for each other: a guess, so that none do that needlessly
 _GROUP = 64  # weights that share a scale, where they are rounded
 _OVERLAP = 1.75  # the parts of a step add up as numbers to this power do: 1 is a plain sum, infinity the longest alone
 
@@ -108,7 +109,8 @@ class Speed:
             moved = placement.moved / (_LINK * card.host_link if placement.path == "host" else card.gpu_link)
         shared = (together > 1 or placement.gathered > 0) and pace.shared_layer_seconds is not None
         work = (pace.shared_layer_seconds or 0.0) if shared else pace.layer_seconds
-        work = work if card.gpu else max(work, pace.host_layer_seconds)
+        if not card.gpu:
+            work = max(work, pace.host_layer_seconds) + (_HOST_SUMS if together > 1 else 0.0)
         times = {
             "overhead of the layers": work * self.model.layers,
             "products and cache": max(read, self._products(rows)) + cache + self._sums(rows),
