@@ -16,7 +16,7 @@ from typing import Literal
 
 from batchgen import openai
 from batchgen.engine import Encoder
-from batchgen.refusal import Refused, check_encodable, sampling_params, shown
+from batchgen.refusal import Refused, check_encodable, refuse_lost, sampling_params, shown
 from batchgen.template import compiled, conversation, template_kwargs
 from batchgen.types import Generation, Prompt, Row, RowError, SamplingParams, Tokens
 
@@ -209,7 +209,7 @@ class PromptReader:
         if not tokens:
             return self._failed(row, Refused("empty_prompt", "the prompt is empty: it has no tokens"))
         if lost := self._encoder.find_lost(prompt.text):
-            return self._failed(row, _refuse_lost(lost))
+            return self._failed(row, refuse_lost(lost))
         if context is not None and len(tokens) + budget > context:
             try:
                 prompt.tokens = self._shortened(tokens, budget, context)
@@ -257,14 +257,6 @@ class PromptReader:
         error = RowError(refused.type, f"{_place(row)}: {refused.message}", row.line)
         columns, request = _columns_and_request(row, self._recipe.model is not None)
         return Generation(row.index, row_id(row), None, None, 0, 0, error, columns, request)
-
-
-def _refuse_lost(letters: str) -> Refused:
-    return Refused(
-        "lost_letters",
-        f"the model's tokenizer has no token for {shown(letters)} and leaves it out, so that the model would read "
-        "another text. Change the prompt, or copy the model again if its tokenizer.json is damaged",
-    )
 
 
 def _place(row: Row) -> str:
