@@ -121,6 +121,15 @@ def test_a_letter_that_the_tokenizer_would_leave_out_is_an_error_of_its_row(fold
         assert 'the model\'s tokenizer has no token for "H" and leaves it out' in outcome.error.message
 
 
+def test_a_text_has_the_same_tokens_each_time_though_training_has_left_a_dropout(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"] |= {"dropout": 1.0, "merges": [["H", "i"]]}
+    values["model"]["vocab"]["Hi"] = 260
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    (tokens,) = HfEncoder(str(folder)).tokenize(["Hi"], special=False)
+    assert tokens == [260]
+
+
 def load(folder: Path) -> None:
     kind = engine.find("accelerate")
     kind(Setup(str(folder), "auto", 2, World(size=1, local_size=1)), kind.Options()).close()
