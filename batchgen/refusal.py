@@ -74,3 +74,12 @@ def check_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise Refused("wrong_type", "the prompt holds half of a surrogate pair, which is no text") from None
+
+
+def refuse_lost(letters: str) -> Refused:
+    """Of a prompt with letters that the tokenizer leaves out."""
+    return Refused(
+        "lost_letters",
+        f"the model's tokenizer has no token for {shown(letters)} and leaves it out, so that the model would read "
+        "another text. Change the prompt, or copy the model again if its tokenizer.json is damaged",
+    )

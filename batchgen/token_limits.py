@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from batchgen.engine import Encoder
-from batchgen.refusal import Refused, shown
+from batchgen.refusal import Refused, refuse_lost, shown
 from batchgen.types import FIT, Prompt, Tokens
 
 
@@ -36,7 +36,7 @@ class TokenLimits:
         if not prompt.tokens:
             raise Refused("empty_prompt", "the prompt is empty: it has no tokens")
         if lost := self._encoder.find_lost(prompt.text):
-            raise _refuse_lost(lost)
+            raise refuse_lost(lost)
         context = self._encoder.context
         if prompt.params.max_new_tokens == FIT:
             prompt.params = dataclasses.replace(prompt.params, max_new_tokens=self._room(prompt.tokens))
@@ -107,14 +107,6 @@ class TokenLimits:
     def _frame(self) -> Tokens:
         """What the tokenizer puts around a text: the tokens of an empty one."""
         return self._encoder.tokenize([""], special=True)[0]
-
-
-def _refuse_lost(letters: str) -> Refused:
-    return Refused(
-        "lost_letters",
-        f"the model's tokenizer has no token for {shown(letters)} and leaves it out, so that the model would read "
-        "another text. Change the prompt, or copy the model again if its tokenizer.json is damaged",
-    )
 
 
 def _common(tokens: Tokens, frame: Tokens) -> int:

@@ -47,6 +47,9 @@ def read_tokenizer(model: str) -> Any:
         special = {*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()}
         has_words = any(text not in special for text in words)
         lost = find_lost(tokenizer, _LETTERS)
+        pieces: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        if getattr(pieces, "dropout", None):  # left over from training: a text would get other tokens each time
+            pieces.dropout = None
     except Exception as error:  # damaged files, of a format that has grown for years, raise anything
         raise _explained(folder, error) from error
     if not has_words:
