@@ -27,8 +27,8 @@ from tests.processes import marked, ranks_of, send
 ROOT = Path(__file__).parents[2]
 
 # From a disturbance to the last process gone. The longest way: a frozen rank is missed after 4 s of patience, or 8 s in
-# a collective of DeepSpeed's start; its peers end; 30 s later it is killed. A stop while the model loads is obeyed at the
-# first step; three ranks on two busy cores may load for 40 s. Before that, heartbeats are watched for 90 s.
+# a collective of DeepSpeed's start; its peers end; 30 s later it is killed. A stop while the model loads is obeyed at
+# the first step; three ranks on two busy cores may load for 40 s. Before that, heartbeats are watched for 90 s.
 END_SECONDS = 180.0
 # A start that nothing ends: loading, all the work of the largest file that can be drawn (about 20 s), and the merge.
 FINISH_SECONDS = 270.0
