@@ -21,14 +21,14 @@ from tests.chaos.checker import Fault, check_survived, finished
 from tests.chaos.draw import CUT_POWER, FAIL_DISK, FILL_DISK, SECOND_START, TOGETHER, Start
 from tests.chaos.power import Journal
 from tests.chaos.rows import Rows
+from tests.chaos.thaw import thaw_if_not_missed
 from tests.processes import marked, ranks_of, send
 
 ROOT = Path(__file__).parents[2]
 
-# From a disturbance to the last process gone. The longest way to an end: a frozen rank is missed after 4 s of patience,
-# or 8 s inside a collective of DeepSpeed's start; its peers end; 30 s of grace later it is killed. A stop that comes
-# while the model loads is obeyed at the first step, and three ranks that share two busy cores may load for 40 s. Before
-# that, heartbeats are watched for 90 s where an attempt has left neither a whole claim nor a heartbeat.
+# From a disturbance to the last process gone. The longest way: a frozen rank is missed after 4 s of patience, or 8 s in
+# a collective of DeepSpeed's start; its peers end; 30 s later it is killed. A stop while the model loads is obeyed at
+# the first step; three ranks on two busy cores may load for 40 s. Before that, heartbeats are watched for 90 s.
 END_SECONDS = 180.0
 # A start that nothing ends: loading, all the work of the largest file that can be drawn (about 20 s), and the merge.
 FINISH_SECONDS = 270.0
@@ -36,9 +36,9 @@ FINISH_SECONDS = 270.0
 _LOADING_SECONDS = {"echo": 0.6, "accelerate": 5.0, "paged": 5.0, "ds-zero": 8.0, "ds-inference": 8.0}
 # A rank: the others spread over this time from when the first one works.
 _WORKING_SECONDS = {"echo": 0.1, "accelerate": 1.0, "paged": 1.0, "ds-zero": 1.0, "ds-inference": 1.0}
-# Operations on files of a start, besides four a batch: before the first one (fewer, where a start was before) and after
-# the last.
+# Operations on files of a start, besides four a batch: before the first one, or fewer, and after the last.
 _FIRST_OPERATIONS, _LAST_OPERATIONS = 31, 20
+SIGNALS_THAT_TRACE = ("stop all", "stop one", "stop two")  # an interrupt while Python itself starts
 
 
 @dataclass
@@ -65,6 +65,9 @@ class Place:
         """The number of the last one that has a claim."""
         return max((int(path.stem) for path in self.out.glob("attempts/?????.json")), default=0)
 
+    def claim(self, number: int) -> Path:
+        return self.out / "attempts" / f"{number:05d}.json"
+
     def command(self, start: Start) -> list[str]:
         words = f"--engine {start.engine} --dtype float32 --ranks {start.ranks} --batch-size {start.batch_size}"
         words += f" --heartbeat-seconds {start.heartbeat:.3f} {' '.join(f'--set {each}' for each in start.settings)}"
@@ -74,7 +77,6 @@ class Place:
 
     @property
     def merged(self) -> bool:
-        """Whether the output is there."""
         return (self.out / "generations.jsonl").exists()
 
 
@@ -142,6 +144,8 @@ def carry_out(start: Start, place: Place, refused: tuple[str, ...] = ()) -> End:
         strokes = [] if start.kind == "none" or journal else _strike(running, place)
         if journal is not None:
             _await_power(running, journal)
+        if strokes and start.kind == "freeze one":
+            thaw_if_not_missed(running.starter, running.mark, place.claim(running.number), start, END_SECONDS)
         begun = (strokes or [time.monotonic()])[-1 if start.kind in ("pause one", SECOND_START) else 0]
         lasts = start.kind in ("none", "pause one", SECOND_START, FAIL_DISK) or not strokes
         code = await_end(running.starter, running.mark, FINISH_SECONDS if lasts else END_SECONDS)
@@ -205,7 +209,7 @@ def _send(running: Running) -> list[float]:
 def _start_again(running: Running, place: Place) -> list[float]:
     """A second start on the same folder: refused while the first one has its claim."""
     log = place.folder / f"start-{place.starts:02d}-second.log"
-    with _stopped(running, place.out / "attempts" / f"{running.number:05d}.json") as holds:
+    with _stopped(running, place.claim(running.number)) as holds:
         if not holds:
             return []
         with log.open("ab") as file:
@@ -274,7 +278,7 @@ def _check_refused(code: int, log: Path, sentences: tuple[str, ...]) -> None:
 
 def check_exit(start: Start, code: int, place: Place, number: int, struck: bool, log: Path) -> None:
     """Raises Fault if a start that was struck like this may not end with exit code `code`."""
-    claim = place.out / "attempts" / f"{number:05d}.json"
+    claim = place.claim(number)
     done = 3 if place.rows.errors else 0
     complete = place.merged and len(finished(place.out)) == place.rows.count
     allowed = {done if complete else 75}
@@ -294,6 +298,3 @@ def check_exit(start: Start, code: int, place: Place, number: int, struck: bool,
     # Ranks that call together say where they were when a peer died; everybody else has sentences.
     if "Traceback (most recent" in said and start.engine not in TOGETHER and start.kind not in SIGNALS_THAT_TRACE:
         raise Fault("exit", f"exit code {code} with a traceback")
-
-
-SIGNALS_THAT_TRACE = ("stop all", "stop one", "stop two")  # an interrupt while Python itself starts
