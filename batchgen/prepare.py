@@ -23,6 +23,7 @@ from batchgen.choice import AUTO, Choice
 from batchgen.dtype import Dtype
 from batchgen.engine import Encoder, Engine
 from batchgen.formats import Begun, InputError
+from batchgen.importing import without_garbage_collection
 from batchgen.input import Input, files_of
 from batchgen.models import ResolvedModel
 from batchgen.openai import is_request
@@ -166,7 +167,8 @@ def _chosen(
     model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: choice.Lengths, world: World, ranks: int
 ) -> Choice:
     """The engine of a run for which none was named; says which, and why."""
-    from batchgen.cards import Machine  # imports torch, and a run whose engine is named may need none
+    with without_garbage_collection():
+        from batchgen.cards import Machine  # imports torch, and a run whose engine is named may need none
 
     several = world.size > 1  # else this process starts the ranks
     local_size = max(1, world.local_size) if several else ranks
