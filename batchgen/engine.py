@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
+from batchgen.importing import without_garbage_collection
 from batchgen.types import Batch, Prompt, Tokens, UserError
 from batchgen.world import World
 
@@ -243,7 +244,8 @@ def find(name: str) -> type[Engine]:
     """
     if name not in names():
         raise EngineError(f"there is no engine {name!r}. Engines: {', '.join(names())}")
-    module = importlib.import_module(f"batchgen.engines.{name.replace('-', '_')}")
+    with without_garbage_collection():
+        module = importlib.import_module(f"batchgen.engines.{name.replace('-', '_')}")
     found = [
         value
         for value in vars(module).values()

@@ -23,6 +23,7 @@ from batchgen.duplicates import find_duplicates
 from batchgen.engine import Encoder, Engine, Setup
 from batchgen.formats import InputError
 from batchgen.generation_config import with_authors_sampling
+from batchgen.importing import without_garbage_collection
 from batchgen.input import Input, files_of, find
 from batchgen.models import ResolvedModel
 from batchgen.prompts import PromptReader
@@ -190,7 +191,8 @@ def _chosen(
     model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: choice.Lengths, world: World, ranks: int
 ) -> Choice:
     """The engine of a run for which none was named; says which, and why."""
-    from batchgen.cards import Machine  # imports torch, and a run whose engine is named may need none
+    with without_garbage_collection():
+        from batchgen.cards import Machine  # imports torch, and a run whose engine is named may need none
 
     several = world.size > 1  # else this process starts the ranks
     local_size = max(1, world.local_size) if several else ranks
