@@ -17,8 +17,8 @@ from torch import nn
 
 from batchgen import loading, presplit, ranks
 from batchgen.definition.build import build_empty
-from batchgen.definition.config import read_config
 from batchgen.definition.files import DEFINITION
+from batchgen.definition.model_config import read_config
 from batchgen.encoder import HfEncoder
 from batchgen.engine import EngineError
 from batchgen.int8 import Int8Weight

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
 
 from batchgen import engine, models
-from batchgen.definition.config import ENCODERS, read_config
 from batchgen.definition.errors import ModelError, one_line
+from batchgen.definition.model_config import ENCODERS, read_config
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Setup
 from batchgen.prompts import PromptReader, Recipe
