@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.chat_template import ChatTemplate, Message
-from batchgen.definition.architecture import read_config
 from batchgen.definition.build import build_empty
 from batchgen.definition.errors import ModelError
+from batchgen.definition.model_config import read_config
 from batchgen.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.generation_config import read_generation_config
 from batchgen.types import Tokens

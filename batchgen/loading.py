@@ -18,9 +18,9 @@ import transformers
 from transformers.integrations import sdpa_attention
 
 from batchgen import architectures, memory, presplit, processor
-from batchgen.definition.architecture import read_config
 from batchgen.definition.build import explain_shapes
 from batchgen.definition.errors import ModelError, one_line
+from batchgen.definition.model_config import read_config
 from batchgen.engine import Died, EngineError
 from batchgen.types import UserError
 from batchgen.world import World

@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from batchgen import architectures
-from batchgen.definition.architecture import read_config
 from batchgen.definition.errors import ModelError, refuse_errors
+from batchgen.definition.model_config import read_config
 from batchgen.definition.weights import tensor_shapes
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")

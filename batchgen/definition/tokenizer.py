@@ -50,7 +50,11 @@ def read_tokenizer(model: str) -> Any:
         pieces: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
         if getattr(pieces, "dropout", None):  # left over from training: a text would get other tokens each time
             pieces.dropout = None
-    except Exception as error:  # damaged files, of a format that has grown for years, raise anything
+        tokenizer(_MESSAGE)  # with what is put around a text
+    except BaseException as error:  # damaged files, of a format that has grown for years, raise anything
+        # What Rust panics with is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise _explained(folder, error) from error
     if not has_words:
         raise ModelError(f"the tokenizer of the model has no vocabulary: {_find_missing(folder, tokenizer)}")
@@ -111,7 +115,7 @@ def _find_package(folder: Path) -> str | None:
     return None
 
 
-def _explained(folder: Path, error: Exception) -> ModelError:
+def _explained(folder: Path, error: BaseException) -> ModelError:
     """What is wrong with the files of a tokenizer that could not be read."""
     check_json(folder, _JSON)
     package = _find_package(folder)

@@ -77,7 +77,7 @@ def config_of(shape: str) -> Any:
     """
     from transformers import AutoConfig
 
-    from batchgen.definition.architecture import read_config, read_config_file
+    from batchgen.definition.model_config import read_config, read_config_file
 
     if shape in SHAPES:
         values = dict(SHAPES[shape])

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from batchgen import loading, presplit, ranks
-from batchgen.definition.architecture import read_config
 from batchgen.definition.build import build_empty
 from batchgen.definition.files import DEFINITION
+from batchgen.definition.model_config import read_config
 from batchgen.encoder import HfEncoder
 from batchgen.engine import EngineError
 from batchgen.int8 import Int8Weight

@@ -13,11 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
 
 from batchgen import engine, models
-from batchgen.definition.architecture import ENCODERS, read_config
 from batchgen.definition.errors import ModelError, one_line
+from batchgen.definition.model_config import ENCODERS, read_config
 from batchgen.encoder import HfEncoder
 from batchgen.engine import Setup
-from batchgen.prompts import PromptReader, Recipe
+from batchgen.prompts import PromptReader
+from batchgen.recipe import Recipe
 from batchgen.types import Generation, Prompt, Row, UserError
 from batchgen.world import World
 from tests.bad_input.damages import KINDS, Damage, both, config, put, vocabulary, without
