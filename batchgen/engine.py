@@ -130,9 +130,7 @@ class Engine(ABC):
 
     steps: int = 0  # forwards so far, those for other ranks' sake included
     heard: int = 0  # how often another rank has said that it is there, with nothing to do either
-    patience: float | None = None
-    """Seconds without a step, and nothing `heard`, after which another one is taken for dead; None: none is awaited."""
-
+    patience: float | None = None  # seconds without a step, or another's `heard`, until one is taken for dead
     awaited: Collection[int] | None = None  # the ranks whose steps this one's wait for; None: all of the world's
     at_ease: bool = False  # its own part is done, and it waits for others, for as long as they take
 
