@@ -180,9 +180,9 @@ def test_a_template_may_stand_in_a_file_of_a_processor(tmp_path: Path, given: ob
 
 
 def test_the_tokenizers_own_template_comes_before_that_of_a_processor(tmp_path: Path) -> None:
-    save(tmp_path, "own")
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "other"}))
-    assert HfEncoder(str(tmp_path)).chat(HELLO) == "own"
+    save(tmp_path, "own {{ messages[0].content }}")
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "other {{ messages[0].content }}"}))
+    assert HfEncoder(str(tmp_path)).chat(HELLO) == "own Hello"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"chat_template": 7}', '{"chat_template": []}', "\x00"])

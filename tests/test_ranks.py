@@ -42,7 +42,7 @@ def test_a_rank_that_never_comes_leaves_a_run_that_goes_on(prompts: Path, tiny_b
         port = probe.getsockname()[1]
     done = rank_0_of_2(prompts, tiny_bloom, port, "ds-inference")
     assert done.returncode == 75, done.stderr
-    assert "batchgen: rank 0 of 2 cannot join the other ranks at 127.0.0.1" in done.stderr
+    assert "rank 0 of 2 cannot join the other ranks at 127.0.0.1" in done.stderr
     assert "have not met all the others in time" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -61,7 +61,7 @@ def test_padding_that_changes_a_row_is_found(kind: str, tmp_path: Path, monkeypa
     assert outcome.detail.startswith("self-test: ")
 
 
-@pytest.mark.parametrize("kind", ["blip", "t5gemma2", "reformer"])
+@pytest.mark.parametrize("kind", ["blip", "idefics", "reformer"])
 def test_a_kind_that_does_not_continue_texts_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     (outcome,) = sweep(kind, ["accelerate"], tmp_path).outcomes.values()
     assert outcome.word == "refused"

@@ -131,7 +131,7 @@ KINDS: dict[str, tuple[Damage, str]] = {
     ),
     "a template that is a number": (
         both(without("chat_template.jinja"), change("tokenizer_config.json", chat_template=5)),
-        r"tokenizer_config\.json\) must be a text, not int",
+        r"tokenizer_config\.json: chat_template must be a Jinja template, or a list",
     ),
     "a template in another encoding": (put("chat_template.jinja", b"\xff\xfe{\0"), "tokenizer of the model in .*utf-8"),
     "a template without the message": (

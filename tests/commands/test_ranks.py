@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,18 +155,16 @@ def test_what_ends_every_rank_is_said_once_and_before_they_start(tmp_path: Path,
 
 
 def test_rank_that_cannot_start_is_exit_4_with_its_sentence(tmp_path: Path, rows: Path, tiny_llama: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in tiny_llama.iterdir():
-        text = b"no weights" if file.suffix == ".safetensors" else file.read_bytes()
-        (model / file.name).write_bytes(text)
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))  # shows when weights are loaded
     environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
     ended = call(tmp_path, "run", rows, "-o", "out", "--model", model, "--ranks", 2, environment=environment)
     assert (ended.code, ended.out) == (4, "")
     assert "Traceback" not in ended.err
     said = [line for line in ended.err.splitlines() if str(model) in line]
     assert len(said) == 1
-    assert re.match(rf"Error: (rank [01]: )?the model in {model} cannot be loaded", said[0])
+    assert re.match(rf"Error: (rank [01]: )?the model in {model} cannot be loaded: its weights have other", said[0])
     assert found(tmp_path / "out").attempts[0].ended.startswith("failed: RankError: ")
 
 

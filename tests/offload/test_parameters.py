@@ -99,5 +99,5 @@ def test_a_matrix_counts_however_much_larger_the_embedding_is() -> None:
 
 
 def test_a_model_that_continues_no_text_is_refused() -> None:
-    with pytest.raises(EngineError, match="no causal language model of type t5"):
+    with pytest.raises(EngineError, match="no language model of type t5"):
         parameters(T5Config(), torch.float32)

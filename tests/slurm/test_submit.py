@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,14 +122,12 @@ def test_what_a_site_says_of_requeueing_is_its_default(tmp_path: Path, monkeypat
 
 
 def test_a_batch_may_be_at_an_address_and_its_model_of_another_revision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
 ) -> None:
     cached, commit = tmp_path / "hub" / "models--org--x", "c" * 40
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "v1").write_text(commit)
-    (cached / "snapshots" / commit).mkdir(parents=True)
-    (cached / "snapshots" / commit / "config.json").write_text("{}")
-    (cached / "snapshots" / commit / "model.safetensors").write_bytes(b"safe")
+    shutil.copytree(tiny_llama, cached / "snapshots" / commit)
     commands = have(tmp_path, monkeypatch, sbatch=SBATCH)
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "PATH": str(commands), "HOME": str(tmp_path)}
     write_rows(tmp_path / "in.jsonl", [])
