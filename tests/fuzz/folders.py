@@ -6,6 +6,7 @@ out, which names the folder, or a model that can be used; and no prompt of it ha
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -190,13 +191,13 @@ def _change(random: Random, values: Any) -> None:
             del values[key]
         elif draw < 0.3 and isinstance(values, dict):
             name = random.choice(list(_FIELDS))
-            values[name] = _FIELDS[name]
+            values[name] = copy.deepcopy(_FIELDS[name])
         elif draw < 0.7 and isinstance(inner, (int, float)):
             values[key] = random.choice(_NUMBERS)
         elif draw < 0.8:
             values[key] = [inner]
         else:
-            values[key] = random.choice(mutations.STRANGE)
+            values[key] = copy.deepcopy(random.choice(mutations.STRANGE))
         return
 
 
