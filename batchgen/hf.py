@@ -25,7 +25,7 @@ from batchgen.selftest import SelfTest
 from batchgen.stopping import Stopper, StopTexts, generation
 from batchgen.types import Batch, Prompt
 
-__all__ = ["HfEncoder", "Peers", "StaticBatches"]
+__all__ = ["HfEncoder", "StaticBatches"]
 
 
 class _Abandoned(Exception):
@@ -208,7 +208,7 @@ class StaticBatches:
         """`batch` in one call of `model.generate`; out of memory is the caller's business."""
         inputs = self._pad(batch)
         width = inputs["input_ids"].shape[1]
-        texts = StopTexts(batch, self._encoder.end_tokens, self._encoder.decode, self._encoder.special_tokens)
+        texts = StopTexts.of(batch, self._encoder)
         not_finite = NotFinite(None if self._peers is None else self._peers.tokens)
         stopper = Stopper(
             batch, self._encoder.end_tokens, texts, not_finite, device=self._device, stop=stop, count=self._count

@@ -37,6 +37,11 @@ class StopTexts:
         """Rows that still have to be watched."""
         self._tokens: dict[int, list[int]] = {row: [] for row in self.rows}
 
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], encoder: HfEncoder) -> StopTexts:
+        """With what the model's encoder says of ends, decoding and special tokens."""
+        return cls(prompts, encoder.end_tokens, encoder.decode, encoder.special_tokens)
+
     def append(self, tokens: Sequence[int]) -> list[int]:
         """Takes the next token of each of `rows`; returns the rows whose text now holds a stop text.
 

@@ -274,7 +274,7 @@ class Paged(Engine):
             test.check(prompt, tokens)
 
     def _watch(self, prompt: Prompt) -> StopTexts:
-        return StopTexts([prompt], (one := self._encoder).end_tokens, one.decode, one.special_tokens)
+        return StopTexts.of([prompt], self._encoder)
 
     def _count(self, tokens: int) -> None:
         self.generated_tokens += tokens
