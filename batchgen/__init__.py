@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchgen.checkpoint import Status
-    from batchgen.flow import Host, merge, run
-    from batchgen.recipe import Recipe
+    from batchgen.requests.recipe import Recipe
+    from batchgen.runs.flow import Host, merge, run
     from batchgen.types import FIT, SamplingParams
 
 __all__ = ["FIT", "Host", "Recipe", "SamplingParams", "Status", "merge", "run"]

@@ -1,22 +1,13 @@
-"""The contract of an engine, and how one is found.
-
-An engine is a file in `batchgen/engines/` with one class that derives from `Engine`; the file's name, with dashes for
-underscores, is its name on the command line. Nothing else has to be edited.
-"""
+"""The contract of an engine: a class that derives from `Engine`, in `batchgen/engines/`, where it is found by name."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import pkgutil
-import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
-from batchgen.importing import without_garbage_collection
 from batchgen.types import Batch, Prompt, Tokens, UserError
 from batchgen.world import World
 
@@ -226,75 +217,3 @@ class OutOfStep(Died):
 
 class EngineError(UserError):
     """The engine cannot run with these settings on this machine: a sentence for the person at the terminal."""
-
-
-def names() -> list[str]:
-    """Every engine there is, as `--engine` takes it. Reads file names only."""
-    folder = importlib.import_module("batchgen.engines")
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(folder.__path__))
-
-
-def find(name: str) -> type[Engine]:
-    """The engine class called `name`.
-
-    Raises:
-        EngineError: there is none; the message lists those there are.
-    """
-    if name not in names():
-        raise EngineError(f"there is no engine {name!r}. Engines: {', '.join(names())}")
-    with without_garbage_collection():
-        module = importlib.import_module(f"batchgen.engines.{name.replace('-', '_')}")
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Engine) and value.__module__ == module.__name__
-    ]
-    assert len(found) == 1, f"{module.__name__} must define exactly one engine"
-    return found[0]
-
-
-def parse_options(engine: type[Engine], settings: Sequence[str]) -> Any:
-    """The engine's `Options` from `name=value` settings, each typed by its annotation.
-
-    Raises:
-        EngineError: an unknown name (the message lists the known ones), or a value of the wrong type.
-    """
-    kinds = typing.get_type_hints(engine.Options)
-    values: dict[str, object] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise EngineError(f"--set takes name=value, not {setting!r}")
-        if name not in kinds:
-            known = ", ".join(kinds) or "none"
-            raise EngineError(f"this engine has no setting {name!r}. Its settings: {known}")
-        values[name] = _typed(name, text, kinds[name])
-    return engine.Options(**values)
-
-
-def _typed(name: str, text: str, kind: Any) -> object:
-    kinds = typing.get_args(kind) or (kind,)
-    if type(None) in kinds and text.lower() in ("", "none"):
-        return None
-    if typing.get_origin(kind) is typing.Literal:
-        if text not in kinds:
-            raise EngineError(f"--set {name}={text}: must be one of {', '.join(map(str, kinds))}")
-        return text
-    if bool in kinds:
-        if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
-            raise EngineError(f"--set {name}={text}: must be true or false")
-        return text.lower() in ("true", "1", "yes", "on")
-    for number in (int, float):
-        if number in kinds:
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    if str in kinds:
-        return text
-    raise EngineError(f"--set {name}={text}: must be {' or '.join(k.__name__ for k in kinds if k is not type(None))}")
-
-
-def settings_of(options: Any) -> dict[str, object]:
-    """The values of an `Options`, to be recorded."""
-    return dataclasses.asdict(options)

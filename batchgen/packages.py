@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from batchgen.types import UserError
 
@@ -59,3 +61,18 @@ def _sentence(what: str, name: str, error: Exception | None) -> str:
         f"{what} needs the package {name}, which cannot be imported ({type(error).__name__}: {said}). "
         f"Install it anew: pip install --force-reinstall {name}"
     )
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Inside, Python looks for no garbage: an import makes hundreds of thousands of objects that stay.
+
+    To look through all of them again and again takes a fifth of the time in which torch and Transformers are imported.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

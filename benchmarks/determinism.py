@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from batchgen import models, run
-from batchgen.encoder import HfEncoder
+from batchgen.models.tokenizer import HfEncoder
 
 _SUBJECTS = (
     "rivers",

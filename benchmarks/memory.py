@@ -101,15 +101,15 @@ def rank(name: str, model: str, options: Sequence[str], folder: Path) -> None:
     import transformers.integrations.deepspeed
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from batchgen import engine
+    from batchgen import engine, engines
     from batchgen.types import Prompt, SamplingParams
     from batchgen.world import from_environment
 
-    world, kind = from_environment(os.environ), engine.find(name)
+    world, kind = from_environment(os.environ), engines.find(name)
     setup = engine.Setup(model, "float32", 1, world, run=str(folder), cache=str(folder / "cache"))
     before = resident()
     with peaks() as loading:
-        made: Any = kind(setup, engine.parse_options(kind, options))
+        made: Any = kind(setup, engines.parse_options(kind, options))
     with made:
         after = resident()
         ctypes.CDLL(None).malloc_trim(0)

@@ -24,7 +24,8 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import torch
 
 from batchgen.bench import workloads
-from batchgen.engine import Setup, find, parse_options
+from batchgen.engine import Setup
+from batchgen.engines import find, parse_options
 from batchgen.models import shapes
 from batchgen.types import Prompt
 from batchgen.world import from_environment
@@ -88,7 +89,7 @@ def asking(prompt: Prompt) -> Prompt:
 
 def finished(engine: Any, prompts: list[Prompt]) -> dict[int, tuple[list[int], list[float]]]:
     """Tokens and their log-probabilities by the rows' numbers."""
-    from batchgen.paged.loop import Loop
+    from batchgen.engines.paged.loop import Loop
 
     rows: dict[int, tuple[list[int], list[float]]] = {}
     kept = Loop.finished

@@ -15,11 +15,11 @@ from types import ModuleType
 import torch
 import triton
 
-from batchgen.paged import kernels
-from batchgen.paged.attention import Layout
-from batchgen.paged.pages import SIZE
-from batchgen.paged.runner import pieces
-from batchgen.paged.step import Part
+from batchgen.engines.paged import kernels
+from batchgen.engines.paged.attention import Layout
+from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.runner import pieces
+from batchgen.engines.paged.step import Part
 
 # Heads, key heads, ALiBi, window; all of 128 numbers.
 MODELS = {

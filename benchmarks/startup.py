@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from batchgen import loading
-from batchgen.models import shapes
+from batchgen.models import loading, shapes
 
 
 def weights(shape: str, folder: Path) -> int:

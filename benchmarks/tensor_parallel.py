@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from memory import peaks, resident
 from zero import BATCHES, cell, make_weights
 
-from batchgen import engine
+from batchgen import engines
 from batchgen.engine import OutOfStep, Setup
 from batchgen.types import Prompt, SamplingParams
 from batchgen.world import from_environment
@@ -44,7 +44,7 @@ def table(folder: Path, model: Path, dtype: str) -> None:
     world = from_environment(os.environ)
     say: Callable[..., None] = print if world.rank == 0 else lambda *_, **__: None
     tokens = int(os.environ.get("TOKENS", "100"))
-    kind = engine.find("ds-inference")
+    kind = engines.find("ds-inference")
     torch.cuda.init()
     import deepspeed  # noqa: F401 — its seconds are not the load's
 
@@ -53,7 +53,7 @@ def table(folder: Path, model: Path, dtype: str) -> None:
     before, begun = resident(), time.perf_counter()
     setup = Setup(str(model), dtype, max(BATCHES), world, run=str(folder), cache=str(folder / "cache"))
     with peaks() as loading:
-        made = kind(setup, engine.parse_options(kind, []))
+        made = kind(setup, engines.parse_options(kind, []))
     seconds = time.perf_counter() - begun
     with made:
         most = (loading["RssAnon"] - before["RssAnon"]) / 1e9
@@ -140,7 +140,7 @@ def ways() -> dict[str, Callable[[torch.Tensor], Callable[[torch.Tensor], torch.
     """Makers of the product with a weight."""
 
     def ours(weight: torch.Tensor) -> Any:
-        from batchgen.int8 import Int8Weight
+        from batchgen.models.int8 import Int8Weight
 
         return Int8Weight.rounded(weight, weight.dtype).times
 

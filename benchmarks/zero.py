@@ -25,7 +25,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from batchgen import engine
+from batchgen import engines
 from batchgen.engine import OutOfStep, Setup
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
@@ -94,12 +94,12 @@ def table(folder: Path, offload: str, settings: list[str]) -> None:
     name, options = ("ds-zero", settings + ([] if offload == "none" else [f"offload={offload}"]))
     if offload == "accelerate":
         name, options = "accelerate", []
-    kind = engine.find(name)
+    kind = engines.find(name)
     tokens = int(os.environ.get("TOKENS", "100" if offload in ("none", "accelerate") else "8"))
     chosen = None if BATCHES == [0] else max(BATCHES)
     begun = time.perf_counter()
     setup = Setup(str(folder), "bfloat16", chosen, World(), run=str(folder), cache=str(folder / "cache"))
-    with kind(setup, engine.parse_options(kind, options)) as made:
+    with kind(setup, engines.parse_options(kind, options)) as made:
         print(f"\n{name} {' '.join(options)}: loaded in {time.perf_counter() - begun:.1f} s, {tokens} tokens a prompt")
         print("| batch | ms per token | seconds a step | share of the bound | peak GB |\n|--:|--:|--:|--:|--:|")
         for batch in BATCHES:

@@ -16,7 +16,7 @@ from tests.slurm.cluster import PACKAGES, Cluster, missing
 
 _READER = """
 import os
-from batchgen import extensions
+from batchgen.engines.ds_zero import extensions
 from batchgen.models import cache_folder
 extensions.prepare(cache_folder(os.environ), print)
 """
@@ -37,7 +37,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a byte-level tokenizer and a chat template; 512 tokens of context, float32."""
-    from tests import models
+    from tests import tiny_models as models
 
     return models.save(tmp_path_factory.mktemp("models") / "llama", models.llama)
 
@@ -45,7 +45,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bloom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BLOOM (ALiBi, no position ids), same tokenizer, no chat template."""
-    from tests import models
+    from tests import tiny_models as models
 
     return models.save(tmp_path_factory.mktemp("models") / "bloom", models.bloom, chat=False)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaConfig
 
-from batchgen.encoder import HfEncoder
-from tests import models
+from batchgen.models.tokenizer import HfEncoder
+from tests import tiny_models as models
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 

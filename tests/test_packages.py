@@ -41,7 +41,7 @@ for package, words in json.loads(sys.argv[1]):
             said.append((error.code, err.getvalue(), os.path.exists("out")))
 Hiding.hidden = "triton"
 try:
-    import batchgen.paged.kernels
+    import batchgen.engines.paged.kernels
 except ImportError as error:
     said.append((4, packages.about(error)))
 print(json.dumps(said))

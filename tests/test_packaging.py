@@ -177,11 +177,21 @@ def copy_of_the_tree(folder: Path) -> Path:
     return tree
 
 
-@pytest.mark.parametrize(("folder", "contract"), [("engines", "Engine"), ("formats", "Source")])
-def test_folder_holds_one_implementation_a_file_and_nothing_else(folder: str, contract: str) -> None:
-    files = [path for path in (PACKAGE / folder).iterdir() if path.name not in ("__init__.py", "__pycache__")]
-    assert files
-    assert {path.name: implementations(path, contract) for path in files} == {path.name: 1 for path in files}
+@pytest.mark.parametrize(
+    ("folder", "contract", "others"),
+    [("engines", "Engine", {"__init__"}), ("formats", "Source", {"__init__", "input"})],
+)
+def test_folder_holds_one_implementation_a_file_and_nothing_else(folder: str, contract: str, others: set[str]) -> None:
+    modules = {path.stem: path for path in (PACKAGE / folder).glob("[!_]*.py")}
+    modules |= {path.parent.name: path for path in (PACKAGE / folder).glob("*/engine.py")}
+    modules = {name: path for name, path in modules.items() if name not in others}
+    assert len(modules) >= 4
+    assert {name: implementations(path, contract) for name, path in modules.items()} == dict.fromkeys(modules, 1)
+
+
+def test_the_top_of_the_package_is_seen_at_a_glance() -> None:
+    entries = {path.relative_to(PACKAGE).parts[0] for path in [*MODULES, PACKAGE / "py.typed"]}
+    assert len(entries) <= 22
 
 
 def implementations(path: Path, contract: str) -> int:

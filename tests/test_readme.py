@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from batchgen import engine
+from batchgen import engines
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,10 +43,10 @@ def test_the_scripts_are_the_real_ones() -> None:
 
 
 def test_every_engine_is_in_the_table_with_its_settings() -> None:
-    for name in engine.names():
+    for name in engines.names():
         (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
         settings = re.findall(r"`(\w+)`", row.rpartition("|")[0].rpartition("|")[2])
-        assert settings == list(engine.settings_of(engine.find(name).Options())), name
+        assert settings == list(engines.settings_of(engines.find(name).Options())), name
 
 
 @pytest.mark.slow

@@ -22,10 +22,10 @@ from click.testing import CliRunner
 
 from batchgen.checkpoint import write_atomic
 from batchgen.commands import main, run_batch
-from batchgen.prompts import PromptReader
-from batchgen.recipe import Recipe
-from batchgen.refusal import Refused
-from batchgen.template import compiled, template_kwargs
+from batchgen.requests.prompts import PromptReader
+from batchgen.requests.recipe import Recipe
+from batchgen.requests.refusal import Refused
+from batchgen.requests.template import compiled, template_kwargs
 from batchgen.types import Prompt
 from tests.byte_encoder import ByteEncoder, request, rows
 from tests.commands.starts import call, echo, prompts, read_rows, write_rows

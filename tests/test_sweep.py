@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchgen import architectures
+from batchgen.models import architectures
 from batchgen.types import Generation
 from tests.sweep.compare import ENGINES, Outcome, judge, sweep
 from tests.sweep.kinds import ALL, CAUSAL, SEEING

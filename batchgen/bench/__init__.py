@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchgen import engine, launch
+from batchgen import engines
 from batchgen.bench.results import BenchError, Folder, Result
-from batchgen.stop import Stop
+from batchgen.runs import launcher
+from batchgen.runs.stop import Stop
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class System:
         name, *parts = text.split(":")
         dtype = next((part.removeprefix("dtype=") for part in parts if part.startswith("dtype=")), None)
         settings = tuple(part for part in parts if not part.startswith("dtype="))
-        engine.parse_options(engine.find(name), settings)
+        engines.parse_options(engines.find(name), settings)
         return cls(text, name, settings, dtype)
 
 
@@ -126,7 +127,7 @@ def _measured(
         }
         path = Path(scratch, "task.json")
         path.write_text(json.dumps(task), encoding="utf-8")
-        codes = launch.start_ranks(None, ["bench", "worker", str(path)], bench.ranks, stop, environment)
+        codes = launcher.start_ranks(None, ["bench", "worker", str(path)], bench.ranks, stop, environment)
         if stop.signal is None:
             stop.reason = None  # that a rank died is a finding
         found = [_lines(Path(scratch, f"rank-{rank}.jsonl")) for rank in range(bench.ranks)]

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from batchgen import memory
-from batchgen.offload import parameters
+from batchgen.device import cores
+from batchgen.models import footprint
+from batchgen.models.parameters import list_parameters
 
 _TIMES = 5  # the best of so many
 
@@ -33,7 +34,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     size = 8192 if gpu else 1024
     left, right = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     multiplied = _best(lambda: left @ right, device)
-    name = torch.cuda.get_device_name(device) if gpu else f"{memory.cores()} CPU cores"
+    name = torch.cuda.get_device_name(device) if gpu else f"{cores()} CPU cores"
     return Machine(name, 2 * source.numel() * dtype.itemsize / copied, 2 * size**3 / multiplied)
 
 
@@ -68,12 +69,12 @@ class Floor:
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, machine: Machine) -> Floor:
         """For the model with this Transformers config."""
-        weights = parameters(config, dtype)
+        weights = list_parameters(config, dtype)
         elements = weights.read_bytes // dtype.itemsize
         text = config.get_text_config()
         # An embedding is looked up; where it is the output matrix too, it is multiplied with once.
         looked_up = 0 if weights.tied else text.vocab_size * text.hidden_size
-        cache = memory.cache_bytes_per_token(config, dtype.itemsize)
+        cache = footprint.cache_bytes_per_token(config, dtype.itemsize)
         return cls(machine, weights.read_bytes, cache, 2 * (elements - looked_up))
 
     def prefill(self, rows: int, tokens: int) -> float:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from batchgen import engine, loading, memory
+from batchgen import device, engines
 from batchgen.bench import workloads
 from batchgen.bench.machine import Floor, measure, synchronize
 from batchgen.bench.results import BenchError
 from batchgen.engine import Engine, OutOfStep, Setup
+from batchgen.models import loading
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
 
@@ -54,8 +55,8 @@ class Worker:
 
     def __init__(self, task: Task, world: World) -> None:
         self._task, self._world = task, world
-        self._kind = engine.find(task.engine)
-        self._options = engine.parse_options(self._kind, task.settings)
+        self._kind = engines.find(task.engine)
+        self._options = engines.parse_options(self._kind, task.settings)
         self._stream = self._kind.stream(world, self._options)
         self._encoder = self._kind.encoder(task.model)
         gpu = torch.cuda.is_available()
@@ -104,7 +105,7 @@ class Worker:
                 f"what {Path(self._task.folder).parent} holds was measured on {self._task.machine}, and this is "
                 f"{machine.name}: they do not belong into one table. Choose another folder with -o"
             )
-        memory.release()
+        device.release()
         self._say({"machine": [machine.name, machine.bandwidth, machine.arithmetic]})
         return Floor.of(config, dtype, machine)
 

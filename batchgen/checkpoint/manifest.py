@@ -13,7 +13,7 @@ from typing import Any
 
 from batchgen.checkpoint.files import AskedDifferently, CheckpointError, make_exclusive, read_json, to_json
 from batchgen.formats import Changed, Original
-from batchgen.input import listed, names_of
+from batchgen.formats.input import listed, names_of
 
 NAME = "run.json"
 

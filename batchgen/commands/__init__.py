@@ -193,8 +193,9 @@ def carry_out(
         CommandError: it could not start.
         ImportError: a package is missing.
     """
-    from batchgen import flow, launch, packages
-    from batchgen.progress import watch
+    from batchgen import packages
+    from batchgen.runs import flow, launcher
+    from batchgen.runs.progress import watch
     from batchgen.types import UserError
     from batchgen.world import from_environment
 
@@ -203,7 +204,7 @@ def carry_out(
         world = from_environment(os.environ)
         who = f"rank {world.rank}: " if world.size > 1 else ""
         if "BATCHGEN_STARTER" in os.environ:
-            launch.die_with(int(os.environ["BATCHGEN_STARTER"]))
+            launcher.die_with(int(os.environ["BATCHGEN_STARTER"]))
         log_to_stderr(world.rank, world.size)
         # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
         # its time.
@@ -217,7 +218,7 @@ def carry_out(
         sentence = packages.about(error) if isinstance(error, ImportError) else str(error)
         if sentence is None:
             _die(error, who)
-        if launch.tell_starter(redacted(sentence, os.environ), os.environ):
+        if launcher.tell_starter(redacted(sentence, os.environ), os.environ):
             sys.exit(CommandError.exit_code)
         raise CommandError(who + sentence) from error
     except (Exception, KeyboardInterrupt) as error:
@@ -226,15 +227,15 @@ def carry_out(
 
 def _die(error: BaseException, who: str) -> NoReturn:
     """Says why this process dies, if only to the process that has started this rank, and exits."""
-    from batchgen import launch
     from batchgen.engine import Died
+    from batchgen.runs import launcher
 
     is_sentence = isinstance(error, Died)
     if not is_sentence and not isinstance(error, KeyboardInterrupt):
         click.echo(redacted(f"{who}{traceback.format_exc()}", os.environ), err=True, nl=False)
     first = str(error) if is_sentence else f"{type(error).__name__}: {error}".splitlines()[0][:300]
     why = first + "".join(f", with {note}" for note in getattr(error, "__notes__", ()))
-    if not launch.tell_starter(redacted(why, os.environ), os.environ):
+    if not launcher.tell_starter(redacted(why, os.environ), os.environ):
         if is_sentence:
             _say(who + why)
         _say(f"{who}died. What is recorded is safe; the same command goes on from there")
@@ -253,7 +254,7 @@ def about_failures(path: Path) -> str:
     """About the failed rows in `path`: the first of them, and what the same command would do about them all."""
     import json
 
-    from batchgen.output import failure_of, may_succeed
+    from batchgen.requests.output import failure_of, may_succeed
 
     said = f"what failed is in {path}"
     try:

@@ -85,7 +85,7 @@ def command(context: click.Context, /, **options: Any) -> None:
         return
     from batchgen.bench import tables
     from batchgen.bench.results import Folder
-    from batchgen.stop import Stop
+    from batchgen.runs.stop import Stop
     from batchgen.types import UserError
 
     log_to_stderr(0, 1)
@@ -102,7 +102,7 @@ def command(context: click.Context, /, **options: Any) -> None:
 
 def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
     from batchgen import bench, models
-    from batchgen.description import versions
+    from batchgen.runs.manifest import versions
 
     if options["model"] is not None and options["random_weights"] is not None:
         raise CommandError("--model and --random-weights name two models; leave one of them out")
@@ -141,8 +141,8 @@ def _model(options: dict[str, Any], dtype: str, scratch: Path) -> tuple[Path, st
         return resolved.folder, resolved.name
     import torch
 
-    from batchgen.loading import FLOATING
     from batchgen.models import shapes
+    from batchgen.models.loading import FLOATING
 
     if dtype not in FLOATING:
         raise CommandError(
@@ -154,20 +154,20 @@ def _model(options: dict[str, Any], dtype: str, scratch: Path) -> tuple[Path, st
 
 def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[Any]:
     """The jobs of unequal lengths."""
-    from batchgen import engine
+    from batchgen import engines
     from batchgen.bench import Job, workloads
     from batchgen.bench.results import job_name
 
     if options["mixed"] and options["input_file"]:
         raise CommandError("--mixed and --input name different jobs; leave one of them out")
-    encoder = engine.find(systems[0].engine).encoder(str(model))
+    encoder = engines.find(systems[0].engine).encoder(str(model))
     found = []
     for count in options["mixed"]:
         prompts = workloads.mixed(count, encoder.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
         found.append(("mixed", prompts))
     if options["input_file"]:
-        from batchgen.prepare import sample
-        from batchgen.recipe import Recipe
+        from batchgen.requests.recipe import Recipe
+        from batchgen.runs.prepare import sample
 
         prompts, _, _ = sample([options["input_file"]], Recipe(), encoder, options["sample"])
         if not prompts:
@@ -216,15 +216,15 @@ def compare(one: str, other: str, count_mode: Any) -> None:
 @click.argument("task", metavar="TASK")
 def worker(task: str) -> None:
     """One rank of a bench; `bench` starts it."""
-    from batchgen import launch
     from batchgen.bench import OUT_OF_STEP
     from batchgen.bench.worker import Task, Worker
     from batchgen.engine import Died, OutOfStep
+    from batchgen.runs import launcher
     from batchgen.types import UserError
     from batchgen.world import from_environment
 
     world = from_environment(os.environ)
-    launch.die_with(int(os.environ["BATCHGEN_STARTER"]))
+    launcher.die_with(int(os.environ["BATCHGEN_STARTER"]))
     log_to_stderr(world.rank, world.size)
     try:
         Worker(Task.read(Path(task)), world).work()

@@ -18,8 +18,8 @@ def command(run: str, output_format: str) -> None:
     `run` does this by itself at the end. Rows that are still open are left out; stderr says how many. The column types
     of the input are kept by `run` alone, since this command does not read the input.
     """
-    from batchgen import flow
     from batchgen.checkpoint import CheckpointError, RunFolder, status
+    from batchgen.runs import flow
 
     folder = RunFolder(Path(run))
     try:

@@ -20,7 +20,7 @@ from batchgen.types import FIT, SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from batchgen import plan as plans
+    from batchgen.planning import forecast as plans
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,9 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
 def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any:
     import torch
 
-    from batchgen import cards, models, plan
+    from batchgen import models
     from batchgen.models import shapes
+    from batchgen.planning import forecast, hardware
 
     name = options["model"]
     if name == models.DEFAULT:
@@ -84,23 +85,23 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     config, folder = shapes.find(name)
     work, note = _work(inputs, recipe, folder)
     host = options["host_memory"]
-    card = cards.card_of(options["gpu"], options["gpu_memory"])
-    node = plan.Node(card, options["gpus"], None if host is None else int(host * 1e9))
-    model = plan.Model.of(config, getattr(torch, options["dtype"]))
+    card = hardware.card_of(options["gpu"], options["gpu_memory"])
+    node = forecast.Node(card, options["gpus"], None if host is None else int(host * 1e9))
+    model = forecast.Model.of(config, getattr(torch, options["dtype"]))
     measured = _measured(options["bench_folder"], options)
-    return work, note, plan.forecasts(model, work, node, measured), node
+    return work, note, forecast.forecasts(model, work, node, measured), node
 
 
 def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plans.Work, str]:
     """The lengths of the rows, and how they were found."""
-    from batchgen import plan
-    from batchgen.engine import find
-    from batchgen.prepare import sample
+    from batchgen.engines import find
+    from batchgen.planning import forecast
+    from batchgen.runs.prepare import sample
 
     encoder = find("accelerate").encoder(str(folder)) if folder is not None else find("echo").encoder("")
     prompts, count, total = sample(inputs, recipe, encoder, _SAMPLE)
     if not prompts:
-        raise plan.PlanError("no row of the input can become a prompt; batchgen run --dry-run says why")
+        raise forecast.PlanError("no row of the input can become a prompt; batchgen run --dry-run says why")
     scale = 1 if folder is not None else _BYTES_PER_TOKEN
     lengths = [(-(-len(one.tokens) // scale), one.params.max_new_tokens) for one in prompts]
     note = (
@@ -108,7 +109,7 @@ def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plan
     )
     if count < total:
         note += f"; of {count:,} rows drawn from {total:,}"
-    return plan.Work(lengths, round(total * len(prompts) / count)), note
+    return forecast.Work(lengths, round(total * len(prompts) / count)), note
 
 
 def _measured(name: str | None, options: dict[str, Any]) -> dict[str, dict[int, float]]:
@@ -140,7 +141,7 @@ def _text(
     node: plans.Node,
     options: dict[str, Any],
 ) -> Iterator[str]:
-    from batchgen.progress import duration
+    from batchgen.runs.progress import duration
 
     prompts, new = (sum(one[place] for one in work.lengths) / len(work.lengths) for place in (0, 1))
     yield f"{work.rows:,} rows of {prompts:,.0f} prompt tokens and up to {new:,.0f} new ones, on the average ({note})"

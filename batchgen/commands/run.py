@@ -11,13 +11,13 @@ from typing import Any
 
 import click
 
-from batchgen import engine as engines
+from batchgen import engines
 from batchgen.checkpoint import HEARTBEAT_SECONDS
-from batchgen.choice import AUTO
 from batchgen.commands import carry_out, conclude, fail, generation_config_option, log_to_stderr, results_only_on_stdout
 from batchgen.commands._values import TokenLimit, id_prefix, json_object, stop_texts, template_text
+from batchgen.planning.auto import AUTO
+from batchgen.runs.watchdog import STALL_SECONDS
 from batchgen.types import WHOLE, SamplingParams, Shard, UserError
-from batchgen.watchdog import STALL_SECONDS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
@@ -240,7 +240,7 @@ def command(inputs: tuple[str, ...], out: str | None, ranks: int, dry_run: bool,
 
 def folder_of(options: dict[str, Any]) -> Path:
     """The run folder of these options."""
-    from batchgen.flow import default_folder
+    from batchgen.runs.flow import default_folder
 
     return Path(options["out"]) if options["out"] is not None else default_folder(options["inputs"])
 
@@ -251,7 +251,7 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
     Raises:
         CommandError: a value is out of range.
     """
-    from batchgen.recipe import Recipe
+    from batchgen.requests.recipe import Recipe
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
     source = click.get_current_context().get_parameter_source
@@ -268,8 +268,8 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
 
 def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> None:
     from batchgen.checkpoint import RunFolder
-    from batchgen.description import describe
-    from batchgen.prepare import check_all, prepare
+    from batchgen.runs.manifest import describe
+    from batchgen.runs.prepare import check_all, prepare
 
     log_to_stderr(0, 1)
     try:

@@ -55,7 +55,7 @@ def command(run: str, as_json: bool, exit_code: bool) -> None:
 
 
 def _lines(folder: Path, found: Status | None) -> Iterator[str]:
-    from batchgen.progress import duration
+    from batchgen.runs.progress import duration
 
     if found is None:
         yield f"{folder}: no job of it has begun"

@@ -102,7 +102,7 @@ def _check_there(asked: dict[str, Any]) -> None:
     from batchgen import models
     from batchgen.commands._transfer import is_url
     from batchgen.commands.run_batch import model_of
-    from batchgen.prepare import check_there
+    from batchgen.runs.prepare import check_there
 
     if "inputs" in asked:
         check_there(asked["inputs"], asked["model"])

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from batchgen import loading, memory
+from batchgen.device import release
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
-from batchgen.hf import HfEncoder, StaticBatches
+from batchgen.generation.static_batches import StaticBatches
+from batchgen.models import loading
+from batchgen.models.tokenizer import HfEncoder
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
@@ -99,7 +101,7 @@ class Accelerate(Engine):
 
     def close(self) -> None:
         self._batches = None
-        memory.release()
+        release()
         if self._spill is not None:
             self._spill.cleanup()
 

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from batchgen import loading, memory, ranks, tensor_parallel
-from batchgen.decoding import Peers
+from batchgen import device, tensor_parallel
 from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
-from batchgen.hf import HfEncoder, StaticBatches
+from batchgen.generation.sampling import Peers
+from batchgen.generation.static_batches import StaticBatches
+from batchgen.models import loading
+from batchgen.models.tokenizer import HfEncoder
+from batchgen.tensor_parallel import process_group
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
@@ -99,12 +102,12 @@ class DsInference(Engine):
         return self._group.any_rank(flag)
 
     def abandon(self) -> None:
-        ranks.abandon()
+        process_group.abandon()
 
     def close(self) -> None:
         self._batches = None
-        memory.release()
-        ranks.leave()
+        device.release()
+        process_group.leave()
 
     def _peers(self) -> Peers | None:
         """A rank alone shrinks a batch in place, whatever it ran out of memory in."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from batchgen.chat_template import join_texts
 from batchgen.engine import Encoder, Engine, EngineError, Setup
+from batchgen.models.chat_template import join_texts
 from batchgen.types import Batch, Generation, Prompt, Tokens
 
 _ROWS = 4096  # in a batch: more would cost fewer commits, and more for memory that is no longer in the cache

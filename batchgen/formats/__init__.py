@@ -208,7 +208,7 @@ class Source(ABC):
         Raises:
             InputError: the file cannot be read any further.
         """
-        from batchgen.batches import values
+        from batchgen.formats._record_batches import values
 
         self.check_unchanged()
         wanted = iter(numbers)
@@ -242,7 +242,7 @@ class Source(ABC):
         """
         import pyarrow as pa
 
-        from batchgen.batches import DAMAGE
+        from batchgen.formats._record_batches import DAMAGE
 
         begin, wanted = 0, 0
         for block in self.blocks():

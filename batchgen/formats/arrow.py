@@ -15,8 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchgen.batches import DAMAGE, check_names, check_stream_ends, find_bytes
 from batchgen.formats import Block, InputError, Original, Scan, Source, blocks_of
+from batchgen.formats._record_batches import DAMAGE, check_names, check_stream_ends, find_bytes
 
 _FILE_KIND = b"ARROW1"  # "File format" in Arrow's columnar format specification; a stream has no magic
 

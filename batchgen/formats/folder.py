@@ -16,8 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchgen.batches import DAMAGE, check_names, check_stream_ends
 from batchgen.formats import Block, InputError, Scan, Source, blocks_of
+from batchgen.formats._record_batches import DAMAGE, check_names, check_stream_ends
 
 
 class Folder(Source):

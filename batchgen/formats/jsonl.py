@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from batchgen.formats import InputError, Original, Scan, Source, Value, place_of
-from batchgen.json_files import Packing, other_kind, packing_of
-from batchgen.objects import BOM, DECODER, DEEPEST, read_carefully, writable
+from batchgen.formats._json_files import Packing, other_kind, packing_of
+from batchgen.formats._json_lines import BOM, DECODER, DEEPEST, read_carefully, writable
 
 WINDOW = 1 << 18  # bytes read at once: more costs no less time, and only this much lies around
 _ESCAPED_NAME = re.compile(rb"\\u00[567]")  # letters that only a name like "\u0069d" needs to escape

@@ -11,8 +11,8 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.batches import DAMAGE, check_names, find_bytes
 from batchgen.formats import Block, InputError, Scan, Source
+from batchgen.formats._record_batches import DAMAGE, check_names, find_bytes
 
 _MAGIC = b"PAR1"  # at the beginning and the end of a file
 _END_AND_BEGINNING = _MAGIC * 2

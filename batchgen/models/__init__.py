@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchgen import presplit
-from batchgen.definition.errors import ModelError
-from batchgen.definition.files import check_definition_files
-from batchgen.models import hub
+from batchgen.models import hub, split_folder
+from batchgen.models.definition.errors import ModelError
+from batchgen.models.definition.files import check_definition_files
 from batchgen.models.folder import Report, check_readable, check_weight_files, explained, fingerprint
 from batchgen.models.packaged import DEFAULT, prepare_default
 from batchgen.models.search import find_folder
@@ -81,7 +80,7 @@ def check_there(name: str | None) -> None:
         with explained(name):
             folder = find_folder(name)
             _resolved(folder)
-        from batchgen.encoder import HfEncoder  # imports torch, which a name alone does not need
+        from batchgen.models.tokenizer import HfEncoder  # imports torch, which a name alone does not need
 
         HfEncoder(str(folder))
 
@@ -102,8 +101,8 @@ def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
 
 def _resolved(folder: Path) -> ResolvedModel:
     try:
-        split = presplit.read(folder)
-    except presplit.SplitError as error:
+        split = split_folder.read(folder)
+    except split_folder.SplitError as error:
         raise ModelError(str(error)) from error
     check_definition_files(folder)
     if split is not None:

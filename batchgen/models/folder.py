@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchgen.definition.errors import ModelError
-from batchgen.definition.files import DEFINITION, check_file, read_json
-from batchgen.definition.weights import check_weight_file
+from batchgen.models.definition.errors import ModelError
+from batchgen.models.definition.files import DEFINITION, check_file, read_json
+from batchgen.models.definition.weights import check_weight_file
 
 Report = Callable[[str], None]
 """Takes one sentence about what is going on, for the person who waits."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
-from batchgen.definition.errors import ModelError
-from batchgen.definition.files import DEFINITION
+from batchgen.models.definition.errors import ModelError
+from batchgen.models.definition.files import DEFINITION
 from batchgen.models.folder import WEIGHTS, Report, indexed, weight_files
 
 _NAME = re.compile(r"(?P<model>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./+-]*))?", re.ASCII)

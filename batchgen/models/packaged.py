@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from batchgen.definition.errors import ModelError
+from batchgen.models.definition.errors import ModelError
 from batchgen.models.folder import Report
 
 DEFAULT = "SmolLM2-135M-Instruct"

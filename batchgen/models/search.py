@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batchgen.definition.errors import ModelError
-from batchgen.definition.files import check_file
-from batchgen.definition.folders import check_model_folder, snapshot_in
 from batchgen.models import hub
+from batchgen.models.definition.errors import ModelError
+from batchgen.models.definition.files import check_file
+from batchgen.models.definition.folders import check_model_folder, snapshot_in
 
 
 def find_folder(name: str) -> Path:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from batchgen import loading
-from batchgen.definition.errors import ModelError
+from batchgen.models import loading
+from batchgen.models.definition.errors import ModelError
 from batchgen.models.folder import explained
 from batchgen.models.search import find_folder
 
@@ -77,7 +77,7 @@ def config_of(shape: str) -> Any:
     """
     from transformers import AutoConfig
 
-    from batchgen.definition.model_config import read_config, read_config_file
+    from batchgen.models.definition.model_config import read_config, read_config_file
 
     if shape in SHAPES:
         values = dict(SHAPES[shape])
@@ -137,7 +137,7 @@ def make(shape: str, dtype: torch.dtype, folder: Path) -> Path:
 
 def _tensors(config: Any, dtype: torch.dtype) -> dict[str, tuple[str, list[int], int]]:
     """Type, shape and bytes of each tensor that a file of this model holds; a tied one is there once."""
-    from batchgen.definition.build import build_empty
+    from batchgen.models.definition.build import build_empty
 
     model = build_empty(config, dtype)
     kept = model.state_dict()

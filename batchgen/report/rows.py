@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from batchgen.checkpoint import Places
 from batchgen.checkpoint.folder import FAILED, GOOD
-from batchgen.output import LOGPROBS, RESULT, failure_of
 from batchgen.report.batches import Batches
+from batchgen.requests.output import LOGPROBS, RESULT, failure_of
 
 _CHUNK = 1000  # rows that a browser unpacks at once
 _ENDINGS = ("stop", "length")

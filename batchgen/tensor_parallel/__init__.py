@@ -7,10 +7,10 @@ its share of an ordinary model, of which it reads nothing else; `make` and `read
 from __future__ import annotations
 
 from batchgen.tensor_parallel.autotp import check_split, most_ranks, placements, split
-from batchgen.tensor_parallel.files import make, read
-from batchgen.tensor_parallel.groups import Group, ranks_of_group, stream_of
-from batchgen.tensor_parallel.plain import plain
+from batchgen.tensor_parallel.group import Group, ranks_of_group, stream_of
+from batchgen.tensor_parallel.layers import plain
 from batchgen.tensor_parallel.share import load
+from batchgen.tensor_parallel.split_files import make, read
 from batchgen.tensor_parallel.weights import bring, mapped
 
 __all__ = [

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from batchgen import memory
 from batchgen.engine import EngineError, Placement
-from batchgen.tensor_parallel.groups import divisors
+from batchgen.models import footprint
+from batchgen.tensor_parallel.group import divisors
 
 # Kinds of model, as config.json has them, whose logits have been compared with those of one process
 # (tests/tensor_parallel/families.py). AutoTP goes by names of layers, and splits others wrong without a word.
@@ -34,7 +34,7 @@ _GRAIN = 64  # matrix products are fastest where each rank's part is a multiple 
 
 def most_ranks(config: Any) -> int:
     """Into how many ranks the model can be split: each needs a key/value head of its own."""
-    return memory.cached_heads(config)[0]
+    return footprint.cached_heads(config)[0]
 
 
 def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from batchgen import loading, presplit
 from batchgen.engine import EngineError, Setup
+from batchgen.models import loading, split_folder
 from batchgen.tensor_parallel.autotp import split
-from batchgen.tensor_parallel.files import read
-from batchgen.tensor_parallel.groups import Group
+from batchgen.tensor_parallel.group import Group
+from batchgen.tensor_parallel.split_files import read
 from batchgen.tensor_parallel.weights import bring, mapped
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def load(setup: Setup, config: Any, group: Group, attn_implementation: str | Non
     """
     begun, device = time.perf_counter(), group.device
     eight_bits = setup.dtype == "int8"
-    found = presplit.read(Path(setup.model))
+    found = split_folder.read(Path(setup.model))
     as_split = found is not None and setup.dtype == "auto" and found.dtype in loading.FLOATING
     dtype = _computed_in(found.dtype if found is not None and as_split else setup.dtype, config, device)
     if found is not None:
@@ -60,7 +60,7 @@ def _computed_in(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if own == torch.float32 and device.type == "cuda" else own
 
 
-def _check_presplit(found: presplit.Split, setup: Setup, size: int, dtype: torch.dtype) -> None:
+def _check_presplit(found: split_folder.Split, setup: Setup, size: int, dtype: torch.dtype) -> None:
     if found.ranks != size:
         raise EngineError(
             f"{setup.model} is split over {found.ranks} ranks, and a group of this run has {size}: give --tp "

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchgen import loading
 from batchgen.engine import EngineError
-from batchgen.int8 import Int8Weight
+from batchgen.models import loading
+from batchgen.models.int8 import Int8Weight
 
 _READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
 _MADV_DONTNEED = 4  # see madvise(2)

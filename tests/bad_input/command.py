@@ -17,9 +17,21 @@ from tests.commands.starts import ENVIRONMENT, Ended
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        *("pytest", "batchgen.commands.run", "batchgen.commands.run_batch", "batchgen.flow", "batchgen.engines.echo"),
+        *(
+            "pytest",
+            "batchgen.commands.run",
+            "batchgen.commands.run_batch",
+            "batchgen.runs.flow",
+            "batchgen.engines.echo",
+        ),
         *("batchgen.formats.arrow", "batchgen.formats.folder", "batchgen.formats.jsonl", "batchgen.formats.parquet"),
-        *("batchgen.tables", "batchgen.sandbox", "batchgen.progress", "pyarrow.compute", "tests.bad_input.command"),
+        *(
+            "batchgen.runs.tables",
+            "batchgen.requests.sandbox",
+            "batchgen.runs.progress",
+            "pyarrow.compute",
+            "tests.bad_input.command",
+        ),
     ]
 )
 

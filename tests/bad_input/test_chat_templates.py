@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from batchgen.encoder import HfEncoder
-from batchgen.prompts import PromptReader
-from batchgen.recipe import Recipe
+from batchgen.models.tokenizer import HfEncoder
+from batchgen.requests.prompts import PromptReader
+from batchgen.requests.recipe import Recipe
 from batchgen.types import Generation, Prompt, Row
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
 
-from batchgen import engine, models
-from batchgen.definition.errors import ModelError, one_line
-from batchgen.definition.model_config import ENCODERS, read_config
-from batchgen.encoder import HfEncoder
+from batchgen import engines, models
 from batchgen.engine import Setup
-from batchgen.prompts import PromptReader
-from batchgen.recipe import Recipe
+from batchgen.models.definition.errors import ModelError, one_line
+from batchgen.models.definition.model_config import ENCODERS, read_config
+from batchgen.models.tokenizer import HfEncoder
+from batchgen.requests.prompts import PromptReader
+from batchgen.requests.recipe import Recipe
 from batchgen.types import Generation, Prompt, Row, UserError
 from batchgen.world import World
 from tests.bad_input.damages import KINDS, Damage, both, config, put, vocabulary, without
@@ -132,7 +132,7 @@ def test_a_text_has_the_same_tokens_each_time_though_training_has_left_a_dropout
 
 
 def load(folder: Path) -> None:
-    kind = engine.find("accelerate")
+    kind = engines.find("accelerate")
     kind(Setup(str(folder), "auto", 2, World(size=1, local_size=1)), kind.Options()).close()
 
 

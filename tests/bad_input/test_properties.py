@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 
 from batchgen.engines.echo import Echo
 from batchgen.formats import InputError
-from batchgen.input import Input
-from batchgen.output import renderer
-from batchgen.prompts import PromptReader
-from batchgen.recipe import Recipe
-from batchgen.refusal import Refused
-from batchgen.row_ids import own_id
-from batchgen.template import compiled
+from batchgen.formats.input import Input
+from batchgen.requests.output import renderer
+from batchgen.requests.prompts import PromptReader
+from batchgen.requests.recipe import Recipe
+from batchgen.requests.refusal import Refused
+from batchgen.requests.row_ids import own_id
+from batchgen.requests.template import compiled
 from batchgen.types import Generation, Row, RowError, SamplingParams
 from tests import mutations
-from tests.test_prompts_of_any_row import JSON, NAMES
+from tests.requests.test_prompts_of_any_row import JSON, NAMES
 
 every_format = pytest.mark.parametrize("name", mutations.FORMATS)
 often = settings(max_examples=40, deadline=None)

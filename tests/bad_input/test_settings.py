@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchgen.sandbox import MOST_STEPS, MOST_TEXT
+from batchgen.requests.sandbox import MOST_STEPS, MOST_TEXT
 from tests.bad_input.command import answered, call, lines
 
 # What a row sets, and the sentence behind "line N of a.jsonl: "; None where it is good.

@@ -15,10 +15,10 @@ from batchgen.bench import Bench, System, _cells, run
 from batchgen.bench.results import BenchError, Folder, Result
 from batchgen.bench.worker import Task, Worker
 from batchgen.commands import main
-from batchgen.stop import Stop
+from batchgen.runs.stop import Stop
 from batchgen.world import World
 from tests.engines.runs import OUT_OF_MEMORY, ROOT, altered
-from tests.test_models_shapes import TINY
+from tests.models.test_shapes import TINY
 
 # For sitecustomize: rank 1 finds that it cannot go on, with a sentence for the user, at more than 3 rows.
 REFUSES = """
@@ -176,7 +176,7 @@ def test_rows_that_end_one_after_another_are_no_lack_of_memory(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Handed over as they end, in many pieces.
-    monkeypatch.setattr("batchgen.engines.paged._YIELD_SECONDS", 0.0)
+    monkeypatch.setattr("batchgen.engines.paged.engine._YIELD_SECONDS", 0.0)
     settings, tokens, rows = ["step_tokens=16"], 100, 64
     task = Task(
         "paged", settings, str(tiny_llama), "float32", [rows], tokens, 1, {}, str(tmp_path), str(tmp_path), None

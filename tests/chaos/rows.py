@@ -50,7 +50,7 @@ class Rows:
 
 def save_models(folder: Path) -> list[Path]:
     """A Llama and a BLOOM, random and small, with layers enough that several ranks need seconds for a file."""
-    from tests import models
+    from tests import tiny_models as models
 
     llama = partial(models.llama, hidden_size=64, num_hidden_layers=6)
     return [

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from batchgen.checkpoint import Attempt, RunFolder, Writer, attempts, write_atomic
-from batchgen.output import renderer
+from batchgen.requests.output import renderer
 from batchgen.types import Batch, Generation, RowError
 from batchgen.world import World
 

@@ -82,4 +82,4 @@ def test_help_loads_no_heavy_module_and_no_other_command(arguments: list[str]) -
     assert loaded.isdisjoint({"accelerate", "datasets", "deepspeed", "numpy", "pyarrow", "torch", "transformers"})
     if not arguments:
         assert loaded.isdisjoint({f"batchgen.commands.{name.replace('-', '_')}" for name in NAMES})
-        assert loaded.isdisjoint({"batchgen.flow", "json", "logging"})
+        assert loaded.isdisjoint({"batchgen.runs.flow", "json", "logging"})

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from batchgen.commands import main
 from tests.commands.starts import write_rows
-from tests.models import BEGIN, END, PAD
+from tests.tiny_models import BEGIN, END, PAD
 
 REQUEST = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi"}}
 COMMANDS = {

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from batchgen import engine
+from batchgen import engines
 from batchgen.engine import Setup
 from batchgen.models import cache_folder
-from batchgen.schedule import order, shard
+from batchgen.runs.schedule import order, shard
 from batchgen.types import Prompt
 from batchgen.world import free_port, from_environment
-from tests.models import random_prompts
+from tests.tiny_models import random_prompts
 
 SETS = (1, 2, 3, 7, 50)  # prompts
 PATIENCE = 600.0  # s for all the sets
@@ -108,9 +108,9 @@ def main(
     model: str, name: str, dtype: str, options: Sequence[str], sets: Sequence[int], most_tokens: int, folder: Path
 ) -> None:
     """This rank's part of every set."""
-    kind = engine.find(name)
+    kind = engines.find(name)
     world = from_environment(os.environ)
-    chosen = engine.parse_options(kind, options)
+    chosen = engines.parse_options(kind, options)
     stream = kind.stream(world, chosen)
     texts: dict[int, dict[int, str | None]] = {}
     logprobs: dict[int, dict[int, Sequence[float]]] = {}

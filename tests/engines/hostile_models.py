@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from batchgen import engine
+from batchgen import engines
 from batchgen.commands import results_only_on_stdout
 from batchgen.engine import Setup
 from batchgen.models import ResolvedModel, cache_folder
-from batchgen.offload import parameters
-from batchgen.tensor_parallel import files
+from batchgen.models.parameters import list_parameters
+from batchgen.tensor_parallel import split_files
 from batchgen.types import UserError
 from batchgen.world import World
 
@@ -32,10 +32,10 @@ ENGINES = ("accelerate", "paged", "ds-inference", "ds-zero")
 
 
 def load(name: str, model: str) -> None:
-    kind = engine.find(name)
+    kind = engines.find(name)
     setup = Setup(model, "float32", 2, World(), run="hostile", cache=str(cache_folder(os.environ)))
     try:
-        with kind(setup, engine.parse_options(kind, [])):
+        with kind(setup, engines.parse_options(kind, [])):
             pass
     finally:
         if dist.is_initialized():
@@ -43,18 +43,18 @@ def load(name: str, model: str) -> None:
 
 
 def plan(model: str) -> None:
-    kind = engine.find("accelerate")
+    kind = engines.find("accelerate")
     config: Any = kind.encoder(model)
-    parameters(config.config, torch.float32)
+    list_parameters(config.config, torch.float32)
 
 
 def split(model: str) -> None:
     source = ResolvedModel(Path(model), "hostile", "")
-    files.make(source, Path(model).with_name(f"{Path(model).name}-split"), 1, "float32", lambda said: None)
+    split_files.make(source, Path(model).with_name(f"{Path(model).name}-split"), 1, "float32", lambda said: None)
 
 
 def read_split(model: str) -> None:
-    files._empty(Path(model), torch.float32, None)
+    split_files._empty(Path(model), torch.float32, None)
 
 
 WAYS: dict[str, Callable[[str], None]] = {

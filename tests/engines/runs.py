@@ -33,7 +33,7 @@ if os.environ.get("RANK", "0") == os.environ.get("STUCK"):
 STUCK_STEP = """
 import itertools, os
 if os.environ.get("RANK", "0") == os.environ.get("STUCK"):
-    from batchgen.paged import runner
+    from batchgen.engines.paged import runner
     launch, steps = runner.Runner.launch, itertools.count()
     def walks_in_circles(*arguments):
         while next(steps) >= 60:

@@ -21,11 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from batchgen.bench import workloads
-from batchgen.engine import EngineError, Setup, find, parse_options
+from batchgen.engine import EngineError, Setup
+from batchgen.engines import find, parse_options
 from batchgen.engines.accelerate import Accelerate
 from batchgen.types import Generation, Prompt, SamplingParams
 from batchgen.world import World
-from tests import models
+from tests import tiny_models as models
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
 
@@ -131,7 +132,7 @@ def test_another_attention_gives_the_same_tokens(tiny_llama: Path, expected: lis
 def test_heads_that_share_keys_have_them_in_memory_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # PyTorch's fused kernel on a GPU needs that (see batchgen.loading).
+    # PyTorch's fused kernel on a GPU needs that (see batchgen.models.loading).
     folder = models.save(tmp_path / "model", partial(models.llama, num_key_value_heads=1))
     attention, strides = torch.nn.functional.scaled_dot_product_attention, set()
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchgen import memory
+from batchgen import device
 from batchgen.engine import EngineError
 from batchgen.types import Generation, Prompt
 from batchgen.world import World
-from tests import models
+from tests import tiny_models as models
 from tests.engines.test_accelerate import load
-from tests.models import Model, random_prompts
+from tests.tiny_models import Model, random_prompts
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +52,7 @@ def test_the_devices_own_peak_and_size_are_used(tiny_llama: Path) -> None:
     prompts = random_prompts(600, max_new_tokens=1)
     with load(tiny_llama, batch_size=None) as engine:
         batches = list(engine.generate(iter(prompts), lambda: False))
-        assert set(memory.devices()) == {torch.cuda.get_device_name(0)}  # over several, if there are
+        assert set(device.devices()) == {torch.cuda.get_device_name(0)}  # over several, if there are
     assert [len(batch.generations) for batch in batches] == [512, 88]
     peaks = [batch.peak_memory_bytes or 0 for batch in batches]
     assert 0 < peaks[1] < peaks[0] < 2**30

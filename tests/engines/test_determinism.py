@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from batchgen import Host, Recipe, run
-from batchgen.decoding import choose
-from batchgen.prompts import PromptReader
+from batchgen.generation.sampling import choose
+from batchgen.requests.prompts import PromptReader
 from batchgen.types import Prompt, Row, Shard
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 from tests.engines import runs
-from tests.models import Model
+from tests.tiny_models import Model
 
 COUNT = 36
 MOST_TOKENS = 24

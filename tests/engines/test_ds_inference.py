@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchgen.engine import EngineError, Setup, Stream, find, parse_options
+from batchgen.engine import EngineError, Setup, Stream
+from batchgen.engines import find, parse_options
 from batchgen.models import cache_folder, prepare_default
 from batchgen.types import UserError
 from batchgen.world import World
-from tests import models
-from tests.engines import engine_rank, zero_matrix
+from tests import tiny_models as models
+from tests.engines import engine_rank
+from tests.engines.ds_zero import zero_matrix
 from tests.engines.runs import OUT_OF_MEMORY, altered, command, ended_by, rows, run, texts, texts_alone
 
 SETS = (1, 7, 50)
@@ -89,7 +91,7 @@ APART = """
 import os
 if os.environ.get("RANK") == "1":
     import time
-    from batchgen import schedule
+    from batchgen.runs import schedule
     from batchgen.tensor_parallel import share
     bring, open_rows = share.bring, schedule.open_rows
     def slowly(*arguments, **options):

@@ -10,26 +10,28 @@ from typing import Any
 
 import pytest
 
-from batchgen import engine, engines
 from batchgen.engine import Engine, EngineError, Stream
+from batchgen.engines import __path__, _typed, parse_options, settings_of
+from batchgen.engines import find as find_engine
+from batchgen.engines import names as engine_names
 from batchgen.world import World
 
-FILES = sorted(path.stem for path in Path(next(iter(engines.__path__))).glob("*.py") if path.stem != "__init__")
+FILES = sorted(path.stem for path in Path(next(iter(__path__))).glob("*.py") if path.stem != "__init__")
 
 
 @pytest.fixture(params=[name.replace("_", "-") for name in FILES])
 def kind(request: pytest.FixtureRequest) -> type[Engine]:
-    return engine.find(request.param)
+    return find_engine(request.param)
 
 
 def test_names_are_the_file_names_with_dashes() -> None:
-    assert engine.names() == sorted(name.replace("_", "-") for name in FILES)
-    assert {"accelerate", "echo"} <= set(engine.names())
+    assert engine_names() == sorted(name.replace("_", "-") for name in FILES)
+    assert {"accelerate", "echo"} <= set(engine_names())
 
 
 def test_unknown_engine_lists_those_there_are() -> None:
     with pytest.raises(EngineError, match=r"there is no engine 'magic'. Engines: .*accelerate.*echo"):
-        engine.find("magic")
+        find_engine("magic")
 
 
 def test_nothing_is_left_to_implement(kind: type[Engine]) -> None:
@@ -39,7 +41,7 @@ def test_nothing_is_left_to_implement(kind: type[Engine]) -> None:
 
 
 def test_options_are_a_frozen_dataclass_with_a_default_for_each(kind: type[Engine]) -> None:
-    options = engine.parse_options(kind, [])
+    options = parse_options(kind, [])
     assert type(options) is kind.Options
     for setting in dataclasses.fields(options):
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -47,9 +49,9 @@ def test_options_are_a_frozen_dataclass_with_a_default_for_each(kind: type[Engin
 
 
 def test_defaults_can_be_given_as_text(kind: type[Engine]) -> None:
-    defaults = engine.parse_options(kind, [])
-    written = [f"{name}={value}" for name, value in engine.settings_of(defaults).items()]
-    assert engine.parse_options(kind, written) == defaults
+    defaults = parse_options(kind, [])
+    written = [f"{name}={value}" for name, value in settings_of(defaults).items()]
+    assert parse_options(kind, written) == defaults
 
 
 def test_settings_are_of_types_that_can_be_parsed(kind: type[Engine]) -> None:
@@ -60,7 +62,7 @@ def test_settings_are_of_types_that_can_be_parsed(kind: type[Engine]) -> None:
         else:
             values = {texts[part]: part(texts[part]) for part in parts_of(annotation)}
         for text, value in values.items():
-            assert engine._typed(name, text, annotation) == value
+            assert _typed(name, text, annotation) == value
 
 
 def parts_of(annotation: Any) -> list[Any]:
@@ -70,13 +72,13 @@ def parts_of(annotation: Any) -> list[Any]:
 def test_unknown_setting_lists_the_known_ones(kind: type[Engine]) -> None:
     known = ", ".join(setting.name for setting in dataclasses.fields(kind.Options)) or "none"
     with pytest.raises(EngineError) as raised:
-        engine.parse_options(kind, ["no_such=1"])
+        parse_options(kind, ["no_such=1"])
     assert str(raised.value) == f"this engine has no setting 'no_such'. Its settings: {known}"
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_streams_cover_the_world_and_each_has_one_writer(kind: type[Engine], size: int) -> None:
-    options = engine.parse_options(kind, [])
+    options = parse_options(kind, [])
     worlds = [World(rank, rank, size, size) for rank in range(size)]
     streams: list[Stream] = [kind.stream(world, options) for world in worlds]
     [count] = {stream.count for stream in streams}
@@ -118,7 +120,7 @@ class Settled(Engine):
     ],
 )
 def test_setting_is_typed_by_its_annotation(setting: str, value: object) -> None:
-    found = getattr(engine.parse_options(Settled, [setting]), setting.partition("=")[0])
+    found = getattr(parse_options(Settled, [setting]), setting.partition("=")[0])
     assert (found, type(found)) == (value, type(value))
 
 
@@ -135,7 +137,7 @@ def test_setting_is_typed_by_its_annotation(setting: str, value: object) -> None
 )
 def test_setting_of_the_wrong_type_says_what_it_must_be(setting: str, sentence: str) -> None:
     with pytest.raises(EngineError) as raised:
-        engine.parse_options(Settled, [setting])
+        parse_options(Settled, [setting])
     assert str(raised.value) == sentence
 
 

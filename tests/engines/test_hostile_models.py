@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from batchgen.definition.errors import ModelError
-from batchgen.hf import HfEncoder
+from batchgen.models.definition.errors import ModelError
+from batchgen.models.tokenizer import HfEncoder
 from tests.engines.hostile_models import WAYS
 from tests.engines.runs import ROOT
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from batchgen import Host, run
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 from tests.engines import runs
-from tests.models import PAD
+from tests.tiny_models import PAD
 
 CLEAN = [
     {"id": f"c{n}", "prompt": "abcd efgh "[: 1 + n % 10] * (1 + n % 7), "max_new_tokens": 6 + n} for n in range(12)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchgen.launch import GRACE_SECONDS
+from batchgen.runs.launcher import GRACE_SECONDS
 from tests.engines.runs import (
     ROOT,
     STUCK,

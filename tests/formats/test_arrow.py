@@ -10,7 +10,7 @@ import pyarrow.feather as feather
 import pytest
 
 from batchgen.formats import InputError
-from batchgen.input import Input
+from batchgen.formats.input import Input
 from batchgen.types import RowError
 
 ROWS = [{"id": str(n), "text": "word " * n} for n in range(50)]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from batchgen.batches import readable
 from batchgen.formats import Block, InputError, Scan, Source
+from batchgen.formats._record_batches import readable
 
 
 class Lying(Source):

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from batchgen.formats import InputError
-from batchgen.input import Input
+from batchgen.formats.input import Input
 
 
 def opened(path: Path) -> Input:

@@ -16,7 +16,7 @@ import pytest
 
 import batchgen.formats
 from batchgen.formats import InputError, Source, Value
-from batchgen.input import Input, find
+from batchgen.formats.input import Input, find
 from batchgen.types import Row, RowError
 
 Rows = Sequence[dict[str, object]]

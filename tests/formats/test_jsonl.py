@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.formats import InputError
+from batchgen.formats._json_files import other_kind, packing_of
+from batchgen.formats._json_lines import DEEPEST
+from batchgen.formats.input import Input
 from batchgen.formats.jsonl import WINDOW
-from batchgen.input import Input
-from batchgen.json_files import other_kind, packing_of
-from batchgen.objects import DEEPEST
 from batchgen.types import RowError
 
 Read = list[tuple[int, object]]  # line, and columns or the type of the error
@@ -167,7 +167,7 @@ def test_an_index_of_another_file(tmp_path: Path) -> None:
 def test_plain_files_need_no_pyarrow(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a":1}\n')
     code = (
-        "import sys; from pathlib import Path; from batchgen.input import Input; "
+        "import sys; from pathlib import Path; from batchgen.formats.input import Input; "
         "i = Input.open([sys.argv[1] + '/a.jsonl'], Path(sys.argv[1], 'cache'), scan=True); "
         "assert [row.value for row in i.rows([0])] == [{'a': 1}]; "
         "assert not {'pyarrow', 'datasets', 'numpy', 'torch'} & set(sys.modules)"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.formats import InputError
-from batchgen.input import Input
+from batchgen.formats.input import Input
 
 
 def opened(path: Path, scan: bool = True) -> Input:

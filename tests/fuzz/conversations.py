@@ -15,8 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchgen.prompts import PromptReader
-from batchgen.recipe import Recipe
+from batchgen.requests.prompts import PromptReader
+from batchgen.requests.recipe import Recipe
 from batchgen.types import Generation, Row, SamplingParams
 from tests.conversations import PARTS_ALONE, TOOL, Family, families, family, joined, parts, split
 

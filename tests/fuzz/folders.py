@@ -19,16 +19,17 @@ from typing import Any
 import torch
 import transformers
 
-from batchgen import engine, models, plan
-from batchgen.cards import card_of
-from batchgen.encoder import HfEncoder
+from batchgen import engines, models
 from batchgen.engine import Setup
-from batchgen.prompts import PromptReader
-from batchgen.recipe import Recipe
+from batchgen.models.tokenizer import HfEncoder
+from batchgen.planning import forecast
+from batchgen.planning.hardware import card_of
+from batchgen.requests.prompts import PromptReader
+from batchgen.requests.recipe import Recipe
 from batchgen.types import Prompt, Row, SamplingParams, UserError
 from batchgen.world import World
-from tests import models as tiny
 from tests import mutations
+from tests import tiny_models as tiny
 
 _WORDS = "Name 3 colours of THE rainbow quickly"
 _ROWS: list[dict[str, Any]] = [
@@ -234,13 +235,13 @@ def _read_rows(encoder: HfEncoder) -> list[Prompt]:
 
 
 def _forecast(encoder: HfEncoder) -> None:
-    model = plan.Model.of(encoder.config, torch.bfloat16)
-    plan.forecasts(model, plan.Work([(20, 4), (9, 4)], 2), plan.Node(card_of("A100-80", None), 2), {})
+    model = forecast.Model.of(encoder.config, torch.bfloat16)
+    forecast.forecasts(model, forecast.Work([(20, 4), (9, 4)], 2), forecast.Node(card_of("A100-80", None), 2), {})
 
 
 def _generate(name: str, place: Path, prompts: list[Prompt]) -> str:
     """A real load, and a generation of those prompts: each is in one batch."""
-    kind = engine.find(name)
+    kind = engines.find(name)
     setup = Setup(str(place), "auto", 2, World(size=1, local_size=1), cache=str(place.parent / "cache"))
     with kind(setup, kind.Options()) as made:
         batches = list(made.generate(iter(prompts), lambda: False))

@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.flow import Host, MergeError, OutputFormat, run
-from batchgen.output import ErrorFormat
-from batchgen.recipe import Recipe
+from batchgen.requests.output import ErrorFormat
+from batchgen.requests.recipe import Recipe
+from batchgen.runs.flow import Host, MergeError, OutputFormat, run
 from batchgen.types import SamplingParams, UserError
 from tests import mutations
 from tests.commands.starts import ENVIRONMENT

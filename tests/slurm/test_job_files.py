@@ -31,9 +31,9 @@ def test_the_page_says_which_one() -> None:
 
 
 def test_every_engine_has_a_file() -> None:
-    from batchgen import engine
+    from batchgen import engines
 
-    assert set(engine.names()) <= FILES.keys()
+    assert set(engines.names()) <= FILES.keys()
 
 
 def edited(text: str, values: dict[str, str]) -> str:

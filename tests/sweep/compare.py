@@ -12,11 +12,13 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from batchgen import choice, engine, loading
-from batchgen.cards import Machine
-from batchgen.encoder import HfEncoder
 from batchgen.engine import Setup
-from batchgen.stopping import generation
+from batchgen.engines import find as find_engine
+from batchgen.generation.stopping import generation
+from batchgen.models import loading
+from batchgen.models.tokenizer import HfEncoder
+from batchgen.planning import auto
+from batchgen.planning.hardware import Machine
 from batchgen.types import Generation, Prompt, SamplingParams, UserError
 from batchgen.world import World
 from tests.sweep.kinds import build
@@ -136,7 +138,7 @@ def alone(model: Any, prompts: Sequence[Prompt], encoder: HfEncoder) -> Texts:
 
 def compare(name: str, folder: Path, expected: Texts | None) -> Outcome:
     """What becomes of the model in `folder` with the engine of that name, the self-test included."""
-    kind = engine.find(name)
+    kind = find_engine(name)
     try:
         with kind(Setup(str(folder), "float32", None, World()), kind.Options()) as made:
             batches = list(made.generate(iter(rows()), lambda: False))
@@ -176,7 +178,7 @@ def choose(folder: Path) -> str:
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in rows()]
     try:
         drawn = lengths, len(lengths)
-        return choice.automatic(folder, "float32", (), lambda encoder: drawn, Machine.here(1), ranks=1).name
+        return auto.automatic(folder, "float32", (), lambda encoder: drawn, Machine.here(1), ranks=1).name
     except Exception as error:
         return _one_line(error)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 
-from batchgen import architectures
+from batchgen.models import architectures
 from tests.sweep.compare import ENGINES, Outcome, Swept
 from tests.sweep.kinds import SEEING, make_config
 

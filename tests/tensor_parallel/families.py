@@ -19,9 +19,8 @@ import torch.distributed as dist
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from batchgen import ranks
 from batchgen.engine import EngineError
-from batchgen.tensor_parallel import check_split, split
+from batchgen.tensor_parallel import check_split, process_group, split
 
 _SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
 _LLAMA_LIKE = {**_SIZES, "num_key_value_heads": 4, "intermediate_size": 128, "initializer_range": 0.3}
@@ -103,7 +102,7 @@ def main(kinds: list[str]) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     dist.init_process_group("gloo")
-    ranks.without_shared_memory()
+    process_group.without_shared_memory()
     found = {kind: compared(kind) for kind in kinds or SHAPES}
     if dist.get_rank() == 0:
         sys.stdout.write(f"\n{json.dumps(found)}\n")

@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from batchgen import presplit, ranks
 from batchgen.engine import EngineError
-from batchgen.int8 import Int8Weight
-from batchgen.models import ModelError, ResolvedModel, resolve
-from batchgen.tensor_parallel import bring, make, mapped, read, split
+from batchgen.models import ModelError, ResolvedModel, resolve, split_folder
+from batchgen.models.int8 import Int8Weight
+from batchgen.tensor_parallel import bring, make, mapped, process_group, read, split
 from batchgen.tensor_parallel.weights import stored_dtype
-from tests import models
+from tests import tiny_models as models
 
 CPU = torch.device("cpu")
 
@@ -43,7 +42,7 @@ def test_a_share_is_all_that_is_read_or_held(large: Path) -> None:
     # What loading and splitting import and allocate for good is there before the measurement.
     for measured in (False, True):
         before = resident()
-        with ranks.pretending(1, 4):
+        with process_group.pretending(1, 4):
             model = mapped(str(large), None)
             whole = size(model)
             group = torch.distributed.group.WORLD
@@ -99,10 +98,10 @@ def test_files_by_rank_hold_the_same_shares_and_name_their_origin(large: Path, t
     out = make(resolved(large), tmp_path / "parts", 2, "bfloat16", said.append)
     assert [line.partition(":")[0] for line in said] == ["rank 0 of 2", "rank 1 of 2"]
     assert resolved(out).revision == resolved(large).revision
-    found = presplit.read(out)
+    found = split_folder.read(out)
     assert found is not None
     for rank in range(2):
-        with ranks.pretending(rank, 2):
+        with process_group.pretending(rank, 2):
             group = torch.distributed.group.WORLD
             assert group is not None
             model = mapped(str(large), None)
@@ -123,19 +122,19 @@ def test_files_by_rank_hold_the_same_shares_and_name_their_origin(large: Path, t
 
 def test_broken_files_by_rank_are_sentences(tiny_bloom: Path, tmp_path: Path) -> None:
     out = make(resolved(tiny_bloom), tmp_path / "parts", 2, "float32", lambda sentence: None)
-    found = presplit.read(out)
+    found = split_folder.read(out)
     assert found is not None
     [name] = found.files[0]
     tensors = load_file(out / name)
     tensors["transformer.word_embeddings.weight"] = tensors["transformer.word_embeddings.weight"][:-1].clone()
     save_file(tensors, out / name)
-    with ranks.pretending(0, 2):
+    with process_group.pretending(0, 2):
         group = torch.distributed.group.WORLD
         assert group is not None
         with pytest.raises(EngineError, match=r"does not fit the model: .*weight is \[.*split the model again"):
             read(out, found, group, CPU, None)
     (out / name).write_bytes(b"nothing")
-    with ranks.pretending(0, 2):
+    with process_group.pretending(0, 2):
         group = torch.distributed.group.WORLD
         assert group is not None
         with pytest.raises(EngineError, match="cannot be read"):
@@ -143,7 +142,7 @@ def test_broken_files_by_rank_are_sentences(tiny_bloom: Path, tmp_path: Path) ->
     (out / name).unlink()
     with pytest.raises(ModelError, match=f"is not whole: {name} is missing"):
         resolved(out)
-    (out / presplit.NAME).write_text(json.dumps({"ranks": 2}))
+    (out / split_folder.NAME).write_text(json.dumps({"ranks": 2}))
     with pytest.raises(ModelError, match=r"split\.json cannot be read"):
         resolved(out)
 

@@ -1,0 +1,300 @@
+"""Engine `ds-zero`: DeepSpeed ZeRO stage 3. The weights are sharded over all ranks, and every rank is a stream.
+
+Each forward gathers the weights layer by layer (`gather`; from NVMe DeepSpeed does), so all ranks must call forward
+equally often, and that is all they must do together. Before each forward they add up two flags (`_agree`): who has
+work, and whether one has been asked to stop. A rank without work takes part with a token of its own making until nobody
+has any; a rank that finishes a batch begins its next one while the others are in the middle of theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from batchgen import device
+from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
+from batchgen.engines.ds_zero import bandwidth, checks, deepspeed_config, extensions, gather, offload, swap
+from batchgen.engines.ds_zero.gather import Gathered
+from batchgen.engines.ds_zero.quantization import check_quantization, quantization_section, quantized
+from batchgen.generation.static_batches import StaticBatches
+from batchgen.models import architectures, loading
+from batchgen.models.parameters import Parameters, list_parameters
+from batchgen.models.tokenizer import HfEncoder
+from batchgen.tensor_parallel import process_group
+from batchgen.types import Batch, Prompt
+
+logger = logging.getLogger(__name__)
+
+_MOST_ROWS = 8192  # of a batch with offload: an H100 computes as long as 54 GB/s bring weights at about 10,000 rows
+
+
+class _Stopped(Exception):
+    """All ranks have seen, before the same forward, that one of them is to stop."""
+
+
+class DsZero(Engine):
+    """A share of the weights and a stream of its own on every rank."""
+
+    calls_together = True
+    needed_packages = ("deepspeed", "accelerate")
+    pace = Pace(layer_seconds=0.00062, shared_layer_seconds=0.0011)  # H100s and H200s, one to four
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of engine `ds-zero`. Sizes are DeepSpeed's, in elements; given one, DeepSpeed itself gathers."""
+
+        config: str | None = None  # a DeepSpeed JSON file; what it says wins over everything here
+        offload: str | None = None  # where the weights wait for their layer: cpu, or nvme=FOLDER; None: on the GPUs
+        pin_memory: bool = True  # of offloaded weights: faster copies, memory that cannot be swapped
+        reduce_bucket_size: int | None = None  # None: hidden size squared, as in the seed's scripts
+        prefetch_bucket_size: int | None = None  # None: a layer; without whole_layers 0.9 x hidden size squared
+        param_persistence_threshold: int | None = None  # smaller ones stay whole on every rank; None: none do
+        whole_layers: bool = True  # gather a decoder layer at once; false: DeepSpeed each part when its turn comes
+        max_live_parameters: int | None = None  # gathered at a time; None: three layers and what is tied
+        max_reuse_distance: int | None = None  # until its next use a parameter stays; None: any
+        weight_bits: int | None = None  # 8 or 4: the weights are rounded to so many bits, which changes the text
+        weight_group: int = 64  # weights that share a scale
+        attn_implementation: str | None = None  # None: Transformers' choice
+        timeout_seconds: float = 600.0  # without an answer from a rank, its peers end
+
+        @property
+        def by_deepspeed(self) -> bool:
+            """Whether DeepSpeed itself brings weights together: one of its settings asks for it, or it alone can."""
+            given = (self.config, self.weight_bits, self.reduce_bucket_size, self.prefetch_bucket_size)
+            more = (self.param_persistence_threshold, self.max_live_parameters, self.max_reuse_distance)
+            nvme = (self.offload or "").startswith("nvme")
+            return nvme or not self.whole_layers or any(one is not None for one in (*given, *more))
+
+        def __post_init__(self) -> None:
+            kind, _, folder = (self.offload or "cpu").partition("=")
+            if kind not in ("cpu", "nvme") or (kind == "nvme") != bool(folder):
+                raise EngineError(f"offload={self.offload}: must be cpu, or nvme=FOLDER")
+            if self.weight_bits not in (None, 4, 8):
+                raise EngineError(f"weight_bits={self.weight_bits}: must be 4 or 8")
+
+    @classmethod
+    def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
+        if architectures.why_not_sharded(config):
+            return []
+        size, shared, gathered = weights.read_bytes, weights.shared_bytes, deepspeed_config.gathered_bytes(weights)
+        held = Placement((), gpus, gpus, device=size)
+        if gpus > 1:
+            part = -(-shared // gpus)
+            held = Placement((), gpus, gpus, device=part, gathered=gathered, moved=shared - part, path="gpus")
+        away = Placement(("offload=cpu",), gpus, gpus, 0, gathered, moved=shared // gpus, most_rows=_MOST_ROWS)
+        host = replace(away, host=shared, path="host")
+        files = weights.shard_bytes(gpus) * gpus
+        disk = replace(away, settings=("offload=nvme=FOLDER",), disk=files, moved=size // gpus, path="disk")
+        return [held, host, disk]
+
+    @classmethod
+    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
+        super().check(setup, encoder, options)
+        kind, _, folder = (options.offload or "").partition("=")
+        if kind == "nvme":
+            checks.check_folder(Path(folder))
+        if options.config is not None:
+            deepspeed_config.user_configuration(options.config)
+
+    @classmethod
+    def encoder(cls, model: str) -> Encoder:
+        return HfEncoder(model)
+
+    def __init__(self, setup: Setup, options: Options) -> None:
+        self._encoder = HfEncoder(setup.model)
+        if why := architectures.why_not_sharded(self._encoder.config):
+            raise EngineError(why)
+        loading.check_weights(setup.model)
+        loading.prepare_transformers()
+        self._device = process_group.join(setup.world, options.timeout_seconds)
+        # NCCL would make the CPU wait for the GPU at every step; these flags are for the CPUs alone.
+        self._flags = dist.new_group(backend="gloo", timeout=process_group.timeout(options.timeout_seconds))
+        self._swap: swap.SwapFolder | None = None
+        self._bandwidth: float | None = None  # bytes/s of the path that weights come over; None: no offload
+        self._weight_bytes = self._gathered_bytes = 0  # that come over it in a step; that a forward takes for weights
+        self._gathered: Gathered | None = None
+        self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
+        self._by_layers = not options.by_deepspeed and (self._whole_model or gather.lists_layers(self._encoder.config))
+        try:
+            self._model = self._load(setup, options)
+        except BaseException:
+            self.close()
+            raise
+        self._batches: StaticBatches | None = StaticBatches(
+            self._model,
+            self._encoder,
+            device=self._device,
+            batch_size=setup.batch_size,
+            check=setup.selftest,
+            local_size=setup.world.local_size,
+            count=self._count,
+            # A rank waits for its peers in `_agree`, not inside `generate`.
+            generate_kwargs={"synced_gpus": False},
+            limits=setup.limits,
+            reserve=True,
+            kept_free=self._gathered_bytes,
+            # A step takes as long as the weights need to come over: until computing takes as long, more rows are free.
+            most_rows=_MOST_ROWS if options.offload else None,
+        )
+        self.patience, self._idle = options.timeout_seconds, False
+        self._stop: Callable[[], bool] = lambda: False
+        self._model.register_forward_pre_hook(self._before_forward, prepend=True)
+        if not (self._whole_model and self._by_layers):  # which only makes the batch smaller
+            self._model.forward = gather.fatal_if_out_of_memory(self._model.forward)
+
+    def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        if self._batches is None:
+            raise EngineError("this engine is closed")
+        self._stop = stop
+        try:
+            # Never by the local answer alone: `_before_forward` ends all ranks at the same forward.
+            begun, steps = time.perf_counter(), self.steps
+            for batch in self._batches.run(prompts, lambda: False):
+                if self._bandwidth is not None and self.steps > steps:
+                    step = (time.perf_counter() - begun) / (self.steps - steps)
+                    share = bandwidth.share_of_bound(step, self._weight_bytes, self._bandwidth)
+                    batch = replace(batch, share_of_bound=round(share, 3))
+                yield batch
+                begun, steps = time.perf_counter(), self.steps
+            while self._agree(works=False):
+                self._forward_for_the_others()
+        except _Stopped:
+            return
+
+    def any_rank(self, flag: bool) -> bool:
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, group=self._flags)
+        return bool(flags.item())
+
+    def abandon(self) -> None:
+        process_group.abandon()
+
+    def close(self) -> None:
+        if self._gathered is not None:
+            self._gathered.close()
+        self._batches = self._model = self._gathered = None
+        device.release()
+        process_group.leave()
+        if self._swap is not None:
+            self._swap.close()
+
+    def _load(self, setup: Setup, options: Options) -> Any:
+        import deepspeed
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
+        config = self._configuration(setup, options, dtype)
+        # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
+        _alive = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
+        model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
+        layers = gather.layers(model)
+        if self._by_layers and (layers or self._whole_model):
+            host, pinned = options.offload is not None, options.pin_memory
+            self._gathered = Gathered(model, layers, self._device, host=host, pinned=pinned)
+            self._gathered_bytes = 0  # its buffers are there already
+            return model
+        if options.whole_layers and layers:
+            deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        deepspeed_config.forward_only(engine)
+        return engine.module.eval()
+
+    def _configuration(self, setup: Setup, options: Options, dtype: torch.dtype) -> dict[str, Any]:
+        """DeepSpeed's configuration: sizes for this model, the user's settings, and the user's file over all."""
+        weights = list_parameters(self._encoder.config, dtype)
+        sections: dict[str, Any] = {}
+        if options.weight_bits is not None:
+            bits: Literal[4, 8] = 4 if options.weight_bits == 4 else 8
+            check_quantization(Path(setup.model), weights, bits, options.weight_group)
+            sections["weight_quantization"] = quantization_section(bits, options.weight_group)
+            weights = quantized(weights, bits, options.weight_group)
+        self._gathered_bytes = 0 if self._whole_model else deepspeed_config.gathered_bytes(weights)
+        hidden = self._encoder.config.get_text_config().hidden_size
+        layers, whole = options.whole_layers, self._whole_model
+        sizes = deepspeed_config.bucket_sizes(weights, hidden, whole_layers=layers, whole_model=whole)
+        given = {name: getattr(options, name.removeprefix("stage3_")) for name in sizes}
+        sizes |= {name: size for name, size in given.items() if size is not None}
+        config = deepspeed_config.configuration(setup.world.size, dtype, sizes) | sections
+        if options.offload is not None:
+            plan = self._plan_offload(setup, options, weights)
+            config["zero_optimization"]["offload_param"] = plan.offload_param
+            config |= {"aio": plan.aio} if plan.aio else {}
+        if options.config is not None:
+            config = deepspeed_config.merged(config, deepspeed_config.user_configuration(options.config))
+        # An autograd function in place of every matrix product, a quarter of a small step; it reads quantised weights.
+        config["zero_optimization"]["memory_efficient_linear"] = "weight_quantization" in config
+        return config
+
+    def _plan_offload(self, setup: Setup, options: Options, weights: Parameters) -> offload.Offload:
+        """Where the weights will wait, once it is checked that they can; says how fast they can come from there.
+
+        Raises:
+            EngineError: they cannot; the message says why and what to do.
+        """
+        world, (kind, _, name) = setup.world, (options.offload or "").partition("=")
+        if kind == "cpu":
+            pinned = options.pin_memory and torch.cuda.is_available() and not self._by_layers  # `Gathered` pins itself
+            plan = offload.cpu(weights, world.size, pin_memory=pinned)
+            checks.check_host_memory(plan, world.local_size)
+            self._bandwidth = bandwidth.copy_bandwidth(self._device, pinned=options.pin_memory)
+            self._weight_bytes = (weights.shared_bytes if self._by_layers else weights.read_bytes) // world.size
+        else:
+            folder = Path(name)
+            checks.check_folder(folder)
+            extensions.prepare(Path(setup.cache), logger.info)
+            self._swap = swap.SwapFolder(folder, setup.run, world.rank)
+            if world.local_rank == 0:
+                self._swap.clean()
+            self.any_rank(False)  # nobody writes before that is done
+            pinned, whole = options.pin_memory and torch.cuda.is_available(), options.whole_layers
+            path, room = self._swap.path, checks.lockable_bytes()
+            plan = offload.nvme(weights, world.size, path, pin_memory=pinned, whole_layers=whole, lockable_bytes=room)
+            checks.check_space(plan, folder, world.local_size)
+            checks.check_host_memory(plan, world.local_size)
+            checks.check_locked_memory(plan)
+            self._swap.open()
+            if world.local_rank == 0:
+                self._bandwidth = bandwidth.read_bandwidth(folder, block_bytes=plan.block_bytes)
+            # A host's ranks share its disk, and the slowest host counts.
+            self._bandwidth = process_group.least(self._bandwidth, self._flags)
+            self._weight_bytes = plan.read_bytes * world.local_size
+        if self._bandwidth and world.rank == 0:
+            said = "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch"
+            logger.info(said, self._bandwidth / 1e9, self._weight_bytes / self._bandwidth)
+        return plan
+
+    def _count(self, tokens: int) -> None:
+        self.generated_tokens += tokens
+
+    def _before_forward(self, module: Any, arguments: Any) -> None:
+        if not self._idle:
+            self._agree(works=True)
+
+    def _agree(self, works: bool) -> bool:
+        """Whether any rank has work, as all ranks see it before the forward that they are about to make together.
+
+        Raises:
+            _Stopped: one of them has been asked to stop: none makes that forward.
+        """
+        flags = torch.tensor([int(works), int(self._stop())])
+        dist.all_reduce(flags, group=self._flags)
+        self.steps += 1
+        if flags[1]:
+            raise _Stopped
+        return bool(flags[0])
+
+    def _forward_for_the_others(self) -> None:
+        token = torch.tensor([[self._encoder.pad_token]], device=self._device)
+        self._idle = True
+        try:
+            with torch.inference_mode():
+                self._model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+        finally:
+            self._idle = False

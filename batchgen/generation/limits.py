@@ -1,0 +1,44 @@
+"""How many rows a batch may have: an estimate before it, and what an out-of-memory error has taught."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_MOST_ROWS = 512
+_MOST_ROWS_ON_CPU = 32  # beyond this a CPU gains nothing, and one batch would take minutes to commit
+_SHARE = 0.8  # of free memory; the rest is for fragmentation and what the estimate leaves out
+_BUCKET = 1.25  # lengths within this factor share a limit
+
+
+class SizeLimits:
+    """The most rows a batch may have, by its length in tokens (prompt and new ones), learnt from running out."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}  # lower edge of a bucket of lengths → rows
+
+    def remember(self, length: int, rows: int) -> None:
+        """From `length` tokens up, a batch has no more than `rows` rows; 0: not even one fits."""
+        edge = math.floor(_BUCKET ** math.floor(math.log(max(length, 1), _BUCKET)))
+        self._rows[edge] = min(rows, self._rows.get(edge, rows))
+
+    def most(self, length: int) -> int | None:
+        """Most rows of a batch of `length` tokens; None: nothing learnt.
+
+        A shorter batch may have more rows in proportion: the cache and the activations grow with rows x length.
+        """
+        known = ((edge, rows) for edge, rows in self._rows.items() if rows or length >= edge)
+        return min((max(rows, rows * edge // max(length, 1)) for edge, rows in known), default=None)
+
+
+def rows_that_fit(free: int, row: int, device: torch.device, most: int | None = None) -> int:
+    """Rows of `row` bytes that fit into `free` with room to spare, in eights from 8 up: 1 to `most`.
+
+    `most` is 512 unless given, and never more than 32 on a CPU.
+    """
+    most = _MOST_ROWS if most is None else most
+    if device.type == "cpu":
+        most = min(most, _MOST_ROWS_ON_CPU)
+    rows = max(1, min(most, int(free * _SHARE) // max(row, 1)))
+    return rows - rows % 8 if rows >= 8 else rows

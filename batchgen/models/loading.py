@@ -1,0 +1,289 @@
+"""A Transformers model from its folder: the checks, the sentences, and the loader's settings that engines share."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from transformers.integrations import sdpa_attention
+
+from batchgen import device
+from batchgen.engine import Died, EngineError
+from batchgen.models import architectures, split_folder
+from batchgen.models.definition.build import explain_shapes
+from batchgen.models.definition.errors import ModelError, one_line
+from batchgen.models.definition.model_config import read_config
+from batchgen.types import UserError
+from batchgen.world import World
+
+HOLLOW = "hollow.json"  # in the folder of a model whose weight files are empty: random numbers shall take their place
+
+_repeated = sdpa_attention.repeat_kv
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+# What the code of a model raises that it was not written for, and words of errors that are the machine's.
+_OF_CODE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+_OF_MACHINE = re.compile(r"gloo|nccl|cuda|cublas|cudnn|triton", re.IGNORECASE)
+
+FLOATING = ("float32", "bfloat16", "float16")
+
+
+def prepare_transformers() -> None:
+    """Keeps Transformers from writing what is no error, its progress bars from logs, and the heads of keys apart."""
+    sdpa_attention.repeat_kv = _repeated_whole
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    # Transformers 5.17 warns, wrongly, of a model whose first layer lies on a disk; 5.23 no longer does.
+    warnings.filterwarnings("ignore", r"You are calling \.generate\(\) with the `input_ids` being on", UserWarning)
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _repeated_whole(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """Keys or values [rows, heads, tokens, size] for `n_rep` times as many heads, each with memory of its own.
+
+    Of a single head, which is also what a rank has where a model is split into as many ranks as it has key/value heads,
+    Transformers makes views of the same memory. Given those, PyTorch's memory-efficient kernel reads the mask of a
+    block's only query wrong, at widths of 32 n + 1, and padded rows get another text:
+    https://github.com/pytorch/pytorch/issues/191937.
+    """
+    return _repeated(hidden_states, n_rep).contiguous()
+
+
+def read_head_once(model: Any) -> None:
+    """Has the head's weights read once for all rows of a prompt's last token, in a model that is not trained.
+
+    Those [rows, 1, hidden] are a view of [rows, tokens, hidden]. `torch.matmul` makes one product of such a view only
+    if the weights want gradients; else it makes one a row, and reads the weights for each: 249 of the 356 ms that 512
+    rows of BLOOM-7b1 took on an H200.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+
+
+def check_weights(model: str) -> None:
+    """Raises EngineError if the folder `model` holds no weights, or weights that are split by rank."""
+    if (split := split_folder.read(Path(model))) is not None:
+        raise EngineError(
+            f"{model} is split over {split.ranks} ranks, which only ds-inference and paged read, with --tp "
+            f"{split.ranks}; give the model it was made from, {split.model}"
+        )
+    if not any(file for pattern in _WEIGHTS for file in Path(model).glob(pattern)):
+        raise EngineError(
+            f"{model} holds a config but no weights ({' or '.join(_WEIGHTS)}); copy or download the model again"
+        )
+
+
+def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> Any:
+    """The model in folder `model`, in eval mode. `arguments` go to `from_pretrained`; those that are None do not.
+
+    A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs. A hollow
+    model's weights are made here, unless they are not wanted `filled` yet.
+
+    Raises:
+        EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
+        Died: another rank has gone, where ranks load together.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    try:
+        loaded, report = architectures.auto_class(read_config(model)).from_pretrained(
+            model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
+        )
+    except (UserError, Died):
+        raise
+    except UnpicklingError as error:
+        raise refused_pickle(Path(model)) from error
+    except Exception as error:  # hundreds of architectures read damaged files, and each raises what it likes
+        if device.is_out_of_memory(error):
+            raise EngineError(
+                f"the model in {model} does not fit into memory; use a smaller --dtype or more GPUs"
+            ) from error
+        # Where ranks load together, one may be gone; NCCL's errors have a type, gloo's have not.
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if lost and isinstance(error, RuntimeError):  # an OSError names files
+            raise Died(f"another rank has gone while the ranks loaded together: {error}") from error
+        why = explain_shapes(Path(model), error) or one_line(error)
+        raise ModelError(f"the model in {model} cannot be loaded: {why}") from error
+    _check_report(model, loaded.config, report)
+    if filled and (spread := hollow(Path(model))) is not None:
+        for name, parameter in loaded.named_parameters():
+            fill(name, parameter, spread)
+    return loaded.eval()
+
+
+@contextmanager
+def refuse_model(config: Any) -> Iterator[None]:
+    """Turns an error of the model's own code, in the first batch that it generates, into a ModelError.
+
+    The next start would meet it again. Out of memory, a GPU that fails and ranks that are lost are no fault of the
+    model, and leave as they are.
+    """
+    try:
+        yield
+    except _OF_CODE as error:
+        lost = isinstance(error, torch.distributed.DistError) or _OF_MACHINE.search(str(error))
+        if lost or device.is_out_of_memory(error):
+            raise
+        name = type(error).__name__
+        raise ModelError(
+            f"Transformers cannot generate with the model in {config.name_or_path} ({config.model_type}): {name}: "
+            f"{one_line(error).removeprefix(f'{name}: ')}. Choose another model"
+        ) from error
+
+
+def _check_report(model: str, config: Any, report: Mapping[str, Any]) -> None:
+    """Raises ModelError if the files lack weights of the model, or hold more layers than its config says."""
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"the weights in {model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
+            "copy or download the model again"
+        )
+    text = config.get_text_config()
+    # Layers behind the last, which guess several tokens at once, are left out by design.
+    layers = text.num_hidden_layers + (getattr(text, "num_nextn_predict_layers", None) or 0)
+    beyond = [name for name in sorted(report["unexpected_keys"]) if _layer_of(name) >= layers]
+    if beyond:
+        raise ModelError(
+            f"the weights in {model} hold more layers than its config.json says: {beyond[0]} (one of {len(beyond)}) "
+            f"has no place among num_hidden_layers {text.num_hidden_layers}; take the config.json that belongs to them"
+        )
+
+
+def _layer_of(name: str) -> int:
+    """The number of the layer that a weight is of, from 0; -1: of none."""
+    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
+    return int(found[1]) if found else -1
+
+
+def refused_pickle(folder: Path) -> ModelError:
+    """Of torch's own words about such a file, the advice to load it all the same is left out."""
+    return ModelError(
+        f"the model in {folder} cannot be loaded: its pytorch_model*.bin holds more than tensors, or is damaged. Such "
+        "a file can run code as it is read, so this one is not; take a model with safetensors"
+    )
+
+
+def hollow(folder: Path) -> float | None:
+    """The standard deviation of the random weights that the model in `folder` shall get; None: it has its own."""
+    path = folder / HOLLOW
+    return float(json.loads(path.read_text(encoding="utf-8"))["standard_deviation"]) if path.exists() else None
+
+
+def fill(name: str, parameter: torch.Tensor, spread: float) -> None:
+    """Random numbers into a parameter of that name, in place: as large as a new model's, 1 for a norm, 0 for a bias.
+
+    A shard of ZeRO is filled where it lies; one that waits on a disk stays zeros, and its text means nothing at all.
+    """
+    values = getattr(parameter, "ds_tensor", parameter).data
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if values.device.type == "meta" or values.numel() == 0:
+        return
+    if not values.is_floating_point():
+        _fill_rounded(parameter, values, spread)
+    elif len(shape) > 1:
+        # What waits in host memory comes from the GPU: of one core, seven billion numbers take half a minute.
+        if values.device.type == "cpu" and torch.cuda.is_available():
+            values.copy_(torch.empty_like(values, device="cuda").normal_(0.0, spread))
+        else:
+            values.normal_(0.0, spread)
+    else:
+        values.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _fill_rounded(parameter: Any, values: torch.Tensor, spread: float) -> None:
+    """The same into a weight that bitsandbytes has rounded: any numbers, with scales that give them that spread."""
+    if getattr(parameter, "SCB", None) is not None:  # 8 bits: the largest number of a row stands for its scale
+        values.random_(-127, 128)
+        parameter.SCB.fill_(spread * 3**0.5)
+    elif getattr(parameter, "quant_state", None) is not None:  # 4 bits, two of them a byte: places in a table
+        values.random_(0, 256)
+        parameter.quant_state.absmax.fill_(spread / parameter.quant_state.code.std())
+
+
+def own_dtype(config: Any) -> torch.dtype:
+    """The type that a model's config names; float32 if it names none."""
+    dtype: torch.dtype = config.get_text_config().dtype or torch.float32
+    return dtype
+
+
+def automatic_dtype(config: Any, *, on_gpu: bool | None = None) -> torch.dtype:
+    """What `--dtype auto` is: on a GPU the config's own type, on a CPU float32 if this one is slow in the other.
+
+    Args:
+        on_gpu: the model will be; None: if there is one here.
+    """
+    own = own_dtype(config)
+    if on_gpu is None:
+        on_gpu = torch.cuda.is_available() and torch.cuda.device_count() > 0
+    if on_gpu or own not in (torch.bfloat16, torch.float16) or device.is_fast_in(own):
+        return own
+    return torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As `--dtype` takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def floating_dtype(name: str, config: Any, *, on_gpu: bool | None = None) -> torch.dtype:
+    """The torch type of `--dtype`, where only those with a point will do.
+
+    Args:
+        on_gpu: as `automatic_dtype` takes it.
+
+    Raises:
+        EngineError: it is a quantised one.
+    """
+    if name == "auto":
+        return automatic_dtype(config, on_gpu=on_gpu)
+    if name not in FLOATING:
+        raise EngineError(f"this engine has no dtype {name}; choose auto, {', '.join(FLOATING)}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def device_of(world: World) -> torch.device:
+    """Where this rank computes: its own GPU; where there is none, the CPU, whose cores the ranks of a host share.
+
+    Raises:
+        EngineError: there are fewer GPUs than ranks.
+    """
+    if torch.cuda.is_available() and torch.cuda.device_count():
+        return torch.device("cuda", gpu_of(world))
+    if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, device.cores() // world.local_size))
+    return torch.device("cpu")
+
+
+def gpu_of(world: World) -> int:
+    """The number of this rank's GPU. Where the launcher shows each rank a GPU of its own, that one is number 0 for all.
+
+    Raises:
+        EngineError: there are fewer GPUs than ranks.
+    """
+    own = torch.cuda.device_count() == 1 and "BATCHGEN_STARTER" not in os.environ  # `--ranks` shows all to all
+    index = 0 if own else world.local_rank
+    check_gpu(index, f"local rank {world.local_rank}")
+    return index
+
+
+def check_gpu(index: int, who: str) -> None:
+    """Raises EngineError if there is no GPU of that number; `who` asked for it."""
+    if not torch.cuda.is_available():
+        raise EngineError(
+            f"{who} asks for a GPU, but torch {torch.__version__} sees none here; check the driver, or leave it out"
+        )
+    if index >= torch.cuda.device_count():
+        raise EngineError(f"{who} asks for GPU {index}, but there are only {torch.cuda.device_count()}, counted from 0")

@@ -1,0 +1,228 @@
+"""Which engine a run uses: the one that was named, or `auto`: the one that is forecast to be the fastest.
+
+One process chooses, from what does not change from one start to the next: the model's config, a sample of the input's
+lengths, the kind and number of GPUs. The choice is recorded with the attempt, and the other ranks read it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from batchgen.engine import Encoder, Engine, EngineError
+from batchgen.engines import find as find_engine
+from batchgen.engines import names as engine_names
+from batchgen.engines import parse_options, settings_of
+from batchgen.models import split_folder
+from batchgen.packages import is_installed
+
+if TYPE_CHECKING:
+    from batchgen.planning.forecast import Forecast, Model, Work
+    from batchgen.planning.hardware import Machine
+
+AUTO = "auto"
+
+# The lengths of an input's rows, in prompt and new tokens, or of a sample of them; and how many these stand for.
+Lengths = Callable[[Encoder], tuple[Sequence[tuple[int, int]], int]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine and its settings."""
+
+    name: str
+    kind: type[Engine]
+    options: Any = field(repr=False)
+    why: str = ""  # it was chosen; "" if it was named
+
+    def __str__(self) -> str:
+        """As it could have been typed."""
+        usual = self.kind.Options()
+        given = settings_of(self.options).items()
+        changed = [f"--set {name}={value}" for name, value in given if value != getattr(usual, name)]
+        return " ".join([self.name, *changed])
+
+
+def named(name: str, settings: Sequence[str]) -> Choice:
+    """The engine that was asked for.
+
+    Raises:
+        EngineError: there is none of that name, or it has no such setting.
+    """
+    kind = find_engine(name)
+    return Choice(name, kind, parse_options(kind, settings))
+
+
+def recorded(facts: Mapping[str, Any]) -> Choice:
+    """What the process that began the attempt has chosen, from what it has recorded."""
+    kind = find_engine(str(facts["engine"]))
+    return Choice(str(facts["engine"]), kind, kind.Options(**facts["settings"]), str(facts["engine_reason"]))
+
+
+def automatic(
+    model: Path,
+    dtype: str,
+    settings: Sequence[str],
+    lengths: Lengths,
+    machine: Machine,
+    ranks: int,
+    hosts: int = 1,
+) -> Choice:
+    """The engine that is forecast to be the fastest of those that fit. An engine that needs no model is none of them.
+
+    Args:
+        model: its folder.
+        settings: `name=value`, which leave the engines that know all of these names.
+        machine: each of the hosts.
+        ranks: that will take part, on all hosts together.
+
+    Raises:
+        EngineError: none fits, or none knows the settings; the message says why of each, and what to do.
+    """
+    split = split_folder.read(model)
+    if split is not None and "tp" not in _names(settings):
+        settings = [f"tp={split.ranks}", *settings]
+    kinds = {name: kind for name in engine_names() if (kind := find_engine(name)).needs_model}
+    out = {name: why for name, kind in kinds.items() if (why := _why_not(kind, split is not None, dtype, settings))}
+    if len(out) == len(kinds):
+        raise EngineError(
+            f"no engine can do this: {_grouped(out)}. Change the settings or --dtype; "
+            "with an --engine, a wrong setting lists those it has"
+        )
+    left = {name: kind for name, kind in kinds.items() if name not in out}
+    first, kind = next(iter(left.items()))
+    if len(left) == 1:
+        return Choice(first, kind, parse_options(kind, settings), f"the only one left ({_grouped(out)})")
+    search = _Search(kind.encoder(str(model)), dtype, settings, list(left), machine, ranks, hosts)
+    best, why = search.best(lengths)
+    why += f" (not asked: {_grouped(out)})" if out else ""
+    if best is None:
+        return Choice(first, kind, parse_options(kind, settings), why)
+    options = parse_options(kinds[best.engine], (*best.placement.settings, *settings))
+    return Choice(best.engine, kinds[best.engine], options, why)
+
+
+def _why_not(kind: type[Engine], split: bool, dtype: str, settings: Sequence[str]) -> str:
+    """Why the engine cannot do this on any machine; "" if it can."""
+    if split and not kind.reads_split:
+        return "no use for files that are split by rank"
+    known = {one.name for one in fields(kind.Options)}
+    unknown = [name for text in settings if (name := text.partition("=")[0]) not in known]
+    if unknown:
+        return f"no setting {', '.join(unknown)}"
+    if dtype not in kind.dtypes:
+        return f"no dtype {dtype}"
+    missing = [name for name in kind.packages(parse_options(kind, settings), dtype) if not is_installed(name)]
+    return f"the package {missing[0]} is not installed" if missing else ""
+
+
+def _grouped(out: Mapping[str, str]) -> str:
+    """Reasons, and the engines that each is of."""
+    return "; ".join(f"{why}: {', '.join(n for n in out if out[n] == why)}" for why in dict.fromkeys(out.values()))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Forecasts of several engines."""
+
+    encoder: Any
+    dtype: str
+    given: Sequence[str]  # settings
+    engines: Sequence[str]
+    machine: Machine
+    ranks: int
+    hosts: int
+
+    def best(self, lengths: Lengths) -> tuple[Forecast | None, str]:
+        """The fastest that fits, and why it is that one; None: the settings ask for what none of them can be.
+
+        Raises:
+            EngineError: none fits.
+        """
+        from batchgen.planning.forecast import (  # imports torch, and a run whose engine is named may need none
+            Model,
+            Work,
+        )
+
+        drawn, rows = lengths(self.encoder)
+        work = Work(drawn or [(1, 1)], rows or 1)
+        model = Model.of(self.encoder.config, *self._types())
+        found, note = self._forecasts(model, work, self.ranks), ""
+        if all(one.why_not for one in found):
+            # A row that does not fit is an error row, and no reason to refuse the others.
+            work = Work([min(work.lengths, key=sum)], work.rows)
+            found, note = self._forecasts(model, work, self.ranks), ", though the longest rows do not fit"
+        if not found:
+            return None, "no engine can be forecast with these settings"
+        good = [one for one in found if not one.why_not]
+        if not good:
+            raise EngineError(self._nothing_fits(model, work, found))
+        fastest, *slower = good
+        why = f"{fastest.tokens_per_second:,.0f} tokens/s are forecast{note}"
+        why += "".join(f"; {one.tokens_per_second:,.0f} of {_called(one)}" for one in slower)
+        why += "".join(f"; {_called(one)} does not fit: {one.why_not}" for one in found if one.why_not)
+        if not self.machine.gpus and (others := [n for n in self.engines if n not in {one.engine for one in found}]):
+            why += f"; made for GPUs, and there is none here: {', '.join(others)}"
+        return fastest, why
+
+    def _types(self) -> tuple[Any, Literal[0, 4, 8]]:
+        """The type that is computed with, and the bits that a weight of a matrix is held in; 0: all of its own."""
+        from batchgen.models import loading
+
+        bits: Literal[0, 4, 8] = 8 if self.dtype == "int8" else 4 if self.dtype == "nf4" else 0
+        config = self.encoder.config
+        if bits:
+            return loading.own_dtype(config), bits
+        return loading.floating_dtype(self.dtype, config, on_gpu=self.machine.gpus > 0), bits
+
+    def _forecasts(self, model: Model, work: Work, ranks: int) -> list[Forecast]:
+        """Of `ranks` ranks, the best first; only those that need nothing more of the user."""
+        from batchgen.planning import forecast
+
+        machine, found = self.machine, []
+        # One rank may spread a model over all GPUs that it sees.
+        for gpus in {ranks, max(1, machine.gpus)} if ranks == 1 else {ranks}:
+            node = forecast.Node(machine.device(model.dtype), gpus, self.hosts * machine.host_memory, hosts=self.hosts)
+            there = [
+                one
+                for one in forecast.forecasts(model, work, node, {}, self.engines)
+                if one.placement.ranks == ranks and not one.placement.disk  # whose folder only the user knows
+            ]
+            found += [one for one in there if self._is_asked_for(one, there)] or [
+                # Each is one of groups, be they of one rank.
+                one
+                for one in there
+                if not ({"tp"} | _names(one.placement.settings)) & _names(self.given)
+            ]
+        if not machine.gpus:  # unless the settings, or the model, ask for one of the others
+            found = [one for one in found if find_engine(one.engine).serves_cpu] or found
+        return sorted(found, key=lambda one: (bool(one.why_not), one.seconds))
+
+    def _is_asked_for(self, one: Forecast, there: Sequence[Forecast]) -> bool:
+        """Whether its placement is what the given settings say, of those that the placements differ in."""
+        differing = {name for other in there for name in _names(other.placement.settings)}
+        settings = {f"tp={one.placement.sharing}", *one.placement.settings}  # a rank with a whole model names no group
+        return {text for text in self.given if _names([text]) <= differing} <= settings
+
+    def _nothing_fits(self, model: Model, work: Work, found: Sequence[Forecast]) -> str:
+        lines = [f"no engine has room for this model with {self.ranks} rank(s):"]
+        lines += [f"  {_called(one)}: {one.why_not}" for one in found]
+        for ranks in range(self.ranks + 1, self.machine.gpus + 1) if self.hosts == 1 else ():
+            fit = [one for one in self._forecasts(model, work, ranks) if not one.why_not]
+            if fit:
+                return "\n".join([*lines, f"With --gpus {ranks}, {_called(fit[0])} has."])
+        lines.append(
+            "Use more GPUs, a smaller --dtype, or let the weights wait on a local disk: --offload nvme=FOLDER. "
+            "An --engine that is named is tried all the same"
+        )
+        return "\n".join(lines)
+
+
+def _names(settings: Iterable[str]) -> set[str]:
+    return {text.partition("=")[0] for text in settings}
+
+
+def _called(one: Forecast) -> str:
+    return " ".join([one.engine, *one.placement.settings])

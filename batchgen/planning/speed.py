@@ -1,0 +1,144 @@
+"""What a model takes of a machine, and how long a step takes there.
+
+A decode step is made of work around the layers, Python's for the most part; of products, the cache and sums over ranks;
+and of weights that come from far. These overlap in part, so that a step takes less than their sum and more than the
+longest. What an engine is slow at is in its own file (`Pace`); the constants here were fitted to the cells in
+benchmarks/h100, and hosts of the same kind differ by a factor of 1.5 in Python's part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from batchgen.engine import Pace, Placement
+from batchgen.engines.ds_zero import quantization
+from batchgen.models import footprint
+from batchgen.models.parameters import Parameters, list_parameters
+from batchgen.planning.hardware import Card
+
+_CONTEXT_BYTES = int(1.0e9)  # of a CUDA context, cuBLAS's workspaces and a reserve
+_PRODUCTS = 0.8  # of the arithmetic that one large product reaches: those of a step are many, and some are small
+_LINK = 0.87  # of the host's link that DeepSpeed's copies reach
+_HOST_SUMS = 0.0005  # s a layer, of ranks on CPUs that wait for each other: a guess, so that none do that needlessly
+_GROUP = 64  # weights that share a scale, where they are rounded
+_OVERLAP = 1.75  # the parts of a step add up as numbers to this power do: 1 is a plain sum, infinity the longest alone
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The machine that the run is for, or several like it."""
+
+    card: Card
+    gpus: int  # of all hosts; where there are none, ranks
+    host_memory: int | None = None  # bytes, of all hosts; None: not known
+    disk_bandwidth: float = 2e9  # bytes/s of a local disk's reads
+    hosts: int = 1
+
+    @property
+    def room(self) -> int:
+        """Bytes of a device that a run can use."""
+        return self.card.memory - _CONTEXT_BYTES
+
+    @property
+    def device(self) -> str:
+        """What a rank computes on."""
+        return "GPU" if self.card.gpu else "rank's share of the host"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model from its config alone."""
+
+    config: Any
+    dtype: torch.dtype
+    weights: Parameters = field(repr=False)
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype, bits: Literal[0, 4, 8] = 0) -> Model:
+        """With weights of type `dtype`, or those of matrices rounded to so many bits."""
+        weights = list_parameters(config, dtype)
+        return cls(config, dtype, quantization.quantized(weights, bits, _GROUP) if bits else weights)
+
+    @property
+    def layers(self) -> int:
+        """Of the decoder."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def eager(self) -> bool:
+        """Whether its attention writes out scores: BLOOM's position biases have no other."""
+        return str(self.config.model_type) == "bloom"
+
+    def row_bytes(self, prompt: int, new: int, sharing: int) -> int:
+        """Of one row, on each of the devices that share it."""
+        return footprint.bytes_per_row(
+            self.config,
+            prompt_tokens=prompt,
+            new_tokens=new,
+            item_bytes=self.dtype.itemsize,
+            eager=self.eager,
+            ranks=sharing,
+        )
+
+    def cache_bytes(self) -> int:
+        """Of one token, on all devices together."""
+        return footprint.cache_bytes_per_token(self.config, self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of an engine's way to hold a model on a node."""
+
+    pace: Pace
+    placement: Placement
+    model: Model
+    node: Node
+
+    def step(self, rows: int, context: float) -> tuple[float, str]:
+        """Seconds of a decode step of so many rows of `context` tokens, and what most of it goes to."""
+        placement, card, pace = self.placement, self.node.card, self.pace
+        together = self._together
+        read = self.model.weights.read_bytes / together / (pace.read_share * card.bandwidth)
+        passes = pace.cache_passes_eager if self.model.eager else pace.cache_passes
+        cache = passes * rows * context * self.model.cache_bytes() / together / card.bandwidth
+        moved = 0.0
+        if placement.path == "disk":
+            moved = placement.moved * placement.ranks / self.node.disk_bandwidth  # all ranks read the same disk
+        elif placement.path:
+            moved = placement.moved / (_LINK * card.host_link if placement.path == "host" else card.gpu_link)
+        shared = (together > 1 or placement.gathered > 0) and pace.shared_layer_seconds is not None
+        work = (pace.shared_layer_seconds or 0.0) if shared else pace.layer_seconds
+        if not card.gpu:
+            work = max(work, pace.host_layer_seconds) + (_HOST_SUMS if together > 1 else 0.0)
+        times = {
+            "overhead of the layers": work * self.model.layers,
+            "products and cache": max(read, self._products(rows)) + cache + self._sums(rows),
+            f"weights from the {placement.path}": moved,
+        }
+        bound = max(times, key=lambda one: times[one])
+        overlap = _OVERLAP if card.gpu else 1.0
+        return sum(seconds**overlap for seconds in times.values()) ** (1 / overlap), bound
+
+    def prefill(self, tokens: float) -> float:
+        """Seconds of so many tokens of prompts."""
+        return self._products(tokens) + self._sums(tokens)
+
+    @property
+    def _together(self) -> int:
+        """Devices that compute a layer at once."""
+        return 1 if self.placement.in_turn else self.placement.sharing
+
+    def _products(self, tokens: float) -> float:
+        """Seconds of all matrix products over so many tokens."""
+        operations = 2 * self.model.weights.read_bytes / self.model.dtype.itemsize * tokens
+        return operations / self._together / (_PRODUCTS * self.node.card.operations)
+
+    def _sums(self, tokens: float) -> float:
+        """Seconds of the sums over the ranks that share a layer: two a layer, of what it makes of so many tokens."""
+        devices = self._together
+        size = 2 * self.model.layers * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
+        # Each device sends this share of it, twice: "Bandwidth optimal all-reduce algorithms" (Patarasuk, Yuan, 2009).
+        return float(size * tokens * 2 * (devices - 1) / devices / self.node.card.gpu_link)

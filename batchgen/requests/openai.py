@@ -1,0 +1,217 @@
+"""The OpenAI batch format: a request line in, an answer line out. Pure; knows nothing of models.
+
+Requests are for `/v1/chat/completions`, `/v1/completions` or `/v1/responses`, also as Azure writes them, without the
+version. `openai_keys` says what becomes of the body's keys. Sampling differs from OpenAI's in one point: what the body
+leaves out is the run's default or the model author's, so a request without `temperature` may be greedy, and one without
+`max_tokens` ends at the run's `max_new_tokens`.
+
+Answers come in two shapes, which differ where a request failed: OpenAI's own, and that of `vllm run-batch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from batchgen.requests import openai_completions, openai_logprobs, openai_responses
+from batchgen.requests.openai_completions import COMPLETIONS
+from batchgen.requests.openai_keys import ENDPOINTS, SAMPLING, check_keys
+from batchgen.requests.openai_responses import RESPONSES
+from batchgen.requests.refusal import Refused, shown
+from batchgen.requests.row_ids import endpoint, own_id
+from batchgen.requests.template import conversation, template_kwargs
+from batchgen.types import MACHINE_ERRORS, Generation, RowError
+
+Shape = Literal["openai", "vllm"]
+
+_STREAMED = "Request must not be sent in stream mode"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a request line asks for: exactly one of `messages`, `text` and `tokens` is set."""
+
+    messages: Sequence[Mapping[str, object]] | None
+    text: str | None
+    tokens: Sequence[int] | None
+    sampling: Mapping[str, object]  # values as they stand, by their names in `SamplingParams`
+    spelled: Mapping[str, str]  # how the line spells those names, for sentences: max_new_tokens is body.max_tokens
+    chat_template_kwargs: Mapping[str, object]
+    ignored: Sequence[str]  # keys of the body that are not known here
+
+
+def parse(line: Mapping[str, object], model: str | None = None) -> Request:
+    """What a request line asks for. With `model`, the body must name that model or none.
+
+    Raises:
+        Refused: the line is not such a request, or asks for what batchgen cannot do. Types: wrong_type,
+            missing_prompt, unknown_parameter, unsupported_url, stream, model_not_found.
+    """
+    custom_id, method, url, body = (line.get(name) for name in ("custom_id", "method", "url", "body"))
+    if not isinstance(custom_id, str) or not custom_id:
+        raise Refused("wrong_type", f"custom_id must be a text that is not empty, not {shown(custom_id)}")
+    missing = [name for name in ("method", "url", "body") if line.get(name) is None]
+    if len(missing) > 1:
+        listed = f"{', '.join(missing[:-1])} and {missing[-1]}"
+        raise Refused("wrong_type", f"{listed} are missing: a line needs custom_id, method, url and body")
+    if method != "POST":
+        raise Refused("wrong_type", f'method must be "POST", not {shown(method)}')
+    if not isinstance(url, str):
+        raise Refused("wrong_type", f"url must be a text, not {shown(url)}")
+    url, written = endpoint(url), url
+    if url not in ENDPOINTS:
+        raise Refused("unsupported_url", _unsupported(written))
+    if not isinstance(body, Mapping):
+        raise Refused("wrong_type", f"body must be an object, not {shown(body)}")
+    if body.get("stream") not in (None, False):
+        raise Refused("stream", _STREAMED)
+    _check_model(body.get("model"), model)
+    ignored = check_keys(body, url)
+    sampling, spelled = _sampling(body, url)
+    if url != COMPLETIONS:
+        read = openai_responses.conversation_of if url == RESPONSES else _messages
+        messages = read(body)
+        kwargs = template_kwargs(body.get("chat_template_kwargs"), "body.chat_template_kwargs")
+        return Request(messages, None, None, sampling, spelled, kwargs, ignored)
+    text, tokens = _completion_prompt(body.get("prompt"))
+    return Request(None, text, tokens, sampling, spelled, {}, ignored)
+
+
+def _messages(body: Mapping[str, object]) -> list[dict[str, object]]:
+    return conversation(body.get("messages"), "body.messages", whole=False)
+
+
+def _unsupported(url: str) -> str:
+    # vLLM's sentence, so that a script which looks for it finds it.
+    return f"URL {url} was used. Supported endpoints: {', '.join(ENDPOINTS)}."
+
+
+def _check_model(named: object, model: str | None) -> None:
+    if named is not None and not isinstance(named, str):
+        raise Refused("wrong_type", f"body.model must be a text, not {shown(named)}")
+    if model is not None and named is not None and named != model:
+        raise Refused(
+            "model_not_found",
+            f"body.model is {shown(named)}, but this run's model is {shown(model)}; --served-model-name can be another",
+        )
+
+
+def _sampling(body: Mapping[str, object], url: str) -> tuple[dict[str, object], dict[str, str]]:
+    sampling: dict[str, object] = {}
+    spelled: dict[str, str] = {}
+    for key, name in SAMPLING.items():
+        value = body.get(key)
+        if value is None:
+            continue
+        if name in sampling and sampling[name] != value:
+            raise Refused(
+                "wrong_type",
+                f"body.{key} is {shown(value)} but {spelled[name]} is {shown(sampling[name])}; give one of them",
+            )
+        # -1 is vLLM's "off".
+        sampling[name] = 0 if name == "top_k" and value == -1 else value
+        spelled[name] = f"body.{key}"
+    asked = openai_logprobs.asked(body.get("logprobs"), url != COMPLETIONS)
+    if url == RESPONSES and openai_responses.includes_logprobs(body):
+        asked = True
+    if asked is not None:
+        sampling["logprobs"] = asked
+    return sampling, spelled
+
+
+def _completion_prompt(prompt: object) -> tuple[str | None, Sequence[int] | None]:
+    if prompt is None:
+        raise Refused("missing_prompt", "body.prompt is missing")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+        if len(prompt) > 1:
+            raise Refused(
+                "wrong_type", f"body.prompt holds {len(prompt)} prompts; give each a line and a custom_id of its own"
+            )
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt, None
+    if isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt):
+        return None, prompt
+    raise Refused("wrong_type", f"body.prompt must be a text or a list of token ids, not {shown(prompt)}")
+
+
+# HTTP's answer to each type of `RowError` that is not the request's fault, or not only a bad request.
+_STATUS = {"model_not_found": 404, **dict.fromkeys(MACHINE_ERRORS, 500)}
+_VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}
+_OPENAI_CODES = {"too_long": "context_length_exceeded"}
+
+
+def answer(generation: Generation, model: str, created: int, shape: Shape) -> dict[str, object]:
+    """The batch output line of a generation.
+
+    Ids follow from the model, the custom id and the row number, so that a resumed run writes the same lines. A row
+    that is no request line (malformed JSON) is called `line-<n>`, n counted from 1.
+
+    Args:
+        model: the name in the answer's body.
+        created: Unix time in whole seconds.
+        shape: how a failed request is answered. `openai`: an HTTP error with its body. `vllm`: no body, and the error
+            beside the response, a plain text where the URL or stream mode was refused.
+    """
+    custom_id = _custom_id(generation)
+    digest = hashlib.sha256(f"{model}\0{custom_id}\0{generation.index}".encode("utf-8", "surrogatepass")).hexdigest()
+    status = 200
+    body: object = None
+    error: object = None
+    if generation.error is None:
+        body = _body(generation, digest[:32], model, created, shape)
+    else:
+        status = _STATUS.get(generation.error.type, 400)
+        failure = _failure(generation, generation.error, status, shape)
+        body, error = (failure, None) if shape == "openai" else (None, failure)
+    name, request_name = ("vllm-", "vllm-batch-") if shape == "vllm" else ("batch_req_", "req_")
+    return {
+        "id": f"{name}{digest[:32]}",
+        "custom_id": custom_id,
+        "response": {"status_code": status, "request_id": f"{request_name}{digest[32:]}", "body": body},
+        "error": error,
+    }
+
+
+def _custom_id(generation: Generation) -> str:
+    """What the line calls itself, however wrong the rest of it is: its answer is found by that. Else its number."""
+    line = generation.columns if generation.request is None else generation.request
+    if generation.error is None or own_id(line) is not None:
+        return generation.id
+    return f"line-{generation.error.line}"
+
+
+def _body(generation: Generation, digest: str, model: str, created: int, shape: Shape) -> dict[str, object]:
+    if _endpoint_of(generation) == RESPONSES:
+        return openai_responses.response(generation, digest, model, created)
+    is_completion = _endpoint_of(generation) == COMPLETIONS
+    is_vllm = shape == "vllm"
+    return openai_completions.completion(
+        generation, digest, model, created, is_completion=is_completion, stop_reason=is_vllm
+    )
+
+
+def _endpoint_of(generation: Generation) -> str:
+    return endpoint(str((generation.request or {}).get("url")))
+
+
+def _failure(generation: Generation, error: RowError, status: int, shape: Shape) -> object:
+    param = _parameter(error)
+    if shape == "openai":
+        kind = "server_error" if status == 500 else "invalid_request_error"
+        code = _OPENAI_CODES.get(error.type, error.type)
+        return {"error": {"message": error.message, "type": kind, "param": param, "code": code}}
+    if error.type == "unsupported_url":
+        return _unsupported(str((generation.request or {}).get("url")))
+    if error.type == "stream":
+        return _STREAMED
+    return {"error": {"message": error.message, "type": _VLLM_TYPES[status], "param": param, "code": status}}
+
+
+def _parameter(error: RowError) -> str | None:
+    """The key of the body that a sentence of `parse` names, right after the place."""
+    found = re.search(r": body\.(\w+)", error.message)
+    return found[1] if found else None

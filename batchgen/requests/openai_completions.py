@@ -1,0 +1,49 @@
+"""OpenAI's objects that answer a chat or a completion of a batch file. Pure."""
+
+from __future__ import annotations
+
+from batchgen.requests import openai_logprobs
+from batchgen.types import Generation
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+
+def completion(
+    generation: Generation, digest: str, model: str, created: int, *, is_completion: bool, stop_reason: bool
+) -> dict[str, object]:
+    """OpenAI's object of a good generation for a chat or a completion.
+
+    Args:
+        digest: letters and digits that tell this answer from all others, for its id.
+        created: Unix time in whole seconds.
+        is_completion: the answer to a text, not to a chat.
+        stop_reason: with vLLM's key of that name.
+    """
+    choice: dict[str, object] = {"index": 0}
+    if is_completion:
+        name, kind = "cmpl-", "text_completion"
+        choice["text"] = generation.text
+    else:
+        name, kind = "chatcmpl-", "chat.completion"
+        choice["message"] = {"role": "assistant", "content": generation.text, "refusal": None}
+    shown_logprobs = None
+    if generation.logprobs is not None and generation.token_texts is not None:
+        show = openai_logprobs.of_completion if is_completion else openai_logprobs.of_chat
+        shown_logprobs = show(generation.token_texts, generation.logprobs)
+    choice |= {"logprobs": shown_logprobs, "finish_reason": generation.finish_reason}
+    if stop_reason:
+        choice["stop_reason"] = None
+    usage = {
+        "prompt_tokens": generation.prompt_tokens,
+        "completion_tokens": generation.generated_tokens,
+        "total_tokens": generation.prompt_tokens + generation.generated_tokens,
+    }
+    return {
+        "id": name + digest,
+        "object": kind,
+        "created": created,
+        "model": model,
+        "choices": [choice],
+        "usage": usage,
+    }

@@ -1,0 +1,214 @@
+"""Rows to prompts: the chat template or `--template`, per-row parameters, tokens; or what is wrong with a row.
+
+Pure but for one warning a key: everything it knows comes in as arguments. A row is, in this order, an OpenAI request
+line, a text rendered by `--template`, the text in `--prompt-column`, a conversation in `messages`, or the text in
+`prompt`. JSON null is "not given" wherever batchgen knows the keys, since in Parquet every row has every column. In
+rows of Parquet and Arrow it is so at every depth of a conversation, its variables and a body.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+
+from batchgen.engine import Encoder
+from batchgen.requests import openai
+from batchgen.requests.openai_keys import SETTINGS, advice, is_neutral
+from batchgen.requests.recipe import Recipe
+from batchgen.requests.refusal import Refused, check_encodable, sampling_params, shown
+from batchgen.requests.row_ids import called, is_request, may_be_request, read_id, row_id
+from batchgen.requests.template import compiled, conversation, template_kwargs, without_nulls
+from batchgen.requests.token_limits import TokenLimits
+from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, SamplingParams
+
+_log = logging.getLogger(__name__)
+
+_DEFAULT_MOST = SamplingParams().max_new_tokens
+
+
+class PromptReader:
+    """Turns rows into prompts, and rows with which something is wrong into failed generations.
+
+    Args:
+        duplicates: numbers of rows whose id an earlier row has, and that row's place.
+        among_requests: the input is an OpenAI batch file, so that a row with a `custom_id` alone is a line of it.
+
+    Raises:
+        ValueError: the template is no Jinja template, or the model has no context to fit; a sentence.
+    """
+
+    def __init__(
+        self, recipe: Recipe, encoder: Encoder, duplicates: Mapping[int, str], among_requests: bool = False
+    ) -> None:
+        if recipe.sampling.max_new_tokens == FIT and encoder.context is None:
+            raise ValueError(
+                "--max-new-tokens fit goes as far as the model's context, and this model states no limit of its "
+                "context. Give a number"
+            )
+        self._recipe = recipe
+        self._encoder = encoder
+        self._duplicates = duplicates
+        self._among_requests = among_requests
+        self._limits = TokenLimits(encoder, recipe.truncate, recipe.authors_length)
+        self._render = None if recipe.template is None else compiled(recipe.template)
+        used = re.findall(r"\w+", recipe.template or recipe.prompt_column or "")
+        self._settings = SETTINGS.difference(used)
+        self._reported: set[tuple[str, str | int]] = set()
+
+    def read(self, rows: Sequence[Row]) -> list[Prompt | Generation]:
+        """A window of rows, in their order. Calls the tokenizer at most twice, however many rows there are."""
+        plain: list[Prompt] = []  # for the tokenizer to add its special tokens to
+        templated: list[Prompt] = []  # a chat template's text has them
+        outcomes = [self._draft(row, plain, templated) for row in rows]
+        for prompts, special in ((plain, True), (templated, False)):
+            if prompts:
+                tokens = self._encoder.tokenize([prompt.text for prompt in prompts], special=special)
+                for prompt, ids in zip(prompts, tokens, strict=True):
+                    prompt.tokens = ids
+        return [
+            self._limited(row, outcome) if isinstance(outcome, Prompt) else outcome
+            for row, outcome in zip(rows, outcomes, strict=True)
+        ]
+
+    def _draft(self, row: Row, plain: list[Prompt], templated: list[Prompt]) -> Prompt | Generation:
+        """The row's prompt, put into the list of those that need tokens, or its failure."""
+        value = row.value
+        if isinstance(value, RowError):
+            return Generation(row.index, self._id(row), None, None, 0, 0, value, {})
+        try:
+            if row.index in self._duplicates:
+                raise self._repeated(row, self._duplicates[row.index])
+            prompt, from_chat = self._request(row, value) if self._is_request(value) else self._plain(row, value)
+        except Refused as refused:
+            return self._failed(row, refused)
+        if from_chat is not None:
+            (templated if from_chat else plain).append(prompt)
+        return prompt
+
+    def _is_request(self, value: Mapping[str, object]) -> bool:
+        if self._recipe.model is not None or is_request(value):
+            return True
+        is_plain = self._render is not None or self._recipe.prompt_column is not None
+        return self._among_requests and not is_plain and may_be_request(value)
+
+    def _repeated(self, row: Row, first: str) -> Refused:
+        sentence = f"the id {shown(self._id(row))} is that of {first}"
+        if self._recipe.id_prefix is None and not first.endswith(f" of {row.source}"):
+            sentence += ". With --id-prefix file, each id has the name of its file in front"
+        return Refused("duplicate_id", sentence)
+
+    def _id(self, row: Row) -> str:
+        return row_id(row, self._recipe.id_prefix)
+
+    def _plain(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool]:
+        """The prompt, and whether its text is from a chat template."""
+        own = read_id(value)
+        text, from_chat = self._plain_text(row, value)
+        params = self._recipe.sampling
+        if not self._settings.isdisjoint(value):
+            self._report_settings(row, value, from_chat)
+        if not PARAMS.isdisjoint(value):
+            given = {name: value[name] for name in PARAMS if value.get(name) is not None}
+            if isinstance(given.get("logprobs"), list):
+                del given["logprobs"]  # what another run has put out, which is the input of this one
+            params = sampling_params(params, given, {})
+        if not text.isascii():
+            check_encodable(text)
+        id = called(row, own, self._recipe.id_prefix)
+        return Prompt(row.index, id, row.line, text, (), params, value), from_chat
+
+    def _plain_text(self, row: Row, value: Mapping[str, object]) -> tuple[str, bool]:
+        """The text of a plain row, and whether it is from a chat template."""
+        column = self._recipe.prompt_column
+        if self._render is not None:
+            return self._render(value), False
+        messages = value.get("messages")
+        if column is None and messages is not None and value.get("prompt") is not None:
+            raise Refused(
+                "ambiguous_prompt",
+                'the row has a "prompt" and "messages", and only one of them can be meant. Say which with '
+                "--prompt-column prompt or --prompt-column messages",
+            )
+        if messages is None or not (column is None or (column == "messages" and not isinstance(messages, str))):
+            return _text(value, column), False
+        kwargs = template_kwargs(_given(row, value.get("chat_template_kwargs")), "chat_template_kwargs")
+        return self._chat(conversation(_given(row, messages), "messages", whole=True), kwargs), True
+
+    def _report_settings(self, row: Row, value: Mapping[str, object], from_chat: bool) -> None:
+        for key in sorted(self._settings.intersection(value)):
+            if not is_neutral(key, value[key]) and not (from_chat and key == "chat_template_kwargs"):
+                self._say_once(row, "the column %s is carried along and changes no text", key, advice(key))
+
+    def _request(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool | None]:
+        """The prompt, and whether its text is from a chat template; None if it brought its tokens along."""
+        request = openai.parse({**value, "body": _given(row, value.get("body"))}, self._recipe.model)
+        self._report(row, request.ignored)
+        if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
+            remedy = ". --max-new-tokens fit lets it go as far as the model's context"
+            self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most, remedy)
+        if "temperature" not in request.sampling and not self._recipe.knows_temperature:
+            self._say_once(
+                row, "neither the body nor generation_config.json sets %s: its answer is greedy", "temperature"
+            )
+        params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
+        text = request.text or ""
+        if request.messages is not None:
+            text = self._chat(request.messages, request.chat_template_kwargs)
+        check_encodable(text)
+        prompt = Prompt(row.index, self._id(row), row.line, text, request.tokens or (), params, {}, value)
+        return prompt, None if request.tokens is not None else request.messages is not None
+
+    def _chat(self, messages: Sequence[Mapping[str, object]], kwargs: Mapping[str, object]) -> str:
+        try:
+            return self._encoder.chat(messages, **{**self._recipe.chat_template_kwargs, **kwargs})
+        except (ValueError, RecursionError) as error:
+            raise Refused("template", str(error)) from error
+
+    def _report(self, row: Row, ignored: Sequence[str]) -> None:
+        for key in ignored:
+            self._say_once(row, "the body's key %s is not known to batchgen and is ignored", key)
+
+    def _say_once(self, row: Row, sentence: str, value: str | int, advice: str = "") -> None:
+        if (sentence, value) not in self._reported:
+            self._reported.add((sentence, value))
+            _log.warning(f"%s: {sentence}, here and in all other lines{advice}", _place(row), shown(value))
+
+    def _limited(self, row: Row, prompt: Prompt) -> Prompt | Generation:
+        """`prompt`, which has its tokens now, or why it cannot be generated from."""
+        try:
+            self._limits.apply(prompt)
+        except Refused as refused:
+            return self._failed(row, refused)
+        return prompt
+
+    def _failed(self, row: Row, refused: Refused) -> Generation:
+        error = RowError(refused.type, f"{_place(row)}: {refused.message}", row.line)
+        value = {} if isinstance(row.value, RowError) else row.value
+        columns, request = ({}, value) if self._is_request(value) else (value, None)
+        return Generation(row.index, self._id(row), None, None, 0, 0, error, columns, request)
+
+
+def _given(row: Row, value: object) -> object:
+    return without_nulls(value) if row.has_every_key else value
+
+
+def _place(row: Row) -> str:
+    return f"line {row.line} of {row.source}"
+
+
+def _text(columns: Mapping[str, object], column: str | None) -> str:
+    name = column or "prompt"
+    text = columns.get(name)
+    if isinstance(text, str):
+        return text
+    if text is not None:
+        raise Refused("wrong_type", f'the "{name}" column must hold a text, not {shown(text)}')
+    if name in columns:
+        what = "messages" if name == "messages" else "a text"
+        raise Refused("missing_prompt", f'the "{name}" column is null; give this row {what}')
+    listed = ", ".join(key if len(key) <= 60 and key.isprintable() else shown(key) for key in list(columns)[:20])
+    raise Refused(
+        "missing_prompt",
+        f'there is no "{name}" column; its columns are {listed or "none"}. Use --prompt-column or --template',
+    )

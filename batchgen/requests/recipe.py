@@ -1,0 +1,59 @@
+"""What the user asked for: how rows become prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from batchgen.requests.refusal import Refused
+from batchgen.requests.row_ids import IdPrefix
+from batchgen.requests.template import template_kwargs
+from batchgen.types import FIT, SamplingParams
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How rows become prompts: what the user asked for, recorded with the run and compared at its next start.
+
+    Raises:
+        ValueError: the settings exclude each other; a sentence.
+    """
+
+    prompt_column: str | None = None  # None: prompt, or messages where a row has them
+    template: str | None = None  # Jinja text over the row's columns
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # for what a row does not set itself
+    truncate: Literal["left", "right"] | None = None  # the side cut off a prompt that is too long; None: an error row
+    chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)  # a row's own win
+    id_prefix: IdPrefix | None = None  # what stands before a row's own id; None: nothing
+    model: str | None = None  # every row must be a request line, for this model or none; None: any row, any model
+    generation_config: str = "none"
+    """Whose `generation_config.json` says what neither a row nor `sampling` says: none, auto (the model's own), or that
+    of a folder."""
+    chosen: frozenset[str] = frozenset()
+    """Names of what stays in `sampling` although it is the default; what is not the default stays anyway."""
+    authors: frozenset[str] = frozenset()
+    """Names of what in `sampling` is from a `generation_config.json`; a run finds them out itself."""
+
+    def __post_init__(self) -> None:
+        if self.template is not None and self.prompt_column is not None:
+            raise ValueError("--template and --prompt-column exclude each other: the template can use any column")
+        if self.sampling.max_new_tokens == FIT and self.truncate is not None:
+            raise ValueError(
+                "--max-new-tokens fit and --truncate exclude each other: a prompt that fills the context leaves no "
+                "room. Give the number of tokens to leave room for"
+            )
+        try:
+            template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
+        except Refused as refused:
+            raise ValueError(refused.message) from None
+
+    @property
+    def knows_temperature(self) -> bool:
+        """Whether somebody has said how freely to sample, or greedy is what the command does anyway."""
+        return self.generation_config == "none" or "temperature" in self.chosen | self.authors
+
+    @property
+    def authors_length(self) -> int | None:
+        """The length that the model's author recommends, as far as the context goes; None: another one counts."""
+        return self.sampling.max_new_tokens if "max_new_tokens" in self.authors else None

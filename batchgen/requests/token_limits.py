@@ -1,0 +1,119 @@
+"""What a model can take of a prompt: tokens that its embedding has, within its context. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Literal
+
+from batchgen.engine import Encoder
+from batchgen.requests.refusal import Refused, refuse_lost, shown
+from batchgen.types import FIT, Prompt, Tokens
+
+
+class TokenLimits:
+    """The limits of one model.
+
+    Args:
+        truncate: the side cut off a prompt that is too long; None: it is refused.
+        shortens: a `max_new_tokens` that means no more than the context leaves; None: there is none.
+    """
+
+    def __init__(
+        self, encoder: Encoder, truncate: Literal["left", "right"] | None, shortens: int | None = None
+    ) -> None:
+        self._encoder = encoder
+        self._truncate = truncate
+        self._shortens = shortens
+
+    def apply(self, prompt: Prompt) -> None:
+        """Cuts what is too long, and resolves `max_new_tokens` where it is `FIT`.
+
+        Raises:
+            Refused: the model cannot take this prompt. Types: empty_prompt, lost_letters, too_long,
+                unknown_token, wrong_type.
+        """
+        if not prompt.tokens:
+            raise Refused("empty_prompt", "the prompt is empty: it has no tokens")
+        if lost := self._encoder.find_lost(prompt.text):
+            raise refuse_lost(lost)
+        context = self._encoder.context
+        if prompt.params.max_new_tokens == FIT:
+            prompt.params = dataclasses.replace(prompt.params, max_new_tokens=self._room(prompt.tokens))
+        elif context is not None and len(prompt.tokens) + prompt.params.max_new_tokens > context:
+            self._make_fit(prompt, context)
+        self._check_vocabulary(prompt)
+
+    def _make_fit(self, prompt: Prompt, context: int) -> None:
+        if prompt.params.max_new_tokens == self._shortens and len(prompt.tokens) < context:
+            prompt.params = dataclasses.replace(prompt.params, max_new_tokens=context - len(prompt.tokens))
+        else:
+            prompt.tokens = self._shortened(prompt.tokens, prompt.params.max_new_tokens, context)
+
+    def _check_vocabulary(self, prompt: Prompt) -> None:
+        size = self._encoder.vocabulary
+        if size is None or (largest := max(prompt.tokens)) < size:
+            return
+        if not prompt.text:  # the row brought the ids themselves
+            raise Refused("wrong_type", f"body.prompt has token {shown(largest)}, but the model has {size} tokens")
+        name = self._encoder.token_name(largest)
+        called = "" if name is None else f" ({shown(name)})"
+        raise Refused("unknown_token", f"the prompt has token {largest}{called}, but the model has {size} tokens")
+
+    def _room(self, tokens: Tokens) -> int:
+        """How many tokens the context leaves behind `tokens`."""
+        context = self._encoder.context
+        if context is None:
+            raise Refused("too_long", "the model has no limit of its context. Give max_new_tokens as a number")
+        if len(tokens) >= context:
+            raise Refused(
+                "too_long",
+                f"the prompt has {len(tokens)} tokens; the model's context is {context}, which leaves no room for "
+                "new ones. Shorten it",
+            )
+        return context - len(tokens)
+
+    def _shortened(self, tokens: Tokens, budget: int, context: int) -> Tokens:
+        """`tokens` cut to leave `budget` of the context, but never what the tokenizer puts around a text.
+
+        A chat template's text begins with the same token, so its beginning of sequence stays too.
+        """
+        if budget >= context:
+            raise Refused(
+                "too_long",
+                f"max_new_tokens is {shown(budget)}, but prompt and generation together have a context of {context} "
+                "tokens. Lower max_new_tokens",
+            )
+        frame = self._frame
+        head = _common(tokens, frame)
+        tail = _common(tokens[head:][::-1], frame[head:][::-1])
+        room = context - budget - head - tail
+        if self._truncate is None or room < 1:
+            remedy = (
+                "Shorten it, lower max_new_tokens, or use --truncate left|right"
+                if self._truncate is None
+                else "Lower max_new_tokens"
+            )
+            raise Refused(
+                "too_long",
+                f"the prompt has {len(tokens)} tokens and may generate {budget}, together {len(tokens) + budget}; the "
+                f"model's context is {context}. {remedy}",
+            )
+        end = len(tokens) - tail
+        kept = tokens[end - room : end] if self._truncate == "left" else tokens[head : head + room]
+        return [*tokens[:head], *kept, *tokens[end:]]
+
+    @cached_property
+    def _frame(self) -> Tokens:
+        """What the tokenizer puts around a text: the tokens of an empty one."""
+        return self._encoder.tokenize([""], special=True)[0]
+
+
+def _common(tokens: Tokens, frame: Tokens) -> int:
+    """Length of the common beginning."""
+    count = 0
+    for token, other in zip(tokens, frame, strict=False):
+        if token != other:
+            break
+        count += 1
+    return count

@@ -1,0 +1,117 @@
+"""What is said of a run before it begins: compared at every start, recorded, or shown by a dry run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping
+
+from batchgen import engines
+from batchgen.redaction import redacted
+from batchgen.runs.prepare import Ready
+from batchgen.types import FIT, Generation, SamplingParams
+
+_LOOKED_AT = 100  # rows, by a dry run
+_PACKAGES = ("batchgen", "torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "tokenizers")
+
+
+def asked(ready: Ready, error_format: str) -> dict[str, object]:
+    """What decides the text of a run: compared at every start."""
+    recipe = ready.recipe
+    return {
+        "input": ready.source.digest,
+        "rows": len(ready.source),
+        "model": ready.model.name if ready.model.revision == "" else ready.model.revision,
+        "dtype": ready.settled_dtype.recorded,
+        **_sampling(recipe.sampling),
+        # Null rather than left out: run folders from before it was asked do not have it.
+        "generation_config": _where_from(recipe.generation_config),
+        "prompt_column": recipe.prompt_column,
+        "template": recipe.template,
+        "chat_template_kwargs": dict(recipe.chat_template_kwargs),
+        "truncate": recipe.truncate,
+        **({} if recipe.id_prefix is None else {"id_prefix": recipe.id_prefix}),
+        "request_model": recipe.model,
+        "error_format": error_format,
+    }
+
+
+def _where_from(generation_config: str) -> str | None:
+    if generation_config in ("auto", "none"):
+        return None if generation_config == "none" else "auto"
+    return os.path.abspath(generation_config)
+
+
+def _sampling(params: SamplingParams) -> dict[str, object]:
+    # Folders of runs from before there were logprobs do not have them: they go on, without.
+    return {f"sampling.{name}": value for name, value in _values(params).items() if name != "logprobs" or value}
+
+
+def _values(params: SamplingParams) -> dict[str, object]:
+    values = dataclasses.asdict(params)
+    return values | {"max_new_tokens": "fit"} if params.max_new_tokens == FIT else values
+
+
+def facts(ready: Ready, ranks: int, environment: Mapping[str, str]) -> dict[str, object]:
+    """What a run runs on: recorded with every attempt, never compared. Secrets of `environment` are left out."""
+    return {
+        "model": ready.model.name,
+        "model_folder": str(ready.model.folder),
+        "input_files": [redacted(str(source.path.absolute()), environment) for source in ready.source.sources],
+        "engine": ready.engine,
+        "settings": engines.settings_of(ready.options),
+        "engine_reason": ready.choice.why,
+        "dtype": ready.dtype,
+        "batch_size": ready.batch_size,
+        "ranks": ranks,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "command": [redacted(word, environment) for word in sys.argv],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of batchgen and the packages that decide what a model says and how fast."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe(ready: Ready, ranks: int) -> str:
+    """The plan of a dry run, with the first rendered prompt."""
+    lines = [
+        f"input:    {len(ready.source)} rows in {len(ready.source.sources)} file(s)",
+        f"model:    {ready.model.name} {ready.model.revision}".rstrip(),
+        f"engine:   {ready.engine} {json.dumps(engines.settings_of(ready.options))}",
+        *([f"because:  {ready.choice.why}"] if ready.choice.why else []),
+        f"dtype:    {ready.dtype}",
+        f"batch:    {'as large as fits' if ready.batch_size is None else f'at most {ready.batch_size} prompts'}",
+        f"ranks:    {ranks}",
+        f"sampling: {json.dumps(_values(ready.recipe.sampling), ensure_ascii=False)}",
+    ]
+    count = len(ready.source)
+    window = list(ready.source.rows(range(min(count, _LOOKED_AT))))
+    if count > len(window):
+        lines.append(
+            f"rows:     looked at the first {len(window)} of {count} rows; --engine echo --strict looks at all of them"
+        )
+    outcomes = ready.reader.read(window)
+    for outcome in outcomes:
+        if isinstance(outcome, Generation):
+            assert outcome.error is not None
+            lines.append(f"bad row:  {outcome.error.message}")
+    first = next((outcome for outcome in outcomes if not isinstance(outcome, Generation)), None)
+    if first is not None:
+        lines += [f"first prompt ({first.id}, {len(first.tokens)} tokens):", first.text]
+    return "\n".join(lines)

@@ -1,0 +1,281 @@
+"""Everything before the first weight is loaded: the engine's name, the model's folder, the input, how rows are read.
+
+What is wrong with the settings shows here, in seconds, on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from batchgen import models, packages
+from batchgen.checkpoint import RunFolder
+from batchgen.engine import Encoder, Engine, Setup
+from batchgen.formats import InputError
+from batchgen.formats.input import Input, files_of, find
+from batchgen.models import ResolvedModel
+from batchgen.models.generation_config import with_authors_sampling
+from batchgen.packages import without_garbage_collection
+from batchgen.planning import auto
+from batchgen.planning.auto import AUTO, Choice
+from batchgen.requests.prompts import PromptReader
+from batchgen.requests.recipe import Recipe
+from batchgen.requests.row_ids import are_requests
+from batchgen.runs import dtype as dtype_of
+from batchgen.runs.dtype import Dtype
+from batchgen.runs.duplicates import find_duplicates
+from batchgen.runs.schedule import windows
+from batchgen.types import Generation, Prompt, UserError
+from batchgen.world import World, from_environment
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
+
+# Bad rows that `--strict` names; of more, it says how many.
+_NAMED = 20
+
+_FIRST = 100  # rows that are looked at to see whether they are request lines
+
+_SAMPLE = 2_000  # rows whose lengths are looked at to choose an engine
+
+
+class RunError(UserError):
+    """The run could not start: a sentence for the person at the terminal."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run before its engine exists."""
+
+    source: Input
+    recipe: Recipe
+    reader: PromptReader
+    model: ResolvedModel
+    choice: Choice
+    settled_dtype: Dtype
+    batch_size: int | None
+    selftest: bool
+    cache: Path  # batchgen's own, not the run's
+    encoder: Encoder  # the model's
+    answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in, as `--dtype` takes it."""
+        return self.settled_dtype.name
+
+    @property
+    def engine(self) -> str:
+        """Its name."""
+        return self.choice.name
+
+    @property
+    def kind(self) -> type[Engine]:
+        """The engine of that name."""
+        return self.choice.kind
+
+    @property
+    def options(self) -> Any:
+        """The engine's."""
+        return self.choice.options
+
+
+_NO_MODEL = ResolvedModel(Path(), "none", "")
+
+
+def prepare(
+    inputs: Sequence[str],
+    folder: RunFolder,
+    recipe: Recipe,
+    environment: Mapping[str, str],
+    model: str | None,
+    engine_name: str,
+    settings: Sequence[str],
+    dtype: str,
+    batch_size: int | None,
+    *,
+    into: Path | None = None,
+    selftest: bool = True,
+    ranks: int = 1,
+    begun: Mapping[str, Any] | None = None,
+) -> Ready:
+    """Opens the input and finds engine and model.
+
+    Args:
+        into: read the input once, and leave an index in this folder until the run goes on with it (`Input.keep`);
+            None: another process has, and the run folder has the index.
+        ranks: that this process will start.
+        begun: what is recorded of the attempt that this process joins, which has chosen the engine if none was named.
+
+    Raises:
+        RunError, InputError, EngineError, ModelError: a sentence each.
+    """
+    chosen = _known(engine_name, settings, begun)
+    if dtype not in DTYPES:
+        raise RunError(f"there is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if batch_size is not None and batch_size < 1:
+        raise RunError("the batch size must be 1 or more")
+    source = _opened(inputs, folder, into, lines=recipe.model is not None)
+    own_cache = models.cache_folder(environment)
+    needs_model = chosen is None or chosen.kind.needs_model
+    resolved = _resolved(model, own_cache, say=into is not None) if needs_model else _NO_MODEL
+    recipe = _with_sampling(recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=into is not None)
+    dtype_found = dtype_of.find(dtype, folder, resolved.folder)
+    if chosen is None:
+        world = from_environment(environment)
+        chosen = _chosen(resolved, dtype_found.name, settings, partial(_lengths, source, recipe), world, ranks)
+    duplicates = find_duplicates(source, folder.input_cache, into, recipe.id_prefix)
+    answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
+    try:
+        encoder = chosen.kind.encoder(str(resolved.folder))
+        reader = PromptReader(recipe, encoder, duplicates, answers_requests)
+    except ValueError as error:  # the template is none, or the model has no context to fit
+        raise RunError(str(error)) from error
+    settled = dtype_of.settle(dtype_found, encoder, say=into is not None)
+    return Ready(
+        source, recipe, reader, resolved, chosen, settled, batch_size, selftest, own_cache, encoder, answers_requests
+    )
+
+
+def _opened(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, lines: bool) -> Input:
+    originals = None if into is None else folder.originals()
+    source = Input.open(inputs, folder.input_cache, scan=into is not None, into=into, originals=originals, lines=lines)
+    if not len(source):  # a file that was never written, most likely
+        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
+    return source
+
+
+def _resolved(model: str | None, cache: Path, *, say: bool) -> ResolvedModel:
+    if model is None and say:
+        logger.info("no --model given: using the default model, %s", models.DEFAULT)
+    return models.resolve(model, cache, logger.info)
+
+
+def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
+    """The recipe with the sampling of the model's author, unless the run began before there was such a thing."""
+    if recipe.generation_config == "auto" and folder.begun():
+        known = folder.asked()
+        if "generation_config" not in known and known.get("request_model") is not None:
+            if say:
+                logger.info("this run began without the model's generation_config.json, and goes on without it")
+            recipe = replace(recipe, generation_config="none")
+    return with_authors_sampling(recipe, model, say=say)
+
+
+def check_engine(ready: Ready, world: World, ranks: int) -> None:
+    """Raises PackageError or EngineError for what would end every rank alike, before one is started.
+
+    Args:
+        ranks: that this process will start, where it is alone in its `world`.
+    """
+    packages.check_installed(ready.kind.packages(ready.options, ready.dtype), f"engine {ready.engine}")
+    all_ranks = world if world.size > 1 else replace(world, size=ranks, local_size=ranks)
+    setup = Setup(str(ready.model.folder), ready.dtype, ready.batch_size, all_ranks)
+    ready.kind.check(setup, ready.encoder, ready.options)
+
+
+def _known(name: str, settings: Sequence[str], begun: Mapping[str, Any] | None) -> Choice | None:
+    """The engine that was named or is recorded; None: it is to be chosen."""
+    if name != AUTO:
+        return auto.named(name, settings)
+    return None if begun is None else auto.recorded(begun)
+
+
+def _chosen(
+    model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: auto.Lengths, world: World, ranks: int
+) -> Choice:
+    """The engine of a run for which none was named; says which, and why."""
+    with without_garbage_collection():
+        from batchgen.planning.hardware import Machine  # imports torch, and a run whose engine is named may need none
+
+    several = world.size > 1  # else this process starts the ranks
+    local_size = max(1, world.local_size) if several else ranks
+    hosts = max(1, world.size // local_size) if several else 1
+    machine = Machine.here(local_size)
+    found = auto.automatic(model.folder, dtype, settings, lengths, machine, world.size if several else ranks, hosts)
+    logger.info("engine %s: %s", found, found.why)
+    return found
+
+
+def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -> None:
+    """Whether input and model are on this machine, without reading them: what a job would find out after hours.
+
+    With `lines`, a file is an OpenAI batch file whatever it is called.
+
+    Raises:
+        InputError, ModelError: a sentence each.
+    """
+    for path in files_of(inputs):
+        find(path, lines)
+    models.check_there(model)
+
+
+def sample(inputs: Sequence[str], recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int, int]:
+    """Prompts of rows drawn from the input, always the same ones; how many rows were drawn, and of how many.
+
+    Rows that cannot become a prompt are left out.
+
+    Args:
+        most: rows to draw; None: all.
+
+    Raises:
+        InputError: a sentence.
+    """
+    with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
+        source = Input.open(inputs, Path(scratch), scan=True)
+        prompts, count = _draw(source, recipe, encoder, most)
+    return prompts, count, len(source)
+
+
+def _draw(source: Input, recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int]:
+    count = len(source) if most is None else min(most, len(source))
+    drawn = sorted(random.Random(1).sample(range(len(source)), count))
+    try:
+        reader = PromptReader(recipe, encoder, {})
+    except ValueError as error:  # the template is none
+        raise RunError(str(error)) from error
+    parts = (reader.read(list(source.rows(window))) for window in windows(drawn, source.bytes_of))
+    return [one for part in parts for one in part if isinstance(one, Prompt)], count
+
+
+def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tuple[int, int]], int]:
+    """Prompt and new tokens of rows drawn from the input, and how many rows they stand for."""
+    prompts, count = _draw(source, recipe, encoder, _SAMPLE)
+    lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in prompts]
+    return lengths, round(len(source) * len(prompts) / max(count, 1))
+
+
+def refusals(ready: Ready) -> Iterator[Generation]:
+    """Every row of the input that cannot become a prompt. Reads all of it."""
+    for window in windows(range(len(ready.source)), ready.source.bytes_of):
+        for outcome in ready.reader.read(list(ready.source.rows(window))):
+            if isinstance(outcome, Generation):
+                yield outcome
+
+
+def check_all(ready: Ready) -> None:
+    """What `--strict` does.
+
+    Raises:
+        RunError: rows are bad; the message names the first of them.
+    """
+    named: list[str] = []
+    count = 0
+    for refused in refusals(ready):
+        count += 1
+        if refused.error is not None and len(named) < _NAMED:
+            named.append(f"  {refused.error.message}")
+    if count:
+        more = f"\n  … and {count - len(named)} more" if count > len(named) else ""
+        raise RunError(
+            f"{count} of {len(ready.source)} rows are bad, and --strict was given; nothing was generated:\n"
+            + "\n".join(named)
+            + more
+        )

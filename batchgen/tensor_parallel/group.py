@@ -1,0 +1,152 @@
+"""Ranks in groups of a few that share a model, side by side in the world; what a group's ranks tell each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from batchgen.engine import EngineError, Stream
+from batchgen.tensor_parallel import process_group
+from batchgen.world import World
+
+_FOR_EVER = timedelta(days=365)  # for ranks that load, that are told, and at the end for groups with more to do
+_LETTER = 1 << 13  # numbers that go in one message, the first of them their count: a step of two thousand rows
+_LONGEST_NAP = 0.1  # s, between two looks at whether the others have come
+
+
+def ranks_of_group(world: World, size: int | None) -> range:
+    """The ranks that share a model with this one: `size` neighbours, all of the world unless given.
+
+    Raises:
+        EngineError: the world does not divide, or a group would lie across nodes without need.
+    """
+    size = world.size if size is None else size
+    if size < 1:
+        raise EngineError(f"tp={size}: must be 1 or more")
+    if world.size % size:
+        fits = divisors(world.size)
+        raise EngineError(
+            f"tp={size} does not divide the {world.size} rank{'s' if world.size > 1 else ''} of this run: start a "
+            f"multiple of {size} (--gpus {size}, or as many tasks under srun or torchrun), or choose a tp of {fits}"
+        )
+    if world.local_size % size and size % world.local_size:
+        raise EngineError(
+            f"tp={size} with {world.local_size} ranks a node: a group would lie across nodes, where every layer waits "
+            f"for the network. Start a multiple of {size} ranks a node, or let tp be a divisor of {world.local_size}"
+        )
+    first = world.rank // size * size
+    return range(first, first + size)
+
+
+def stream_of(world: World, size: int | None) -> Stream:
+    """A group is a stream, and its first rank writes. Raises as `ranks_of_group`."""
+    group = ranks_of_group(world, size)
+    return Stream(group.start // len(group), world.size // len(group), writes=world.rank == group.start)
+
+
+def divisors(number: int) -> str:
+    """All of them, in words."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+class Group:
+    """This rank's group: its process groups, and what its ranks agree on. All of a group's ranks make each call."""
+
+    def __init__(self, world: World, those: range, device: torch.device, timeout: timedelta) -> None:
+        """Every rank of the world makes its `Group` at the same time.
+
+        Args:
+            timeout: after which a rank that waits in vain gives up.
+        """
+        self.ranks, self.device = those, device
+        size = len(those)
+        firsts = range(0, world.size, size)
+        # Each rank takes part in the making of all groups: torch counts them.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        of_models = [dist.new_group([*range(first, first + size)], timeout, backend) for first in firsts]
+        # NCCL would make the CPU wait for the GPU at every step; these are for the CPUs alone.
+        of_flags = [dist.new_group([*range(first, first + size)], timeout, "gloo") for first in firsts]
+        of_told = [dist.new_group([*range(first, first + size)], _FOR_EVER, "gloo") for first in firsts]
+        of_loading = [dist.new_group([*range(first, first + size)], _FOR_EVER, "gloo") for first in firsts]
+        self.model: dist.ProcessGroup = of_models[world.rank // size]
+        self._flags: dist.ProcessGroup = of_flags[world.rank // size]
+        self._told: dist.ProcessGroup = of_told[world.rank // size]
+        self._loading: dist.ProcessGroup = of_loading[world.rank // size]
+        self._letter = torch.zeros(_LETTER, dtype=torch.int64)
+        self._everyone = dist.new_group(backend="gloo", timeout=_FOR_EVER)
+
+    @classmethod
+    def meet(cls, world: World, those: range, patience: float) -> Group:
+        """Joins the other ranks of the world, and makes the group of those that share a model.
+
+        Args:
+            patience: in seconds, as in `ranks.join`.
+        """
+        return cls(world, those, process_group.join(world, patience), process_group.timeout(patience))
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true on a rank of the group."""
+        if len(self.ranks) == 1:
+            return flag
+        return bool(self._reduced(int(flag), dist.ReduceOp.MAX))
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        return number if len(self.ranks) == 1 else self._reduced(number, dist.ReduceOp.MIN)
+
+    def tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Those of the group's first rank."""
+        if len(self.ranks) > 1:
+            dist.broadcast(tokens, src=self.ranks[0], group=self.model)
+        return tokens
+
+    def tell(self, numbers: NDArray[np.int64]) -> None:
+        """Sends these to the others; the group's first rank alone calls this."""
+        head, rest = numbers[: _LETTER - 1], numbers[_LETTER - 1 :]
+        letter = self._letter.numpy()
+        letter[0], letter[1 : 1 + len(head)] = len(numbers), head
+        dist.broadcast(self._letter, src=self.ranks[0], group=self._told)
+        if len(rest):
+            dist.broadcast(torch.from_numpy(rest.copy()), src=self.ranks[0], group=self._told)
+
+    def told(self) -> NDArray[np.int64]:
+        """What the first rank sends next, however long it takes."""
+        dist.broadcast(self._letter, src=self.ranks[0], group=self._told)
+        count, head = int(self._letter[0]), self._letter.numpy()[1:].copy()
+        if count <= len(head):
+            return head[:count]
+        rest = torch.empty(count - len(head), dtype=torch.int64)
+        dist.broadcast(rest, src=self.ranks[0], group=self._told)
+        return np.concatenate([head, rest.numpy()])
+
+    def await_loaded(self, stop: Callable[[], bool]) -> None:
+        """Waits until all ranks of the group have come here, however long that takes: from a cold disk one may read for
+        an hour longer than another from its page cache.
+
+        Returns early if `stop()` is true, or another rank is gone.
+        """
+        if len(self.ranks) > 1:
+            _meet(self._loading, stop)
+
+    def await_others(self, stop: Callable[[], bool]) -> None:
+        """The same of all groups: the first rank of the world keeps what the others meet by."""
+        _meet(self._everyone, stop)
+
+    def _reduced(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
+        tensor = torch.tensor([number])
+        dist.all_reduce(tensor, op=operation, group=self._flags)
+        return int(tensor.item())
+
+
+def _meet(group: dist.ProcessGroup, stop: Callable[[], bool]) -> None:
+    arrived = dist.barrier(group=group, async_op=True)
+    nap = 0.001
+    while arrived is not None and not arrived.is_completed() and not stop():
+        time.sleep(nap)
+        nap = min(2 * nap, _LONGEST_NAP)

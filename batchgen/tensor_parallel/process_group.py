@@ -1,0 +1,118 @@
+"""The process group of engines whose ranks call together."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from batchgen.engine import Died, EngineError
+from batchgen.models import loading
+from batchgen.world import World, free_port
+
+
+def timeout(patience: float) -> timedelta:
+    """Of collectives. Twice the patience: the watchdog, which knows whom to name, shall come before their own end."""
+    return timedelta(seconds=2 * patience)
+
+
+def least(figure: float | None, group: Any) -> float:
+    """The smallest of the figures of all ranks of a gloo group; a rank with None has none."""
+    found = torch.tensor([float("inf") if figure is None else figure], dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=group)
+    return float(found.item())
+
+
+def join(world: World, patience: float) -> torch.device:
+    """Makes the process group of all ranks, NCCL's or gloo's; gives this rank's device.
+
+    Args:
+        patience: seconds without a sign of another rank, after which the watchdog takes it for dead.
+
+    Raises:
+        EngineError: the launcher named no place to meet, or another program has it.
+        Died: not all ranks came, as if one of them was frozen or killed.
+    """
+    gpu = torch.cuda.is_available()
+    # DeepSpeed calls what torch 2.13 has given another name.
+    warnings.filterwarnings("ignore", r"`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+    device = torch.device("cuda", loading.gpu_of(world)) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if world.size > 1 and not world.master:
+        raise EngineError(
+            f"the launcher of these {world.size} ranks does not say where they meet: set MASTER_ADDR to the host of "
+            "rank 0, and MASTER_PORT to a free port there"
+        )
+    alone = world.size == 1
+    master = f"127.0.0.1:{free_port()}" if alone else world.master
+    host, _, port = master.rpartition(":")
+    # For DeepSpeed, which looks for MPI where one of them is missing, and for torch.
+    variables = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    for name, value in {**variables, "MASTER_ADDR": host, "MASTER_PORT": port}.items():
+        os.environ.setdefault(name, str(value))
+    # Not for several: torchrun's agent keeps the store on that port, and torch sees from the variables that it does.
+    place: dict[str, Any] = {"init_method": f"tcp://{master}", "rank": 0, "world_size": 1} if alone else {}
+    try:
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout(patience), **place)
+    except (ValueError, RuntimeError) as error:
+        said = f"rank {world.rank} of {world.size} cannot join the other ranks at {master}: {error}"
+        taken = "address already in use" in str(error)
+        if isinstance(error, dist.DistError) and not taken:
+            raise Died(f"{said}. Those of them that came have not met all the others in time") from error
+        if taken and (alone or world.attempt is not None):
+            raise Died(f"{said}. Another process was faster; the same command takes another port") from error
+        raise EngineError(f"{said}. If another job has that port, MASTER_PORT names another one") from error
+    without_shared_memory()
+    return device
+
+
+def leave() -> None:
+    """Ends the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def abandon() -> None:
+    """Ends what this rank's GPU does together with others, if it does anything.
+
+    NCCL's kernels wait for a rank that is gone until they are aborted, and with them whoever synchronises with the GPU,
+    if only to free its memory.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
+
+
+def without_shared_memory() -> None:
+    """Keeps DeepSpeed from its all-reduce through shared memory on CPUs.
+
+    It would be built at first use, which takes minutes, leaves 69 MB of each rank in /dev/shm, and knows nothing of
+    groups, nor of a second node.
+    """
+    import deepspeed.comm  # noqa: F401
+
+    # By its full name: as an attribute of deepspeed.comm, `torch` is PyTorch itself.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+@contextmanager
+def pretending(rank: int, size: int) -> Iterator[None]:
+    """Meanwhile, this process is rank `rank` of `size` in a group whose collectives do nothing."""
+    import deepspeed.comm
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend, too
+
+    without_shared_memory()
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+        leave()

@@ -1,0 +1,192 @@
+"""A rank's share of a model as files of its own: written by `batchgen split`, read in place of the original."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from batchgen.engine import EngineError
+from batchgen.models import Report, ResolvedModel, loading, split_folder
+from batchgen.models.definition.build import build_empty
+from batchgen.models.definition.files import DEFINITION
+from batchgen.models.definition.model_config import read_config
+from batchgen.models.int8 import Int8Weight
+from batchgen.models.tokenizer import HfEncoder
+from batchgen.tensor_parallel import process_group
+from batchgen.tensor_parallel.autotp import check_split, split
+from batchgen.tensor_parallel.weights import bring, mapped
+
+_FILE_BYTES = 2 << 30  # of a file, so that writing one needs no more memory than this
+
+
+def make(source: ResolvedModel, out: Path, count: int, dtype: str, report: Report) -> Path:
+    """Writes the model `source` into the new folder `out`, split over `count` ranks; gives its absolute path.
+
+    Plays one rank after the other, so it needs memory for one rank's share.
+
+    Args:
+        dtype: as `--dtype` takes it, or int8: 8 bits with scales.
+
+    Raises:
+        EngineError: the model cannot be loaded or not be split like this, or `out` cannot be written.
+    """
+    folder = str(source.folder)
+    if split_folder.read(source.folder) is not None:
+        raise EngineError(f"{folder} is split already; split the model it was made from")
+    if out.exists():
+        raise EngineError(f"{out} exists; choose another folder, or remove it")
+    config = HfEncoder(folder).config
+    if count > 1:
+        check_split(config, count)
+    own = dtype in ("auto", "int8")  # the machine that splits a model is not the one that runs it
+    computes_in = loading.own_dtype(config) if own else loading.floating_dtype(dtype, config)
+    named = loading.name_of(computes_in)
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Under its name there is never half of it.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
+            half = Path(name, "split")
+            half.mkdir()
+            files = [
+                _write_rank(folder, half, rank, count, computes_in, dtype == "int8", report) for rank in range(count)
+            ]
+            for file in filter(Path.is_file, map(source.folder.joinpath, DEFINITION)):
+                shutil.copy(file, half)
+            version = importlib.metadata.version("deepspeed")
+            kept = "int8" if dtype == "int8" else named
+            whole = split_folder.Split(count, kept, named, source.name, source.revision, files, version)
+            (half / split_folder.NAME).write_bytes(split_folder.to_json(whole))
+            half.rename(out)
+    except OSError as error:
+        raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
+    return out
+
+
+def _write_rank(
+    folder: str, out: Path, rank: int, count: int, dtype: torch.dtype, eight_bits: bool, report: Report
+) -> list[str]:
+    """Writes the share of one rank; gives the names of its files."""
+    with process_group.pretending(rank, count):
+        model = mapped(folder, None)
+        if count > 1:
+            group = dist.group.WORLD
+            assert group is not None
+            split(model, group)
+        bring(model, folder, torch.device("cpu"), dtype, eight_bits=eight_bits)
+    names: list[str] = []
+    for tensors in _parts(model):
+        names.append(f"rank-{rank:05d}-{len(names) + 1:05d}.safetensors")
+        save_file(tensors, out / names[-1])
+    size = sum((out / name).stat().st_size for name in names)
+    report(f"rank {rank} of {count}: {size / 1e9:.2f} GB in {len(names)} file{'s' if len(names) > 1 else ''}")
+    return names
+
+
+def _parts(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """All tensors of the model by their paths, a file's worth at a time; a shared one once, under its first path.
+
+    Buffers that no checkpoint has are among them: they are computed where a whole model is made.
+    """
+    part: dict[str, torch.Tensor] = {}
+    size = 0
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if part and size + tensor.nbytes > _FILE_BYTES:
+            yield part
+            part, size = {}, 0
+        part[path] = tensor.detach().contiguous()
+        size += tensor.nbytes
+    yield part
+
+
+def read(
+    folder: Path,
+    found: split_folder.Split,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    attn_implementation: str | None,
+) -> Any:
+    """This rank's share of the split model in `folder`, on `device`.
+
+    Raises:
+        EngineError: the files do not fit the model, as another DeepSpeed's may not.
+    """
+    rank = dist.get_rank(group)
+    model = _empty(folder, getattr(torch, found.computes_in), attn_implementation)
+    if found.ranks > 1:
+        split(model, group)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in found.files[rank]:
+        try:
+            with safe_open(folder / name, framework="pt", device=str(device)) as file:
+                tensors |= {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"{folder / name} cannot be read ({error}); copy it again, or split the model again"
+            ) from error
+    try:
+        _fill(model, tensors)
+    except (KeyError, ValueError) as error:
+        ours = importlib.metadata.version("deepspeed")
+        raise EngineError(
+            f"{folder} does not fit the model: {error}. It was split with DeepSpeed {found.deepspeed}, and this is "
+            f"{ours}; split the model again"
+        ) from error
+    return model
+
+
+def _empty(folder: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+    """The model without weights: each parameter is one number that looks like as many as needed.
+
+    Not of the device "meta", which AutoTP would fill with memory for all of them.
+    """
+    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = build_empty(read_config(str(folder)), dtype, **chosen)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                one = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(one, requires_grad=False))
+    return model.eval()
+
+
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts `tensors`, by their paths, in place of the parameters and buffers of `model`.
+
+    Raises:
+        KeyError, ValueError: one is missing, or of another shape.
+    """
+    made: dict[int, nn.Module | nn.Parameter] = {}
+    for path, module in list(model.named_modules()):
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = _weight(f"{path}.{name}".lstrip("."), parameter, tensors)
+            del module._parameters[name]
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and not isinstance(module, Int8Weight):
+                module._buffers[name] = tensors[f"{path}.{name}".lstrip(".")]
+
+
+def _weight(path: str, parameter: nn.Parameter, tensors: dict[str, torch.Tensor]) -> nn.Module | nn.Parameter:
+    made: nn.Module | nn.Parameter
+    if f"{path}.values" in tensors:
+        made = Int8Weight(tensors[f"{path}.values"], tensors[f"{path}.scales"])
+    else:
+        made = nn.Parameter(tensors[path], requires_grad=False)
+    if made.shape != parameter.shape:
+        raise ValueError(f"{path} is {list(made.shape)}, not {list(parameter.shape)}")
+    return made

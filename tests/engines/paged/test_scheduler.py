@@ -1,0 +1,253 @@
+"""Plans, carried out on a cache that remembers what each place of a page holds: the beginning that led to it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import pytest
+
+from batchgen.bench import workloads
+from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.scheduler import Scheduler
+from batchgen.engines.paged.step import Step
+from batchgen.types import Prompt, SamplingParams
+
+
+def prompts(lengths: Sequence[tuple[int, int]], begin: Sequence[int] = ()) -> list[Prompt]:
+    """Rows of prompt and new tokens; the prompts begin with `begin`."""
+    source = random.Random(1)
+    return [
+        workloads.prompt(
+            number, [*begin, *(source.randrange(50) for _ in range(length))], SamplingParams(max_new_tokens=new)
+        )
+        for number, (length, new) in enumerate(lengths)
+    ]
+
+
+class Machine:
+    """A model whose next token follows from the beginning, over a cache that is checked at every step."""
+
+    def __init__(self, scheduler: Scheduler, ends: Callable[[int], bool] = lambda token: False) -> None:
+        self.scheduler = scheduler
+        self._ends = ends
+        self._table: dict[int, int] = {}
+        self._places: dict[tuple[int, int], int] = {}  # page, place → what is there
+        self._last: dict[int, int] = {}  # slot → its newest token, as the device knows it
+        self._texts: dict[int, list[int]] = {}  # slot → its tokens, as the device knows them
+        self._beginnings: dict[int, list[int]] = {}  # slot → what stands for each of their beginnings
+        self.texts: dict[int, list[int]] = {}
+        self.sizes: list[int] = []
+        self.decoding: list[int] = []
+        self.computed = 0
+
+    def run(self) -> None:
+        """Until nothing is left, one step always in flight."""
+        flight: tuple[Step, list[int]] | None = None
+        while True:
+            if flight is not None and self.scheduler.short_of_pages():
+                self._read(*flight)
+                flight = None
+            step = self.scheduler.plan()
+            following = (step, self._compute(step)) if step is not None else None
+            if flight is not None:
+                self._read(*flight)
+            flight = following
+            if flight is None and not self.scheduler.running and not self.scheduler.waiting:
+                return
+
+    def _compute(self, step: Step) -> list[int]:
+        self._table |= dict(zip(step.table_at.tolist(), step.table_to.tolist(), strict=True))
+        self.sizes.append(len(step.slots))
+        self.decoding.append(step.decoding)
+        self.computed += len(step.slots)
+        tokens = list(zip(step.slots.tolist(), step.positions.tolist(), step.ids.tolist(), strict=True))
+        for slot, position, token in tokens:
+            if token >= 0:  # another sequence may have the slot now, and begin with pages that are there already
+                self._texts[slot] = self._text(step, slot)[: position + 1]
+                self._beginnings[slot] = list(accumulate(self._texts[slot], lambda *both: hash(both), initial=0))
+            else:
+                self._texts[slot].append(self._last[slot])
+                self._beginnings[slot].append(hash((self._beginnings[slot][-1], self._last[slot])))
+            assert len(self._texts[slot]) == position + 1
+            self._places[self._at(slot, position)] = self._beginnings[slot][-1]
+        for slot, position, _ in tokens:
+            for place in range(position + 1):
+                assert self._places[self._at(slot, place)] == self._beginnings[slot][place + 1], (slot, place)
+        chosen = []
+        for row in step.rows.tolist():
+            slot, position, _ = tokens[row]
+            self._last[slot] = self.next(self._texts[slot][: position + 1])
+            chosen.append(self._last[slot])
+        return chosen
+
+    def _text(self, step: Step, slot: int) -> list[int]:
+        """Of the sequence whose prompt is computed there."""
+        (sequence,) = [one for one in self.scheduler._prefilling + step.sequences if one.slot == slot]
+        return sequence.tokens
+
+    def _at(self, slot: int, position: int) -> tuple[int, int]:
+        return self._table[slot * self.scheduler.columns + position // SIZE], position % SIZE
+
+    @staticmethod
+    def next(text: Sequence[int]) -> int:
+        """The token that follows."""
+        return hash(tuple(text[-9:])) % 50
+
+    def _read(self, step: Step, chosen: list[int]) -> None:
+        for sequence, token in zip(step.sequences, chosen, strict=True):
+            if sequence.slot < 0:
+                continue
+            sequence.tokens.append(token)
+            new = sequence.tokens[sequence.begin :]
+            if self._ends(token) or len(new) == sequence.most:
+                self.scheduler.ended(sequence)
+                assert sequence.prompt.index not in self.texts
+                self.texts[sequence.prompt.index] = new
+
+    def expected(self, prompt: Prompt) -> list[int]:
+        """The text of a prompt alone."""
+        text = list(prompt.tokens)
+        while len(text) < len(prompt.tokens) + prompt.params.max_new_tokens:
+            text.append(self.next(text))
+            if self._ends(text[-1]):
+                break
+        return text[len(prompt.tokens) :]
+
+
+def lengths(seed: int, count: int = 60) -> list[tuple[int, int]]:
+    source = random.Random(seed)
+    return [(source.randrange(1, 90), source.randrange(1, 60)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"slots": 64, "pages": 1000, "budget": 256},
+        {"slots": 5, "pages": 1000, "budget": 17},
+        {"slots": 64, "pages": 14, "budget": 64, "expected": 0.05},  # far too hopeful
+        {"slots": 1, "pages": 12, "budget": 8},
+    ],
+    ids=["ample", "chunks", "tight", "alone"],
+)
+def test_every_row_is_generated_as_if_it_were_alone(seed: int, sizes: dict[str, int]) -> None:
+    rows = prompts(lengths(seed), begin=list(range(seed * 10)))
+    scheduler = Scheduler(width=240, **sizes)  # type: ignore[arg-type]
+    machine = Machine(scheduler, ends=lambda token: token == 7)
+    scheduler.add(rows[:30])
+    scheduler.add(rows[30:])
+    machine.run()
+    assert machine.texts == {row.index: machine.expected(row) for row in rows}
+    assert scheduler._pages.available == sizes["pages"]
+    assert (scheduler.preemptions > 0) == ("expected" in sizes)
+
+
+def test_a_forecast_that_holds_needs_no_preemption() -> None:
+    rows = prompts(lengths(3))
+    scheduler = Scheduler(slots=64, pages=40, width=240, budget=128, expected=1.0)
+    scheduler.add(rows)
+    machine = Machine(scheduler)
+    machine.run()
+    assert len(machine.texts) == len(rows)
+    assert scheduler.preemptions == 0
+    assert max(machine.decoding) > 5  # many at once all the same
+
+
+def test_a_common_beginning_is_computed_once() -> None:
+    begin = list(range(4 * SIZE))
+    rows = prompts([(5, 3)] * 20, begin=begin)
+    scheduler = Scheduler(slots=32, pages=100, width=240, budget=1000)
+    scheduler.add(rows)
+    machine = Machine(scheduler)
+    machine.run()
+    assert machine.computed == len(begin) + 20 * (5 + 2)  # the last new token is never computed
+
+
+def test_a_step_has_no_more_tokens_than_its_budget() -> None:
+    scheduler = Scheduler(slots=8, pages=200, width=600, budget=50)
+    scheduler.add(prompts([(500, 4), (3, 40), (120, 4)]))
+    machine = Machine(scheduler)
+    machine.run()
+    assert max(machine.sizes) == 50
+    assert len(machine.texts) == 3
+
+
+def test_those_with_the_most_to_generate_come_first() -> None:
+    rows = prompts([(4, 5), (4, 50), (4, 20)])
+    scheduler = Scheduler(slots=1, pages=100, width=240, budget=64)
+    scheduler.add(rows)
+    machine = Machine(scheduler)
+    machine.run()
+    assert list(machine.texts) == [1, 2, 0]
+
+
+def test_prompts_are_spread_over_the_steps_that_the_longest_row_needs() -> None:
+    rows = prompts([(100, 400)] * 10 + [(100, 20)] * 600)
+    sizes = {}
+    for known in (False, True):
+        machine = Machine(Scheduler(slots=700, pages=6000, width=512, budget=2048))
+        machine.scheduler.add(rows)
+        if known:
+            machine.scheduler.complete()
+        machine.run()
+        assert sorted(machine.texts) == list(range(len(rows)))
+        sizes[known] = machine.sizes
+    # Unspread, 30 full steps are followed by hundreds with ten rows in them.
+    assert sum(size <= 10 for size in sizes[False]) > 300
+    assert sum(size <= 10 for size in sizes[True]) < 280
+    assert len(sizes[True]) <= len(sizes[False]) + 1
+    assert max(sizes[True][2:]) <= 512 < max(sizes[False][2:])
+
+
+def test_prompts_do_not_wait_where_the_cache_is_what_a_job_waits_for() -> None:
+    sizes = []
+    for known in (False, True):
+        machine = Machine(Scheduler(slots=700, pages=400, width=512, budget=2048))
+        machine.scheduler.add(prompts([(100, 400)] * 10 + [(100, 20)] * 600))
+        if known:
+            machine.scheduler.complete()
+        machine.run()
+        sizes.append(machine.sizes)
+    # The last of them do, since a cache that is half empty is not what they wait for.
+    assert sizes[0][:500] == sizes[1][:500]
+    assert len(sizes[1]) <= len(sizes[0]) + 1
+
+
+def test_rows_of_one_length_all_begin_at_once() -> None:
+    machine = Machine(Scheduler(slots=200, pages=2000, width=512, budget=2048))
+    machine.scheduler.add(prompts([(20, 50)] * 100))
+    machine.scheduler.complete()
+    machine.run()
+    assert machine.sizes[0] == 2000
+    assert len(machine.sizes) == 50
+
+
+def test_what_rows_generate_is_learnt() -> None:
+    def most_at_once(ends: Callable[[int], bool]) -> int:
+        scheduler = Scheduler(slots=256, pages=100, width=1000, budget=256)
+        scheduler.add(prompts([(3, 400)] * 200))
+        machine = Machine(scheduler, ends)
+        machine.run()
+        return max(machine.decoding)
+
+    # Rows that end early leave room for more at once than rows that are as long as they may be.
+    assert most_at_once(lambda token: token % 4 == 0) > 3 * most_at_once(lambda token: False)
+
+
+def test_a_restart_with_fewer_pages_computes_again_and_names_what_no_longer_fits() -> None:
+    rows = prompts([*lengths(5, 20), (90, 59)])
+    scheduler = Scheduler(slots=32, pages=100, width=240, budget=64)
+    machine = Machine(scheduler)
+    scheduler.add(rows)
+    for _ in range(8):
+        step = scheduler.plan()
+        assert step is not None
+        machine._read(step, machine._compute(step))
+    assert scheduler.plan() is not None  # in flight, and lost
+    refused = scheduler.restart(9)
+    assert [row.index for row in refused] == [20]
+    machine._texts.clear()
+    machine.run()
+    assert machine.texts == {row.index: machine.expected(row) for row in rows[:20]}

@@ -1,0 +1,106 @@
+"""Models of a shape: as large as the real ones, and hollow files that every engine takes for a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchgen.engine import Setup
+from batchgen.engines.accelerate import Accelerate
+from batchgen.models import ModelError, loading, shapes
+from batchgen.world import World
+
+ROOT = Path(__file__).parents[2]
+
+# Parameters as the hub counts them.
+PARAMETERS = {
+    "bloom-560m": 559_214_592,
+    "bloom-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+    "llama-8b": 8_030_261_248,
+    "llama-70b": 70_553_706_496,
+    "qwen3-0.6b": 596_049_920,
+}
+
+TINY = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_a_shape_has_the_parameters_of_the_real_model_and_takes_no_room(name: str, tmp_path: Path) -> None:
+    folder = shapes.make(name, torch.bfloat16, tmp_path / "model")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * PARAMETERS[name]
+    assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 20 << 20
+    assert shapes.SHAPES.keys() == PARAMETERS.keys()
+
+
+def test_a_shape_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"there is no shape gpt-5: name a config.json, or one of bloom-560m, .*"):
+        shapes.config_of("gpt-5")
+    (tmp_path / "config.json").write_text('{"model_type": "no such"}')
+    with pytest.raises(ModelError, match="does not know model_type 'no such'"):
+        shapes.config_of(str(tmp_path))
+    for look in (shapes.config_of, shapes.find):
+        with pytest.raises(ModelError, match=r"cannot read nnn.*: File name too long"):
+            look("n" * 300)
+
+
+# In a process of its own: DeepSpeed changes torch and Transformers for good.
+FILLED = """
+import sys
+from pathlib import Path
+from batchgen.engine import Setup, find, parse_options
+from batchgen.types import Prompt, SamplingParams
+from batchgen.world import World
+name, folder = sys.argv[1:]
+kind = find(name)
+setup = Setup(folder, "float32", 8, World(), run=folder, cache=folder)
+prompts = [Prompt(n, str(n), n + 1, "", [n + 1], SamplingParams(max_new_tokens=6), {}) for n in range(8)]
+with kind(setup, parse_options(kind, [])) as engine:
+    batches = list(engine.generate(iter(prompts), lambda: False))
+print(len({generation.text for batch in batches for generation in batch.generations}))
+"""
+
+
+@pytest.mark.parametrize("name", ["accelerate", "ds-inference", "ds-zero"])
+def test_engines_fill_a_hollow_model_with_numbers_that_mean_something(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    folder = shapes.make(str(tmp_path / "config.json"), torch.float32, tmp_path / "model")
+    assert loading.hollow(folder) == 0.3
+    words = [sys.executable, "-c", FILLED, name, str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "8", "zeros would say the same after every prompt"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_rounded_weights_of_a_hollow_model_are_filled_too(dtype: str, tmp_path: Path) -> None:
+    rounding = pytest.importorskip("bitsandbytes.functional")
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "intermediate_size": 128}))
+    folder = shapes.make(str(tmp_path / "config.json"), torch.bfloat16, tmp_path / "model")
+    with Accelerate(Setup(str(folder), dtype, 1, World()), Accelerate.Options()) as engine:
+        assert engine._batches is not None
+        weight = engine._batches._model.model.layers[1].mlp.down_proj.weight
+        if dtype == "int8":
+            values = weight.data.float() * weight.SCB[:, None] / 127
+        else:
+            values = rounding.dequantize_4bit(weight.data, weight.quant_state).float()
+        assert values.shape == (64, 128)
+        assert values.std().item() == pytest.approx(0.3, rel=0.1)
+        assert len(values.unique()) > 10

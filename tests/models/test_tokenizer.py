@@ -1,0 +1,205 @@
+"""Text to tokens and back, with tokenizers saved to model folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchgen.engine import EngineError
+from batchgen.models.tokenizer import HfEncoder
+from tests import tiny_models as models
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+
+
+def folder_with(config: dict[str, Any], base: Path, folder: Path) -> Path:
+    """A copy of `base`, without weights, whose config has other values; None takes one out."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
+    values = json.loads((folder / "config.json").read_text()) | config
+    values = {name: value for name, value in values.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_a_chat_is_rendered_for_the_assistants_turn(tiny_llama: Path) -> None:
+    text = HfEncoder(str(tiny_llama)).chat(MESSAGES)
+    assert text == "<s><|system|>Be brief.</s><|user|>Hi</s><|assistant|>"
+
+
+def test_template_arguments_are_passed_on_but_the_result_stays_a_text(tiny_llama: Path) -> None:
+    encoder = HfEncoder(str(tiny_llama))
+    assert encoder.chat(MESSAGES[1:], add_generation_prompt=False, tokenize=True) == "<s><|user|>Hi</s>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "detail"),
+    [
+        ([{"role": "wizard", "content": "x"}], "role wizard is not known"),
+        ([{"role": ["user"], "content": "x"}], "refused"),
+        ([{"content": "x"}], "refused"),
+    ],
+)
+def test_a_conversation_that_the_template_refuses_is_a_value_error(
+    tiny_llama: Path, messages: list[dict[str, object]], detail: str
+) -> None:
+    with pytest.raises(ValueError, match=detail):
+        HfEncoder(str(tiny_llama)).chat(messages)
+
+
+def test_a_model_without_a_template_says_so(tiny_bloom: Path) -> None:
+    with pytest.raises(ValueError, match="no chat template"):
+        HfEncoder(str(tiny_bloom)).chat(MESSAGES)
+
+
+def test_a_plain_text_gets_one_beginning_token_and_a_rendered_chat_none(tiny_llama: Path) -> None:
+    encoder = HfEncoder(str(tiny_llama))
+    plain, begun = encoder.tokenize(["Hi", "<s>Hi"], special=True)
+    assert plain == begun
+    assert plain[0] == models.BEGIN
+    assert models.BEGIN not in plain[1:]
+    (chat,) = encoder.tokenize([encoder.chat(MESSAGES)], special=False)
+    assert list(chat).count(models.BEGIN) == 1
+
+
+def test_tokens_are_plain_lists_one_a_text(tiny_llama: Path) -> None:
+    encoder = HfEncoder(str(tiny_llama))
+    tokens = encoder.tokenize(["a", "", "é"], special=False)
+    assert [len(each) for each in tokens] == [1, 0, 2]
+    assert all(type(each) is list and all(type(i) is int for i in each) for each in tokens)
+    assert encoder.tokenize([], special=True) == []
+
+
+def test_a_lone_surrogate_does_not_spoil_the_window_it_is_in(tiny_llama: Path) -> None:
+    encoder = HfEncoder(str(tiny_llama))
+    broken, whole = encoder.tokenize(["a\ud800b", "ab"], special=False)
+    assert encoder.decode(broken) == "a\ufffdb"
+    assert encoder.decode(whole) == "ab"
+
+
+def test_a_token_has_a_text_of_its_own(tiny_llama: Path) -> None:
+    encoder = HfEncoder(str(tiny_llama))
+    (tokens,) = encoder.tokenize([" aé"], special=False)
+    assert [encoder.token_text(token) for token in [*tokens, models.END]] == [" ", "a", "\ufffd", "\ufffd", "</s>"]
+
+
+def test_long_texts_are_tokenized_without_a_warning(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = folder_with({}, tiny_llama, tmp_path / "short")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 16}))
+    seen: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = seen.append  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        (tokens,) = HfEncoder(str(folder)).tokenize(["x" * 2000], special=False)
+    finally:
+        logger.removeHandler(handler)
+    assert len(tokens) == 2000
+    assert [record.getMessage() for record in seen] == []
+
+
+@pytest.mark.parametrize("text", [" leading", "trailing \n", "a , b . c 's", "日本語 🙂", "\n\n  x"])
+def test_decoding_gives_back_every_space(tiny_llama: Path, text: str) -> None:
+    encoder = HfEncoder(str(tiny_llama))
+    (tokens,) = encoder.tokenize([text], special=False)
+    assert encoder.decode([*tokens, models.END]) == text
+
+
+def test_the_first_tokens_leading_space_survives_a_decoder_that_drops_it(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = folder_with({}, tiny_llama, tmp_path / "sentencepiece")
+    models.sentencepiece_like_tokenizer().save_pretrained(folder)
+    encoder = HfEncoder(str(folder))
+    (tokens,) = encoder.tokenize(["good day"], special=False)
+    assert encoder.decode(tokens) == " good day"
+    assert encoder.decode([]) == ""
+
+
+def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer_together(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = folder_with({"eos_token_id": [7, 9]}, tiny_llama, tmp_path / "ends")
+    assert HfEncoder(str(folder)).end_tokens == [models.END, 7, 9]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": models.END_OF_TURN}))
+    assert HfEncoder(str(folder)).end_tokens == [models.END, models.END_OF_TURN, 7, 9]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [models.END_OF_TURN, None]}))
+    assert HfEncoder(str(folder)).end_tokens == [models.END, models.END_OF_TURN, 7, 9]
+
+
+def test_padding_is_no_end_token_and_lies_in_the_embedding(tiny_llama: Path, tiny_bloom: Path, tmp_path: Path) -> None:
+    assert HfEncoder(str(tiny_llama)).pad_token == models.PAD
+    ends = folder_with({"eos_token_id": [0, 1, 2]}, tiny_llama, tmp_path / "ends")
+    assert HfEncoder(str(ends)).pad_token == 3
+    # BLOOM's embedding needs no padding of its own: it is made all the same.
+    outside = folder_with({"pad_token_id": 260}, tiny_bloom, tmp_path / "outside")
+    settings = json.loads((outside / "tokenizer_config.json").read_text()) | {"pad_token": "<outside>"}
+    (outside / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert HfEncoder(str(outside)).pad_token < 260
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [({"max_position_embeddings": 77}, 77), ({"max_position_embeddings": -1}, None)],
+)
+def test_the_context_is_what_the_config_says(
+    tiny_llama: Path, tmp_path: Path, config: dict[str, Any], context: int | None
+) -> None:
+    encoder = HfEncoder(str(folder_with(config, tiny_llama, tmp_path / "model")))
+    assert (encoder.context, encoder.vocabulary) == (context, 260)
+
+
+def test_bloom_has_no_limit_unless_its_config_names_one(tiny_bloom: Path, tmp_path: Path) -> None:
+    assert HfEncoder(str(tiny_bloom)).context is None
+    assert HfEncoder(str(folder_with({"seq_length": 2048}, tiny_bloom, tmp_path / "bloom"))).context == 2048
+
+
+@pytest.mark.parametrize(
+    ("whole", "part", "generation", "ends"),
+    [
+        (None, 9, None, [2, 9]),
+        (7, 9, None, [2, 7]),
+        (None, 9, 8, [2, 8]),
+        (7, 9, [8, 6], [2, 6, 7, 8]),
+    ],
+)
+def test_the_text_part_of_a_model_that_sees_says_where_texts_end_if_nobody_else_does(
+    tiny_llama: Path, tmp_path: Path, whole: int | None, part: int, generation: object, ends: list[int]
+) -> None:
+    text = json.loads((tiny_llama / "config.json").read_text()) | {"eos_token_id": part, "vocab_size": 250}
+    config = {"model_type": "llava", "text_config": text, "eos_token_id": whole, "vocab_size": None}
+    folder = folder_with(config, tiny_llama, tmp_path / "sees")
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    encoder = HfEncoder(str(folder))
+    assert (encoder.end_tokens, encoder.vocabulary, encoder.context) == (ends, 250, 512)
+
+
+@pytest.mark.parametrize("kind", ["codegen", "cpmant", "qwen3_vl"])
+def test_a_config_that_has_no_field_for_special_tokens_is_read(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / kind
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(tiny_llama / "tokenizer_config.json", folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    encoder = HfEncoder(str(folder))
+    assert 2 in encoder.end_tokens
+    assert encoder.pad_token == 0
+
+
+def test_a_folder_without_a_model_is_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"holds no config\.json"):
+        HfEncoder(str(tmp_path / "missing"))
+    strange = folder_with({"model_type": "unheard_of"}, tiny_llama, tmp_path / "strange")
+    with pytest.raises(EngineError, match="unheard_of"):
+        HfEncoder(str(strange))
+    painter = folder_with({"model_type": "blip"}, tiny_llama, tmp_path / "painter")
+    with pytest.raises(EngineError, match=r"models of type blip.* Transformers generates with it from a picture alone"):
+        HfEncoder(str(painter))
+    mute = folder_with({}, tiny_llama, tmp_path / "mute")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(mute / name)
+    with pytest.raises(EngineError, match="tokenizer"):
+        HfEncoder(str(mute))

@@ -1,0 +1,71 @@
+"""Values as sentences show them, and the parameters of a row."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchgen.requests.refusal import Refused, check_encodable, sampling_params, shown
+from batchgen.types import SamplingParams
+
+HUGE = 10**5000  # more digits than Python writes
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        ("a", '"a"'),
+        ("ü\n\x1b", r'"ü\n\u001b"'),
+        ("a" * 61, '"' + "a" * 57 + '..."'),
+        (1.5, "1.5"),
+        pytest.param(HUGE, "a number of many digits", id="huge"),
+        ([], "an empty list"),
+        ({"a": 1}, "an object"),
+        (b"", "a value of type bytes"),
+    ],
+)
+def test_values_are_shown_short_and_as_json_names_them(value: object, text: str) -> None:
+    assert shown(value) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("max_new_tokens", 0, "max_new_tokens must be a whole number, 1 or more, not 0"),
+        ("max_new_tokens", 1.5, "max_new_tokens must be a whole number, 1 or more, not 1.5"),
+        ("temperature", "hot", 'temperature must be a number from 0 to 100, not "hot"'),
+        pytest.param(
+            "temperature", HUGE, "temperature must be a number from 0 to 100, not a number of many", id="huge"
+        ),
+        ("top_p", float("nan"), "top_p must be a number above 0 and at most 1, not nan"),
+        ("top_k", -1, "top_k must be a whole number, 0 (off) or more, not -1"),
+        ("top_k", 10**20, "top_k must be below 2147483648, not 100000000000000000000"),
+        ("max_new_tokens", 2.0**31, "max_new_tokens must be below 2147483648, not 2147483648.0"),
+        ("seed", True, "seed must be a whole number, not true"),
+        ("stop", [""], "stop must be a text or a list of texts, none of them empty, not a list"),
+        ("logprobs", 0, "logprobs must be true or false, not 0"),
+        ("stop", {}, "stop must be a text or a list of texts, none of them empty, not an empty object"),
+    ],
+)
+def test_bad_parameter_names_field_rule_and_value(name: str, value: object, complaint: str) -> None:
+    with pytest.raises(Refused) as caught:
+        sampling_params(SamplingParams(), {name: value}, {})
+    assert caught.value.type == "wrong_type"
+    assert caught.value.message.startswith(complaint)
+
+
+def test_parameter_is_named_as_the_row_spells_it() -> None:
+    with pytest.raises(Refused, match=r"^body\.max_tokens must be a whole number, 1 or more, not 0$"):
+        sampling_params(SamplingParams(), {"max_new_tokens": 0}, {"max_new_tokens": "body.max_tokens"})
+
+
+def test_whole_float_is_a_whole_number_and_one_stop_text_a_list_of_one() -> None:
+    given = {"max_new_tokens": 5.0, "seed": 2.0, "stop": "."}
+    assert sampling_params(SamplingParams(top_k=4), given, {}) == SamplingParams(5, top_k=4, seed=2, stop=(".",))
+
+
+def test_text_that_utf8_cannot_hold_is_refused() -> None:
+    check_encodable("ü😀")
+    with pytest.raises(Refused, match="surrogate"):
+        check_encodable("\ud83d")
