@@ -20,12 +20,12 @@ __all__ = ["FIT", "Host", "Recipe", "SamplingParams", "Status", "merge", "run"]
 
 _HOMES = {
     "FIT": "types",
-    "Host": "flow",
-    "Recipe": "recipe",
+    "Host": "runs.flow",
+    "Recipe": "requests.recipe",
     "SamplingParams": "types",
     "Status": "checkpoint",
-    "merge": "flow",
-    "run": "flow",
+    "merge": "runs.flow",
+    "run": "runs.flow",
 }
 
 
