@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
@@ -94,6 +95,18 @@ class Setup:
     """Most rows of a batch, by its length in tokens: what earlier attempts died of (`OutOfStep`)."""
 
 
+@dataclass(slots=True)
+class SignsOfLife:
+    """What an engine shows of its progress. The threads of the heartbeat and of the watchdog read it."""
+
+    generated_tokens: int = 0  # so far, by this rank, also in batches that are not finished
+    steps: int = 0  # forwards so far, also those that were made only because other ranks need them
+    idle_reports: int = 0  # how often another rank has said that it is alive and has nothing to do
+    timeout_seconds: float | None = None  # without a step or such a report, a rank is taken for dead; None: never
+    awaited_ranks: Collection[int] | None = None  # whose steps this rank's steps wait for; None: all of the world's
+    is_waiting: bool = False  # its own part is done, and it waits for others, for as long as they take
+
+
 class Engine(ABC):
     """Turns prompts into generations, for one stream.
 
@@ -116,14 +129,10 @@ class Engine(ABC):
     calls_together: bool = False
     """Ranks take part in each other's steps: each is needed even when its own queue is empty."""
 
-    generated_tokens: int = 0
-    """Tokens generated so far by this rank, also in unfinished batches. Read from the heartbeat's thread."""
-
-    steps: int = 0  # forwards so far, those for other ranks' sake included
-    heard: int = 0  # how often another rank has said that it is there, with nothing to do either
-    patience: float | None = None  # seconds without a step, or another's `heard`, until one is taken for dead
-    awaited: Collection[int] | None = None  # the ranks whose steps this one's wait for; None: all of the world's
-    at_ease: bool = False  # its own part is done, and it waits for others, for as long as they take
+    @cached_property
+    def signs(self) -> SignsOfLife:
+        """What this engine shows of its progress, for the heartbeat and the watchdog."""
+        return SignsOfLife()
 
     @classmethod
     def packages(cls, options: Any, dtype: str) -> Sequence[str]:

@@ -110,8 +110,8 @@ class Accelerate(Engine):
         return self._spill.name
 
     def _count(self, tokens: int) -> None:
-        self.generated_tokens += tokens
-        self.steps += 1
+        self.signs.generated_tokens += tokens
+        self.signs.steps += 1
 
 
 def _placement(options: Accelerate.Options, world: World) -> dict[str, Any]:

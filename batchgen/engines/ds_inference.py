@@ -60,13 +60,15 @@ class DsInference(Engine):
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._batches: StaticBatches | None = None
-        self.awaited = tensor_parallel.ranks_of_group(setup.world, options.tp)
+        self.signs.awaited_ranks = ranks = tensor_parallel.ranks_of_group(setup.world, options.tp)
         encoder = HfEncoder(setup.model)
-        if len(self.awaited) > 1:
-            tensor_parallel.check_split(encoder.config, len(self.awaited))
+        if len(ranks) > 1:
+            tensor_parallel.check_split(encoder.config, len(ranks))
         loading.prepare_transformers()
         try:
-            self._group = group = tensor_parallel.Group.meet(setup.world, self.awaited, options.timeout_seconds)
+            self._group = group = tensor_parallel.Group.meet(
+                setup.world, self.signs.awaited_ranks, options.timeout_seconds
+            )
             model = tensor_parallel.load(setup, encoder.config, group, options.attn_implementation)
         except BaseException:
             self.close()
@@ -83,19 +85,19 @@ class DsInference(Engine):
             reserve=True,
             peers=self._peers(),
         )
-        self.patience = options.timeout_seconds if len(self.awaited) > 1 else None
+        self.signs.timeout_seconds = options.timeout_seconds if len(ranks) > 1 else None
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         if self._batches is None:
             raise EngineError("this engine is closed")
 
         def any_stop() -> bool:
-            self.steps += 1
+            self.signs.steps += 1
             return self.any_rank(stop())
 
         self._group.await_loaded(stop)
         yield from self._batches.run(prompts, any_stop)
-        self.patience, self.at_ease = None, True
+        self.signs.timeout_seconds, self.signs.is_waiting = None, True
         self._group.await_others(stop)
 
     def any_rank(self, flag: bool) -> bool:
@@ -115,4 +117,4 @@ class DsInference(Engine):
         return Peers(len(group.ranks), group.any_rank, group.least, group.tokens) if len(group.ranks) > 1 else None
 
     def _count(self, tokens: int) -> None:
-        self.generated_tokens += tokens
+        self.signs.generated_tokens += tokens

@@ -79,8 +79,8 @@ class Echo(Engine):
             if not step:
                 break
             batch += map(_echo, step)
-            self.steps += 1
-            self.generated_tokens += sum(generation.generated_tokens for generation in batch[-len(step) :])
+            self.signs.steps += 1
+            self.signs.generated_tokens += sum(generation.generated_tokens for generation in batch[-len(step) :])
             if self._seconds:
                 time.sleep(self._seconds)
             if stop():

@@ -136,7 +136,7 @@ class Watchdog(threading.Thread):
     Args:
         count: this rank's heartbeat as it is now.
         ask_to_stop: ends the run in order, for a reason, where this rank still can.
-        seconds: without progress; 0: only `engine.patience` counts.
+        seconds: without progress; 0: only `engine.signs.timeout_seconds` counts.
     """
 
     def __init__(
@@ -164,17 +164,19 @@ class Watchdog(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        pause = min(pause_of(self._seconds), pause_of(self._engine.patience or 0.0))
+        pause = min(pause_of(self._seconds), pause_of(self._engine.signs.timeout_seconds or 0.0))
         own, step = Still(self._seconds, pause), Still(0.0, pause)
         while not self._ended.wait(pause):
-            patience = self._engine.patience
+            patience = self._engine.signs.timeout_seconds
             waits = self._others_load()
-            own.look(progress(self._count()), rest=self._engine.at_ease or waits)
-            step.look((self._engine.steps, self._engine.heard), rest=patience is None or waits)
+            own.look(progress(self._count()), rest=self._engine.signs.is_waiting or waits)
+            step.look((self._engine.signs.steps, self._engine.signs.idle_reports), rest=patience is None or waits)
             if patience is not None and step.seconds > patience:
-                self._end(patience, self._engine.awaited)
+                self._end(patience, self._engine.signs.awaited_ranks)
             if own.too_long:
-                self._end(own.seconds, self._engine.awaited if self._engine.calls_together else (self._rank,))
+                self._end(
+                    own.seconds, self._engine.signs.awaited_ranks if self._engine.calls_together else (self._rank,)
+                )
             if self._holds_the_claim and (standing := self._others.standing()):
                 report(self._attempt, stalled(self._attempt, self._seconds, standing))
             asked = stacks.requested(self._attempt)
@@ -184,10 +186,10 @@ class Watchdog(threading.Thread):
 
     def _others_load(self) -> bool:
         """Whether this rank's first step waits for one that loads, and whose heart beats."""
-        if not self._engine.calls_together or self._engine.steps:
+        if not self._engine.calls_together or self._engine.signs.steps:
             return False
-        awaited, now = self._engine.awaited, time.time()
-        most = _oldest_beat(self._attempt, self._engine.patience or self._seconds)
+        awaited, now = self._engine.signs.awaited_ranks, time.time()
+        most = _oldest_beat(self._attempt, self._engine.signs.timeout_seconds or self._seconds)
         try:
             beats = self._attempt.heartbeats().items()
         except CheckpointError:

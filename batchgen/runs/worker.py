@@ -198,7 +198,7 @@ class Share:
             self._devices = device.devices()
 
     def _count(self) -> Mapping[str, object]:
-        generated = self._engine.generated_tokens if self._engine is not None else 0
+        generated = self._engine.signs.generated_tokens if self._engine is not None else 0
         return {
             "state": self._state,
             "reason": self._stop.reason,
@@ -211,9 +211,9 @@ class Share:
             "prompt_tokens": self._prompt_tokens,
             "committed_tokens": self._committed_tokens,
             "generated_tokens": generated if self.stream.writes else 0,
-            "steps": self._engine.steps if self._engine is not None else 0,
+            "steps": self._engine.signs.steps if self._engine is not None else 0,
             "refused_again": self._refused_before,
-            "at_ease": self._engine is not None and self._engine.at_ease,
+            "at_ease": self._engine is not None and self._engine.signs.is_waiting,
         }
 
 

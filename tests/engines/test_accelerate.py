@@ -75,7 +75,7 @@ def test_every_prompt_comes_back_once_and_its_tokens_are_counted(tiny_llama: Pat
     with load(tiny_llama) as engine:
         generations = generate(engine)
         assert [g.index for g in generations] == list(range(6))
-        assert engine.generated_tokens == sum(g.generated_tokens for g in generations) > 0
+        assert engine.signs.generated_tokens == sum(g.generated_tokens for g in generations) > 0
 
 
 def test_the_encoder_needs_no_weights(tiny_llama: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ class DsZero(Engine):
             # A step takes as long as the weights need to come over: until computing takes as long, more rows are free.
             most_rows=_MOST_ROWS if options.offload else None,
         )
-        self.patience, self._idle = options.timeout_seconds, False
+        self.signs.timeout_seconds, self._idle = options.timeout_seconds, False
         self._stop: Callable[[], bool] = lambda: False
         self._model.register_forward_pre_hook(self._before_forward, prepend=True)
         if not (self._whole_model and self._by_layers):  # which only makes the batch smaller
@@ -155,14 +155,14 @@ class DsZero(Engine):
         self._stop = stop
         try:
             # Never by the local answer alone: `_before_forward` ends all ranks at the same forward.
-            begun, steps = time.perf_counter(), self.steps
+            begun, steps = time.perf_counter(), self.signs.steps
             for batch in self._batches.run(prompts, lambda: False):
-                if self._bandwidth is not None and self.steps > steps:
-                    step = (time.perf_counter() - begun) / (self.steps - steps)
+                if self._bandwidth is not None and self.signs.steps > steps:
+                    step = (time.perf_counter() - begun) / (self.signs.steps - steps)
                     share = bandwidth.share_of_bound(step, self._weight_bytes, self._bandwidth)
                     batch = replace(batch, share_of_bound=round(share, 3))
                 yield batch
-                begun, steps = time.perf_counter(), self.steps
+                begun, steps = time.perf_counter(), self.signs.steps
             while self._agree(works=False):
                 self._forward_for_the_others()
         except _Stopped:
@@ -271,7 +271,7 @@ class DsZero(Engine):
         return plan
 
     def _count(self, tokens: int) -> None:
-        self.generated_tokens += tokens
+        self.signs.generated_tokens += tokens
 
     def _before_forward(self, module: Any, arguments: Any) -> None:
         if not self._idle:
@@ -285,7 +285,7 @@ class DsZero(Engine):
         """
         flags = torch.tensor([int(works), int(self._stop())])
         dist.all_reduce(flags, group=self._flags)
-        self.steps += 1
+        self.signs.steps += 1
         if flags[1]:
             raise _Stopped
         return bool(flags[0])

@@ -104,7 +104,7 @@ class Paged(Engine):
             except BaseException:
                 self.close()
                 raise
-            self.patience = options.timeout_seconds
+            self.signs.timeout_seconds = options.timeout_seconds
             return
         loading.check_weights(setup.model)
         self._device = loading.device_of(setup.world)
@@ -124,7 +124,7 @@ class Paged(Engine):
         """This rank's share of the model, and the others of its group."""
         world, config = setup.world, self._encoder.config
         loading.floating_dtype(setup.dtype, config)
-        self.awaited = those = tensor_parallel.ranks_of_group(world, options.tp)
+        self.signs.awaited_ranks = those = tensor_parallel.ranks_of_group(world, options.tp)
         tensor_parallel.check_split(config, len(those), evenly=True)
         self._group = group = tensor_parallel.Group.meet(world, those, options.timeout_seconds)
         self._device = group.device
@@ -193,7 +193,7 @@ class Paged(Engine):
         self._group.await_loaded(stop)
         if not self._peers.any_rank(stop()):
             yield from self._together(self._peers, prompts, stop)
-        self.patience, self.at_ease = None, True
+        self.signs.timeout_seconds, self.signs.is_waiting = None, True
         self._group.await_others(stop)
 
     def _together(self, peers: Peers, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
@@ -209,9 +209,9 @@ class Paged(Engine):
     def _ready(self) -> Runner:
         """What runs the steps; ranks of a group make it at the same time, with collectives that may take long."""
         if self._runner is None:
-            patience, self.patience = self.patience, None
+            patience, self.signs.timeout_seconds = self.signs.timeout_seconds, None
             self._make_ready()
-            self.patience = patience
+            self.signs.timeout_seconds = patience
         assert self._runner is not None
         return self._runner
 
@@ -277,15 +277,15 @@ class Paged(Engine):
         return StopTexts.of([prompt], self._encoder)
 
     def _count(self, tokens: int) -> None:
-        self.generated_tokens += tokens
+        self.signs.generated_tokens += tokens
         if self._peers is None:
             self._step()
 
     def _step(self) -> None:
-        self.steps += 1
+        self.signs.steps += 1
 
     def _hear(self) -> None:
-        self.heard += 1
+        self.signs.idle_reports += 1
 
     def abandon(self) -> None:
         if self.calls_together:

@@ -139,11 +139,11 @@ def test_a_stop_request_leaves_soon_with_what_has_finished(tiny_llama: Path) -> 
     rows = models.random_prompts(40, max_new_tokens=400, longest=20)
     rows[7].params = SamplingParams(max_new_tokens=1)
     with load(tiny_llama, selftest=False) as engine:
-        batches: list[Batch] = list(engine.generate(iter(rows), lambda: engine.steps > 30))
+        batches: list[Batch] = list(engine.generate(iter(rows), lambda: engine.signs.steps > 30))
         finished = [generation.id for batch in batches for generation in batch.generations]
         assert "row-7" in finished
         assert len(finished) < 20
-        assert engine.steps < 300
+        assert engine.signs.steps < 300
 
 
 def test_tokens_and_steps_are_counted(tiny_llama: Path) -> None:
@@ -152,8 +152,8 @@ def test_tokens_and_steps_are_counted(tiny_llama: Path) -> None:
         found = texts(engine, rows)
         # A row's end is seen a step late, and the token of that step counts for nothing.
         wanted = sum(generation.generated_tokens for generation in found.values())
-        assert engine.generated_tokens == wanted
-        assert 0 < engine.steps < wanted
+        assert engine.signs.generated_tokens == wanted
+        assert 0 < engine.signs.steps < wanted
 
 
 def test_a_model_that_is_not_covered_is_refused_by_name(tmp_path: Path) -> None:
