@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Protocol, Self
 from batchgen.types import Batch, Prompt, Tokens, UserError
 from batchgen.world import World
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
+"""The types of numbers that `--dtype` takes. Which of them an engine knows is `Engine.dtypes`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -85,7 +88,7 @@ class Setup:
     """What every engine is told, besides its own `Options`."""
 
     model: str  # a folder; "" for an engine that needs none
-    dtype: str  # auto, float32, bfloat16, float16, int8, nf4
+    dtype: str  # one of DTYPES
     batch_size: int | None  # most prompts in a batch; None: the engine's choice
     world: World
     selftest: bool = True  # look at the first batch's text twice

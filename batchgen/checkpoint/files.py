@@ -23,7 +23,7 @@ class Damaged(CheckpointError):
     """A file of the run folder is not what was written."""
 
 
-class AskedDifferently(CheckpointError):
+class DifferentRun(CheckpointError):
     """The run folder holds another run; the message names the fields that differ."""
 
 

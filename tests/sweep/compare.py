@@ -18,7 +18,7 @@ from batchgen.generation.stopping import generation
 from batchgen.models import loading
 from batchgen.models.tokenizer import HfEncoder
 from batchgen.planning import auto
-from batchgen.planning.hardware import Machine
+from batchgen.planning.hardware import Machine, Nodes
 from batchgen.types import Generation, Prompt, SamplingParams, UserError
 from batchgen.world import World
 from tests.sweep.kinds import build
@@ -178,7 +178,7 @@ def choose(folder: Path) -> str:
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in rows()]
     try:
         drawn = lengths, len(lengths)
-        return auto.automatic(folder, "float32", (), lambda encoder: drawn, Machine.here(1), ranks=1).name
+        return auto.automatic(folder, "float32", (), lambda encoder: drawn, Nodes(Machine.here(1), 1)).name
     except Exception as error:
         return _one_line(error)
 
