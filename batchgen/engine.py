@@ -56,7 +56,7 @@ class Pace:
     continuous: bool = False  # a row that ends makes room for another at once
 
 
-class Encoder(Protocol):
+class Tokenizer(Protocol):
     """The part of a model that turns rows into tokens. Needs no weights and no device."""
 
     context: int | None  # most tokens of prompt and generation together; None: unlimited
@@ -140,7 +140,7 @@ class Engine(ABC):
         return cls.needed_packages
 
     @classmethod
-    def check(cls, setup: Setup, encoder: Any, options: Any) -> None:
+    def check(cls, setup: Setup, tokenizer: Any, options: Any) -> None:
         """Raises EngineError for what would end every rank alike, if it shows without weights and devices."""
         cls.stream(setup.world, options)
 
@@ -166,8 +166,8 @@ class Engine(ABC):
 
     @classmethod
     @abstractmethod
-    def encoder(cls, model: str) -> Encoder:
-        """The encoder of the model in folder `model`; no weights are read."""
+    def tokenizer(cls, model: str) -> Tokenizer:
+        """The tokenizer of the model in folder `model`; no weights are read."""
 
     @abstractmethod
     def __init__(self, setup: Setup, options: Any) -> None:

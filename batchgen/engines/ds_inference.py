@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchgen import device, tensor_parallel
-from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
+from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Stream, Tokenizer
 from batchgen.generation.sampling import Peers
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.tensor_parallel import process_group
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
@@ -41,10 +41,10 @@ class DsInference(Engine):
         timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
 
     @classmethod
-    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
-        super().check(setup, encoder, options)
+    def check(cls, setup: Setup, tokenizer: Any, options: Options) -> None:
+        super().check(setup, tokenizer, options)
         if (size := len(tensor_parallel.ranks_of_group(setup.world, options.tp))) > 1:
-            tensor_parallel.check_split(encoder.config, size)
+            tensor_parallel.check_split(tokenizer.config, size)
 
     @classmethod
     def stream(cls, world: World, options: Options) -> Stream:
@@ -55,27 +55,27 @@ class DsInference(Engine):
         return tensor_parallel.placements(config, weights, gpus)
 
     @classmethod
-    def encoder(cls, model: str) -> Encoder:
-        return HfEncoder(model)
+    def tokenizer(cls, model: str) -> Tokenizer:
+        return HfTokenizer(model)
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._batches: StaticBatches | None = None
         self.signs.awaited_ranks = ranks = tensor_parallel.ranks_of_group(setup.world, options.tp)
-        encoder = HfEncoder(setup.model)
+        tokenizer = HfTokenizer(setup.model)
         if len(ranks) > 1:
-            tensor_parallel.check_split(encoder.config, len(ranks))
+            tensor_parallel.check_split(tokenizer.config, len(ranks))
         loading.prepare_transformers()
         try:
             self._group = group = tensor_parallel.Group.meet(
                 setup.world, self.signs.awaited_ranks, options.timeout_seconds
             )
-            model = tensor_parallel.load(setup, encoder.config, group, options.attn_implementation)
+            model = tensor_parallel.load(setup, tokenizer.config, group, options.attn_implementation)
         except BaseException:
             self.close()
             raise
         self._batches = StaticBatches(
             model,
-            encoder,
+            tokenizer,
             device=group.device,
             batch_size=setup.batch_size,
             check=setup.selftest,

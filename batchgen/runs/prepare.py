@@ -16,7 +16,7 @@ from typing import Any
 
 from batchgen import models, packages
 from batchgen.checkpoint import RunFolder
-from batchgen.engine import Encoder, Engine, Setup
+from batchgen.engine import Engine, Setup, Tokenizer
 from batchgen.formats import InputError
 from batchgen.formats.input import Input, files_of, find
 from batchgen.models import ResolvedModel
@@ -63,7 +63,7 @@ class Ready:
     batch_size: int | None
     selftest: bool
     cache: Path  # batchgen's own, not the run's
-    encoder: Encoder  # the model's
+    tokenizer: Tokenizer  # the model's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
 
     @property
@@ -134,13 +134,13 @@ def prepare(
     duplicates = find_duplicates(source, folder.input_cache, into, recipe.id_prefix)
     answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
     try:
-        encoder = chosen.kind.encoder(str(resolved.folder))
-        reader = PromptReader(recipe, encoder, duplicates, answers_requests)
+        tokenizer = chosen.kind.tokenizer(str(resolved.folder))
+        reader = PromptReader(recipe, tokenizer, duplicates, answers_requests)
     except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
-    settled = dtype_of.settle(dtype_found, encoder, say=into is not None)
+    settled = dtype_of.settle(dtype_found, tokenizer, say=into is not None)
     return Ready(
-        source, recipe, reader, resolved, chosen, settled, batch_size, selftest, own_cache, encoder, answers_requests
+        source, recipe, reader, resolved, chosen, settled, batch_size, selftest, own_cache, tokenizer, answers_requests
     )
 
 
@@ -178,7 +178,7 @@ def check_engine(ready: Ready, world: World, ranks: int) -> None:
     packages.check_installed(ready.kind.packages(ready.options, ready.dtype), f"engine {ready.engine}")
     all_ranks = world if world.size > 1 else replace(world, size=ranks, local_size=ranks)
     setup = Setup(str(ready.model.folder), ready.dtype, ready.batch_size, all_ranks)
-    ready.kind.check(setup, ready.encoder, ready.options)
+    ready.kind.check(setup, ready.tokenizer, ready.options)
 
 
 def _known(name: str, settings: Sequence[str], begun: Mapping[str, Any] | None) -> Choice | None:
@@ -217,7 +217,9 @@ def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -
     models.check_there(model)
 
 
-def sample(inputs: Sequence[str], recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int, int]:
+def sample(
+    inputs: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, most: int | None
+) -> tuple[list[Prompt], int, int]:
     """Prompts of rows drawn from the input, always the same ones; how many rows were drawn, and of how many.
 
     Rows that cannot become a prompt are left out.
@@ -230,24 +232,24 @@ def sample(inputs: Sequence[str], recipe: Recipe, encoder: Encoder, most: int | 
     """
     with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
         source = Input.open(inputs, Path(scratch), scan=True)
-        prompts, count = _draw(source, recipe, encoder, most)
+        prompts, count = _draw(source, recipe, tokenizer, most)
     return prompts, count, len(source)
 
 
-def _draw(source: Input, recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int]:
+def _draw(source: Input, recipe: Recipe, tokenizer: Tokenizer, most: int | None) -> tuple[list[Prompt], int]:
     count = len(source) if most is None else min(most, len(source))
     drawn = sorted(random.Random(1).sample(range(len(source)), count))
     try:
-        reader = PromptReader(recipe, encoder, {})
+        reader = PromptReader(recipe, tokenizer, {})
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
     parts = (reader.read(list(source.rows(window))) for window in windows(drawn, source.bytes_of))
     return [one for part in parts for one in part if isinstance(one, Prompt)], count
 
 
-def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tuple[int, int]], int]:
+def _lengths(source: Input, recipe: Recipe, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], int]:
     """Prompt and new tokens of rows drawn from the input, and how many rows they stand for."""
-    prompts, count = _draw(source, recipe, encoder, _SAMPLE)
+    prompts, count = _draw(source, recipe, tokenizer, _SAMPLE)
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in prompts]
     return lengths, round(len(source) * len(prompts) / max(count, 1))
 

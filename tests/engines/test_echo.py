@@ -93,7 +93,7 @@ def test_seconds_must_be_a_time(seconds: float) -> None:
         Echo.Options(seconds)
 
 
-def test_encoder_counts_bytes_and_renders_conversations() -> None:
-    encoder = Echo.encoder("")
-    assert [list(tokens) for tokens in encoder.tokenize(["é", ""], special=True)] == [[195, 169], []]
-    assert encoder.chat([{"role": "user", "content": "Hi"}]) == "user: Hi\n"
+def test_tokenizer_counts_bytes_and_renders_conversations() -> None:
+    tokenizer = Echo.tokenizer("")
+    assert [list(tokens) for tokens in tokenizer.tokenize(["é", ""], special=True)] == [[195, 169], []]
+    assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "user: Hi\n"
