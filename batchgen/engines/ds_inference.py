@@ -13,7 +13,6 @@ from typing import Any
 
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Stream, Tokenizer
-from batchgen.generation.sampling import Peers
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
 from batchgen.models.tokenizer import HfTokenizer
@@ -83,7 +82,8 @@ class DsInference(Engine):
             count=self._count,
             limits=setup.limits,
             reserve=True,
-            peers=self._peers(),
+            # A rank that is alone makes a smaller batch by itself, whatever it ran out of memory in.
+            peers=group if group.count > 1 else None,
         )
         self.signs.timeout_seconds = options.timeout_seconds if len(ranks) > 1 else None
 
@@ -93,15 +93,12 @@ class DsInference(Engine):
 
         def any_stop() -> bool:
             self.signs.steps += 1
-            return self.any_rank(stop())
+            return self._group.any_rank(stop())
 
         self._group.await_loaded(stop)
         yield from self._batches.run(prompts, any_stop)
         self.signs.timeout_seconds, self.signs.is_waiting = None, True
         self._group.await_others(stop)
-
-    def any_rank(self, flag: bool) -> bool:
-        return self._group.any_rank(flag)
 
     def abandon(self) -> None:
         process_group.abandon()
@@ -110,11 +107,6 @@ class DsInference(Engine):
         self._batches = None
         device.release()
         process_group.leave()
-
-    def _peers(self) -> Peers | None:
-        """A rank alone shrinks a batch in place, whatever it ran out of memory in."""
-        group = self._group
-        return Peers(len(group.ranks), group.any_rank, group.least, group.tokens) if len(group.ranks) > 1 else None
 
     def _count(self, tokens: int) -> None:
         self.signs.generated_tokens += tokens

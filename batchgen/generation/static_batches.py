@@ -12,13 +12,14 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from batchgen.device import can_reserve, free_bytes, is_out_of_memory, release, take_peak_bytes
-from batchgen.engine import OutOfStep
+from batchgen.engine import OutOfStep, Peers
 from batchgen.generation import finite, refusals, selftest
+from batchgen.generation.agreement import AgreedToken, check_equal_batches
 from batchgen.generation.finite import NotFinite
 from batchgen.generation.greedy import generate_greedily, pad
 from batchgen.generation.limits import SizeLimits, rows_that_fit
 from batchgen.generation.logprobs import Recorder
-from batchgen.generation.sampling import Agreed, Peers, Sampler
+from batchgen.generation.sampling import Sampler
 from batchgen.generation.selftest import SelfTest
 from batchgen.generation.stopping import Stopper, StopTexts, generation
 from batchgen.models import architectures, footprint, loading
@@ -124,7 +125,7 @@ class StaticBatches:
                 break
             batch.append(prompt)
         if self._peers is not None:
-            self._peers.check_equal(batch)
+            check_equal_batches(self._peers, batch)
         return batch
 
     def _can_join(self, batch: Sequence[Prompt], prompt: Prompt) -> bool:
@@ -214,7 +215,7 @@ class StaticBatches:
         sampler = Sampler(batch, self._device)
         choosers: list[Any] = [sampler] if sampler.needed else []
         if self._peers is not None:
-            choosers.append(Agreed(self._peers.tokens))
+            choosers.append(AgreedToken(self._peers.tokens))
         recorder = Recorder(batch, choosers, self._device)
         output = generate_greedily(
             self._model,

@@ -168,11 +168,6 @@ class DsZero(Engine):
         except _Stopped:
             return
 
-    def any_rank(self, flag: bool) -> bool:
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, group=self._flags)
-        return bool(flags.item())
-
     def abandon(self) -> None:
         process_group.abandon()
 
@@ -252,7 +247,7 @@ class DsZero(Engine):
             self._swap = swap.SwapFolder(folder, setup.run, world.rank)
             if world.local_rank == 0:
                 self._swap.clean()
-            self.any_rank(False)  # nobody writes before that is done
+            dist.barrier(self._flags)  # nobody writes before that is done
             pinned, whole = options.pin_memory and torch.cuda.is_available(), options.whole_layers
             path, room = self._swap.path, checks.lockable_bytes()
             plan = offload.nvme(weights, world.size, path, pin_memory=pinned, whole_layers=whole, lockable_bytes=room)
