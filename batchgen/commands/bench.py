@@ -161,16 +161,16 @@ def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[
 
     if options["mixed"] and options["input_file"]:
         raise CommandError("--mixed and --input name different jobs; leave one of them out")
-    encoder = engines.find(systems[0].engine).encoder(str(model))
+    tokenizer = engines.find(systems[0].engine).tokenizer(str(model))
     found = []
     for count in options["mixed"]:
-        prompts = workloads.mixed(count, encoder.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
+        prompts = workloads.mixed(count, tokenizer.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
         found.append(("mixed", prompts))
     if options["input_file"]:
         from batchgen.requests.recipe import Recipe
         from batchgen.runs.prepare import sample
 
-        prompts, _, _ = sample([options["input_file"]], Recipe(), encoder, options["sample"])
+        prompts, _, _ = sample([options["input_file"]], Recipe(), tokenizer, options["sample"])
         if not prompts:
             raise CommandError(f"no row of {options['input_file']} can become a prompt")
         found.append((Path(options["input_file"]).name, prompts))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from batchgen.engine import Encoder, Engine, EngineError
+from batchgen.engine import Engine, EngineError, Tokenizer
 from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
 from batchgen.engines import parse_options, settings_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 # The lengths of an input's rows, in prompt and new tokens, or of a sample of them; and how many these stand for.
-Lengths = Callable[[Encoder], tuple[Sequence[tuple[int, int]], int]]
+Lengths = Callable[[Tokenizer], tuple[Sequence[tuple[int, int]], int]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def automatic(model: Path, dtype: str, settings: Sequence[str], lengths: Lengths
     first, kind = next(iter(left.items()))
     if len(left) == 1:
         return Choice(first, kind, parse_options(kind, settings), f"the only one left ({_grouped(out)})")
-    search = _Search(kind.encoder(str(model)), dtype, settings, list(left), nodes)
+    search = _Search(kind.tokenizer(str(model)), dtype, settings, list(left), nodes)
     best, why = search.best(lengths)
     why += f" (not asked: {_grouped(out)})" if out else ""
     if best is None:
@@ -117,7 +117,7 @@ def _grouped(out: Mapping[str, str]) -> str:
 class _Search:
     """Forecasts of several engines."""
 
-    encoder: Any
+    tokenizer: Any
     dtype: str
     given: Sequence[str]  # settings
     engines: Sequence[str]
@@ -134,9 +134,9 @@ class _Search:
             Work,
         )
 
-        drawn, rows = lengths(self.encoder)
+        drawn, rows = lengths(self.tokenizer)
         work = Work(drawn or [(1, 1)], rows or 1)
-        model = Model.of(self.encoder.config, *self._types())
+        model = Model.of(self.tokenizer.config, *self._types())
         found, note = self._forecasts(model, work, self.nodes.ranks), ""
         if all(one.why_not for one in found):
             # A row that does not fit is an error row, and no reason to refuse the others.
@@ -161,7 +161,7 @@ class _Search:
         from batchgen.models import loading
 
         bits: Literal[0, 4, 8] = 8 if self.dtype == "int8" else 4 if self.dtype == "nf4" else 0
-        config = self.encoder.config
+        config = self.tokenizer.config
         if bits:
             return loading.own_dtype(config), bits
         return loading.floating_dtype(self.dtype, config, on_gpu=self.nodes.machine.gpus > 0), bits

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 
-from batchgen.engine import Encoder
+from batchgen.engine import Tokenizer
 from batchgen.requests import openai
 from batchgen.requests.openai_keys import SETTINGS, advice, is_neutral
 from batchgen.requests.recipe import Recipe
@@ -39,18 +39,18 @@ class PromptReader:
     """
 
     def __init__(
-        self, recipe: Recipe, encoder: Encoder, duplicates: Mapping[int, str], among_requests: bool = False
+        self, recipe: Recipe, tokenizer: Tokenizer, duplicates: Mapping[int, str], among_requests: bool = False
     ) -> None:
-        if recipe.sampling.max_new_tokens == FIT and encoder.context is None:
+        if recipe.sampling.max_new_tokens == FIT and tokenizer.context is None:
             raise ValueError(
                 "--max-new-tokens fit goes as far as the model's context, and this model states no limit of its "
                 "context. Give a number"
             )
         self._recipe = recipe
-        self._encoder = encoder
+        self._tokenizer = tokenizer
         self._duplicates = duplicates
         self._among_requests = among_requests
-        self._limits = TokenLimits(encoder, recipe.truncate, recipe.authors_length)
+        self._limits = TokenLimits(tokenizer, recipe.truncate, recipe.authors_length)
         self._render = None if recipe.template is None else compiled(recipe.template)
         used = re.findall(r"\w+", recipe.template or recipe.prompt_column or "")
         self._settings = SETTINGS.difference(used)
@@ -63,7 +63,7 @@ class PromptReader:
         outcomes = [self._draft(row, plain, templated) for row in rows]
         for prompts, special in ((plain, True), (templated, False)):
             if prompts:
-                tokens = self._encoder.tokenize([prompt.text for prompt in prompts], special=special)
+                tokens = self._tokenizer.tokenize([prompt.text for prompt in prompts], special=special)
                 for prompt, ids in zip(prompts, tokens, strict=True):
                     prompt.tokens = ids
         return [
@@ -161,7 +161,7 @@ class PromptReader:
 
     def _chat(self, messages: Sequence[Mapping[str, object]], kwargs: Mapping[str, object]) -> str:
         try:
-            return self._encoder.chat(messages, **{**self._recipe.chat_template_kwargs, **kwargs})
+            return self._tokenizer.chat(messages, **{**self._recipe.chat_template_kwargs, **kwargs})
         except (ValueError, RecursionError) as error:
             raise Refused("template", str(error)) from error
 

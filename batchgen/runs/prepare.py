@@ -16,7 +16,7 @@ from typing import Any
 
 from batchgen import models, packages
 from batchgen.checkpoint import RunFolder
-from batchgen.engine import Encoder, Engine, Setup
+from batchgen.engine import Engine, Setup, Tokenizer
 from batchgen.formats import InputError
 from batchgen.formats.input import Input, files_of, find
 from batchgen.models import ResolvedModel
@@ -56,7 +56,7 @@ class Ready:
     choice: Choice
     settled_dtype: Dtype
     cache: Path  # batchgen's own, not the run's
-    encoder: Encoder  # the model's
+    tokenizer: Tokenizer  # the model's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
 
     @property
@@ -117,12 +117,12 @@ def prepare(
     duplicates = find_duplicates(source, folder.input_cache, scan_into, recipe.id_prefix)
     answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
     try:
-        encoder = choice.kind.encoder(str(resolved.folder))
-        reader = PromptReader(recipe, encoder, duplicates, answers_requests)
+        tokenizer = choice.kind.tokenizer(str(resolved.folder))
+        reader = PromptReader(recipe, tokenizer, duplicates, answers_requests)
     except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
-    settled = dtype_of.settle(dtype_found, encoder, say=says)
-    return Ready(source, settings, reader, resolved, choice, settled, own_cache, encoder, answers_requests)
+    settled = dtype_of.settle(dtype_found, tokenizer, say=says)
+    return Ready(source, settings, reader, resolved, choice, settled, own_cache, tokenizer, answers_requests)
 
 
 def _open_input(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, lines: bool) -> Input:
@@ -156,7 +156,7 @@ def check_engine(ready: Ready, role: Role) -> None:
     ranks = role.ranks_to_start
     all_ranks = replace(role.world, size=ranks, local_size=ranks) if role.is_single_process else role.world
     setup = Setup(str(ready.model.folder), ready.dtype, ready.settings.batch_size, all_ranks)
-    ready.kind.check(setup, ready.encoder, ready.options)
+    ready.kind.check(setup, ready.tokenizer, ready.options)
 
 
 def _named_or_recorded(settings: RunSettings, claim: Mapping[str, Any] | None) -> Choice | None:
@@ -193,7 +193,9 @@ def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -
     models.check_there(model)
 
 
-def sample(inputs: Sequence[str], recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int, int]:
+def sample(
+    inputs: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, most: int | None
+) -> tuple[list[Prompt], int, int]:
     """Prompts of rows drawn from the input, always the same ones; how many rows were drawn, and of how many.
 
     Rows that cannot become a prompt are left out.
@@ -206,24 +208,24 @@ def sample(inputs: Sequence[str], recipe: Recipe, encoder: Encoder, most: int | 
     """
     with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
         source = Input.open(inputs, Path(scratch), scan=True)
-        prompts, count = _draw(source, recipe, encoder, most)
+        prompts, count = _draw(source, recipe, tokenizer, most)
     return prompts, count, len(source)
 
 
-def _draw(source: Input, recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int]:
+def _draw(source: Input, recipe: Recipe, tokenizer: Tokenizer, most: int | None) -> tuple[list[Prompt], int]:
     count = len(source) if most is None else min(most, len(source))
     drawn = sorted(random.Random(1).sample(range(len(source)), count))
     try:
-        reader = PromptReader(recipe, encoder, {})
+        reader = PromptReader(recipe, tokenizer, {})
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
     parts = (reader.read(list(source.rows(window))) for window in windows(drawn, source.bytes_of))
     return [one for part in parts for one in part if isinstance(one, Prompt)], count
 
 
-def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tuple[int, int]], int]:
+def _lengths(source: Input, recipe: Recipe, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], int]:
     """Prompt and new tokens of rows drawn from the input, and how many rows they stand for."""
-    prompts, count = _draw(source, recipe, encoder, _SAMPLE)
+    prompts, count = _draw(source, recipe, tokenizer, _SAMPLE)
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in prompts]
     return lengths, round(len(source) * len(prompts) / max(count, 1))
 

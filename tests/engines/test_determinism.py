@@ -41,7 +41,7 @@ def steady(model: Model, prompt: Prompt) -> list[int]:
     """The tokens of `prompt`, up to its end or to the first that a little noise on the logits would change."""
     params, numbers, noise = prompt.params, random.Random(prompt.row_seed), torch.Generator().manual_seed(prompt.index)
     tokens: list[int] = []
-    while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in model.encoder.end_tokens):
+    while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in model.tokenizer.end_tokens):
         with torch.inference_mode():
             logits = model.model(torch.tensor([[*prompt.tokens, *tokens]]), use_cache=False).logits[:, -1].float()
         tried = torch.cat([logits, logits + NOISE * torch.randn(8, logits.shape[1], generator=noise)])
@@ -78,10 +78,10 @@ def job(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     model = Model(tiny_llama)
     rows = [Row(number, "p.jsonl", number + 1, row) for number, row in enumerate(made)]
     expected: list[str | None] = []
-    for row, prompt in zip(made, PromptReader(Recipe(), model.encoder, {}).read(rows), strict=True):
+    for row, prompt in zip(made, PromptReader(Recipe(), model.tokenizer, {}).read(rows), strict=True):
         tokens = steady(model, prompt) if isinstance(prompt, Prompt) else []
         row["max_new_tokens"] = max(1, len(tokens))
-        expected.append(model.encoder.decode(tokens) if tokens else None)
+        expected.append(model.tokenizer.decode(tokens) if tokens else None)
     good = [row if text is not None else {"prompt": 1} for row, text in zip(made, expected, strict=True)]
     lengths = [int(str(row["max_new_tokens"])) for row in good if "max_new_tokens" in row]
     assert len(lengths) > 20

@@ -98,7 +98,7 @@ class _Maker:
 def case(seed: int, folder: Path) -> str:
     """Makes the conversation of `seed`, reads it, and checks all that must hold; gives what has become of it.
 
-    Encoders are made once a process, by way of files in `folder`.
+    Tokenizers are made once a process, by way of files in `folder`.
 
     Raises:
         AssertionError, or whatever has escaped.
@@ -122,7 +122,7 @@ def case(seed: int, folder: Path) -> str:
     row = _row(form, messages, kwargs)
     if row is None:
         return "no table"
-    [outcome] = PromptReader(_RECIPE, model.encoder, {}).read([row])
+    [outcome] = PromptReader(_RECIPE, model.tokenizer, {}).read([row])
     asks = any(message.get("tool_calls") for message in messages)
     if isinstance(outcome, Generation):
         assert outcome.error is not None

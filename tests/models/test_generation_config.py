@@ -20,7 +20,7 @@ from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.runs.flow import Host, run
 from batchgen.types import Prompt, SamplingParams
-from tests.byte_encoder import ByteEncoder, request, rows
+from tests.byte_tokenizer import ByteTokenizer, request, rows
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -109,7 +109,7 @@ def test_what_is_taken_and_what_cannot_be_is_said(tmp_path: Path, caplog: pytest
 
 
 def read(recipe: Recipe, body: dict[str, Any], context: int | None = None) -> Prompt:
-    [prompt] = PromptReader(recipe, ByteEncoder(context), {}).read(rows(request({"messages": HELLO, **body})))
+    [prompt] = PromptReader(recipe, ByteTokenizer(context), {}).read(rows(request({"messages": HELLO, **body})))
     assert isinstance(prompt, Prompt), prompt
     return prompt
 

@@ -16,7 +16,7 @@ from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused
 from batchgen.runs.flow import Host, run
 from batchgen.types import Generation
-from tests.byte_encoder import request
+from tests.byte_tokenizer import request
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 
 USER = {"role": "user", "content": "Hello"}

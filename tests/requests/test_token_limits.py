@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from batchgen import FIT, Recipe, RunSettings, SamplingParams, run
 from batchgen.checkpoint import DifferentRun
 from batchgen.commands.run import command
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.runs.flow import Host
 from batchgen.runs.prepare import RunError
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
@@ -80,6 +80,6 @@ def test_fit_is_a_number_of_tokens_to_the_command(rows: Path) -> None:
 
 
 def test_every_token_has_a_name_or_none(model: Path) -> None:
-    encoder = HfEncoder(str(model))
-    names = [encoder.token_name(token) for token in (260, 261, 2**31, 2**40, 2**70)]
+    tokenizer = HfTokenizer(str(model))
+    names = [tokenizer.token_name(token) for token in (260, 261, 2**31, 2**40, 2**70)]
     assert names == ["[PAD]", None, None, None, None]

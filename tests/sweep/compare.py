@@ -16,7 +16,7 @@ from batchgen.engine import Setup
 from batchgen.engines import find as find_engine
 from batchgen.generation.stopping import generation
 from batchgen.models import loading
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.planning import auto
 from batchgen.planning.hardware import Machine, Nodes
 from batchgen.types import Generation, Prompt, SamplingParams, UserError
@@ -68,7 +68,7 @@ def sweep(kind: str, engines: Sequence[str], folder: Path) -> Swept:
     try:
         for seed in range(_SEEDS):
             model = _build(kind, seed, folder) if seed else model
-            expected = alone(model, rows(), HfEncoder(str(folder)))
+            expected = alone(model, rows(), HfTokenizer(str(folder)))
             if varies(expected):
                 break
     except UserError as error:
@@ -117,7 +117,7 @@ def rows() -> list[Prompt]:
     ]
 
 
-def alone(model: Any, prompts: Sequence[Prompt], encoder: HfEncoder) -> Texts:
+def alone(model: Any, prompts: Sequence[Prompt], tokenizer: HfTokenizer) -> Texts:
     """What Transformers generates for each row without padding, and without anything of ours."""
     model.generation_config = GenerationConfig()  # nothing that the author of a model sets besides end tokens
     found = {}
@@ -126,13 +126,13 @@ def alone(model: Any, prompts: Sequence[Prompt], encoder: HfEncoder) -> Texts:
         config = GenerationConfig(
             max_new_tokens=prompt.params.max_new_tokens,
             do_sample=False,
-            eos_token_id=encoder.end_tokens,
-            pad_token_id=encoder.pad_token,
+            eos_token_id=tokenizer.end_tokens,
+            pad_token_id=tokenizer.pad_token,
         )
         with torch.inference_mode():
             output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         tokens = output[0, ids.shape[1] :].tolist()
-        found[prompt.id] = generation(prompt, tokens, tokens[-1] in encoder.end_tokens, encoder, None)
+        found[prompt.id] = generation(prompt, tokens, tokens[-1] in tokenizer.end_tokens, tokenizer, None)
     return found
 
 
@@ -178,7 +178,7 @@ def choose(folder: Path) -> str:
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in rows()]
     try:
         drawn = lengths, len(lengths)
-        return auto.automatic(folder, "float32", (), lambda encoder: drawn, Nodes(Machine.here(1), 1)).name
+        return auto.automatic(folder, "float32", (), lambda tokenizer: drawn, Nodes(Machine.here(1), 1)).name
     except Exception as error:
         return _one_line(error)
 
