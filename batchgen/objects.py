@@ -59,7 +59,8 @@ def read_carefully(raw: bytes, line: int, name: str) -> dict[str, object] | RowE
         return _malformed(line, name, f"is not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}")
     except json.JSONDecodeError as error:
         hint = "; lines must end in LF or CRLF, not in CR alone" if b"\r" in raw.strip() else ""
-        return _malformed(line, name, f"is not valid JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}{hint}")
+        what = error.msg.removesuffix(" at")
+        return _malformed(line, name, f"is not valid JSON: {what} at column {error.pos + 1}{hint}")
     except RecursionError:
         return _malformed(line, name, f"has lists or objects more than {DEEPEST} levels deep")
     except ValueError as error:

@@ -208,7 +208,7 @@ def _text(columns: Mapping[str, object], column: str | None) -> str:
         what = "messages" if name == "messages" else "a text"
         raise Refused("missing_prompt", f'the "{name}" column is null; give this row {what}')
     if column is None and "messages" in columns:
-        raise Refused("missing_prompt", 'the "messages" column is null, and there is no "prompt"; give this row messages')
+        raise Refused("missing_prompt", 'the "messages" column is null; give this row messages')
     listed = ", ".join(key if len(key) <= 60 and key.isprintable() else shown(key) for key in list(columns)[:20])
     raise Refused(
         "missing_prompt",

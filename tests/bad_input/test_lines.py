@@ -45,7 +45,7 @@ BAD: list[tuple[bytes, str, str]] = [
     (b'{"text":"a","n":1}', "missing_prompt", ': there is no "prompt" column; its columns are text, n. Use'),
     (b'{"a\\nb":1}', "missing_prompt", 'its columns are "a\\nb". Use'),
     (b'{"prompt":null}', "missing_prompt", ': the "prompt" column is null; give this row a text'),
-    (b'{"messages":null}', "missing_prompt", ': the "messages" column is null, and there is no "prompt"; give this row m'),
+    (b'{"messages":null}', "missing_prompt", ': the "messages" column is null; give this row messages'),
     (b'{"prompt":""}', "empty_prompt", ": the prompt is empty: it has no tokens"),
     (b'{"prompt":["a"]}', "wrong_type", ': the "prompt" column must hold a text, not a list'),
     (b'{"prompt":{"a":1}}', "wrong_type", ': the "prompt" column must hold a text, not an object'),
