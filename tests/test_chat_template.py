@@ -203,6 +203,13 @@ def test_a_tokenizers_template_that_is_none_is_one_sentence(tmp_path: Path, give
         HfEncoder(str(save(tmp_path, given)))
 
 
+def test_a_byte_order_mark_before_the_template_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8-sig")
+    assert HfEncoder(str(folder)).chat([{"role": "user", "content": "Hello"}]) == "Hello"
+
+
 @pytest.mark.parametrize(
     ("name", "messages", "place"),
     [
