@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from batchgen import openai
 from batchgen.engine import Encoder
 from batchgen.openai_keys import SETTINGS, advice, is_neutral
+from batchgen.openai_responses import RESPONSES
 from batchgen.recipe import Recipe
 from batchgen.refusal import Refused, check_encodable, sampling_params, shown
-from batchgen.row_ids import called, is_request, may_be_request, read_id, row_id
+from batchgen.row_ids import called, endpoint, is_request, may_be_request, read_id, row_id
 from batchgen.template import compiled, conversation, template_kwargs, without_nulls
 from batchgen.token_limits import TokenLimits
 from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, SamplingParams
@@ -146,7 +147,8 @@ class PromptReader:
         self._report(row, request.ignored)
         if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
             remedy = ". --max-new-tokens fit lets it go as far as the model's context"
-            self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most, remedy)
+            limit = "max_output_tokens" if endpoint(str(value.get("url"))) == RESPONSES else "max_tokens"
+            self._say_once(row, f"the body sets no {limit}: its answer ends after %s tokens", most, remedy)
         if "temperature" not in request.sampling and not self._recipe.knows_temperature:
             self._say_once(
                 row, "neither the body nor generation_config.json sets %s: its answer is greedy", "temperature"
