@@ -165,6 +165,7 @@ class RowError:
     """One of `MACHINE_ERRORS`, or the input's own fault."""
     message: str
     line: int  # of its file, counted from 1; for Parquet and Arrow, the row of the file counted from 1
+    id: str | None = None  # what the row calls itself, where that can be read all the same
 
 
 @dataclass(slots=True)

@@ -242,15 +242,15 @@ class Paged(Engine):
     def _drive(self, loop: Loop, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         """Feeds the loop and hands over what has finished, about once a second."""
         ahead = 2 * self._rows + _FEED
-        more = True
         collected: list[Finished] = []
-        handed = time.monotonic()
+        more, handed = True, time.monotonic()
         while not stop():
             while more and loop.waiting < ahead and not stop():
                 fed = list(islice(prompts, _FEED))
                 loop.give(fed)
                 more = bool(fed)
-            found = loop.finished(timeout=0.05)
+            with loading.refuse_model(self._tokenizer.config, lambda: loop.has_generated):
+                found = loop.finished(timeout=0.05)
             collected += found or []
             if collected and (found is None or time.monotonic() - handed >= _YIELD_SECONDS):
                 yield self._batch(collected, loop.most_running)
