@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
-from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail, generation_config_option
+from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
+from batchgen.commands._runs import carry_out, conclude
 from batchgen.commands._transfer import fetch, is_url, put
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
@@ -137,7 +138,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
 
 
 def _carry_out(input_file: str, folder: Path, options: dict[str, Any]) -> tuple[Status, bool] | None:
-    """As `commands.carry_out`; None if there is no line to answer, and no run that had some."""
+    """As `_runs.carry_out`; None if there is no line to answer, and no run that had some."""
     from batchgen.formats import InputError
     from batchgen.formats.input import files_of
     from batchgen.formats.jsonl import is_blank
