@@ -158,6 +158,8 @@ class Engine(ABC):
     """Is meant for machines without a GPU too: there `--engine auto` chooses among these."""
     reads_split: ClassVar[bool] = False
     """Takes models whose files are split by rank."""
+    group_setting: ClassVar[str | None] = None
+    """The setting that says how many ranks share a model; None: there is none."""
     dtypes: ClassVar[Sequence[str]] = ("auto", "float32", "bfloat16", "float16")
     pace: ClassVar[Pace] = Pace()
     calls_together: bool = False

@@ -83,9 +83,8 @@ def command(
         site = slurm.load(os.environ, Path.cwd())
         given = slurm.parse(options)
         tasks = slurm.Array(shards, size, at_once)
-        script = slurm.submitted(
-            folder, context.obj, given, site, tasks, max_requeues=max_requeues, chained=chain is not None
-        )
+        requeue = slurm.Requeue(max_requeues, chained=chain is not None)
+        script = slurm.make_script(folder, context.obj, given, site, tasks, requeue)
         if only_print:
             click.echo(_bytes(script), nl=False)
             return

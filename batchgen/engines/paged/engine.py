@@ -40,6 +40,7 @@ class Paged(Engine):
     """A whole model a rank, or a group, its rows in flight all the time."""
 
     serves_cpu = reads_split = True
+    group_setting = "tp"
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
     pace = Pace(
         layer_seconds=0.00003,
