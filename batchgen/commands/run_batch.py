@@ -7,7 +7,6 @@ import os
 import shutil
 import urllib.parse
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,11 @@ import click
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
 from batchgen.commands._runs import carry_out, conclude
-from batchgen.commands._transfer import fetch, is_url, put
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
 from batchgen.redaction import redacted
+from batchgen.runs.transfer import fetch, is_url, put
 from batchgen.types import WHOLE
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def _fetched(name: str, folder: Path) -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             fetch(name, place)
-        except (OSError, ValueError, HTTPException) as error:
+        except (OSError, ValueError) as error:
             raise CommandError(f"cannot read {name}: {error}") from error
     return str(place)
 
@@ -261,8 +260,8 @@ def _deliver(generations: Path, output: str) -> None:
         except BaseException:
             Path(scratch).unlink(missing_ok=True)
             raise
-    except (OSError, HTTPException) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else error
+    except OSError as error:
+        reason = error.strerror or error
         raise Unfinished(
             f"cannot write {output}: {reason}. All answers are in {generations}; the same command tries again"
         ) from error
