@@ -18,6 +18,7 @@ from batchgen.commands._runs import carry_out, conclude
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
+from batchgen.files import replacing
 from batchgen.redaction import redacted
 from batchgen.runs.transfer import fetch, is_url, put
 from batchgen.types import WHOLE
@@ -214,7 +215,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _note_delivered(folder: Path) -> None:
-    from batchgen.checkpoint import write_atomic
+    from batchgen.files import write_atomic
 
     with suppress(OSError):  # it is delivered all the same
         write_atomic(folder / "delivered.json", (folder / "merged.json").read_bytes())
@@ -248,18 +249,12 @@ def _discard(folder: Path) -> None:
 
 
 def _deliver(generations: Path, output: str) -> None:
-    scratch = f"{output}.{os.getpid()}.{os.urandom(4).hex()}"
     try:
         if is_url(output):
             put(generations, output)
-            return
-        try:
-            with open(generations, "rb") as answers, open(scratch, "xb") as file:
-                shutil.copyfileobj(answers, file)
-            os.replace(scratch, output)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+        else:
+            with replacing(Path(output)) as scratch:
+                shutil.copyfile(generations, scratch)
     except OSError as error:
         reason = error.strerror or error
         raise Unfinished(

@@ -147,7 +147,7 @@ def _bytes(script: Script) -> bytes:
 
 def _write(path: Path, text: bytes) -> None:
     """The script at `path`; one that says something else, edited perhaps, is kept beside it."""
-    from batchgen.checkpoint import write_atomic
+    from batchgen.files import write_atomic
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

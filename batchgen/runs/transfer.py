@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from batchgen.files import replacing
 
 if TYPE_CHECKING:  # its import takes a tenth of a second, which most runs do without
     import requests
@@ -30,23 +30,19 @@ def fetch(url: str, place: Path) -> None:
     """
     from requests.exceptions import ChunkedEncodingError
 
-    with tempfile.NamedTemporaryFile(dir=place.parent, prefix="fetched-", suffix=".jsonl", delete=False) as file:
+    headers = {"Accept-Encoding": "identity"}  # a file that is compressed stays so
+    with (
+        replacing(place, durable=False) as scratch,
+        open(scratch, "xb") as file,
+        _session(retry_statuses=range(500, 600)) as session,
+        session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as answer,
+    ):
+        _check_status(answer)
         try:
-            # As it stands: a file that is compressed stays so.
-            headers = {"Accept-Encoding": "identity"}
-            with (
-                _session(retry_statuses=range(500, 600)) as session,
-                session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as answer,
-            ):
-                _check_status(answer)
-                for piece in answer.iter_content(_PIECE_BYTES):
-                    file.write(piece)
-            os.replace(file.name, place)
-        except BaseException as error:
-            os.unlink(file.name)
-            if isinstance(error, ChunkedEncodingError):
-                raise OSError(f"it broke off after {file.tell()} bytes") from error
-            raise
+            for piece in answer.iter_content(_PIECE_BYTES):
+                file.write(piece)
+        except ChunkedEncodingError as error:
+            raise OSError(f"it broke off after {file.tell()} bytes") from error
 
 
 def put(generations: Path, url: str) -> None:
