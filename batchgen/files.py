@@ -21,7 +21,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         durable: sync the file and its folder, so that it outlives a power cut.
 
     Raises:
-        OSError: it cannot be written; its `filename` is never empty.
+        OSError: it cannot be written; the error names a file.
     """
     scratch = scratch_path(path)
     try:
@@ -31,7 +31,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         os.replace(scratch, path)
     except OSError as error:
         scratch.unlink(missing_ok=True)
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)  # a write that fails does not say where
         raise
     except BaseException:
