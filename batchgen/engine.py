@@ -37,7 +37,7 @@ class Placement:
     path: str = ""  # what they come over: gpus, host or disk
     sharing: int = 1  # devices that the rows of a batch are spread over
     in_turn: bool = False  # these compute one after the other
-    most_rows: int | None = None  # of a batch whose size the engine chooses; None: as `memory.rows_that_fit` has it
+    most_rows: int | None = None  # of a batch whose size the engine chooses; None: `limits.count_rows_that_fit` says
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from transformers import BitsAndBytesConfig
 
 from batchgen.device import release
 from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Tokenizer
+from batchgen.generation.greedy import LoadedModel
+from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
 from batchgen.models.tokenizer import HfTokenizer
@@ -72,16 +74,9 @@ class Accelerate(Engine):
             self.close()
             raise
         devices = _devices(model)
-        self._batches = StaticBatches(
-            model,
-            tokenizer,
-            device=devices[0],
-            devices=devices,
-            batch_size=setup.batch_size,
-            check=setup.selftest,
-            local_size=setup.world.local_size,
-            count=self._count,
-        )
+        loaded = LoadedModel(model, tokenizer, devices[0])
+        sizing = BatchSizing(setup.batch_size, devices, setup.world.local_size)
+        self._batches = StaticBatches(loaded, sizing, self.signs, check=setup.selftest)
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
@@ -108,10 +103,6 @@ class Accelerate(Engine):
     def _make_spill(self) -> str:
         self._spill = tempfile.TemporaryDirectory(prefix="batchgen-offload-", ignore_cleanup_errors=True)
         return self._spill.name
-
-    def _count(self, tokens: int) -> None:
-        self.signs.generated_tokens += tokens
-        self.signs.steps += 1
 
 
 def _placement(options: Accelerate.Options, world: World) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Recorder(LogitsProcessor):
         self._steps: list[torch.Tensor] = []  # [asked] each, on the device
 
     @property
-    def needed(self) -> bool:
+    def is_needed(self) -> bool:
         """Whether any row asks."""
         return bool(self._asked)
 

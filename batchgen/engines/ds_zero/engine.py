@@ -23,6 +23,8 @@ from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Tokeniz
 from batchgen.engines.ds_zero import bandwidth, checks, deepspeed_config, extensions, gather, offload, swap
 from batchgen.engines.ds_zero.gather import Gathered
 from batchgen.engines.ds_zero.quantization import check_quantization, quantization_section, quantized
+from batchgen.generation.greedy import LoadedModel
+from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import architectures, loading
 from batchgen.models.parameters import Parameters, list_parameters
@@ -127,21 +129,19 @@ class DsZero(Engine):
         except BaseException:
             self.close()
             raise
-        self._batches: StaticBatches | None = StaticBatches(
-            self._model,
-            self._tokenizer,
-            device=self._device,
-            batch_size=setup.batch_size,
-            check=setup.selftest,
+        sizing = BatchSizing(
+            setup.batch_size,
             local_size=setup.world.local_size,
-            count=self._count,
-            # A rank waits for its peers in `_agree`, not inside `generate`.
-            generate_kwargs={"synced_gpus": False},
             limits=setup.limits,
-            reserve=True,
             kept_free=self._gathered_bytes,
             # A step takes as long as the weights need to come over: until computing takes as long, more rows are free.
             most_rows=_MOST_ROWS if options.offload else None,
+            reserve=True,
+        )
+        # A rank waits for its peers in `_agree`, not inside `generate`; there it counts its steps.
+        loaded = LoadedModel(self._model, self._tokenizer, self._device, {"synced_gpus": False})
+        self._batches: StaticBatches | None = StaticBatches(
+            loaded, sizing, self.signs, counts_steps=False, check=setup.selftest
         )
         self.signs.timeout_seconds, self._idle = options.timeout_seconds, False
         self._stop: Callable[[], bool] = lambda: False
@@ -264,9 +264,6 @@ class DsZero(Engine):
             said = "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch"
             logger.info(said, self._bandwidth / 1e9, self._weight_bytes / self._bandwidth)
         return plan
-
-    def _count(self, tokens: int) -> None:
-        self.signs.generated_tokens += tokens
 
     def _before_forward(self, module: Any, arguments: Any) -> None:
         if not self._idle:
