@@ -191,7 +191,7 @@ class Engine(ABC):
 
         Args:
             config: the model's Transformers config.
-            weights: its `batchgen.offload.Parameters`.
+            weights: its `batchgen.models.parameters.Parameters`.
         """
         return []
 

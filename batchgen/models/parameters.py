@@ -27,24 +27,24 @@ class Parameters:
     """All parameters of a model, by name. Tied ones are there under each of their names: ZeRO shards a parameter when
     its module is made, and ties it to another only afterwards, so that both are written out, and one is read."""
 
-    of: Mapping[str, Parameter]
+    by_name: Mapping[str, Parameter]
     dtype: torch.dtype
 
     @property
     def largest(self) -> int:
         """Elements of the largest one."""
-        return max(parameter.numel for parameter in self.of.values())
+        return max(parameter.numel for parameter in self.by_name.values())
 
     @property
     def tied(self) -> int:
         """Elements of those that a forward uses under two names: an embedding that is the output matrix too."""
-        return sum(parameter.numel for parameter in self.of.values() if parameter.tied)
+        return sum(parameter.numel for parameter in self.by_name.values() if parameter.tied)
 
     @property
     def largest_layer(self) -> int:
         """Elements of the largest layer, or of the largest parameter that is in none."""
         layers: Counter[str] = Counter()
-        for name, parameter in self.of.items():
+        for name, parameter in self.by_name.items():
             layers[_layer_of(name)] += parameter.numel
         inside = [elements for name, elements in layers.items() if name.rpartition(".")[2].isdigit()]
         return max(inside, default=self.largest)
@@ -52,7 +52,7 @@ class Parameters:
     @property
     def read_bytes(self) -> int:
         """Bytes that one forward needs, over all ranks: each parameter once."""
-        return sum(parameter.numel for parameter in self.of.values() if not parameter.tied) * self.dtype.itemsize
+        return sum(parameter.numel for parameter in self.by_name.values() if not parameter.tied) * self.dtype.itemsize
 
     @property
     def shared_bytes(self) -> int:
@@ -61,27 +61,27 @@ class Parameters:
 
     def shards(self, ranks: int) -> list[int]:
         """Elements of one rank's shard of each parameter, padded so that all ranks' are equal."""
-        return [-(-parameter.numel // ranks) for parameter in self.of.values()]
+        return [-(-parameter.numel // ranks) for parameter in self.by_name.values()]
 
     def shard_bytes(self, ranks: int) -> int:
         """Bytes of one rank's shards together."""
         return sum(self.shards(ranks)) * self.dtype.itemsize
 
-    def most_at_once(self, ranks: int, least_bytes: int, *, whole_layers: bool = False) -> int:
-        """Parameters that a forward can need at the same time, of those whose shards have `least_bytes` or more.
+    def max_at_once(self, ranks: int, min_bytes: int, *, whole_layers: bool = False) -> int:
+        """Parameters that a forward can need at the same time, of those whose shards have `min_bytes` or more.
 
         Those of one module, and of the modules around it, whose forward has not ended; and the tied ones, which may be
         kept from their first use to their last.
 
         Args:
             ranks: that share each parameter.
-            least_bytes: what is smaller does not count.
+            min_bytes: what is smaller does not count.
             whole_layers: a layer (a module with a number for a name) is one module: all its parameters are needed.
         """
         own: Counter[str] = Counter()
         tied = 0
-        for (name, parameter), shard in zip(self.of.items(), self.shards(ranks), strict=True):
-            if shard * self.dtype.itemsize >= least_bytes:
+        for (name, parameter), shard in zip(self.by_name.items(), self.shards(ranks), strict=True):
+            if shard * self.dtype.itemsize >= min_bytes:
                 own[_layer_of(name) if whole_layers else name.rpartition(".")[0]] += 1
                 tied += parameter.tied
         return tied + max((sum(own[around] for around in _around(module)) for module in own), default=0)
@@ -112,11 +112,12 @@ def list_parameters(config: Any, dtype: torch.dtype) -> Parameters:
     """
     model = build_empty(config, dtype)
     seen: set[int] = set()
-    found = {}
+    parameters = {}
     for module_name, module in model.named_modules():
         takes = type(module) in (torch.nn.Linear, torch.nn.Embedding)
         for name, value in module.named_parameters(recurse=False):
-            full = f"{module_name}.{name}" if module_name else name
-            found[full] = Parameter(value.numel(), tuple(value.shape), id(value) in seen, takes and name == "weight")
+            path = f"{module_name}.{name}" if module_name else name
+            quantizable = takes and name == "weight"
+            parameters[path] = Parameter(value.numel(), tuple(value.shape), id(value) in seen, quantizable)
             seen.add(id(value))
-    return Parameters(found, dtype)
+    return Parameters(parameters, dtype)

@@ -67,7 +67,7 @@ def placements(
     """A model of `config` over groups of `gpus` ranks, for each size that they can have, 1 first.
 
     Args:
-        weights: its `batchgen.offload.Parameters`.
+        weights: its `batchgen.models.parameters.Parameters`.
         whole: the settings of ranks with a whole model each.
     """
     return [

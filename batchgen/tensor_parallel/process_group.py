@@ -23,11 +23,11 @@ def timeout(patience: float) -> timedelta:
     return timedelta(seconds=2 * patience)
 
 
-def least(figure: float | None, group: Any) -> float:
-    """The smallest of the figures of all ranks of a gloo group; a rank with None has none."""
-    found = torch.tensor([float("inf") if figure is None else figure], dtype=torch.float64)
-    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=group)
-    return float(found.item())
+def min_over_ranks(figure: float | None, group: Any) -> float:
+    """Returns the smallest of the figures of all ranks of a gloo group; a rank that has none gives None."""
+    smallest = torch.tensor([float("inf") if figure is None else figure], dtype=torch.float64)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=group)
+    return float(smallest.item())
 
 
 def join(world: World, patience: float) -> torch.device:

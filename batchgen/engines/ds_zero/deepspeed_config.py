@@ -16,7 +16,7 @@ from batchgen.models.parameters import Parameters
 _EVERYTHING = sys.maxsize  # DeepSpeed's own word for no limit
 
 
-def bucket_sizes(weights: Parameters, hidden: int, *, whole_layers: bool, whole_model: bool) -> dict[str, int]:
+def make_bucket_sizes(weights: Parameters, hidden: int, *, whole_layers: bool, whole_model: bool) -> dict[str, int]:
     """DeepSpeed's sizes for a model, in elements, by their names in its section `zero_optimization`.
 
     The buckets are those of huggingface/transformers-bloom-inference (bloom-ds-zero-inference.py), but with
@@ -40,7 +40,7 @@ def bucket_sizes(weights: Parameters, hidden: int, *, whole_layers: bool, whole_
     }
 
 
-def gathered_bytes(weights: Parameters) -> int:
+def estimate_gathered_bytes(weights: Parameters) -> int:
     """Most bytes of gathered weights that a rank holds at a time.
 
     The largest parameter alone (an embedding, the output matrix), and layers: this one, the next one, one on its way,
@@ -49,7 +49,7 @@ def gathered_bytes(weights: Parameters) -> int:
     return (max(weights.largest, weights.tied) + 4 * weights.largest_layer) * weights.dtype.itemsize
 
 
-def configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, int]) -> dict[str, Any]:
+def make_configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, int]) -> dict[str, Any]:
     """DeepSpeed's configuration of ZeRO stage 3 for inference."""
     stage = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True}
     return {
@@ -63,7 +63,7 @@ def configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, int])
     }
 
 
-def forward_only(engine: Any) -> None:
+def remove_backward_hooks(engine: Any) -> None:
     """Takes from DeepSpeed's engine what only a backward pass needs: wrappers around every tensor that enters or leaves
     a module, a third of the time of a small step."""
     for hook in engine.optimizer.backward_hooks:
@@ -74,7 +74,7 @@ def forward_only(engine: Any) -> None:
     sys.modules["deepspeed.utils.nvtx"].enable_nvtx = False  # type: ignore[attr-defined]
 
 
-def user_configuration(path: str) -> dict[str, Any]:
+def read_user_configuration(path: str) -> dict[str, Any]:
     """The user's own DeepSpeed JSON.
 
     Raises:
@@ -89,10 +89,10 @@ def user_configuration(path: str) -> dict[str, Any]:
     return config
 
 
-def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """`ours` with `theirs` over it, section by section."""
     both_of = dict(ours)
     for name, value in theirs.items():
         both = isinstance(value, dict) and isinstance(ours.get(name), dict)
-        both_of[name] = merged(ours[name], value) if both else value
+        both_of[name] = merge(ours[name], value) if both else value
     return both_of

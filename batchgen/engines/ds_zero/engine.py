@@ -8,7 +8,6 @@ has any; a rank that finishes a batch begins its next one while the others are i
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,9 +19,11 @@ import torch.distributed as dist
 
 from batchgen import device
 from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Tokenizer
-from batchgen.engines.ds_zero import bandwidth, checks, deepspeed_config, extensions, gather, offload, swap
+from batchgen.engines.ds_zero import bandwidth, checks, deepspeed_config, gather
 from batchgen.engines.ds_zero.gather import Gathered
-from batchgen.engines.ds_zero.quantization import check_quantization, quantization_section, quantized
+from batchgen.engines.ds_zero.offload import NvmeSettings
+from batchgen.engines.ds_zero.prepare_offload import PreparedOffload, prepare_cpu, prepare_nvme
+from batchgen.engines.ds_zero.quantization import check_quantization, make_quantization_section, plan_quantized
 from batchgen.generation.greedy import LoadedModel
 from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
@@ -31,8 +32,6 @@ from batchgen.models.parameters import Parameters, list_parameters
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.tensor_parallel import process_group
 from batchgen.types import Batch, Prompt
-
-logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 8192  # of a batch with offload: an H100 computes as long as 54 GB/s bring weights at about 10,000 rows
 
@@ -85,7 +84,8 @@ class DsZero(Engine):
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
         if architectures.why_not_sharded(config):
             return []
-        size, shared, gathered = weights.read_bytes, weights.shared_bytes, deepspeed_config.gathered_bytes(weights)
+        size, shared = weights.read_bytes, weights.shared_bytes
+        gathered = deepspeed_config.estimate_gathered_bytes(weights)
         held = Placement((), gpus, gpus, device=size)
         if gpus > 1:
             part = -(-shared // gpus)
@@ -103,7 +103,7 @@ class DsZero(Engine):
         if kind == "nvme":
             checks.check_folder(Path(folder))
         if options.config is not None:
-            deepspeed_config.user_configuration(options.config)
+            deepspeed_config.read_user_configuration(options.config)
 
     @classmethod
     def tokenizer(cls, model: str) -> Tokenizer:
@@ -118,9 +118,8 @@ class DsZero(Engine):
         self._device = process_group.join(setup.world, options.timeout_seconds)
         # NCCL would make the CPU wait for the GPU at every step; these flags are for the CPUs alone.
         self._flags = dist.new_group(backend="gloo", timeout=process_group.timeout(options.timeout_seconds))
-        self._swap: swap.SwapFolder | None = None
-        self._bandwidth: float | None = None  # bytes/s of the path that weights come over; None: no offload
-        self._weight_bytes = self._gathered_bytes = 0  # that come over it in a step; that a forward takes for weights
+        self._offload: PreparedOffload | None = None
+        self._gathered_bytes = 0  # that a forward takes for weights
         self._gathered: Gathered | None = None
         self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
         self._by_layers = not options.by_deepspeed and (self._whole_model or gather.lists_layers(config))
@@ -155,18 +154,22 @@ class DsZero(Engine):
         self._stop = stop
         try:
             # Never by the local answer alone: `_before_forward` ends all ranks at the same forward.
-            begun, steps = time.perf_counter(), self.signs.steps
+            begin, steps = time.perf_counter(), self.signs.steps
             for batch in self._batches.run(prompts, lambda: False):
-                if self._bandwidth is not None and self.signs.steps > steps:
-                    step = (time.perf_counter() - begun) / (self.signs.steps - steps)
-                    share = bandwidth.share_of_bound(step, self._weight_bytes, self._bandwidth)
-                    batch = replace(batch, share_of_bound=round(share, 3))
-                yield batch
-                begun, steps = time.perf_counter(), self.signs.steps
+                yield self._add_share_of_bound(batch, time.perf_counter() - begin, self.signs.steps - steps)
+                begin, steps = time.perf_counter(), self.signs.steps
             while self._agree(works=False):
                 self._forward_for_the_others()
         except _Stopped:
             return
+
+    def _add_share_of_bound(self, batch: Batch, seconds: float, steps: int) -> Batch:
+        """Returns `batch`, which took so many seconds and steps, with how near to its bound an offload came."""
+        path = self._offload
+        if path is None or path.bandwidth is None or not steps:
+            return batch
+        share = bandwidth.compute_share_of_bound(seconds / steps, path.weight_bytes, path.bandwidth)
+        return replace(batch, share_of_bound=round(share, 3))
 
     def abandon(self) -> None:
         process_group.abandon()
@@ -177,8 +180,8 @@ class DsZero(Engine):
         self._batches = self._model = self._gathered = None
         device.release()
         process_group.leave()
-        if self._swap is not None:
-            self._swap.close()
+        if self._offload is not None:
+            self._offload.close()
 
     def _load(self, setup: Setup, options: Options) -> Any:
         import deepspeed
@@ -198,7 +201,7 @@ class DsZero(Engine):
         if options.whole_layers and layers:
             deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
         engine = deepspeed.initialize(model=model, config=config)[0]
-        deepspeed_config.forward_only(engine)
+        deepspeed_config.remove_backward_hooks(engine)
         return engine.module.eval()
 
     def _configuration(self, setup: Setup, options: Options, dtype: torch.dtype) -> dict[str, Any]:
@@ -208,62 +211,39 @@ class DsZero(Engine):
         if options.weight_bits is not None:
             bits: Literal[4, 8] = 4 if options.weight_bits == 4 else 8
             check_quantization(Path(setup.model), weights, bits, options.weight_group)
-            sections["weight_quantization"] = quantization_section(bits, options.weight_group)
-            weights = quantized(weights, bits, options.weight_group)
-        self._gathered_bytes = 0 if self._whole_model else deepspeed_config.gathered_bytes(weights)
+            sections["weight_quantization"] = make_quantization_section(bits, options.weight_group)
+            weights = plan_quantized(weights, bits, options.weight_group)
+        self._gathered_bytes = 0 if self._whole_model else deepspeed_config.estimate_gathered_bytes(weights)
         hidden = self._tokenizer.config.get_text_config().hidden_size
         layers, whole = options.whole_layers, self._whole_model
-        sizes = deepspeed_config.bucket_sizes(weights, hidden, whole_layers=layers, whole_model=whole)
+        sizes = deepspeed_config.make_bucket_sizes(weights, hidden, whole_layers=layers, whole_model=whole)
         given = {name: getattr(options, name.removeprefix("stage3_")) for name in sizes}
         sizes |= {name: size for name, size in given.items() if size is not None}
-        config = deepspeed_config.configuration(setup.world.size, dtype, sizes) | sections
+        config = deepspeed_config.make_configuration(setup.world.size, dtype, sizes) | sections
         if options.offload is not None:
-            plan = self._plan_offload(setup, options, weights)
-            config["zero_optimization"]["offload_param"] = plan.offload_param
-            config |= {"aio": plan.aio} if plan.aio else {}
+            self._offload = offload = self._prepare_offload(setup, options, weights)
+            if setup.world.rank == 0:
+                offload.log_bound()
+            config["zero_optimization"]["offload_param"] = offload.plan.offload_param
+            config |= {"aio": offload.plan.aio} if offload.plan.aio else {}
         if options.config is not None:
-            config = deepspeed_config.merged(config, deepspeed_config.user_configuration(options.config))
+            config = deepspeed_config.merge(config, deepspeed_config.read_user_configuration(options.config))
         # An autograd function in place of every matrix product, a quarter of a small step; it reads quantised weights.
         config["zero_optimization"]["memory_efficient_linear"] = "weight_quantization" in config
         return config
 
-    def _plan_offload(self, setup: Setup, options: Options, weights: Parameters) -> offload.Offload:
-        """Where the weights will wait, once it is checked that they can; says how fast they can come from there.
-
-        Raises:
-            EngineError: they cannot; the message says why and what to do.
-        """
-        world, (kind, _, name) = setup.world, (options.offload or "").partition("=")
+    def _prepare_offload(self, setup: Setup, options: Options, weights: Parameters) -> PreparedOffload:
+        kind, _, folder = (options.offload or "").partition("=")
         if kind == "cpu":
-            pinned = options.pin_memory and torch.cuda.is_available() and not self._by_layers  # `Gathered` pins itself
-            plan = offload.cpu(weights, world.size, pin_memory=pinned)
-            checks.check_host_memory(plan, world.local_size)
-            self._bandwidth = bandwidth.copy_bandwidth(self._device, pinned=options.pin_memory)
-            self._weight_bytes = (weights.shared_bytes if self._by_layers else weights.read_bytes) // world.size
-        else:
-            folder = Path(name)
-            checks.check_folder(folder)
-            extensions.prepare(Path(setup.cache), logger.info)
-            self._swap = swap.SwapFolder(folder, setup.run, world.rank)
-            if world.local_rank == 0:
-                self._swap.clean()
-            dist.barrier(self._flags)  # nobody writes before that is done
-            pinned, whole = options.pin_memory and torch.cuda.is_available(), options.whole_layers
-            path, room = self._swap.path, checks.lockable_bytes()
-            plan = offload.nvme(weights, world.size, path, pin_memory=pinned, whole_layers=whole, lockable_bytes=room)
-            checks.check_space(plan, folder, world.local_size)
-            checks.check_host_memory(plan, world.local_size)
-            checks.check_locked_memory(plan)
-            self._swap.open()
-            if world.local_rank == 0:
-                self._bandwidth = bandwidth.read_bandwidth(folder, block_bytes=plan.block_bytes)
-            # A host's ranks share its disk, and the slowest host counts.
-            self._bandwidth = process_group.least(self._bandwidth, self._flags)
-            self._weight_bytes = plan.read_bytes * world.local_size
-        if self._bandwidth and world.rank == 0:
-            said = "the weights come at %.1f GB/s, so a step takes %.3f s or more, whatever the batch"
-            logger.info(said, self._bandwidth / 1e9, self._weight_bytes / self._bandwidth)
-        return plan
+            return prepare_cpu(
+                weights, setup.world, self._device, pin_memory=options.pin_memory, by_layers=self._by_layers
+            )
+        settings = NvmeSettings(
+            pin_memory=options.pin_memory and torch.cuda.is_available(),
+            whole_layers=options.whole_layers,
+            lockable_bytes=checks.read_lockable_bytes(),
+        )
+        return prepare_nvme(weights, setup, Path(folder), settings, self._flags)
 
     def _before_forward(self, module: Any, arguments: Any) -> None:
         if not self._idle:
