@@ -70,7 +70,7 @@ class DsInference(Engine):
             self._group = group = tensor_parallel.Group.meet(
                 setup.world, self.signs.awaited_ranks, options.timeout_seconds
             )
-            model = tensor_parallel.load(setup, tokenizer.config, group, options.attn_implementation)
+            model = tensor_parallel.load_shard(setup, tokenizer.config, group, options.attn_implementation)
         except BaseException:
             self.close()
             raise

@@ -117,7 +117,7 @@ class DsZero(Engine):
         loading.prepare_transformers()
         self._device = process_group.join(setup.world, options.timeout_seconds)
         # NCCL would make the CPU wait for the GPU at every step; these flags are for the CPUs alone.
-        self._flags = dist.new_group(backend="gloo", timeout=process_group.timeout(options.timeout_seconds))
+        self._flags = dist.new_group(backend="gloo", timeout=process_group.collective_timeout(options.timeout_seconds))
         self._offload: PreparedOffload | None = None
         self._gathered_bytes = 0  # that a forward takes for weights
         self._gathered: Gathered | None = None
