@@ -99,6 +99,8 @@ def split(model: Any, group: dist.ProcessGroup) -> None:
     from deepspeed.inference.engine import InferenceEngine
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, TensorParallel_Layer
 
+    # Warning: a private method of DeepSpeed's engine is replaced. If a new version calls it by another name, all
+    # weights are read and rounded to float32: the text changes by rounding, and the memory is several times as much.
     class WeightsStay(InferenceEngine):  # type: ignore[misc]
         """AutoTP alone."""
 

@@ -171,6 +171,10 @@ def _build_hollow(folder: Path, dtype: torch.dtype, attn_implementation: str | N
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = build_empty(read_config(str(folder)), dtype, **attention)
     made: dict[int, nn.Parameter] = {}
+    # Warning: the parameters of a model of Transformers are replaced by views of one number, here, and by tensors of
+    # the files, or by `Int8Weight`, which is a module, in `_fill`. torch's `_parameters` is changed by hand, since
+    # `setattr` refuses a module where a parameter was. A version of torch that keeps parameters elsewhere computes with
+    # those views: zeros.
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

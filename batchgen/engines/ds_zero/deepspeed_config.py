@@ -17,7 +17,7 @@ _EVERYTHING = sys.maxsize  # DeepSpeed's own word for no limit
 
 
 def make_bucket_sizes(weights: Parameters, hidden: int, *, whole_layers: bool, whole_model: bool) -> dict[str, int]:
-    """DeepSpeed's sizes for a model, in elements, by their names in its section `zero_optimization`.
+    """Returns DeepSpeed's sizes for a model, in elements, by their names in its section `zero_optimization`.
 
     The buckets are those of huggingface/transformers-bloom-inference (bloom-ds-zero-inference.py), but with
     `whole_layers` a layer is fetched ahead, and not a matrix: a step is then bound by the way that weights come over.
@@ -41,7 +41,7 @@ def make_bucket_sizes(weights: Parameters, hidden: int, *, whole_layers: bool, w
 
 
 def estimate_gathered_bytes(weights: Parameters) -> int:
-    """Most bytes of gathered weights that a rank holds at a time.
+    """Returns the most bytes of gathered weights that a rank holds at a time.
 
     The largest parameter alone (an embedding, the output matrix), and layers: this one, the next one, one on its way,
     and the flat buffer that it arrives in.
@@ -64,8 +64,13 @@ def make_configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, 
 
 
 def remove_backward_hooks(engine: Any) -> None:
-    """Takes from DeepSpeed's engine what only a backward pass needs: wrappers around every tensor that enters or leaves
-    a module, a third of the time of a small step."""
+    """Removes from DeepSpeed's engine what only a backward pass needs.
+
+    It wraps every tensor that enters or leaves a module, which is a third of the time of a small step.
+    """
+    # Warning: private lists and a global of DeepSpeed are changed. Without it all is right and slower. A version that
+    # fetches weights in the same hooks would compute with empty weights, and fail; one that has no such list raises
+    # AttributeError here. Nothing of this process can train a model any more.
     for hook in engine.optimizer.backward_hooks:
         hook.remove()
     engine.optimizer.backward_hooks.clear()

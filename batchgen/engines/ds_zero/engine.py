@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from batchgen import device
 from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Tokenizer
-from batchgen.engines.ds_zero import bandwidth, checks, deepspeed_config, gather
-from batchgen.engines.ds_zero.gather import Gathered
+from batchgen.engines.ds_zero import bandwidth, checks, deepspeed_config
+from batchgen.engines.ds_zero.decoder_layers import are_layers_listed, find_layers
+from batchgen.engines.ds_zero.gather import LayerGatherer, raise_out_of_step
 from batchgen.engines.ds_zero.offload import NvmeSettings
 from batchgen.engines.ds_zero.prepare_offload import PreparedOffload, prepare_cpu, prepare_nvme
 from batchgen.engines.ds_zero.quantization import check_quantization, make_quantization_section, plan_quantized
@@ -120,9 +121,9 @@ class DsZero(Engine):
         self._flags = dist.new_group(backend="gloo", timeout=process_group.collective_timeout(options.timeout_seconds))
         self._offload: PreparedOffload | None = None
         self._gathered_bytes = 0  # that a forward takes for weights
-        self._gathered: Gathered | None = None
+        self._gatherer: LayerGatherer | None = None
         self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
-        self._by_layers = not options.by_deepspeed and (self._whole_model or gather.lists_layers(config))
+        self._by_layers = not options.by_deepspeed and (self._whole_model or are_layers_listed(config))
         try:
             self._model = self._load(setup, options)
         except BaseException:
@@ -145,8 +146,12 @@ class DsZero(Engine):
         self.signs.timeout_seconds, self._idle = options.timeout_seconds, False
         self._stop: Callable[[], bool] = lambda: False
         self._model.register_forward_pre_hook(self._before_forward, prepend=True)
-        if not (self._whole_model and self._by_layers):  # which only makes the batch smaller
-            self._model.forward = gather.fatal_if_out_of_memory(self._model.forward)
+        if not (self._whole_model and self._by_layers):  # there it only makes the batch smaller
+            # Warning: the forward of a model of Transformers is replaced. Without this a rank that runs out of memory
+            # in the middle of a forward would make its batch smaller, and the others would wait for it until they
+            # time out. `model.generate` calls `self(...)`, which finds `forward` on the object first; a version that
+            # calls the class's forward would pass this by.
+            self._model.forward = raise_out_of_step(self._model.forward)
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         if self._batches is None:
@@ -175,9 +180,9 @@ class DsZero(Engine):
         process_group.abandon()
 
     def close(self) -> None:
-        if self._gathered is not None:
-            self._gathered.close()
-        self._batches = self._model = self._gathered = None
+        if self._gatherer is not None:
+            self._gatherer.close()
+        self._batches = self._model = self._gatherer = None
         device.release()
         process_group.leave()
         if self._offload is not None:
@@ -192,10 +197,10 @@ class DsZero(Engine):
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
         _alive = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
-        layers = gather.layers(model)
+        layers = find_layers(model)
         if self._by_layers and (layers or self._whole_model):
             host, pinned = options.offload is not None, options.pin_memory
-            self._gathered = Gathered(model, layers, self._device, host=host, pinned=pinned)
+            self._gatherer = LayerGatherer(model, layers, self._device, host=host, pinned=pinned)
             self._gathered_bytes = 0  # its buffers are there already
             return model
         if options.whole_layers and layers:
