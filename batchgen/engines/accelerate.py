@@ -65,7 +65,7 @@ class Accelerate(Engine):
         tokenizer = HfTokenizer(setup.model)
         loading.check_weights(setup.model)
         loading.prepare_transformers()
-        placement = _placement(options, setup.world)
+        placement = _choose_placement(options, setup.world)
         if placement["device_map"] in _SPREADING:
             placement["offload_folder"] = options.offload_folder or self._make_spill()
         try:
@@ -73,7 +73,7 @@ class Accelerate(Engine):
         except BaseException:
             self.close()
             raise
-        devices = _devices(model)
+        devices = _list_devices(model)
         loaded = LoadedModel(model, tokenizer, devices[0])
         sizing = BatchSizing(setup.batch_size, devices, setup.world.local_size)
         self._batches = StaticBatches(loaded, sizing, self.signs, check=setup.selftest)
@@ -105,12 +105,12 @@ class Accelerate(Engine):
         return self._spill.name
 
 
-def _placement(options: Accelerate.Options, world: World) -> dict[str, Any]:
+def _choose_placement(options: Accelerate.Options, world: World) -> dict[str, Any]:
     """The arguments of `from_pretrained` that say where the weights go."""
     if options.device_map not in _SPREADING:
-        return {"device_map": {"": _named_device(options)}}
+        return {"device_map": {"": _find_named_device(options)}}
     if world.size > 1:
-        return {"device_map": {"": _own_device(options, world)}}
+        return {"device_map": {"": _find_own_device(options, world)}}
     limits = _parse_max_memory(options.max_memory)
     if limits is None and not torch.cuda.is_available():
         return {"device_map": {"": "cpu"}}
@@ -127,7 +127,7 @@ def _check_named_device(options: Accelerate.Options) -> None:
         )
 
 
-def _named_device(options: Accelerate.Options) -> str:
+def _find_named_device(options: Accelerate.Options) -> str:
     _check_named_device(options)
     name = options.device_map
     if name.startswith("cuda"):
@@ -143,7 +143,7 @@ def _check_alone(options: Accelerate.Options) -> None:
         )
 
 
-def _own_device(options: Accelerate.Options, world: World) -> str:
+def _find_own_device(options: Accelerate.Options, world: World) -> str:
     """The device of this rank, one of several on this host."""
     _check_alone(options)
     return str(loading.device_of(world))
@@ -168,7 +168,7 @@ def _parse_max_memory(text: str | None) -> dict[int | str, str] | None:
     return limits
 
 
-def _precision(dtype: str, config: Any) -> dict[str, Any]:
+def _choose_precision(dtype: str, config: Any) -> dict[str, Any]:
     """The arguments of `from_pretrained` for `--dtype`."""
     if dtype in ("auto", *loading.FLOATING):
         return {"dtype": loading.floating_dtype(dtype, config)}
@@ -183,19 +183,20 @@ def _precision(dtype: str, config: Any) -> dict[str, Any]:
 
 
 def _load(setup: Setup, options: Accelerate.Options, placement: dict[str, Any], config: Any) -> Any:
-    arguments = placement | _precision(setup.dtype, config) | {"attn_implementation": options.attn_implementation}
+    attention = {"attn_implementation": options.attn_implementation}
+    arguments = placement | _choose_precision(setup.dtype, config) | attention
     return loading.load(setup.model, arguments)
 
 
-def _devices(model: Any) -> list[torch.device]:
+def _list_devices(model: Any) -> list[torch.device]:
     """Where the model computes: its GPUs, the one with the first layers first; or the CPU."""
     placed = [
-        torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in _places(model)
+        torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in _list_places(model)
     ]
     gpus = list(dict.fromkeys(device for device in placed if device.type == "cuda"))
     return gpus or [torch.device("cpu")]
 
 
-def _places(model: Any) -> list[int | str]:
+def _list_places(model: Any) -> list[int | str]:
     # Layers that lie on the CPU or a disk are computed on a GPU if there is one.
     return [place for place in getattr(model, "hf_device_map", {"": str(model.device)}).values() if place != "disk"]

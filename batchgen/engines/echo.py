@@ -16,7 +16,7 @@ from batchgen.types import Batch, Generation, Prompt, Tokens
 _ROWS = 4096  # in a batch: more would cost fewer commits, and more for memory that is no longer in the cache
 
 
-class _Bytes:
+class _ByteTokenizer:
     """A text's tokens are its UTF-8 bytes."""
 
     context: int | None = None
@@ -55,7 +55,7 @@ class Echo(Engine):
 
     @classmethod
     def tokenizer(cls, model: str) -> Tokenizer:
-        return _Bytes()
+        return _ByteTokenizer()
 
     def __init__(self, setup: Setup, options: Any) -> None:
         self._seconds: float = options.seconds
@@ -63,13 +63,13 @@ class Echo(Engine):
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         while not stop():
-            batch = self._next(prompts, stop)
+            batch = self._make_batch(prompts, stop)
             if not batch:
                 return
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
             yield Batch(batch, peak_memory_bytes=memory)
 
-    def _next(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> list[Generation]:
+    def _make_batch(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> list[Generation]:
         """At most a second's work, and of at most the asked size."""
         batch: list[Generation] = []
         ends = time.monotonic() + 1.0

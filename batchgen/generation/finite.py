@@ -57,7 +57,7 @@ def dtype_of(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def remedy(dtype: str) -> str:
+def find_remedy(dtype: str) -> str:
     """What to do about numbers that are not finite in `dtype`: a sentence without its full stop."""
     return _REMEDIES.get(dtype, _NO_REMEDY)
 
@@ -68,5 +68,5 @@ def fail(prompt: Prompt, dtype: str) -> Generation:
         prompt,
         "not_finite",
         f"line {prompt.line}: the model's numbers for this row are not finite in {dtype} (its logits hold NaN or "
-        f"infinity). {remedy(dtype)}",
+        f"infinity). {find_remedy(dtype)}",
     )

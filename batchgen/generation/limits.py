@@ -32,13 +32,13 @@ class SizeLimits:
         return min((max(rows, rows * edge // max(length, 1)) for edge, rows in limits), default=None)
 
 
-def count_rows_that_fit(free: int, row: int, device: torch.device, most: int | None = None) -> int:
-    """Returns how many rows of `row` bytes fit into `free` bytes with room to spare: 1 to `most`, in eights from 8 up.
+def count_rows_that_fit(free: int, row: int, device: torch.device, max_rows: int | None = None) -> int:
+    """Returns how many rows of `row` bytes fit into `free` bytes with room to spare.
 
-    `most` is 512 unless given, and never more than 32 on a CPU.
+    It is from 1 to `max_rows`, in eights from 8 up. `max_rows` is 512 unless given, and never more than 32 on a CPU.
     """
-    most = _MOST_ROWS if most is None else most
+    max_rows = _MOST_ROWS if max_rows is None else max_rows
     if device.type == "cpu":
-        most = min(most, _MOST_ROWS_ON_CPU)
-    rows = max(1, min(most, int(free * _SHARE) // max(row, 1)))
+        max_rows = min(max_rows, _MOST_ROWS_ON_CPU)
+    rows = max(1, min(max_rows, int(free * _SHARE) // max(row, 1)))
     return rows - rows % 8 if rows >= 8 else rows

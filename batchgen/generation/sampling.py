@@ -76,7 +76,7 @@ def _keep_top_k(scaled: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> to
 
 def _keep_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     limited = (top_p < 1)[:, None]
-    columns = _candidates(probabilities, top_p) if probabilities.device.type == "cpu" else None
+    columns = _find_candidates(probabilities, top_p) if probabilities.device.type == "cpu" else None
     among = probabilities if columns is None else probabilities[:, columns]
     ordered, order = among.sort(dim=-1, descending=True, stable=True)
     dropped = ordered.cumsum(-1) - ordered >= top_p[:, None]
@@ -86,7 +86,7 @@ def _keep_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Ten
     return probabilities.masked_fill(dropped & limited, 0)
 
 
-def _candidates(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor | None:
+def _find_candidates(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor | None:
     """Ids in order, with all tokens that may be kept of any row that is limited; None: that would be too many.
 
     To sort a whole vocabulary takes a CPU a tenth of the time of a small model's step.

@@ -54,8 +54,8 @@ def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: 
         last = {"logits_to_keep": len(tokens)}
     with torch.inference_mode():
         output = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False, **last)
-        found: torch.Tensor = output.logits[0, -len(tokens) :].float()
-    return found
+        logits: torch.Tensor = output.logits[0, -len(tokens) :].float()
+    return logits
 
 
 def rounding_of(
@@ -94,10 +94,10 @@ class SelfTest:
         with torch.inference_mode():
             logits = logits_of(self.model, prompt.tokens, tokens, self.device)
             if not finite.are_finite(logits.amax(dim=1)).all():
-                raise EngineError(self._not_finite(prompt))
-            chosen = logits.gather(1, torch.tensor(tokens, device=self.device)[:, None]).squeeze(1)
+                raise EngineError(self._describe_not_finite(prompt))
+            given = logits.gather(1, torch.tensor(tokens, device=self.device)[:, None]).squeeze(1)
             best, alone = logits.max(dim=1)
-            behind = (best - chosen) / logits.std(dim=1)
+            behind = (best - given) / logits.std(dim=1)
             tolerance = _TOLERANCE.get(self.model.dtype, _TOLERANCE_OF_16_BITS)
             if self.measures and behind.max() > tolerance:
                 measured = _MARGIN * rounding_of(self.model, prompt.tokens, tokens, logits, self.device)
@@ -106,28 +106,28 @@ class SelfTest:
         if wrong:
             place = wrong[0]
             raise TextChanged(
-                f"self-test: {self._where}, row {prompt.id!r} was given {self._called(tokens[place])} as its token "
-                f"{place + 1}; computed again {self._again}, {self._called(int(alone[place]))} is better by "
-                f"{behind[place]:.2g} standard deviations of the logits, where rounding explains {tolerance:.2g}. "
+                f"self-test: {self._situation}, row {prompt.id!r} was given {self._name_token(tokens[place])} as its "
+                f"token {place + 1}; computed again {self._comparison}, {self._name_token(int(alone[place]))} is better "
+                f"by {behind[place]:.2g} standard deviations of the logits, where rounding explains {tolerance:.2g}. "
                 f"{self._advice}; --no-selftest goes on all the same"
             )
 
-    def _not_finite(self, prompt: Prompt) -> str:
+    def _describe_not_finite(self, prompt: Prompt) -> str:
         dtype = finite.dtype_of(self.model)
         return (
             f"self-test: the model's numbers for row {prompt.id!r} are not finite in {dtype} when the row is computed "
-            f"again {self._again}. {finite.remedy(dtype)}; --no-selftest goes on all the same"
+            f"again {self._comparison}. {finite.find_remedy(dtype)}; --no-selftest goes on all the same"
         )
 
-    def _called(self, token: int) -> str:
+    def _name_token(self, token: int) -> str:
         return f"{self.decode([token])!r} (token {token})"
 
     @property
-    def _where(self) -> str:
+    def _situation(self) -> str:
         return f"in a batch of {self.rows}" if self.rows > 1 else "step by step"
 
     @property
-    def _again(self) -> str:
+    def _comparison(self) -> str:
         return "alone" if self.rows > 1 else "in one forward"
 
     @property

@@ -74,14 +74,14 @@ class BatchSizer:
             return True
         together = [*batch, prompt]
         lengths = {len(prompt.tokens) for prompt in together}
-        return len(lengths) == 1 or sum(longest(together)) <= self._most_padded
+        return len(lengths) == 1 or sum(find_longest(together)) <= self._most_padded
 
     def fits(self, batch: Sequence[Prompt]) -> bool:
         """Returns whether the memory for `batch` can be had on all ranks, where that has to be tried before a forward.
 
         All peers call it at the same time, with the same batch.
         """
-        size = len(batch) * self._row_bytes(*longest(batch)) + self._sizing.kept_free
+        size = len(batch) * self._row_bytes(*find_longest(batch)) + self._sizing.kept_free
         fits = not self._sizing.reserve or can_reserve(size, self._device)
         return fits if self._peers is None else not self._peers.any_rank(not fits)
 
@@ -96,7 +96,7 @@ class BatchSizer:
         )
 
 
-def longest(batch: Sequence[Prompt]) -> tuple[int, int]:
+def find_longest(batch: Sequence[Prompt]) -> tuple[int, int]:
     """Returns the tokens of the longest prompt, and the most new tokens: what every row of `batch` can come to."""
     return max(len(p.tokens) for p in batch), max(p.params.max_new_tokens for p in batch)
 

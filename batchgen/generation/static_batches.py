@@ -19,7 +19,7 @@ from batchgen.generation.greedy import LoadedModel, generate_greedily, pad
 from batchgen.generation.logprobs import Recorder
 from batchgen.generation.sampling import Sampler
 from batchgen.generation.selftest import SelfTest
-from batchgen.generation.sizing import BatchSizer, BatchSizing, group_by_length, longest
+from batchgen.generation.sizing import BatchSizer, BatchSizing, find_longest, group_by_length
 from batchgen.generation.stopping import Stopper, StopTexts, generation
 from batchgen.models import loading
 from batchgen.types import Batch, Prompt
@@ -102,7 +102,7 @@ class StaticBatches:
         parts = deque([list(batch)])
         while parts:
             part = parts.popleft()
-            length = sum(longest(part))
+            length = sum(find_longest(part))
             max_rows = self._sizer.limits.max_rows(length)
             if max_rows == 0:
                 yield self._refuse(part)
@@ -134,14 +134,14 @@ class StaticBatches:
                 self._has_generated = True
                 return finished
         except OutOfStep as error:
-            error.length, error.rows = sum(longest(batch)), len(batch)
+            error.length, error.rows = sum(find_longest(batch)), len(batch)
             raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if self._peers is not None:
                 out_of_step = OutOfStep("out of memory in a batch that several ranks generate together")
-                out_of_step.length, out_of_step.rows = sum(longest(batch)), len(batch)
+                out_of_step.length, out_of_step.rows = sum(find_longest(batch)), len(batch)
                 raise out_of_step from error
         # Only here: while the exception is handled, its traceback holds every tensor of the failed call.
         release()

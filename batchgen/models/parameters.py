@@ -45,7 +45,7 @@ class Parameters:
         """Elements of the largest layer, or of the largest parameter that is in none."""
         layers: Counter[str] = Counter()
         for name, parameter in self.by_name.items():
-            layers[_layer_of(name)] += parameter.numel
+            layers[_find_layer(name)] += parameter.numel
         inside = [elements for name, elements in layers.items() if name.rpartition(".")[2].isdigit()]
         return max(inside, default=self.largest)
 
@@ -82,19 +82,19 @@ class Parameters:
         tied = 0
         for (name, parameter), shard in zip(self.by_name.items(), self.shards(ranks), strict=True):
             if shard * self.dtype.itemsize >= min_bytes:
-                own[_layer_of(name) if whole_layers else name.rpartition(".")[0]] += 1
+                own[_find_layer(name) if whole_layers else name.rpartition(".")[0]] += 1
                 tied += parameter.tied
-        return tied + max((sum(own[around] for around in _around(module)) for module in own), default=0)
+        return tied + max((sum(own[around] for around in _list_enclosing(module)) for module in own), default=0)
 
 
-def _layer_of(name: str) -> str:
+def _find_layer(name: str) -> str:
     """The name of the layer that a parameter is in; of its own module, if it is in none."""
     parts = name.split(".")
     depth = next((place + 1 for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return ".".join(parts[:depth])
 
 
-def _around(module: str) -> list[str]:
+def _list_enclosing(module: str) -> list[str]:
     """A module's name and those of the modules it is in: a.b, a, and the model itself."""
     parts = module.split(".") if module else []
     return [".".join(parts[:depth]) for depth in range(len(parts) + 1)]

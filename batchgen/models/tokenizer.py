@@ -42,7 +42,7 @@ class HfTokenizer:
         lengths = (getattr(text, name, None) for name in _CONTEXT_NAMES)
         self.context = next((length for length in lengths if type(length) is int and length > 0), None)
         self.vocabulary = getattr(text, "vocab_size", None)
-        self.end_tokens = _end_tokens(model, self.config, self._hf_tokenizer)
+        self.end_tokens = _find_end_tokens(model, self.config, self._hf_tokenizer)
         """Every id that ends a text, sorted: generation_config.json's, the config's and the tokenizer's."""
         self.pad_token = self._choose_pad_token(text)
         """What fills a row; an id that the embedding has, and no end token unless there is no other."""
@@ -67,7 +67,7 @@ class HfTokenizer:
         Raises:
             ValueError: there is no template, or it refused the conversation.
         """
-        source = self._chosen_template(kwargs.get("tools"))
+        source = self._choose_template(kwargs.get("tools"))
         if source not in self._chat_templates:
             self._chat_templates[source] = ChatTemplate(source, partial(self._render, source))
         fitted = self._chat_templates[source].fit(messages, with_tools=bool(kwargs.get("tools")))
@@ -78,23 +78,23 @@ class HfTokenizer:
             detail = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"the model's chat template refused these messages: {detail}") from error
 
-    def _chosen_template(self, tools: object) -> str:
+    def _choose_template(self, tools: object) -> str:
         """The template for a conversation with these tools; of several, by the names that Transformers knows."""
-        given = self._hf_tokenizer.chat_template
-        if not given:
+        templates = self._hf_tokenizer.chat_template
+        if not templates:
             raise ValueError(
                 f"the model in {self._model} has no chat template, so it cannot take messages; "
                 "give the text as `prompt`, or render it with --template"
             )
-        if isinstance(given, str):
-            return given
-        name = "tool_use" if tools is not None and "tool_use" in given else "default"
-        if name not in given:
+        if isinstance(templates, str):
+            return templates
+        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
+        if name not in templates:
             raise ValueError(
-                f"the model in {self._model} has chat templates named {', '.join(sorted(given))}, and none named "
+                f"the model in {self._model} has chat templates named {', '.join(sorted(templates))}, and none named "
                 "default; give the text as `prompt`, or render it with --template"
             )
-        return str(given[name])
+        return str(templates[name])
 
     def _render(self, source: str, messages: Sequence[Message], tools: Sequence[Message] | None) -> str:
         copied = [dict(message) for message in messages]
@@ -109,7 +109,7 @@ class HfTokenizer:
         """
         if not texts:
             return []
-        readable = [_readable(text) for text in texts]
+        readable = [_make_readable(text) for text in texts]
         encoded = self._hf_tokenizer(readable, add_special_tokens=special, return_attention_mask=False)["input_ids"]
         begin = self._hf_tokenizer.bos_token_id
         if special and begin is not None:
@@ -120,7 +120,7 @@ class HfTokenizer:
         """Letters and digits of `text` that become no token; see `engine.Tokenizer.find_lost`."""
         if not self._loses_letters:
             return ""
-        letters = {letter for letter in _readable(text) if letter.isalnum()}
+        letters = {letter for letter in _make_readable(text) if letter.isalnum()}
         new = "".join(sorted(letters - self._lost_letters.keys()))
         lost = find_lost(self._hf_tokenizer, new)
         self._lost_letters |= {letter: letter in lost for letter in new}
@@ -154,17 +154,17 @@ class HfTokenizer:
         return str(text)
 
     def _choose_pad_token(self, config: Any) -> int:
-        known = (
+        proposed = (
             self._hf_tokenizer.pad_token_id,
             getattr(config, "pad_token_id", None),
             self._hf_tokenizer.unk_token_id,
         )
-        most = self.vocabulary or len(self._hf_tokenizer)
-        ids = itertools.chain((i for i in known if i is not None and 0 <= i < most), range(most))
+        size = self.vocabulary or len(self._hf_tokenizer)
+        ids = itertools.chain((i for i in proposed if i is not None and 0 <= i < size), range(size))
         return next((i for i in ids if i not in self.end_tokens), 0)
 
 
-def _readable(text: str) -> str:
+def _make_readable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -172,7 +172,7 @@ def _readable(text: str) -> str:
     return text
 
 
-def _end_tokens(model: str, config: Any, hf_tokenizer: Any) -> list[int]:
+def _find_end_tokens(model: str, config: Any, hf_tokenizer: Any) -> list[int]:
     """Every id that ends a text, sorted.
 
     Raises:
@@ -183,12 +183,12 @@ def _end_tokens(model: str, config: Any, hf_tokenizer: Any) -> list[int]:
     # Where the text part of a model does not name one, its config gives the default of its class, a wrong one perhaps.
     if text is not config and of_author is None and of_model is None:
         of_model = getattr(text, "eos_token_id", None)
-    found = {hf_tokenizer.eos_token_id}
+    end_tokens = {hf_tokenizer.eos_token_id}
     for name, ids in (("generation_config.json", of_author), ("config.json", of_model)):
-        given = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-        if any(type(i) is not int for i in given):
+        listed = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+        if any(type(i) is not int for i in listed):
             raise ModelError(
                 f"{Path(model) / name}: eos_token_id must be a token's number or a list of them, not {ids!r}"
             )
-        found.update(given)
-    return sorted(i for i in found if i is not None and i >= 0)
+        end_tokens.update(listed)
+    return sorted(i for i in end_tokens if i is not None and i >= 0)

@@ -67,12 +67,12 @@ class DsZero(Engine):
         timeout_seconds: float = 600.0  # without an answer from a rank, its peers end
 
         @property
-        def by_deepspeed(self) -> bool:
+        def is_gathered_by_deepspeed(self) -> bool:
             """Whether DeepSpeed itself brings weights together: one of its settings asks for it, or it alone can."""
-            given = (self.config, self.weight_bits, self.reduce_bucket_size, self.prefetch_bucket_size)
-            more = (self.param_persistence_threshold, self.max_live_parameters, self.max_reuse_distance)
+            settings = (self.config, self.weight_bits, self.reduce_bucket_size, self.prefetch_bucket_size)
+            limits = (self.param_persistence_threshold, self.max_live_parameters, self.max_reuse_distance)
             nvme = (self.offload or "").startswith("nvme")
-            return nvme or not self.whole_layers or any(one is not None for one in (*given, *more))
+            return nvme or not self.whole_layers or any(setting is not None for setting in (*settings, *limits))
 
         def __post_init__(self) -> None:
             kind, _, folder = (self.offload or "cpu").partition("=")
@@ -123,7 +123,7 @@ class DsZero(Engine):
         self._gathered_bytes = 0  # that a forward takes for weights
         self._gatherer: LayerGatherer | None = None
         self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
-        self._by_layers = not options.by_deepspeed and (self._whole_model or are_layers_listed(config))
+        self._by_layers = not options.is_gathered_by_deepspeed and (self._whole_model or are_layers_listed(config))
         try:
             self._model = self._load(setup, options)
         except BaseException:
@@ -164,7 +164,7 @@ class DsZero(Engine):
                 yield self._add_share_of_bound(batch, time.perf_counter() - begin, self.signs.steps - steps)
                 begin, steps = time.perf_counter(), self.signs.steps
             while self._agree(works=False):
-                self._forward_for_the_others()
+                self._forward_idle()
         except _Stopped:
             return
 
@@ -193,7 +193,7 @@ class DsZero(Engine):
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         dtype = loading.floating_dtype(setup.dtype, self._tokenizer.config)
-        config = self._configuration(setup, options, dtype)
+        config = self._make_configuration(setup, options, dtype)
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
         _alive = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
         model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
@@ -209,7 +209,7 @@ class DsZero(Engine):
         deepspeed_config.remove_backward_hooks(engine)
         return engine.module.eval()
 
-    def _configuration(self, setup: Setup, options: Options, dtype: torch.dtype) -> dict[str, Any]:
+    def _make_configuration(self, setup: Setup, options: Options, dtype: torch.dtype) -> dict[str, Any]:
         """DeepSpeed's configuration: sizes for this model, the user's settings, and the user's file over all."""
         weights = list_parameters(self._tokenizer.config, dtype)
         sections: dict[str, Any] = {}
@@ -267,7 +267,7 @@ class DsZero(Engine):
             raise _Stopped
         return bool(flags[0])
 
-    def _forward_for_the_others(self) -> None:
+    def _forward_idle(self) -> None:
         token = torch.tensor([[self._tokenizer.pad_token]], device=self._device)
         self._idle = True
         try:
