@@ -105,10 +105,11 @@ class SelfTest:
         wrong = [place for place, distance in enumerate(behind.tolist()) if not distance <= tolerance]
         if wrong:
             place = wrong[0]
+            given_token, best_token = self._name_token(tokens[place]), self._name_token(int(alone[place]))
             raise TextChanged(
-                f"self-test: {self._situation}, row {prompt.id!r} was given {self._name_token(tokens[place])} as its "
-                f"token {place + 1}; computed again {self._comparison}, {self._name_token(int(alone[place]))} is better "
-                f"by {behind[place]:.2g} standard deviations of the logits, where rounding explains {tolerance:.2g}. "
+                f"self-test: {self._situation}, row {prompt.id!r} was given {given_token} as its token {place + 1}; "
+                f"computed again {self._comparison}, {best_token} is better by {behind[place]:.2g} "
+                f"standard deviations of the logits, where rounding explains {tolerance:.2g}. "
                 f"{self._advice}; --no-selftest goes on all the same"
             )
 
