@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Protocol, Self
 from batchgen.types import Batch, Prompt, Tokens, UserError
 from batchgen.world import World
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
+"""The types of numbers that `--dtype` takes. Which of them an engine knows is `Engine.dtypes`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -85,7 +88,7 @@ class Setup:
     """What every engine is told, besides its own `Options`."""
 
     model: str  # a folder; "" for an engine that needs none
-    dtype: str  # auto, float32, bfloat16, float16, int8, nf4
+    dtype: str  # one of DTYPES
     batch_size: int | None  # most prompts in a batch; None: the engine's choice
     world: World
     selftest: bool = True  # look at the first batch's text twice
@@ -155,6 +158,8 @@ class Engine(ABC):
     """Is meant for machines without a GPU too: there `--engine auto` chooses among these."""
     reads_split: ClassVar[bool] = False
     """Takes models whose files are split by rank."""
+    group_setting: ClassVar[str | None] = None
+    """The setting that says how many ranks share a model; None: there is none."""
     dtypes: ClassVar[Sequence[str]] = ("auto", "float32", "bfloat16", "float16")
     pace: ClassVar[Pace] = Pace()
     calls_together: bool = False

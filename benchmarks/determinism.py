@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from batchgen import models, run
+from batchgen import RunSettings, models, run
 from batchgen.models.tokenizer import HfTokenizer
 
 _SUBJECTS = (
@@ -95,7 +95,7 @@ def texts(way: Way, source: Path, out: Path, model: str | None) -> list[str]:
         if done.returncode != 0:
             raise SystemExit(f"{way}: ended with {done.returncode}\n{done.stderr}")
     else:
-        run(str(source), out, model=model, engine=way.engine, dtype=way.dtype, batch_size=way.batch)
+        run(str(source), out, RunSettings(model=model, engine=way.engine, dtype=way.dtype, batch_size=way.batch))
     lines = (out / "generations.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
 

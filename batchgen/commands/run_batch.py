@@ -7,19 +7,19 @@ import os
 import shutil
 import urllib.parse
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
-from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail, generation_config_option
-from batchgen.commands._transfer import fetch, is_url, put
+from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
+from batchgen.commands._runs import carry_out, conclude
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
 from batchgen.redaction import redacted
+from batchgen.runs.transfer import fetch, is_url, put
 from batchgen.types import WHOLE
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
 
 
 def _carry_out(input_file: str, folder: Path, options: dict[str, Any]) -> tuple[Status, bool] | None:
-    """As `commands.carry_out`; None if there is no line to answer, and no run that had some."""
+    """As `_runs.carry_out`; None if there is no line to answer, and no run that had some."""
     from batchgen.formats import InputError
     from batchgen.formats.input import files_of
     from batchgen.formats.jsonl import is_blank
@@ -153,7 +153,7 @@ def _carry_out(input_file: str, folder: Path, options: dict[str, Any]) -> tuple[
             return None
     except InputError as error:
         raise fail(error) from error
-    return carry_out([source], str(folder), **options)
+    return carry_out([source], str(folder), options)
 
 
 def _answer_nothing(output_file: str) -> None:
@@ -199,7 +199,7 @@ def _fetched(name: str, folder: Path) -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             fetch(name, place)
-        except (OSError, ValueError, HTTPException) as error:
+        except (OSError, ValueError) as error:
             raise CommandError(f"cannot read {name}: {error}") from error
     return str(place)
 
@@ -230,10 +230,10 @@ def _is_delivered(folder: Path) -> bool:
 
 def _is_finished_run_of_another_job(folder: Path, error: CommandError) -> bool:
     """vLLM overwrites its output and scripts count on it; but an unfinished run is never thrown away."""
-    from batchgen.checkpoint import AskedDifferently
+    from batchgen.checkpoint import DifferentRun
     from batchgen.formats import Changed
 
-    return isinstance(error.__cause__, (AskedDifferently, Changed)) and _is_finished(folder)
+    return isinstance(error.__cause__, (DifferentRun, Changed)) and _is_finished(folder)
 
 
 def _discard(folder: Path) -> None:
@@ -260,8 +260,8 @@ def _deliver(generations: Path, output: str) -> None:
         except BaseException:
             Path(scratch).unlink(missing_ok=True)
             raise
-    except (OSError, HTTPException) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else error
+    except OSError as error:
+        reason = error.strerror or error
         raise Unfinished(
             f"cannot write {output}: {reason}. All answers are in {generations}; the same command tries again"
         ) from error

@@ -14,6 +14,7 @@ from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.models.generation_config import read_generation_config
+from batchgen.requests.refusal import shown
 from batchgen.types import Tokens
 
 # What configs call the longest sequence. BLOOM (ALiBi) has no limit of its own, but may say what it was trained with.
@@ -65,18 +66,27 @@ class HfTokenizer:
         A content may be a text or a list of parts of type "text": it becomes what the template takes.
 
         Raises:
-            ValueError: there is no template, or it refused the conversation.
+            ValueError: there is no template, or it refused the conversation, or leaves words of it out.
         """
         source = self._choose_template(kwargs.get("tools"))
         if source not in self._chat_templates:
             self._chat_templates[source] = ChatTemplate(source, partial(self._render, source))
-        fitted = self._chat_templates[source].fit(messages, with_tools=bool(kwargs.get("tools")))
+        template, with_tools = self._chat_templates[source], bool(kwargs.get("tools"))
+        fitted = template.fit(messages, with_tools=with_tools)
         options = {"add_generation_prompt": True, **kwargs, "tokenize": False, "chat_template": source}
         try:
-            return str(self._hf_tokenizer.apply_chat_template(fitted, **options))
+            text = str(self._hf_tokenizer.apply_chat_template(fitted, **options))
         except Exception as error:  # a template is a program that came with the model: it can raise anything
             detail = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"the model's chat template refused these messages: {detail}") from error
+        render = partial(self._hf_tokenizer.apply_chat_template, **options)
+        place = template.find_left_out(fitted, text, render, with_tools=with_tools)
+        if place is not None:
+            raise ValueError(
+                f"the model's chat template leaves out what message {place + 1} of {len(fitted)} says, whose role is "
+                f"{shown(fitted[place].get('role'))}. Give it a role and a place that the template knows"
+            )
+        return text
 
     def _choose_template(self, tools: object) -> str:
         """The template for a conversation with these tools; of several, by the names that Transformers knows."""

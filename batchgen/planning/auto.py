@@ -20,7 +20,7 @@ from batchgen.packages import is_installed
 
 if TYPE_CHECKING:
     from batchgen.planning.forecast import Forecast, Model, Work
-    from batchgen.planning.hardware import Machine
+    from batchgen.planning.hardware import Nodes
 
 AUTO = "auto"
 
@@ -61,30 +61,22 @@ def recorded(facts: Mapping[str, Any]) -> Choice:
     return Choice(str(facts["engine"]), kind, kind.Options(**facts["settings"]), str(facts["engine_reason"]))
 
 
-def automatic(
-    model: Path,
-    dtype: str,
-    settings: Sequence[str],
-    lengths: Lengths,
-    machine: Machine,
-    ranks: int,
-    hosts: int = 1,
-) -> Choice:
+def automatic(model: Path, dtype: str, settings: Sequence[str], lengths: Lengths, nodes: Nodes) -> Choice:
     """The engine that is forecast to be the fastest of those that fit. An engine that needs no model is none of them.
 
     Args:
         model: its folder.
         settings: `name=value`, which leave the engines that know all of these names.
-        machine: each of the hosts.
-        ranks: that will take part, on all hosts together.
 
     Raises:
         EngineError: none fits, or none knows the settings; the message says why of each, and what to do.
     """
-    split = split_folder.read(model)
-    if split is not None and "tp" not in _names(settings):
-        settings = [f"tp={split.ranks}", *settings]
     kinds = {name: kind for name in engine_names() if (kind := find_engine(name)).needs_model}
+    split = split_folder.read(model)
+    if split is not None:
+        group_settings = {kind.group_setting for kind in kinds.values() if kind.group_setting is not None}
+        if not group_settings & _names(settings):
+            settings = [*(f"{name}={split.ranks}" for name in sorted(group_settings)), *settings]
     out = {name: why for name, kind in kinds.items() if (why := _why_not(kind, split is not None, dtype, settings))}
     if len(out) == len(kinds):
         raise EngineError(
@@ -95,7 +87,7 @@ def automatic(
     first, kind = next(iter(left.items()))
     if len(left) == 1:
         return Choice(first, kind, parse_options(kind, settings), f"the only one left ({_grouped(out)})")
-    search = _Search(kind.tokenizer(str(model)), dtype, settings, list(left), machine, ranks, hosts)
+    search = _Search(kind.tokenizer(str(model)), dtype, settings, list(left), nodes)
     best, why = search.best(lengths)
     why += f" (not asked: {_grouped(out)})" if out else ""
     if best is None:
@@ -131,9 +123,7 @@ class _Search:
     dtype: str
     given: Sequence[str]  # settings
     engines: Sequence[str]
-    machine: Machine
-    ranks: int
-    hosts: int
+    nodes: Nodes
 
     def best(self, lengths: Lengths) -> tuple[Forecast | None, str]:
         """The fastest that fits, and why it is that one; None: the settings ask for what none of them can be.
@@ -149,11 +139,11 @@ class _Search:
         drawn, rows = lengths(self.tokenizer)
         work = Work(drawn or [(1, 1)], rows or 1)
         model = Model.of(self.tokenizer.config, *self._types())
-        found, note = self._forecasts(model, work, self.ranks), ""
+        found, note = self._forecasts(model, work, self.nodes.ranks), ""
         if all(one.why_not for one in found):
             # A row that does not fit is an error row, and no reason to refuse the others.
             work = Work([min(work.lengths, key=sum)], work.rows)
-            found, note = self._forecasts(model, work, self.ranks), ", though the longest rows do not fit"
+            found, note = self._forecasts(model, work, self.nodes.ranks), ", though the longest rows do not fit"
         if not found:
             return None, "no engine can be forecast with these settings"
         good = [one for one in found if not one.why_not]
@@ -163,7 +153,8 @@ class _Search:
         why = f"{fastest.tokens_per_second:,.0f} tokens/s are forecast{note}"
         why += "".join(f"; {one.tokens_per_second:,.0f} of {_called(one)}" for one in slower)
         why += "".join(f"; {_called(one)} does not fit: {one.why_not}" for one in found if one.why_not)
-        if not self.machine.gpus and (others := [n for n in self.engines if n not in {one.engine for one in found}]):
+        others = [name for name in self.engines if name not in {one.engine for one in found}]
+        if not self.nodes.machine.gpus and others:
             why += f"; made for GPUs, and there is none here: {', '.join(others)}"
         return fastest, why
 
@@ -175,16 +166,16 @@ class _Search:
         config = self.tokenizer.config
         if bits:
             return loading.own_dtype(config), bits
-        return loading.floating_dtype(self.dtype, config, on_gpu=self.machine.gpus > 0), bits
+        return loading.floating_dtype(self.dtype, config, on_gpu=self.nodes.machine.gpus > 0), bits
 
     def _forecasts(self, model: Model, work: Work, ranks: int) -> list[Forecast]:
         """Of `ranks` ranks, the best first; only those that need nothing more of the user."""
         from batchgen.planning import forecast
 
-        machine, found = self.machine, []
+        machine, hosts, found = self.nodes.machine, self.nodes.count, []
         # One rank may spread a model over all GPUs that it sees.
         for gpus in {ranks, max(1, machine.gpus)} if ranks == 1 else {ranks}:
-            node = forecast.Node(machine.device(model.dtype), gpus, self.hosts * machine.host_memory, hosts=self.hosts)
+            node = forecast.Node(machine.device(model.dtype), gpus, hosts * machine.host_memory, hosts=hosts)
             there = [
                 one
                 for one in forecast.forecasts(model, work, node, {}, self.engines)
@@ -194,7 +185,7 @@ class _Search:
                 # Each is one of groups, be they of one rank.
                 one
                 for one in there
-                if not ({"tp"} | _names(one.placement.settings)) & _names(self.given)
+                if not ({find_engine(one.engine).group_setting} | _names(one.placement.settings)) & _names(self.given)
             ]
         if not machine.gpus:  # unless the settings, or the model, ask for one of the others
             found = [one for one in found if find_engine(one.engine).serves_cpu] or found
@@ -203,13 +194,14 @@ class _Search:
     def _is_asked_for(self, one: Forecast, there: Sequence[Forecast]) -> bool:
         """Whether its placement is what the given settings say, of those that the placements differ in."""
         differing = {name for other in there for name in _names(other.placement.settings)}
-        settings = {f"tp={one.placement.sharing}", *one.placement.settings}  # a rank with a whole model names no group
+        # A rank with a whole model names no group in its placement.
+        settings = {f"{find_engine(one.engine).group_setting}={one.placement.sharing}", *one.placement.settings}
         return {text for text in self.given if _names([text]) <= differing} <= settings
 
     def _nothing_fits(self, model: Model, work: Work, found: Sequence[Forecast]) -> str:
-        lines = [f"no engine has room for this model with {self.ranks} rank(s):"]
+        lines = [f"no engine has room for this model with {self.nodes.ranks} rank(s):"]
         lines += [f"  {_called(one)}: {one.why_not}" for one in found]
-        for ranks in range(self.ranks + 1, self.machine.gpus + 1) if self.hosts == 1 else ():
+        for ranks in range(self.nodes.ranks + 1, self.nodes.machine.gpus + 1) if self.nodes.count == 1 else ():
             fit = [one for one in self._forecasts(model, work, ranks) if not one.why_not]
             if fit:
                 return "\n".join([*lines, f"With --gpus {ranks}, {_called(fit[0])} has."])

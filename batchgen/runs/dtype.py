@@ -32,8 +32,8 @@ def find(given: str, folder: RunFolder, model: Path) -> Dtype:
     """
     if given != AUTO:
         return Dtype(given, given)
-    if folder.begun():
-        known = str(folder.asked().get("dtype", AUTO))
+    if folder.has_manifest():
+        known = str(folder.read_identity().get("dtype", AUTO))
         return Dtype(known, known)
     split = split_folder.read(model)
     name = split.dtype if split is not None and split.dtype != "int8" else AUTO

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchgen import Host, Recipe, run
+from batchgen import Host, Recipe, RunSettings, run
 from batchgen.generation.sampling import SamplingTensors, sample
 from batchgen.requests.prompts import PromptReader
 from batchgen.types import Prompt, Row, Shard
@@ -115,8 +115,8 @@ def test_in_any_batch(
 ) -> None:
     path, expected = job
     out, model = tmp_path / "out", str(tiny_llama)
-    words = {"engine": engine, "batch_size": batch_size, "settings": settings, "dtype": "float32"}
-    run(str(path), out, model=model, host=Host(ENVIRONMENT), **words)  # type: ignore[arg-type]
+    words = {"engine": engine, "batch_size": batch_size, "engine_settings": settings, "dtype": "float32"}
+    run(str(path), out, RunSettings(model=model, **words), host=Host(ENVIRONMENT))  # type: ignore[arg-type]
     assert texts(out) == expected
 
 
@@ -125,7 +125,7 @@ def test_in_any_shards_with_any_engine(job: tuple[Path, list[str | None]], tiny_
     for index, (engine, batch_size) in enumerate((("accelerate", 4), ("paged", 3), ("accelerate", 30))):
         host = Host(ENVIRONMENT, shard=Shard(index, 3))
         words = {"engine": engine, "batch_size": batch_size, "dtype": "float32"}
-        run(str(path), tmp_path / "out", model=str(tiny_llama), host=host, **words)  # type: ignore[arg-type]
+        run(str(path), tmp_path / "out", RunSettings(model=str(tiny_llama), **words), host=host)  # type: ignore[arg-type]
     assert texts(tmp_path / "out") == expected
 
 
@@ -155,9 +155,9 @@ def test_rows_without_an_id_keep_theirs_when_the_file_is_renamed(tmp_path: Path)
         write_rows(tmp_path / "first.jsonl", [{"prompt": str(number)} for number in range(4)]),
         tmp_path / "out",
     )
-    run(str(first), out, engine="echo", host=Host(ENVIRONMENT, shard=Shard(0, 2)))
+    run(str(first), out, RunSettings(engine="echo"), host=Host(ENVIRONMENT, shard=Shard(0, 2)))
     second = first.rename(tmp_path / "second.jsonl")
-    run(str(second), out, engine="echo", host=Host(ENVIRONMENT, shard=Shard(1, 2)))
+    run(str(second), out, RunSettings(engine="echo"), host=Host(ENVIRONMENT, shard=Shard(1, 2)))
     assert [row["id"] for row in read_rows(out / "generations.jsonl")] == [
         f"first.jsonl:{line}" for line in range(1, 5)
     ]

@@ -16,7 +16,7 @@ from batchgen.engine import EngineError, Tokenizer
 from batchgen.models import shapes, split_folder
 from batchgen.planning import auto
 from batchgen.planning.auto import Choice
-from batchgen.planning.hardware import CARDS, Machine, recognised
+from batchgen.planning.hardware import CARDS, Machine, Nodes, recognised
 from tests.commands.starts import call
 
 HOST = 200 * 10**9
@@ -46,7 +46,7 @@ def chosen(
         assert tokenizer.tokenize(["w5 w6"], special=True)
         return lengths, 1000
 
-    return auto.automatic(model, dtype, settings, drawn, machine, ranks, hosts)
+    return auto.automatic(model, dtype, settings, drawn, Nodes(machine, ranks, hosts))
 
 
 def test_what_fits_and_is_the_fastest_is_chosen(folders: dict[str, Path]) -> None:

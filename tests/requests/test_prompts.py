@@ -400,6 +400,8 @@ def test_what_somebody_may_take_for_a_setting_is_reported_once(caplog: pytest.Lo
     (limit,) = said(Recipe(), request({"messages": HELLO}))
     assert "the body sets no max_tokens: its answer ends after 128 tokens, here and in all other lines" in limit
     assert not said(Recipe(sampling=SamplingParams(max_new_tokens=7)), request({"messages": HELLO}))
+    (limit,) = said(Recipe(), request({"input": "Hello"}, url="/v1/responses"))
+    assert "the body sets no max_output_tokens: its answer ends after 128 tokens" in limit
 
     def named(value: Mapping[str, object], **recipe: str) -> list[str]:
         sentence = "is carried along and changes no text, here and in all other lines"

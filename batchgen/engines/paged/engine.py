@@ -40,6 +40,7 @@ class Paged(Engine):
     """A whole model a rank, or a group, its rows in flight all the time."""
 
     serves_cpu = reads_split = True
+    group_setting = "tp"
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
     pace = Pace(
         layer_seconds=0.00003,
@@ -242,15 +243,15 @@ class Paged(Engine):
     def _drive(self, loop: Loop, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         """Feeds the loop and hands over what has finished, about once a second."""
         ahead = 2 * self._rows + _FEED
-        more = True
         collected: list[Finished] = []
-        handed = time.monotonic()
+        more, handed = True, time.monotonic()
         while not stop():
             while more and loop.waiting < ahead and not stop():
                 fed = list(islice(prompts, _FEED))
                 loop.give(fed)
                 more = bool(fed)
-            found = loop.finished(timeout=0.05)
+            with loading.refuse_model(self._tokenizer.config, lambda: loop.has_generated):
+                found = loop.finished(timeout=0.05)
             collected += found or []
             if collected and (found is None or time.monotonic() - handed >= _YIELD_SECONDS):
                 yield self._batch(collected, loop.most_running)

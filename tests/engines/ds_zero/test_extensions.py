@@ -119,7 +119,7 @@ def test_locks_of_a_killed_build_hold_nobody_up() -> None:
     cache = cache_folder(os.environ)  # the user's own, so that it is built once on a machine
     command = [sys.executable, "-c", _PREPARE, str(cache)]
     subprocess.run(command, check=True)
-    built = cache / "extensions" / extensions._key()
+    built = cache / "extensions" / extensions._make_key()
     for operation in ("pin_memory", "async_io"):
         (built / operation / "lock").touch()
     for process in [subprocess.Popen(command) for _ in range(2)]:
