@@ -30,7 +30,7 @@ _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # the maps th
 
 
 class Accelerate(Engine):
-    """A whole model a rank, or one model over everything there is."""
+    """Runs a whole model on each rank, or one model over all devices that there are."""
 
     serves_cpu = True
     dtypes = (*Engine.dtypes, "int8", "nf4")
@@ -106,7 +106,7 @@ class Accelerate(Engine):
 
 
 def _choose_placement(options: Accelerate.Options, world: World) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that say where the weights go."""
+    """Returns the arguments of `from_pretrained` that say where the weights go."""
     if options.device_map not in _SPREADING:
         return {"device_map": {"": _find_named_device(options)}}
     if world.size > 1:
@@ -144,13 +144,13 @@ def _check_alone(options: Accelerate.Options) -> None:
 
 
 def _find_own_device(options: Accelerate.Options, world: World) -> str:
-    """The device of this rank, one of several on this host."""
+    """Returns the device of this rank, which is one of several on this host."""
     _check_alone(options)
     return str(loading.device_of(world))
 
 
 def _check_max_memory(text: str | None) -> list[tuple[str, str]]:
-    """Device and size of each of its parts."""
+    """Checks `max_memory`; returns the device and the size of each of its parts."""
     parts = [_MEMORY.fullmatch(part.strip()) for part in text.split(",")] if text is not None else []
     if not all(parts):
         raise EngineError(f"max_memory={text}: must look like 0=20GiB,cpu=64GiB (a GPU's number or cpu, and a size)")
@@ -169,7 +169,7 @@ def _parse_max_memory(text: str | None) -> dict[int | str, str] | None:
 
 
 def _choose_precision(dtype: str, config: Any) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for `--dtype`."""
+    """Returns the arguments of `from_pretrained` for `--dtype`."""
     if dtype in ("auto", *loading.FLOATING):
         return {"dtype": loading.floating_dtype(dtype, config)}
     if dtype not in ("int8", "nf4"):
@@ -189,7 +189,7 @@ def _load(setup: Setup, options: Accelerate.Options, placement: dict[str, Any], 
 
 
 def _list_devices(model: Any) -> list[torch.device]:
-    """Where the model computes: its GPUs, the one with the first layers first; or the CPU."""
+    """Returns the devices that compute: the model's GPUs, the one with the first layers first; or the CPU."""
     placed = [
         torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in _list_places(model)
     ]

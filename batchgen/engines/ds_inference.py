@@ -24,7 +24,7 @@ from batchgen.world import World
 
 
 class DsInference(Engine):
-    """A share of every matrix on each rank of a group, and one stream a group."""
+    """Holds a share of every matrix on each rank of a group. Each group is a stream."""
 
     calls_together = True
     needed_packages = ("deepspeed",)

@@ -17,7 +17,7 @@ _ROWS = 4096  # in a batch: more would cost fewer commits, and more for memory t
 
 
 class _ByteTokenizer:
-    """A text's tokens are its UTF-8 bytes."""
+    """The tokenizer whose tokens are the UTF-8 bytes of a text."""
 
     context: int | None = None
     vocabulary: int | None = 256
@@ -38,7 +38,7 @@ class _ByteTokenizer:
 class Echo(Engine):
     """Answers with the first `max_new_tokens` bytes of the prompt.
 
-    It could say nothing else, so each of them has probability 1.
+    It cannot say anything else, so each of them has probability 1.
     """
 
     needs_model = False
@@ -70,7 +70,7 @@ class Echo(Engine):
             yield Batch(batch, peak_memory_bytes=memory)
 
     def _make_batch(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> list[Generation]:
-        """At most a second's work, and of at most the asked size."""
+        """Returns the generations of one batch: of at most a second's work, and of at most the batch size."""
         batch: list[Generation] = []
         ends = time.monotonic() + 1.0
         size = self._batch_size or _ROWS

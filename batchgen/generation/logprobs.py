@@ -51,7 +51,7 @@ class Recorder(LogitsProcessor):
 
     @property
     def is_needed(self) -> bool:
-        """Whether any row asks."""
+        """Whether any row asks for log-probabilities."""
         return bool(self._row_numbers)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Recorder(LogitsProcessor):
         return scores
 
     def read(self) -> dict[int, list[float]]:
-        """One number a step of each row that asks, those of steps after its end included."""
+        """Returns, for each row that asks, one number for each step, also for the steps after its end."""
         if not self._steps:
             return {}
         return dict(zip(self._row_numbers, torch.stack(self._steps, 1).tolist(), strict=True))

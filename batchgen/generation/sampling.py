@@ -87,7 +87,7 @@ def _keep_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Ten
 
 
 def _find_candidates(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor | None:
-    """Ids in order, with all tokens that may be kept of any row that is limited; None: that would be too many.
+    """Returns the ids, in order, of all tokens that a row with a top-p may keep; None: there are too many of them.
 
     To sort a whole vocabulary takes a CPU a tenth of the time of a small model's step.
     """
@@ -154,7 +154,7 @@ class Sampler(LogitsProcessor):
         return scores
 
     def _draw(self) -> torch.Tensor:
-        """Uniform numbers in [0, 1) for this step, [sampled rows]."""
+        """Returns uniform numbers in [0, 1) for this step, float64 [sampled rows]."""
         column = self._step % _STEPS_DRAWN
         if column == 0:
             drawn = [[generator.random() for _ in range(_STEPS_DRAWN)] for generator in self._random]

@@ -39,14 +39,18 @@ class TextChanged(EngineError):
 
 
 def choose(batch: Sequence[Prompt]) -> list[int]:
-    """The rows of `batch` to look at: of the greedy ones the shortest and the longest prompt, which is padded least."""
+    """Returns the rows of `batch` to look at: of the greedy ones those with the shortest and the longest prompt."""
     greedy = [row for row, prompt in enumerate(batch) if prompt.params.temperature == 0]
     greedy.sort(key=lambda row: len(batch[row].tokens))
     return greedy if len(greedy) <= ROWS else [greedy[0], greedy[-1]]
 
 
 def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: torch.device) -> torch.Tensor:
-    """By one forward without a cache, the logits at the places of the first `tokens`, [tokens, vocabulary], float32."""
+    """Computes, by one forward without a cache, the logits at the places of the first `tokens`.
+
+    Returns:
+        float32 [tokens, vocabulary], of 32 tokens at most.
+    """
     tokens = tokens[:TOKENS]
     whole = torch.tensor([[*prompt, *tokens[:-1]]], device=device)
     last = {}
@@ -61,7 +65,7 @@ def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: 
 def rounding_of(
     model: Any, prompt: Sequence[int], tokens: Sequence[int], logits: torch.Tensor, device: torch.device
 ) -> float:
-    """How far rounding moves a logit (root mean square), in standard deviations of the logits at its place.
+    """Measures how far rounding moves a logit (root mean square), in standard deviations of the logits at its place.
 
     Args:
         logits: as `logits_of` gives them for the same `prompt` and `tokens`.

@@ -40,7 +40,7 @@ class StopTexts:
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], tokenizer: HfTokenizer) -> StopTexts:
-        """With what the model's tokenizer says of ends, decoding and special tokens."""
+        """Makes it with the end tokens, the decoding and the special tokens of the model's tokenizer."""
         return cls(prompts, tokenizer.end_tokens, tokenizer.decode, tokenizer.special_tokens)
 
     def append(self, tokens: Sequence[int]) -> list[int]:
@@ -72,7 +72,7 @@ class StopTexts:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of `stops`."""
+    """Returns `text` up to the first of `stops`."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text
 
@@ -80,7 +80,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
 def generation(
     prompt: Prompt, tokens: Sequence[int], stopped: bool, tokenizer: HfTokenizer, logprobs: Sequence[float] | None
 ) -> Generation:
-    """What became of `prompt`: the text of its generated `tokens`, before the first of its stop texts.
+    """Returns the generation of `prompt`: the text of its `tokens` before the first of its stop texts.
 
     Args:
         stopped: an end of sequence or a stop text has ended it, not its length.

@@ -61,7 +61,7 @@ class HfTokenizer:
         self._lost_letters: dict[str, bool] = {}
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
-        """The conversation through the model's chat template, ready for the assistant's turn.
+        """Returns the conversation through the model's chat template, ready for the assistant's turn.
 
         A content may be a text or a list of parts of type "text": it becomes what the template takes.
 
@@ -89,7 +89,7 @@ class HfTokenizer:
         return text
 
     def _choose_template(self, tools: object) -> str:
-        """The template for a conversation with these tools; of several, by the names that Transformers knows."""
+        """Returns the template for a conversation with these tools; of several, by the names that Transformers has."""
         templates = self._hf_tokenizer.chat_template
         if not templates:
             raise ValueError(
@@ -112,7 +112,7 @@ class HfTokenizer:
         return str(self._hf_tokenizer.apply_chat_template(copied, **options))
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
-        """Token ids of each text; see `engine.Tokenizer.tokenize`.
+        """Returns the token ids of each text; see `engine.Tokenizer.tokenize`.
 
         A text that begins with the beginning-of-sequence token itself does not get a second one. A lone surrogate,
         which JSON can escape but UTF-8 cannot hold, is read as U+FFFD.
@@ -127,7 +127,7 @@ class HfTokenizer:
         return list(encoded)
 
     def find_lost(self, text: str) -> str:
-        """Letters and digits of `text` that become no token; see `engine.Tokenizer.find_lost`."""
+        """Returns the letters and digits of `text` that become no token; see `engine.Tokenizer.find_lost`."""
         if not self._loses_letters:
             return ""
         letters = {letter for letter in _make_readable(text) if letter.isalnum()}
@@ -137,14 +137,17 @@ class HfTokenizer:
         return "".join(sorted(letter for letter in letters if self._lost_letters[letter]))
 
     def decode(self, tokens: Tokens) -> str:
-        """The text of generated tokens, special ones left out, nothing stripped or cleaned up."""
+        """Returns the text of generated tokens. Special ones are left out; nothing is stripped or cleaned up."""
         text = self._plain_decode([*self._anchor, *tokens])
         if self._anchor_text and text.startswith(self._anchor_text):
             return text[len(self._anchor_text) :]
         return self._plain_decode(tokens)
 
     def token_text(self, token: int) -> str:
-        """The text of one token behind another, a special one's name included; U+FFFD for a part of a character."""
+        """Returns the text of one token behind another one; U+FFFD for a part of a character.
+
+        The text of a special token is its name.
+        """
         text = self._token_texts.get(token)
         if text is None:
             text = self._plain_decode([*self._anchor, token], special=True).removeprefix(self._anchor_text)
@@ -152,7 +155,7 @@ class HfTokenizer:
         return text
 
     def token_name(self, token: int) -> str | None:
-        """What the tokenizer calls a token, a special one too; None if it has none of this id."""
+        """Returns the tokenizer's name of a token, also of a special one; None: it has no token of this id."""
         try:
             name = self._hf_tokenizer.convert_ids_to_tokens(token)
         except (OverflowError, LookupError):  # beyond what a tokenizer in Rust can count; beyond one in Python
@@ -183,7 +186,7 @@ def _make_readable(text: str) -> str:
 
 
 def _find_end_tokens(model: str, config: Any, hf_tokenizer: Any) -> list[int]:
-    """Every id that ends a text, sorted.
+    """Returns every id that ends a text, sorted.
 
     Raises:
         ModelError: a file names something else; the message has the file and the field.

@@ -38,8 +38,14 @@ def max_ranks(config: Any) -> int:
 
 
 def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:
-    """Raises EngineError if the model of `config` cannot be split over `ranks` ranks, with as many key/value heads on
-    each if `evenly`; the message says what can."""
+    """Checks that the model of `config` can be split over `ranks` ranks.
+
+    Args:
+        evenly: each rank has to have as many key/value heads as the others.
+
+    Raises:
+        EngineError: it cannot; the message says what can be done.
+    """
     kind = config.model_type
     if kind not in PROVEN or (kind == "falcon" and not config.new_decoder_architecture):
         raise EngineError(
@@ -64,7 +70,7 @@ def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:
 def placements(
     config: Any, weights: Any, gpus: int, *, evenly: bool = False, whole: tuple[str, ...] = ("tp=1",)
 ) -> list[Placement]:
-    """A model of `config` over groups of `gpus` ranks, for each size that they can have, 1 first.
+    """Returns the ways to hold a model of `config` by groups of ranks on `gpus` GPUs, for each size of a group.
 
     Args:
         weights: its `batchgen.models.parameters.Parameters`.

@@ -21,7 +21,7 @@ _LONGEST_SLEEP = 0.1  # s, between two looks at whether the others have come
 
 
 def ranks_of_group(world: World, size: int | None) -> range:
-    """The ranks that share a model with this one: `size` neighbours, all of the world unless given.
+    """Returns the ranks that share a model with this one: `size` neighbours; None: all ranks of the world.
 
     Raises:
         EngineError: the world does not divide, or a group would lie across nodes without need.
@@ -45,7 +45,7 @@ def ranks_of_group(world: World, size: int | None) -> range:
 
 
 def stream_of(world: World, size: int | None) -> Stream:
-    """A group is a stream, and its first rank writes. Raises as `ranks_of_group`."""
+    """Returns the stream of this rank: each group is one, and its first rank writes. Raises as `ranks_of_group`."""
     group = ranks_of_group(world, size)
     return Stream(group.start // len(group), world.size // len(group), writes=world.rank == group.start)
 

@@ -31,7 +31,7 @@ def min_over_ranks(figure: float | None, group: Any) -> float:
 
 
 def join(world: World, patience: float) -> torch.device:
-    """Makes the process group of all ranks, NCCL's or gloo's; gives this rank's device.
+    """Makes the process group of all ranks, NCCL's or gloo's; returns this rank's device.
 
     Args:
         patience: seconds without a sign of another rank, after which the watchdog takes it for dead.

@@ -31,7 +31,7 @@ _FILE_BYTES = 2 << 30  # of a file, so that writing one needs no more memory tha
 
 
 def write_split(source: ResolvedModel, out: Path, count: int, dtype: str, report: Report) -> Path:
-    """Writes the model `source` into the new folder `out`, split over `count` ranks; gives its absolute path.
+    """Writes the model `source` into the new folder `out`, split over `count` ranks; returns its absolute path.
 
     Plays one rank after the other, so it needs memory for one rank's share.
 
@@ -164,9 +164,9 @@ def read_split(
 
 
 def _build_hollow(folder: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
-    """The model without weights: each parameter is one number that looks like as many as needed.
+    """Returns the model without weights: each parameter is a view of one number, of the right shape.
 
-    Not of the device "meta", which AutoTP would fill with memory for all of them.
+    They are not on the device "meta", for which AutoTP would allocate all the memory.
     """
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = build_empty(read_config(str(folder)), dtype, **attention)

@@ -70,7 +70,7 @@ def find_stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _list_stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
-    """Type and bytes of each floating tensor in the files of `folder`; only what describes them is read."""
+    """Yields type and bytes of each floating tensor in the files of `folder`; only their headers are read."""
     tables = sorted(folder.glob("*.safetensors"))
     for path in tables:
         try:
@@ -95,7 +95,7 @@ def _list_stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
 
 
 def copy_weights(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtype, *, eight_bits: bool) -> int:
-    """Copies the parameters of `model`, views of files in `folder`, to `device`, one by one; gives their bytes there.
+    """Copies the parameters of `model`, views of files in `folder`, to `device`, one by one; returns their bytes there.
 
     Each is read, put into type `dtype` and, with `eight_bits`, rounded before the next: besides what it keeps, a rank
     needs host memory for a few parameters of its own share.
@@ -148,7 +148,7 @@ def copy_weights(model: nn.Module, folder: str, device: torch.device, dtype: tor
 
 
 def _put(made: torch.Tensor | Int8Weight, homes: list[tuple[nn.Module, str, str]]) -> int:
-    """Puts a parameter into the modules that share it; its bytes."""
+    """Puts a parameter into the modules that share it; returns its bytes."""
     shared: nn.Module | nn.Parameter
     if isinstance(made, Int8Weight):
         shared, size = made, made.values.nbytes + made.scales.nbytes
@@ -161,7 +161,7 @@ def _put(made: torch.Tensor | Int8Weight, homes: list[tuple[nn.Module, str, str]
 
 
 def _takes_8_bits(module: nn.Module) -> bool:
-    """Whether `module` is a matrix product or a table of rows. Routers of experts are neither: they stay exact."""
+    """Returns whether `module` is a linear layer or an embedding. Routers of experts are neither: they stay exact."""
     from deepspeed.module_inject.layers import TensorParallel_Layer
 
     weight = module._parameters["weight"]

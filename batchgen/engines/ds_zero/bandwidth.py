@@ -22,7 +22,9 @@ _PAGE = 4096  # bytes; O_DIRECT wants sizes and places in whole blocks of the di
 
 
 def measure_read_bandwidth(folder: Path, *, block_bytes: int, threads: int = 8, sample_bytes: int = _SAMPLE) -> float:
-    """Bytes/s that this host reads from `folder`: a sample of random bytes, written once and read past the page cache.
+    """Measures the bytes/s that this host reads from `folder`, by a sample of random bytes.
+
+    The sample is written once and read past the page cache.
 
     `threads` reads of `block_bytes` are under way at a time, as DeepSpeed has them for one shard. Called by one process
     of the host with nothing else reading, it is what the host's ranks share. A sample this small can come from a disk's
@@ -41,7 +43,7 @@ def measure_read_bandwidth(folder: Path, *, block_bytes: int, threads: int = 8, 
 
 
 def _write_sample(path: str, block: int, blocks: int) -> int:
-    """Writes up to `blocks` blocks of random bytes, which no disk compresses; gives how many."""
+    """Writes up to `blocks` blocks of random bytes, which no disk can compress; returns how many it has written."""
     begin = time.perf_counter()
     with _open_direct(path, os.O_WRONLY) as file, mmap.mmap(-1, block) as buffer:
         for written in range(blocks):
@@ -81,7 +83,9 @@ def _open_direct(path: str, flags: int) -> Iterator[int]:
 
 
 def measure_copy_bandwidth(device: torch.device, *, pinned: bool, sample_bytes: int = _SAMPLE) -> float | None:
-    """Bytes/s from host memory to this GPU, over its own link; None: `device` is no GPU, and nothing is copied.
+    """Measures the bytes/s from host memory to this GPU, over its own link.
+
+    Returns None where `device` is no GPU, since nothing is copied then.
 
     Ranks that share a host's memory can each get less than this when all of them copy.
     """
@@ -101,7 +105,7 @@ def measure_copy_bandwidth(device: torch.device, *, pinned: bool, sample_bytes: 
 
 
 def compute_share_of_bound(seconds_per_step: float, weight_bytes: int, bandwidth: float) -> float:
-    """How much of what the path can do a step has used, 0 to 1: (weight_bytes / bandwidth) / seconds_per_step.
+    """Returns the part of the bandwidth that a step has used, 0 to 1: (weight_bytes / bandwidth) / seconds_per_step.
 
     A forward brings every weight in once, so a decode step takes at least weight_bytes / bandwidth, whatever the batch.
     Above 1: the bandwidth was measured too low, or some weights were still there from the step before.

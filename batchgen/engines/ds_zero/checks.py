@@ -100,7 +100,7 @@ def check_locked_memory(offload: Offload) -> None:
 
 
 def read_lockable_bytes() -> int | None:
-    """What this process may lock: its hard limit; None: any amount."""
+    """Returns the bytes that this process may lock: its hard limit; None: any amount."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     if int(status["CapEff"], 16) >> _CAP_IPC_LOCK & 1:
         return None

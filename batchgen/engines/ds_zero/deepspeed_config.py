@@ -50,7 +50,7 @@ def estimate_gathered_bytes(weights: Parameters) -> int:
 
 
 def make_configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """DeepSpeed's configuration of ZeRO stage 3 for inference."""
+    """Returns DeepSpeed's configuration of ZeRO stage 3 for inference."""
     stage = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True}
     return {
         "zero_optimization": {**stage, **sizes},
@@ -80,7 +80,7 @@ def remove_backward_hooks(engine: Any) -> None:
 
 
 def read_user_configuration(path: str) -> dict[str, Any]:
-    """The user's own DeepSpeed JSON.
+    """Reads the user's own DeepSpeed JSON.
 
     Raises:
         EngineError: it cannot be read, or is of another stage.
@@ -95,7 +95,7 @@ def read_user_configuration(path: str) -> dict[str, Any]:
 
 
 def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """`ours` with `theirs` over it, section by section."""
+    """Returns `ours` with `theirs` over it, section by section."""
     both_of = dict(ours)
     for name, value in theirs.items():
         both = isinstance(value, dict) and isinstance(ours.get(name), dict)

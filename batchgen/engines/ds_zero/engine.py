@@ -42,7 +42,7 @@ class _Stopped(Exception):
 
 
 class DsZero(Engine):
-    """A share of the weights and a stream of its own on every rank."""
+    """Holds a share of the weights on every rank. Each rank is a stream."""
 
     calls_together = True
     needed_packages = ("deepspeed", "accelerate")
@@ -55,7 +55,7 @@ class DsZero(Engine):
         config: str | None = None  # a DeepSpeed JSON file; what it says wins over everything here
         offload: str | None = None  # where the weights wait for their layer: cpu, or nvme=FOLDER; None: on the GPUs
         pin_memory: bool = True  # of offloaded weights: faster copies, memory that cannot be swapped
-        reduce_bucket_size: int | None = None  # None: hidden size squared, as in the seed's scripts
+        reduce_bucket_size: int | None = None  # None: hidden size squared, as in transformers-bloom-inference
         prefetch_bucket_size: int | None = None  # None: a layer; without whole_layers 0.9 x hidden size squared
         param_persistence_threshold: int | None = None  # smaller ones stay whole on every rank; None: none do
         whole_layers: bool = True  # gather a decoder layer at once; false: DeepSpeed each part when its turn comes
@@ -68,7 +68,7 @@ class DsZero(Engine):
 
         @property
         def is_gathered_by_deepspeed(self) -> bool:
-            """Whether DeepSpeed itself brings weights together: one of its settings asks for it, or it alone can."""
+            """Whether DeepSpeed itself gathers weights: one of its settings asks for it, or it alone can."""
             settings = (self.config, self.weight_bits, self.reduce_bucket_size, self.prefetch_bucket_size)
             limits = (self.param_persistence_threshold, self.max_live_parameters, self.max_reuse_distance)
             nvme = (self.offload or "").startswith("nvme")
@@ -210,7 +210,7 @@ class DsZero(Engine):
         return engine.module.eval()
 
     def _make_configuration(self, setup: Setup, options: Options, dtype: torch.dtype) -> dict[str, Any]:
-        """DeepSpeed's configuration: sizes for this model, the user's settings, and the user's file over all."""
+        """Returns DeepSpeed's configuration: sizes for this model, the user's settings, the user's file over all."""
         weights = list_parameters(self._tokenizer.config, dtype)
         sections: dict[str, Any] = {}
         if options.weight_bits is not None:
@@ -255,7 +255,7 @@ class DsZero(Engine):
             self._agree(works=True)
 
     def _agree(self, works: bool) -> bool:
-        """Whether any rank has work, as all ranks see it before the forward that they are about to make together.
+        """Returns whether any rank has work, as all ranks see it before the forward that they are about to make.
 
         Raises:
             _Stopped: one of them has been asked to stop: none makes that forward.

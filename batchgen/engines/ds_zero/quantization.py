@@ -24,7 +24,7 @@ _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  #
 
 
 def make_quantization_section(bits: Bits, group_size: int = 64) -> dict[str, Any]:
-    """DeepSpeed's setting `weight_quantization`, for weights that are quantised as the model is loaded.
+    """Returns DeepSpeed's setting `weight_quantization`, for weights that are quantised as the model is loaded.
 
     It takes no names of layers: all linear layers and embeddings are meant. The other setting, `post_init_quant`, takes
     names, and float16 only. `group_dim` 1 is the last dimension; asymmetric is all there is in DeepSpeed 0.19.8
@@ -69,8 +69,11 @@ def check_quantization(model: Path, parameters: Parameters, bits: Bits, group_si
 
 
 def _read_saved_types(model: Path) -> set[str]:
-    """The types of the matrices in the safetensors files of a model folder, from their headers: 8 bytes of length,
-    then JSON (https://github.com/huggingface/safetensors#format). Pickled weights are not looked into."""
+    """Returns the types of the matrices in the safetensors files of a model folder, by their headers.
+
+    A header is 8 bytes of length, then JSON (https://github.com/huggingface/safetensors#format). Pickled weights are
+    not looked into.
+    """
     types = set()
     for file in model.glob("*.safetensors"):
         with file.open("rb") as stream:
@@ -80,7 +83,7 @@ def _read_saved_types(model: Path) -> set[str]:
 
 
 def _find_largest_group(wanted: list[tuple[str, Parameter]], parameters: Parameters, bits: Bits, most: int) -> int:
-    """The largest group size up to `most` that divides every last dimension; 0: none does."""
+    """Returns the largest group size up to `most` that divides every last dimension; 0: none does."""
     columns = {parameter.shape[-1] for _, parameter in wanted}
     if any(last * bits % (8 * parameters.dtype.itemsize) for last in columns):
         return 0
@@ -88,7 +91,7 @@ def _find_largest_group(wanted: list[tuple[str, Parameter]], parameters: Paramet
 
 
 def plan_quantized(parameters: Parameters, bits: Bits, group_size: int) -> Parameters:
-    """`parameters` as they are stored once quantised: sizes to plan with.
+    """Returns `parameters` with the sizes that they have once they are quantised, to plan with.
 
     A weight becomes bits/8 bytes an element, and a scale and a minimum of the run's type a group.
     """
