@@ -129,8 +129,8 @@ class Paged(Engine):
         tensor_parallel.check_split(config, len(those), evenly=True)
         self._group = group = tensor_parallel.Group.meet(world, those, options.timeout_seconds)
         self._device = group.device
-        self._model = tensor_parallel.load(setup, config, group)
-        tensor_parallel.plain(self._model, group.model)
+        self._model = tensor_parallel.load_shard(setup, config, group)
+        tensor_parallel.use_plain_layers(self._model, group.model)
         place = world.rank - those.start
         self._peers = Peers(place, len(those), group.tell, group.told, group.any_rank, group.least, group.tokens)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Rows
 import torch
 
 from batchgen.engines.paged.step import Sequence
-from batchgen.generation.sampling import choose_rows
+from batchgen.generation.sampling import SamplingTensors, sample_rows
 
 
 def draw(
@@ -34,13 +34,7 @@ def draw(
     numbers = [[p.temperature, p.top_p, sequences[row].random.random()] for row, p in zip(sampled, params, strict=True)]
     temperature, top_p, uniform = send(torch.tensor(numbers, dtype=torch.float64)).unbind(1)
     rows, top_k = send(torch.tensor([sampled, [p.top_k for p in params]]))
-    drawn = choose_rows(
-        logits,
-        rows,
-        uniform,
-        temperature,
-        top_k=top_k,
-        most_k=max(p.top_k for p in params),
-        top_p=top_p if any(p.top_p < 1 for p in params) else None,
-    )
+    nucleus = top_p if any(p.top_p < 1 for p in params) else None
+    tensors = SamplingTensors(temperature, top_k, max(p.top_k for p in params), nucleus)
+    drawn = sample_rows(logits, rows, uniform, tensors)
     best[rows] = torch.where(best[rows] < 0, best[rows], drawn)

@@ -83,8 +83,8 @@ FROZEN_LOADING = """
 import os
 if os.environ.get("RANK") == "1":
     import signal
-    from batchgen.tensor_parallel import share
-    share.bring = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGSTOP)
+    from batchgen.tensor_parallel import shard
+    shard.copy_weights = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
@@ -146,12 +146,12 @@ LATE = """
 import os
 if os.environ.get("RANK") == "1":
     import time
-    from batchgen.tensor_parallel import share
-    bring = share.bring
+    from batchgen.tensor_parallel import shard
+    copy_weights = shard.copy_weights
     def slowly(*arguments, **options):
         time.sleep(5)
-        return bring(*arguments, **options)
-    share.bring = slowly
+        return copy_weights(*arguments, **options)
+    shard.copy_weights = slowly
 if os.environ.get("RANK") == "0":
     import time
     from batchgen.checkpoint import Writer
