@@ -17,12 +17,14 @@ from typing import Any
 
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Stream, Tokenizer
-from batchgen.engines.paged import models, pages, sizing
-from batchgen.engines.paged.finished import Finished, generation_of, long_enough
+from batchgen.engines.paged import models, sizing
+from batchgen.engines.paged.finished_rows import Finished, generation_of, long_enough
 from batchgen.engines.paged.lockstep import Leader, Peers, follow
 from batchgen.engines.paged.loop import Loop
+from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.scheduler import Scheduler
+from batchgen.engines.paged.step import StepLimits
 from batchgen.generation import finite, selftest
 from batchgen.generation.stopping import StopTexts
 from batchgen.models import footprint, loading
@@ -146,7 +148,7 @@ class Paged(Engine):
         runner = Runner(
             self._model,
             slots=slots,
-            columns=-(-width // pages.SIZE),
+            columns=-(-width // PAGE_SIZE),
             budget=budget,
             place=peers.place,
             ranks=peers.count,
@@ -156,9 +158,9 @@ class Paged(Engine):
             free = runner.free_bytes()
         else:  # or what all slots can need
             free = min(free // sizing.SHARE_OF_HOST, slots * width * token)
-        count = peers.least(free // (token * pages.SIZE))
+        count = peers.least(free // (token * PAGE_SIZE))
         if options.cache_tokens is not None:
-            count = min(count, -(-options.cache_tokens // pages.SIZE))
+            count = min(count, -(-options.cache_tokens // PAGE_SIZE))
         count = sizing.after(setup.limits, count)
         if count < 1:
             raise EngineError(
@@ -167,7 +169,8 @@ class Paged(Engine):
             )
         runner.allocate(count)
         self._runner, self._rows = runner, slots
-        self._schedule = partial(Scheduler, slots=slots, width=width, budget=budget, expected=options.expected_share)
+        limits = StepLimits(slots, width, budget)
+        self._schedule = partial(Scheduler, limits, expected_share=options.expected_share)
 
     @property
     def preemptions(self) -> int:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from batchgen import device
 from batchgen.engine import OutOfStep
-from batchgen.engines.paged.flight import Flight
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.launched_step import Flight
+from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.step import Step
 from batchgen.types import Tokens
@@ -60,7 +60,7 @@ def no_memory(pages: int) -> OutOfStep:
     The limit that is recorded of it has the size of that cache as its length, below which the next attempt begins.
     """
     error = OutOfStep("out of memory in a step that several ranks take together")
-    error.length, error.rows = pages * SIZE, 2
+    error.length, error.rows = pages * PAGE_SIZE, 2
     return error
 
 
@@ -79,7 +79,7 @@ class Leader:
 
     def launch(self, step: Step) -> Flight:
         """Starts a step, on all ranks."""
-        self._tell(_Word.STEP, step.packed())
+        self._tell(_Word.STEP, step.pack())
         return self._runner.launch(step)
 
     def breathe(self) -> None:
@@ -135,7 +135,7 @@ def follow(
                 prompt, tokens = np.split(told[2:], [told[1]])
                 look(prompt.tolist(), tokens.tolist())
             else:
-                flight = runner.launch(Step.unpacked(told[1:]))
+                flight = runner.launch(Step.unpack(told[1:]))
                 if before is not None:
                     before.wait()  # its arrays are filled again two steps later
                 before = flight

@@ -12,10 +12,10 @@ import torch
 
 from batchgen.device import is_out_of_memory
 from batchgen.engines.paged import sizing
-from batchgen.engines.paged.finished import Finished
-from batchgen.engines.paged.flight import Flight
+from batchgen.engines.paged.finished_rows import Finished
+from batchgen.engines.paged.launched_step import Flight
 from batchgen.engines.paged.lockstep import Leader, no_memory
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.runner import NOT_FINITE, Runner
 from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.engines.paged.step import Sequence
@@ -151,7 +151,7 @@ class Loop:
 
     def _advance(self, flight: Flight | None) -> Flight | None:
         """The next step is on its way when the one before it is read."""
-        if flight is not None and self._scheduler.short_of_pages():
+        if flight is not None and self._scheduler.must_preempt():
             self._read(flight)
             flight = None
         step = self._scheduler.plan()
@@ -164,7 +164,7 @@ class Loop:
     def _shrink(self) -> None:
         """Goes on with a smaller cache, and whatever ran begins again: a forward has found no memory beside it."""
         pages = sizing.shrunk(self._scheduler.pages, self._pages)
-        logger.warning("out of memory in a forward; going on with a cache of %d tokens", pages * SIZE)
+        logger.warning("out of memory in a forward; going on with a cache of %d tokens", pages * PAGE_SIZE)
         refused = self._scheduler.restart(pages)
         self._runner.allocate(pages)
         self._refuse(refused)
@@ -183,10 +183,10 @@ class Loop:
                 return
             if prompts is None:
                 self._all_in = True
-                self._scheduler.complete()
+                self._scheduler.spread_prefill()
             else:
-                self._scheduler.add([prompt for prompt in prompts if self._scheduler.holds(prompt)])
-                self._refuse([prompt for prompt in prompts if not self._scheduler.holds(prompt)])
+                self._scheduler.add([prompt for prompt in prompts if self._scheduler.fits(prompt)])
+                self._refuse([prompt for prompt in prompts if not self._scheduler.fits(prompt)])
                 wait = False
 
     def _read(self, flight: Flight) -> None:
@@ -202,17 +202,19 @@ class Loop:
             if sequence.slot < 0:
                 continue  # it ended in the step before, when this one had begun
             if token == NOT_FINITE:
-                self._scheduler.ended(sequence)
+                self._scheduler.finish(sequence)
                 self._watched.pop(sequence, None)
                 self._outbox.put([Finished(sequence.prompt, None, not_finite=True)])
                 continue
             sequence.tokens.append(token)
             kept += 1
             stopped = token in ends or (bool(sequence.prompt.params.stop) and self._stops(sequence, token))
-            if stopped or len(sequence.tokens) == sequence.begin + sequence.most:
-                self._scheduler.ended(sequence)
+            if stopped or len(sequence.tokens) == sequence.prompt_tokens + sequence.max_new_tokens:
+                self._scheduler.finish(sequence)
                 self._watched.pop(sequence, None)
-                ended.append(Finished(sequence.prompt, sequence.tokens[sequence.begin :], stopped, sequence.logprobs))
+                ended.append(
+                    Finished(sequence.prompt, sequence.tokens[sequence.prompt_tokens :], stopped, sequence.logprobs)
+                )
         self._count(kept)
         self._hand_over(ended)
 

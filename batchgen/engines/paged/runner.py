@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from batchgen.engines.paged import models, sampling
-from batchgen.engines.paged.arrays import Arrays
-from batchgen.engines.paged.attention import Layout, over
 from batchgen.engines.paged.buffers import pinned, untouched
-from batchgen.engines.paged.flight import Flight
 from batchgen.engines.paged.graphs import Graphs
 from batchgen.engines.paged.graphs import size as graph_size
-from batchgen.engines.paged.pages import SIZE
-from batchgen.engines.paged.step import Part, Step
+from batchgen.engines.paged.launched_step import Flight
+from batchgen.engines.paged.layout import Layout, lay_out, query_blocks
+from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.step import Chunk, Step
+from batchgen.engines.paged.step_arrays import Arrays
 from batchgen.generation.finite import are_finite
 from batchgen.generation.logprobs import log_probabilities
 from batchgen.models import footprint
@@ -95,7 +95,7 @@ class Runner:
         size = footprint.cached_heads(self._model.config)[1]
         self.pages = pages
         self._table.zero_()  # a larger cache had pages that this one has not
-        shape = (2, pages, self._heads, SIZE, size)
+        shape = (2, pages, self._heads, PAGE_SIZE, size)
         gpu = self._device.type == "cuda"
         self._caches, self._logits, self._graphs = [], None, Graphs(self._device) if gpu else None
         if gpu:
@@ -133,9 +133,9 @@ class Runner:
     def launch(self, step: Step) -> Flight:
         """Starts a step; on a GPU it is only queued."""
         turn, self._turn = self._turn, (self._turn + 1) % _RING
-        if len(step.table_at):
-            at = self._send(torch.from_numpy(step.table_at))
-            self._table.view(-1)[at] = self._send(torch.from_numpy(step.table_to))
+        if len(step.table_places):
+            at = self._send(torch.from_numpy(step.table_places))
+            self._table.view(-1)[at] = self._send(torch.from_numpy(step.table_pages))
         rows, decoding = len(step.rows), len(step.slots) == step.decoding
         with torch.inference_mode():
             if decoding and self._graphs is not None:
@@ -148,16 +148,16 @@ class Runner:
                 slots = arrays.slots[at]
                 logits = self._head(hidden[at])
                 self._choose(logits, slots)
-            if step.sampled:
+            if step.is_sampled:
                 if step.sequences:
                     assert logits is not None
                     sampling.draw(logits, step.sequences, self._next, self._send)
                 self._last[slots] = self._agreed(self._next[:rows].clamp(min=0))
-            if step.asked and step.sequences:
+            if step.logprob_rows and step.sequences:
                 assert logits is not None
-                at = self._send(torch.tensor(step.asked))
+                at = self._send(torch.tensor(step.logprob_rows))
                 found = log_probabilities(logits, at, self._next[at].clamp(min=0))
-                self._logprobs[turn][: len(step.asked)].copy_(found, non_blocking=True)
+                self._logprobs[turn][: len(step.logprob_rows)].copy_(found, non_blocking=True)
         chosen = self._chosen[turn]
         chosen[:rows].copy_(self._next[:rows], non_blocking=True)
         return Flight(step, chosen, self._logprobs[turn], self._mark())
@@ -198,7 +198,7 @@ class Runner:
     def _decode(self, step: Step, turn: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A step in which every sequence takes one token, its tokens chosen; its slots, and its logits if wanted."""
         assert self._graphs is not None
-        wanted = step.sampled or bool(step.asked)
+        wanted = step.is_sampled or bool(step.logprob_rows)
         size = graph_size(len(step.slots), self.most)
         splits = self._splits(size, int(step.positions.max()) + 1)
         if self._logits is None and wanted:
@@ -224,8 +224,8 @@ class Runner:
         """The step's arrays, and what the model makes of all its tokens, [tokens or more, hidden size]."""
         if self._graphs is None:
             arrays = self._put(step, turn, len(step.slots))
-            return arrays, self._forward(self._layout(arrays, step.decoding, step.parts), self._ids(arrays))
-        blocks = pieces(step.parts)
+            return arrays, self._forward(self._layout(arrays, step.decoding, step.chunks), self._ids(arrays))
+        blocks = query_blocks(step.chunks)
         size = graph_size(len(step.slots), self.most)
         most = size // _TOKENS_OF_A_BLOCK
         if len(blocks) > most:
@@ -253,7 +253,7 @@ class Runner:
         self,
         arrays: Arrays,
         decoding: int,
-        parts: Rows[Part] = (),
+        parts: Rows[Chunk] = (),
         *,
         blocks: torch.Tensor | None = None,
         splits: int = 1,
@@ -270,7 +270,7 @@ class Runner:
         arguments: dict[str, Any] = {}
         if self._takes_positions:
             arguments["position_ids"] = layout.positions.clamp(min=0).long()[None]
-        with over(layout):
+        with lay_out(layout):
             hidden: torch.Tensor = self._body(input_ids=ids[None], use_cache=False, **arguments).last_hidden_state[0]
         return hidden
 
@@ -278,16 +278,3 @@ class Runner:
         """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""
         wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * self._heads), longest // _SPLIT_TOKENS)
         return 1 << max(0, wanted.bit_length() - 1)
-
-
-def pieces(parts: Rows[Part]) -> torch.Tensor:
-    """The parts as the kernels take them, [pieces, 2]: first token, tokens; those with the longest way back first."""
-    from batchgen.engines.paged.kernels import QUERIES
-
-    ordered = sorted(parts, key=lambda part: -part.length)
-    found = [
-        (part.first + begin, min(QUERIES, part.count - begin))
-        for part in ordered
-        for begin in range(0, part.count, QUERIES)
-    ]
-    return torch.tensor(found, dtype=torch.int32)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 
 from batchgen.engine import EngineError
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.pages import PAGE_SIZE
 
 SHARE_OF_HOST = 4
 """Of a host's free memory, one in so many: other processes may have seen the same memory as free, since a cache takes
@@ -48,4 +48,4 @@ def shrunk(pages: int, of: int) -> int:
 
 def after(limits: Collection[int], pages: int) -> int:
     """Of `pages`, what is left after attempts that have died of a cache of so many tokens each. Raises as `shrunk`."""
-    return min(pages, shrunk(min(limits) // SIZE, pages)) if limits else pages
+    return min(pages, shrunk(min(limits) // PAGE_SIZE, pages)) if limits else pages

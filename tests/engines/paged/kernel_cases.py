@@ -31,7 +31,7 @@ def attentions(device: str) -> Iterator[tuple[str, bool]]:
     for number, dtype in enumerate(shapes):
         for heads, key_heads, size in shapes[dtype]:
             for window, alibi, splits in _KINDS:
-                of = with_stale_cache(case(heads, key_heads, size, dtype, window=window, alibi=alibi, seed=number))
+                of = with_stale_cache(case((heads, key_heads, size), dtype, window=window, alibi=alibi, seed=number))
                 if splits == 1:  # a token in the middle of a block, one at the beginning of another
                     of = with_broken_token(with_broken_token(of, 1, 20, torch.nan), 3, 64, torch.inf)
                 output, cache = errors(of, device, splits)

@@ -11,7 +11,7 @@ import torch
 
 from batchgen.engine import EngineError, Setup
 from batchgen.engines.paged.engine import Paged
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.generation import selftest
 from batchgen.generation.selftest import SelfTest
 from batchgen.models import footprint
@@ -50,9 +50,9 @@ def test_each_attempt_of_a_group_begins_below_the_smallest_cache_that_was_too_la
 
     assert pages({}) == 100
     # Nine groups, or shards, may have run out of memory in one attempt, each with a cache of about this size.
-    assert pages({1600 - SIZE * group: 2 for group in range(9)}) == int(92 * 0.85)
+    assert pages({1600 - PAGE_SIZE * group: 2 for group in range(9)}) == int(92 * 0.85)
     assert pages({1600: 2, 800: 2}) == int(50 * 0.85)
-    for small in (SIZE, 25 * SIZE):
+    for small in (PAGE_SIZE, 25 * PAGE_SIZE):
         with pytest.raises(EngineError, match="out of memory in a forward, however small the cache"):
             pages({small: 2})
 
@@ -65,7 +65,7 @@ def test_the_cache_takes_memory_as_it_fills(tiny_llama: Path) -> None:
     before = resident()
     with load(tiny_llama, batch_size=4000, selftest=False) as engine:
         assert engine._runner is not None
-        whole = engine._runner.pages * SIZE * footprint.cache_bytes_per_token(config, 4)
+        whole = engine._runner.pages * PAGE_SIZE * footprint.cache_bytes_per_token(config, 4)
         assert whole > 100 << 20
         assert resident() - before < whole / 4
         texts(engine, prompts(30))
@@ -128,7 +128,7 @@ def test_any_other_error_leaves(tiny_llama: Path, monkeypatch: pytest.MonkeyPatc
 
 @plain_path
 def test_the_first_rows_are_looked_at_again_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchgen.engines.paged.attention.SIZE", 8)  # keys land in the wrong places of their pages
+    monkeypatch.setattr("batchgen.engines.paged.layout.PAGE_SIZE", 8)  # keys land in the wrong places of their pages
     with load(tiny_llama) as engine, pytest.raises(EngineError, match=r"self-test: .* Batches change the text"):
         texts(engine, prompts(20))
 

@@ -15,7 +15,7 @@ class Flight:
 
     step: Step
     _tokens: torch.Tensor
-    _logprobs: torch.Tensor  # of the tokens of the rows in `step.asked`
+    _logprobs: torch.Tensor  # of the tokens of the rows in `step.logprob_rows`
     _arrived: torch.cuda.Event | None
 
     def wait(self) -> None:
@@ -30,6 +30,6 @@ class Flight:
 
     def logprobs(self) -> list[tuple[Sequence, float]]:
         """Those of the tokens that have been `read`, of the sequences that ask for them."""
-        asked, sequences = self.step.asked, self.step.sequences
+        asked, sequences = self.step.logprob_rows, self.step.sequences
         values = self._logprobs[: len(asked)].tolist()
         return [(sequences[row], value) for row, value in zip(asked, values, strict=True)]
