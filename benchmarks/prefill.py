@@ -17,7 +17,7 @@ import torch
 import triton
 
 from batchgen.engines.paged import kernels, pages
-from batchgen.engines.paged.layout import AttentionShape, Layout, query_blocks
+from batchgen.engines.paged.layout import AttentionShape, Layout, make_query_blocks
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Chunk
 
@@ -42,7 +42,7 @@ def layout(length: int, count: int, sequences: int, key_heads: int) -> Layout:
     slots = torch.arange(sequences, device="cuda").repeat_interleave(count).int()
     positions = torch.arange(length - count, length, device="cuda").repeat(sequences).int()
     none = torch.zeros(1, dtype=torch.int32, device="cuda")
-    return Layout([cache], table, slots, positions, 0, chunks, none, query_blocks=query_blocks(chunks).cuda())
+    return Layout([cache], table, slots, positions, 0, chunks, none, query_blocks=make_query_blocks(chunks).cuda())
 
 
 class OldLayout:

@@ -60,17 +60,17 @@ class CacheForecast:
     def admit(self, length: int, remaining: int) -> bool:
         """Whether a sequence of `length` tokens and `remaining` expected ones fits beside them; if so, it runs too."""
         # All at their longest at once: cheap, and enough while the cache is far from full.
-        fits = bool(_pages_of(self._tokens + length + remaining, self._sequences + 1) <= self._pages)
+        fits = bool(_estimate_pages(self._tokens + length + remaining, self._sequences + 1) <= self._pages)
         if not fits and self._checks < _CHECKS:
             self._checks += 1
-            fits = self._peak_with(length, remaining) <= self._pages
+            fits = self._estimate_peak(length, remaining) <= self._pages
         if fits:
             self._admitted.append((length, remaining))
             self._sequences += 1
             self._tokens += length + remaining
         return fits
 
-    def _peak_with(self, length: int, remaining: int) -> float:
+    def _estimate_peak(self, length: int, remaining: int) -> float:
         """The cache is fullest just before some sequence ends: those that end later have grown by as much, those that
         end sooner are gone."""
         more = np.array([*self._admitted, (length, remaining)], np.int32)
@@ -80,10 +80,10 @@ class CacheForecast:
         tokens = self._lengths[order].cumsum() + running * self._remaining[order]
         self._lengths, self._remaining = self._lengths[:-1], self._remaining[:-1]
         self._admitted = []
-        return float(_pages_of(tokens, running).max())
+        return float(_estimate_pages(tokens, running).max())
 
 
-def _pages_of(tokens: Any, sequences: Any) -> Any:
+def _estimate_pages(tokens: Any, sequences: Any) -> Any:
     """Pages of so many tokens of so many sequences. The last page of a sequence is filled by anything between nothing
     and all: half on average, with a standard deviation of 1/sqrt(12) pages, of which two are allowed for."""
     return tokens / PAGE_SIZE + 0.5 * sequences + 2 * (sequences / 12) ** 0.5

@@ -2,7 +2,7 @@
 
 `attend` takes the place of a model's own attention (`models` puts it there). It is an operator that the compiler does
 not look into: when it runs, it finds the `Layout` of the step, and computes by the Triton `kernels` on a GPU, and by
-`reference` elsewhere.
+`attend_in_torch` elsewhere.
 
 Without a layout, attention is plain and causal over the given tokens alone: what a model is checked against.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from batchgen.engines.paged.layout import AttentionShape, Layout, current_layout
+from batchgen.engines.paged.layout import AttentionShape, Layout, get_current_layout
 from batchgen.engines.paged.pages import PAGE_SIZE
 
 
@@ -52,7 +52,7 @@ def _attend(
     slopes: torch.Tensor | None,
 ) -> torch.Tensor:
     """The operator's implementation."""
-    shape, layout = AttentionShape(scale, window, slopes), current_layout()
+    shape, layout = AttentionShape(scale, window, slopes), get_current_layout()
     if layout is None:
         return _attend_within(query, key, value, shape)
     cache = layout.caches[int(layer)]
@@ -60,10 +60,10 @@ def _attend(
         from batchgen.engines.paged import kernels  # Triton comes with a torch for GPUs alone
 
         return kernels.attend(query, key, value, cache, layout, shape)
-    return reference(query, key, value, cache, layout, shape)
+    return attend_in_torch(query, key, value, cache, layout, shape)
 
 
-def _output_shape(query: torch.Tensor, *_: Any) -> torch.Tensor:
+def _make_output(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
 
 
@@ -73,10 +73,10 @@ _library.define(  # type: ignore[no-untyped-call]
     " -> Tensor"
 )
 _library.impl("paged_attention", _attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("batchgen::paged_attention", _output_shape, lib=_library)
+torch.library.register_fake("batchgen::paged_attention", _make_output, lib=_library)
 
 
-def reference(
+def attend_in_torch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -125,7 +125,7 @@ def _decode(query: torch.Tensor, cache: torch.Tensor, layout: Layout, shape: Att
     rows = layout.read_rows
     key, value = (rows.read(half, shape.window) for half in cache)
     grouped = (key.shape[0], key.shape[1], -1, key.shape[-1])  # [sequences, key heads, heads of each, head size]
-    bias = rows.bias(shape.window, shape.slopes, query.dtype)
+    bias = rows.get_bias(shape.window, shape.slopes, query.dtype)
     if shape.slopes is not None:
         bias = bias.view(*grouped[:2], -1, key.shape[2])
     queries = query.transpose(0, 1).reshape(grouped)

@@ -1,4 +1,4 @@
-"""Attention over pages on a GPU, in Triton: the same function as `attention.reference`.
+"""Attention over pages on a GPU, in Triton: the same function as `attention.attend_in_torch`.
 
 A decoding sequence is memory: its keys and values are read once, by one program a key head and split, which serves all
 heads of the query that share them. A prefill chunk is arithmetic: one program a block of tokens and head. Scores and
@@ -38,7 +38,7 @@ def attend(
     layout: Layout,
     shape: AttentionShape,
 ) -> torch.Tensor:
-    """As `attention.reference`, for heads of up to 256 numbers."""
+    """As `attention.attend_in_torch`, for heads of up to 256 numbers."""
     _, heads, tokens, size = query.shape
     key_heads = key.shape[1]
     out = torch.empty((1, tokens, heads, size), dtype=query.dtype, device=query.device)
@@ -46,7 +46,7 @@ def attend(
         "SCALE": shape.scale * _LOG2_E,
         "GROUP": heads // key_heads,
         "SIZE": size,
-        "WIDE": _wide(size),
+        "WIDE": _round_up(size),
         "PAGE": PAGE_SIZE,
         "KEYS": _KEYS,
         "WINDOW": shape.window,
@@ -61,7 +61,7 @@ def attend(
         _launch_decode(query, out, layout, _Arguments(new, common, strides, constants))
     if layout.query_blocks is not None:
         _write[(tokens, key_heads)](
-            *new, *common[:4], *strides[2:], layout.decoding_count, SIZE=size, WIDE=_wide(size), PAGE=PAGE_SIZE,
+            *new, *common[:4], *strides[2:], layout.decoding_count, SIZE=size, WIDE=_round_up(size), PAGE=PAGE_SIZE,
             num_warps=1,
         )  # fmt: skip
         _prefill[(len(layout.query_blocks), heads)](
@@ -77,7 +77,7 @@ def _launch_decode(query: torch.Tensor, out: torch.Tensor, layout: Layout, argum
     rows, splits, count = layout.decoding, layout.splits, layout.decoding_count
     _, _, heads, size = out.shape
     grid = (rows, heads // constants["GROUP"], splits)
-    options = {**_DECODE, **constants, "ROWS": _wide(constants["GROUP"])}
+    options = {**_DECODE, **constants, "ROWS": _round_up(constants["GROUP"])}
     if splits == 1:
         _decode[grid](query, out, out, count, *new, *common, *strides, heads * size, 0, SPLITS=1, **options)
         return
@@ -85,10 +85,10 @@ def _launch_decode(query: torch.Tensor, out: torch.Tensor, layout: Layout, argum
     sums = torch.empty((rows, heads, splits), dtype=torch.float32, device=out.device)
     widths = heads * splits * size, heads * splits
     _decode[grid](query, partial, sums, count, *new, *common, *strides, *widths, SPLITS=splits, **options)
-    _join[(rows, heads)](partial, sums, out, heads * size, SPLITS=splits, SIZE=size, WIDE=_wide(size), num_warps=1)
+    _join[(rows, heads)](partial, sums, out, heads * size, SPLITS=splits, SIZE=size, WIDE=_round_up(size), num_warps=1)
 
 
-def _wide(size: int) -> int:
+def _round_up(size: int) -> int:
     """The width of a range that holds `size`: ranges of Triton are powers of two, and its products take 16 or more."""
     return max(16, 1 << (size - 1).bit_length())
 
@@ -237,8 +237,8 @@ def _join(parts, sums, out, out_token, SPLITS: tl.constexpr, SIZE: tl.constexpr,
     each = tl.arange(0, WIDE)
     inside = each < SIZE
     weight = tl.load(sums + row * SPLITS + splits)
-    most = tl.max(weight, 0)
-    weight = tl.exp2(weight - tl.where(most == float("-inf"), 0.0, most))
+    largest = tl.max(weight, 0)
+    weight = tl.exp2(weight - tl.where(largest == float("-inf"), 0.0, largest))
     part = tl.load(parts + (row * SPLITS + splits)[:, None] * SIZE + each[None, :], mask=inside[None, :])
     total = tl.sum(weight, 0)
     mixed = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)

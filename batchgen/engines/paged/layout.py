@@ -2,7 +2,7 @@
 
 The tokens of all sequences of a step lie in one row, and a model computes them as if they were one sequence. Which
 sequence each belongs to, and which pages that sequence has, does not travel through the model: the runner lays a
-`Layout` out around the forward (`lay_out`), and the attention operator asks for it when it runs (`current_layout`).
+`Layout` out around the forward (`lay_out`), and the attention operator asks for it when it runs (`get_current_layout`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def current_layout() -> Layout | None:
+def get_current_layout() -> Layout | None:
     """The layout of the forward that this thread runs; None: the model runs by itself."""
     return _current.layout
 
@@ -90,7 +90,7 @@ def lay_out(layout: Layout) -> Iterator[None]:
         _current.layout = before
 
 
-def query_blocks(chunks: Sequence[Chunk]) -> torch.Tensor:
+def make_query_blocks(chunks: Sequence[Chunk]) -> torch.Tensor:
     """The chunks as the kernels take them: [blocks, 2], int32, the first token and the number of tokens of each block.
 
     Those with the most tokens to look back at come first, so that the last programs to run are short ones.

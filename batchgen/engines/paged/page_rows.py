@@ -61,7 +61,7 @@ class ReadRows:
         rows, size = self._rows[window], cache.shape[-1]
         return cache.view(-1, size).index_select(0, rows.flatten()).view(*rows.shape, size)
 
-    def bias(self, window: int, slopes: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def get_bias(self, window: int, slopes: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """What is added to the scores, [sequences, heads or 1, 1, length]: -inf for what is not seen, and ALiBi's."""
         key = (window, dtype, None if slopes is None else slopes.data_ptr())
         if key not in self._biases:

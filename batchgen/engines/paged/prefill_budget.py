@@ -32,7 +32,7 @@ class PrefillBudget:
         self._cache_tokens = cache_tokens
         self.max_new_tokens = max_new_tokens
 
-    def step_tokens(self, remaining: Ints, running: Ints, running_remaining: Ints, planned: int) -> int | None:
+    def choose_step_tokens(self, remaining: Ints, running: Ints, running_remaining: Ints, planned: int) -> int | None:
         """Most tokens of the next step; None: as many as any step may have.
 
         Args:
@@ -43,7 +43,7 @@ class PrefillBudget:
         """
         steps = max(int(running_remaining.max(initial=0)), int(remaining.max()))
         lengths = self._lengths[: len(remaining)]
-        held = _token_steps(lengths, remaining) + _token_steps(running, running_remaining)
+        held = _sum_tokens(lengths, remaining) + _sum_tokens(running, running_remaining)
         if held > _FULL * self._cache_tokens * steps:
             return None
         # All prompts down to each one, in the steps that remain until it has to begin.
@@ -54,6 +54,6 @@ class PrefillBudget:
         return max(_SMALLEST, 1 << round(math.log2(max(1.0, needed))))
 
 
-def _token_steps(lengths: Ints, remaining: Ints) -> float:
+def _sum_tokens(lengths: Ints, remaining: Ints) -> float:
     """Tokens in the cache, summed over the steps of sequences that grow by one in each until they end."""
     return float(((lengths + remaining / 2) * remaining).sum())

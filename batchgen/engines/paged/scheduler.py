@@ -101,7 +101,7 @@ class Scheduler:
     def must_preempt(self) -> bool:
         """Whether the next step has to preempt a sequence. All steps must have been read then: the sequence is
         computed again from its tokens."""
-        return len(self._at_page_ends()) > self._pages.available
+        return len(self._find_page_ends()) > self._pages.available
 
     def plan(self) -> Step | None:
         """Plans the next step; None: there is nothing to compute until a step in flight has been read, or at all."""
@@ -134,18 +134,18 @@ class Scheduler:
         Returns:
             Prompts that do not fit into that cache even alone; they wait no more.
         """
-        running = sorted([*self._decoding, *self._prefilling, *self._ending], key=lambda one: -one.admission)
+        running = sorted([*self._decoding, *self._prefilling, *self._ending], key=lambda sequence: -sequence.admission)
         for sequence in running:
             self._preempt(sequence)
             sequence.rewind_random()  # the tokens of steps that were lost are drawn again
         self._pages = Pages(pages)
         self._table_places, self._table_pages = [], []
         all_waiting = [*self._preempted, *(entry[2] for entry in self._waiting)]
-        self._preempted = deque(one for one in self._preempted if self.fits(one.prompt))
+        self._preempted = deque(sequence for sequence in self._preempted if self.fits(sequence.prompt))
         self._waiting = [entry for entry in self._waiting if self.fits(entry[2].prompt)]
         if self._prefill_budget is not None:
             self.spread_prefill()
-        return [one.prompt for one in all_waiting if not self.fits(one.prompt)]
+        return [sequence.prompt for sequence in all_waiting if not self.fits(sequence.prompt)]
 
     def _preempt(self, sequence: Sequence) -> None:
         """A sequence waits again, before all others, to be computed from its tokens so far."""
@@ -164,20 +164,20 @@ class Scheduler:
         self._is_running[sequence.slot] = False
         sequence.pages, sequence.slot = [], -1
 
-    def _slots_decoding(self) -> Ints:
+    def _find_decoding_slots(self) -> Ints:
         if self._decoding_slots is None:
             slots = (sequence.slot for sequence in self._decoding)
             self._decoding_slots = np.fromiter(slots, np.int32, len(self._decoding))
         return self._decoding_slots
 
-    def _at_page_ends(self) -> NDArray[np.int64]:
+    def _find_page_ends(self) -> NDArray[np.int64]:
         """Places in `_decoding` of the sequences whose next token begins a page."""
-        return np.flatnonzero(self._length[self._slots_decoding()] % PAGE_SIZE == 0)
+        return np.flatnonzero(self._length[self._find_decoding_slots()] % PAGE_SIZE == 0)
 
     def _plan_decoding(self, draft: StepDraft) -> None:
         if not self._decoding:
             return
-        at_page_ends, slots = self._at_page_ends().tolist(), self._slots_decoding()
+        at_page_ends, slots = self._find_page_ends().tolist(), self._find_decoding_slots()
         for place, page in zip(at_page_ends, self._pages.take(len(at_page_ends)), strict=True):
             self._append_page(self._decoding[place], page)
         draft.decode(self._decoding, slots, self._length[slots])
@@ -203,13 +203,13 @@ class Scheduler:
             self._steps_to_next_try -= 1
             return
         self._steps_to_next_try = 0
-        if self.waiting and draft.tokens < (budget := self._tokens_of_step(draft)):
+        if self.waiting and draft.tokens < (budget := self._choose_step_tokens(draft)):
             self._admit_waiting(draft, budget)
 
     def _admit_waiting(self, draft: StepDraft, budget: int) -> None:
         """Admits sequences that wait, until the step has `budget` tokens, or the next one has no room in the cache."""
-        forecast = self._forecast()
-        while draft.tokens < budget and (sequence := self._next_waiting()) is not None:
+        forecast = self._make_forecast()
+        while draft.tokens < budget and (sequence := self._find_next_waiting()) is not None:
             pages, prefix = self._pages.find_prefix(sequence.tokens)
             own = len(sequence.tokens) - len(pages) * PAGE_SIZE
             first = min(own, budget - draft.tokens)
@@ -224,18 +224,18 @@ class Scheduler:
             self._admit(sequence, pages, prefix)
             self._plan_chunk(draft, sequence, budget)
 
-    def _tokens_of_step(self, draft: StepDraft) -> int:
+    def _choose_step_tokens(self, draft: StepDraft) -> int:
         """Most tokens of a step that may admit sequences; they can wait, if they will end in time nevertheless."""
         if self._prefill_budget is None or self._preempted:
             return self._limits.step_tokens
         max_new_tokens = self._prefill_budget.max_new_tokens[: len(self._waiting)]
         slots, running_remaining = self._expect_running()
-        tokens = self._prefill_budget.step_tokens(
+        tokens = self._prefill_budget.choose_step_tokens(
             self._lengths.expect(max_new_tokens, max_new_tokens), self._length[slots], running_remaining, draft.tokens
         )
         return min(self._limits.step_tokens, tokens or self._limits.step_tokens)
 
-    def _forecast(self) -> CacheForecast:
+    def _make_forecast(self) -> CacheForecast:
         slots, remaining = self._expect_running()
         # What another had computed already is counted there.
         return CacheForecast(self._pages.count, self._length[slots] - self._shared[slots], remaining)
@@ -245,7 +245,7 @@ class Scheduler:
         slots = np.flatnonzero(self._is_running)
         return slots, self._lengths.expect(self._max_new[slots], self._remaining[slots])
 
-    def _next_waiting(self) -> Sequence | None:
+    def _find_next_waiting(self) -> Sequence | None:
         if self._preempted:
             return self._preempted[0]
         return self._waiting[-1][2] if self._waiting else None

@@ -98,7 +98,8 @@ class Step:
 
     def pack(self) -> NDArray[np.int64]:
         """All of it but the sequences, as one row of numbers."""
-        chunks = np.array([(one.first, one.count, one.slot, one.length) for one in self.chunks], np.int64).reshape(-1)
+        numbers = [(chunk.first, chunk.count, chunk.slot, chunk.length) for chunk in self.chunks]
+        chunks = np.array(numbers, np.int64).reshape(-1)
         logprob_rows = np.array(self.logprob_rows, np.int64)
         fields = (
             self.slots,

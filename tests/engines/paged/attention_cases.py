@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from batchgen.engines.paged import attention
-from batchgen.engines.paged.layout import AttentionShape, Layout, query_blocks
+from batchgen.engines.paged.layout import AttentionShape, Layout, make_query_blocks
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Chunk
 
@@ -29,7 +29,7 @@ class Case:
         cache = self.layout.caches[0].to(torch.float64, copy=True)
         tensors = (self.query.double(), self.key.double(), self.value.double(), cache)
         slopes = None if self.shape.slopes is None else self.shape.slopes.double()
-        return attention.reference(*tensors, self.layout, self.shape._replace(slopes=slopes)), cache
+        return attention.attend_in_torch(*tensors, self.layout, self.shape._replace(slopes=slopes)), cache
 
 
 DECODING = (1, 5, 16, 17, 64, 65, 200)  # tokens of each sequence
@@ -114,7 +114,7 @@ def errors(of: Case, device: str, splits: int) -> tuple[float, float]:
         positions=layout.positions.to(device),
         decoding=layout.decoding + 3,  # as a graph has it: more programs than sequences
         decoding_count=layout.decoding_count.to(device),
-        query_blocks=torch.cat([query_blocks(layout.chunks), torch.zeros(2, 2, dtype=torch.int32)]).to(device),
+        query_blocks=torch.cat([make_query_blocks(layout.chunks), torch.zeros(2, 2, dtype=torch.int32)]).to(device),
         splits=splits,
     )
     tensors = [tensor.to(device) for tensor in (of.query, of.key, of.value)]
@@ -122,11 +122,11 @@ def errors(of: Case, device: str, splits: int) -> tuple[float, float]:
     with poisoned():
         out = kernels.attend(*tensors, moved.caches[0], moved, of.shape._replace(slopes=slopes))
     real = layout.positions >= 0
-    found, expected = out.cpu().double()[:, real], expected[:, real]
+    actual, expected = out.cpu().double()[:, real], expected[:, real]
     changed = moved.caches[0].cpu().double() - kept
-    if not torch.equal(found.isnan(), expected.isnan()):
+    if not torch.equal(actual.isnan(), expected.isnan()):
         return torch.inf, torch.inf
-    difference = (found - expected).nan_to_num().norm() / expected.nan_to_num().norm()
+    difference = (actual - expected).nan_to_num().norm() / expected.nan_to_num().norm()
     return difference.item(), changed.nan_to_num().abs().max().item()
 
 

@@ -13,11 +13,11 @@ from batchgen.engines.paged.pages import PAGE_SIZE
 
 def most_pages(rows: list[tuple[int, int]]) -> float:
     """Pages in the fullest step, with two standard deviations of how full the last pages are."""
-    most = 0.0
+    fullest = 0.0
     for step in range(max(rest for _, rest in rows) + 1):
         there = [length + step for length, rest in rows if rest >= step]
-        most = max(most, sum(there) / PAGE_SIZE + len(there) / 2 + 2 * (len(there) / 12) ** 0.5)
-    return most
+        fullest = max(fullest, sum(there) / PAGE_SIZE + len(there) / 2 + 2 * (len(there) / 12) ** 0.5)
+    return fullest
 
 
 @pytest.mark.parametrize("seed", range(20))

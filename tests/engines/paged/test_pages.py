@@ -32,8 +32,8 @@ def test_a_page_has_one_user_until_it_is_given_back() -> None:
 def test_prompts_that_begin_alike_share_full_pages() -> None:
     pages = Pages(8)
     taken = remembered(pages, BEGINNING)
-    found, _ = pages.find_prefix([*BEGINNING[: 2 * PAGE_SIZE], 1, 2, 3])
-    assert found == taken[:2]
+    shared, _ = pages.find_prefix([*BEGINNING[: 2 * PAGE_SIZE], 1, 2, 3])
+    assert shared == taken[:2]
     pages.give_back(taken)
     assert pages.available == 8 - 2  # two still have a user
 
@@ -50,9 +50,9 @@ def test_a_beginning_outlives_its_users_until_the_page_is_needed() -> None:
     taken = remembered(pages, BEGINNING)
     pages.give_back(taken)
     assert pages.available == 3
-    found, _ = pages.find_prefix([*BEGINNING, 1])
-    assert found == taken
-    pages.give_back(found)
+    shared, _ = pages.find_prefix([*BEGINNING, 1])
+    assert shared == taken
+    pages.give_back(shared)
     assert pages.take(1) == taken[2:]  # the end is given up before what it continues
     assert pages.find_prefix([*BEGINNING, 1])[0] == taken[:2]
 
@@ -86,16 +86,16 @@ def test_no_page_is_lost_or_given_to_two(seed: int) -> None:
             pages.give_back(held.pop(source.randrange(len(held)))[0])
             continue
         tokens = [source.randrange(2) for _ in range(PAGE_SIZE)] * source.randrange(1, 4) + [5]
-        found, node = pages.find_prefix(tokens)
-        if len(tokens) // PAGE_SIZE - len(found) > pages.available:
-            pages.give_back(found)
+        shared, node = pages.find_prefix(tokens)
+        if len(tokens) // PAGE_SIZE - len(shared) > pages.available:
+            pages.give_back(shared)
             continue
-        own = pages.take(len(tokens) // PAGE_SIZE - len(found))
-        for number, page in enumerate(own, len(found)):
+        own = pages.take(len(tokens) // PAGE_SIZE - len(shared))
+        for number, page in enumerate(own, len(shared)):
             node = pages.remember(node, tokens[number * PAGE_SIZE : (number + 1) * PAGE_SIZE], page)
         elsewhere = {page for others, _ in held for page in others}
         assert elsewhere.isdisjoint(own)
-        held.append((found + own, len(found)))
+        held.append((shared + own, len(shared)))
     for kept, _ in held:
         pages.give_back(kept)
     assert pages.available == 40

@@ -50,17 +50,17 @@ class Machine:
 
     def run(self) -> None:
         """Until nothing is left, one step always in flight."""
-        flight: tuple[Step, list[int]] | None = None
+        in_flight: tuple[Step, list[int]] | None = None
         while True:
-            if flight is not None and self.scheduler.must_preempt():
-                self._read(*flight)
-                flight = None
+            if in_flight is not None and self.scheduler.must_preempt():
+                self._read(*in_flight)
+                in_flight = None
             step = self.scheduler.plan()
             following = (step, self._compute(step)) if step is not None else None
-            if flight is not None:
-                self._read(*flight)
-            flight = following
-            if flight is None and not self.scheduler.running and not self.scheduler.waiting:
+            if in_flight is not None:
+                self._read(*in_flight)
+            in_flight = following
+            if in_flight is None and not self.scheduler.running and not self.scheduler.waiting:
                 return
 
     def _compute(self, step: Step) -> list[int]:
@@ -81,16 +81,16 @@ class Machine:
         for slot, position, _ in tokens:
             for place in range(position + 1):
                 assert self._places[self._at(slot, place)] == self._beginnings[slot][place + 1], (slot, place)
-        chosen = []
+        next_tokens = []
         for row in step.rows.tolist():
             slot, position, _ = tokens[row]
             self._last[slot] = self.next(self._texts[slot][: position + 1])
-            chosen.append(self._last[slot])
-        return chosen
+            next_tokens.append(self._last[slot])
+        return next_tokens
 
     def _text(self, step: Step, slot: int) -> list[int]:
         """Of the sequence whose prompt is computed there."""
-        (sequence,) = [one for one in self.scheduler._prefilling + step.sequences if one.slot == slot]
+        (sequence,) = [each for each in self.scheduler._prefilling + step.sequences if each.slot == slot]
         return sequence.tokens
 
     def _at(self, slot: int, position: int) -> tuple[int, int]:
@@ -101,8 +101,8 @@ class Machine:
         """The token that follows."""
         return hash(tuple(text[-9:])) % 50
 
-    def _read(self, step: Step, chosen: list[int]) -> None:
-        for sequence, token in zip(step.sequences, chosen, strict=True):
+    def _read(self, step: Step, next_tokens: list[int]) -> None:
+        for sequence, token in zip(step.sequences, next_tokens, strict=True):
             if sequence.slot < 0:
                 continue
             sequence.tokens.append(token)
