@@ -65,11 +65,15 @@ def case(
         slots += [slot] * count
         positions += range(length - count, length)
     table = torch.cat([pages, torch.zeros(1, columns, dtype=torch.long)]).int()
-    ints = {"dtype": torch.int32}
     layout = Layout(
-        [cache], table, torch.tensor(slots, **ints), torch.tensor(positions, **ints), decoding, chunks,
-        torch.tensor([decoding], **ints),
-    )  # fmt: skip
+        [cache],
+        table,
+        torch.tensor(slots, dtype=torch.int32),
+        torch.tensor(positions, dtype=torch.int32),
+        decoding,
+        chunks,
+        torch.tensor([decoding], dtype=torch.int32),
+    )
     mixed = torch.randn(1, len(slots), query_heads + 2 * key_heads, size, generator=source).to(dtype)
     query, key, value = (part.transpose(1, 2) for part in mixed.split([query_heads, key_heads, key_heads], dim=2))
     slopes = torch.rand(query_heads, generator=source) if alibi else None
@@ -117,10 +121,10 @@ def errors(of: Case, device: str, splits: int) -> tuple[float, float]:
         query_blocks=torch.cat([make_query_blocks(layout.chunks), torch.zeros(2, 2, dtype=torch.int32)]).to(device),
         splits=splits,
     )
-    tensors = [tensor.to(device) for tensor in (of.query, of.key, of.value)]
+    query, key, value = (tensor.to(device) for tensor in (of.query, of.key, of.value))
     slopes = None if of.shape.slopes is None else of.shape.slopes.to(device)
     with poisoned():
-        out = kernels.attend(*tensors, moved.caches[0], moved, of.shape._replace(slopes=slopes))
+        out = kernels.attend(query, key, value, moved.caches[0], moved, of.shape._replace(slopes=slopes))
     real = layout.positions >= 0
     actual, expected = out.cpu().double()[:, real], expected[:, real]
     changed = moved.caches[0].cpu().double() - kept
