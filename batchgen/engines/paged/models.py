@@ -72,7 +72,7 @@ def patch(model: Any, peers: Peers) -> list[torch.nn.Module]:
     """Gives the attention of a loaded, covered model to `attention.attend`, and its linear layers to `linear`.
 
     Args:
-        peers: the ranks that hold the model together; `model` is this one's share, with as many heads as each has.
+        peers: the ranks that hold the model together; `model` is this one's shard, with as many heads as each has.
 
     Returns:
         The model's layers, in order.
@@ -123,6 +123,8 @@ def _attention_interface(
     return attend(query, key, value, module.layer_number, scaling, sliding_window or 0, None), None
 
 
+# Warning: for the whole process. The function serves patched models alone (see above `patch`): others keep the name of
+# their own attention in their config, and must never be given this one.
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention_interface)
 
 

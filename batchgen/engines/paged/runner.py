@@ -45,7 +45,7 @@ class Runner:
     Args:
         model: it is loaded, covered by `models`, on one device, and its attention is its own until now.
         limits: of steps and sequences.
-        peers: the ranks that hold one model together, of which `model` is this rank's share.
+        peers: the ranks that hold one model together, of which `model` is this rank's shard.
     """
 
     def __init__(self, model: Any, limits: StepLimits, peers: Peers | None = None) -> None:
