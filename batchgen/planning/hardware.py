@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from batchgen.device import cores, host_bytes, measure_products
+from batchgen.device import cores, host_bytes, measure_matmul
 from batchgen.types import UserError
 
 _GIB = 1 << 30
@@ -94,7 +94,7 @@ class Machine:
         """What a rank computes numbers of this type on: a GPU, or its share of the host, which is measured."""
         if self.card is not None:
             return self.card
-        reached, count = measure_products(dtype), cores()
+        reached, count = measure_matmul(dtype), cores()
         speed = reached.bandwidth * min(count, _FEEDING_CORES) / self.local_size
         operations = reached.operations * count / self.local_size
         size = self.host_memory // self.local_size
