@@ -162,8 +162,8 @@ def check_engine(ready: Ready, role: Role) -> None:
 def _named_or_recorded(settings: RunSettings, claim: Mapping[str, Any] | None) -> Choice | None:
     """The engine that was named, or that is recorded; None: it is to be chosen."""
     if settings.engine != AUTO:
-        return auto.named(settings.engine, settings.engine_settings)
-    return None if claim is None else auto.recorded(claim)
+        return auto.choose_named(settings.engine, settings.engine_settings)
+    return None if claim is None else auto.read_recorded_choice(claim)
 
 
 def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: auto.Lengths, role: Role) -> Choice:
@@ -175,7 +175,7 @@ def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: 
     local_size = role.ranks_to_start if role.is_single_process else max(1, world.local_size)
     hosts = 1 if role.is_single_process else max(1, world.size // local_size)
     nodes = Nodes(Machine.here(local_size), role.ranks, hosts)
-    choice = auto.automatic(model.folder, dtype, settings, lengths, nodes)
+    choice = auto.choose_fastest(model.folder, dtype, settings, lengths, nodes)
     logger.info("engine %s: %s", choice, choice.why)
     return choice
 
