@@ -96,16 +96,16 @@ class Folder:
 
     path: Path
 
-    def ask(self, asked: Mapping[str, Any]) -> None:
+    def check_or_create(self, identity: Mapping[str, Any]) -> None:
         """Records what is measured, or checks that it is what is measured here already.
 
         Raises:
             BenchError: it is not.
         """
-        wanted = json.loads(json.dumps(asked))
+        wanted = json.loads(json.dumps(identity))
 
-        def checked(known: Mapping[str, Any]) -> Mapping[str, Any]:
-            before = known.get("asked", wanted)
+        def check(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+            before = recorded.get("asked", wanted)
             differing = [name for name in {**before, **wanted} if before.get(name) != wanted.get(name)]
             if differing:
                 changes = "; ".join(f"{name} was {before.get(name)}, now {wanted.get(name)}" for name in differing)
@@ -114,21 +114,21 @@ class Folder:
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._change(checked)
+            self._change(check)
         except OSError as error:
             raise BenchError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def describe(self, facts: Mapping[str, Any]) -> None:
+    def describe(self, provenance: Mapping[str, Any]) -> None:
         """Records what it ran on."""
-        self._change(lambda known: facts)
+        self._change(lambda recorded: provenance)
 
     def remember(self, command: str) -> None:
         """Records a command that has added to it."""
 
-        def added(known: Mapping[str, Any]) -> Mapping[str, Any]:
-            return {"commands": [*(one for one in known.get("commands", []) if one != command), command]}
+        def add_command(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {"commands": [*(other for other in recorded.get("commands", []) if other != command), command]}
 
-        self._change(added)
+        self._change(add_command)
 
     def _change(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
         """Other benches, on other GPUs of this host, may add to the same folder meanwhile."""
@@ -136,12 +136,12 @@ class Folder:
         folder = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            known = read_json(path) if path.exists() else {}
-            write_atomic(path, to_json({**known, **change(known)}))
+            recorded = read_json(path) if path.exists() else {}
+            write_atomic(path, to_json({**recorded, **change(recorded)}))
         finally:
             os.close(folder)
 
-    def known(self) -> dict[str, Any]:
+    def read_manifest(self) -> dict[str, Any]:
         """What is measured, and on what.
 
         Raises:
@@ -152,13 +152,13 @@ class Folder:
     def results(self) -> list[Result]:
         """All cells so far; of one that was measured twice, the last."""
         path = self.path / "results.jsonl"
-        found: dict[tuple[object, ...], Result] = {}
-        names = {one.name for one in fields(Result)}
+        results: dict[tuple[object, ...], Result] = {}
+        names = {column.name for column in fields(Result)}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             values = json.loads(line)
             result = Result(**{name: value for name, value in values.items() if name in names})
-            found[result.key] = result
-        return list(found.values())
+            results[result.key] = result
+        return list(results.values())
 
     def add(self, result: Result) -> None:
         """Keeps a cell."""

@@ -41,12 +41,12 @@ def mixed(rows: int, vocabulary: int, prompt_tokens: tuple[int, int], new_tokens
         new_tokens: the fewest and the most; log-normal between them, which are two standard deviations from the middle.
     """
     choose = random.Random(1)
-    fewest, most = new_tokens
-    middle, spread = (math.log(fewest) + math.log(most)) / 2, (math.log(most) - math.log(fewest)) / 4
+    shortest, longest = new_tokens
+    middle, spread = (math.log(shortest) + math.log(longest)) / 2, (math.log(longest) - math.log(shortest)) / 4
     made = []
     for number in range(rows):
         length = choose.randint(*prompt_tokens)
-        new = int(min(most, max(fewest, round(choose.lognormvariate(middle, spread)))))
+        new = int(min(longest, max(shortest, round(choose.lognormvariate(middle, spread)))))
         ids = [choose.randrange(4, min(vocabulary, 32_000)) for _ in range(length)]
         made.append(prompt(number, ids, SamplingParams(max_new_tokens=new)))
     return made

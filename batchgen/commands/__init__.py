@@ -65,7 +65,7 @@ class _Commands(click.Group):
             formatter.write_dl([(name, _SUMMARIES.get(name, "")) for name in self.list_commands(context)])
 
 
-def asked_of(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+def parse_run_command(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     """The run folder and the options of `run …` or `run-batch …`, which are checked on the way.
 
     Raises:
@@ -155,12 +155,12 @@ def log_to_stderr(rank: int, size: int) -> None:
     handler.setFormatter(Redacted(f"{who}: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("batchgen").setLevel(logging.INFO)
-    said: set[str] = set()
+    logged: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        text, count = record.getMessage(), len(said)
-        said.add(text)
-        return len(said) > count
+        text, count = record.getMessage(), len(logged)
+        logged.add(text)
+        return len(logged) > count
 
     # What is damaged in the run folder is met by every rank, and by this process each time it looks.
     damage = logging.getLogger("batchgen.checkpoint.records")

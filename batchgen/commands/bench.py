@@ -115,7 +115,7 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(prefix="batchgen-shape-") as scratch:
         model, name = _model(options, dtype, Path(scratch))
         jobs = _jobs(options, model, systems)
-        asked = bench.Bench(
+        measured = bench.Bench(
             systems,
             str(model),
             dtype,
@@ -128,8 +128,8 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
             redacted(shlex.join(["batchgen", *sys.argv[1:]]), os.environ),
             {"versions": versions(), "date": time.strftime("%Y-%m-%d")},
         )
-        folder.ask(bench.asked(asked, name))
-        bench.run(asked, folder, os.environ, stop)
+        folder.check_or_create(bench.identity(measured, name))
+        bench.run(measured, folder, os.environ, stop)
 
 
 def _model(options: dict[str, Any], dtype: str, scratch: Path) -> tuple[Path, str]:
@@ -162,10 +162,10 @@ def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[
     if options["mixed"] and options["input_file"]:
         raise CommandError("--mixed and --input name different jobs; leave one of them out")
     tokenizer = engines.find(systems[0].engine).tokenizer(str(model))
-    found = []
+    drawn = []
     for count in options["mixed"]:
         prompts = workloads.mixed(count, tokenizer.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
-        found.append(("mixed", prompts))
+        drawn.append(("mixed", prompts))
     if options["input_file"]:
         from batchgen.requests.recipe import Recipe
         from batchgen.runs.prepare import sample
@@ -173,41 +173,41 @@ def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[
         prompts, _, _ = sample([options["input_file"]], Recipe(), tokenizer, options["sample"])
         if not prompts:
             raise CommandError(f"no row of {options['input_file']} can become a prompt")
-        found.append((Path(options["input_file"]).name, prompts))
-    rows = [(name, [(one.tokens, one.params.max_new_tokens) for one in prompts]) for name, prompts in found]
-    return [Job(job_name(name, those), those) for name, those in rows]
+        drawn.append((Path(options["input_file"]).name, prompts))
+    rows = [(name, [(prompt.tokens, prompt.params.max_new_tokens) for prompt in prompts]) for name, prompts in drawn]
+    return [Job(job_name(name, lengths), lengths) for name, lengths in rows]
 
 
 @command.command("show")
-@click.argument("one", metavar="FOLDER")
+@click.argument("folder", metavar="FOLDER")
 @click.option("--count-mode", type=click.Choice(["generated", "seed"]), default="generated", show_default=True)
-def show(one: str, count_mode: Any) -> None:
+def show(folder: str, count_mode: Any) -> None:
     """Print the tables of a bench, and write them and the plot again."""
     from batchgen.bench import tables
     from batchgen.bench.results import Folder
     from batchgen.types import UserError
 
     try:
-        path = tables.write(Folder(Path(one)), count_mode)
+        path = tables.write(Folder(Path(folder)), count_mode)
     except UserError as error:
         raise fail(error) from error
     click.echo(path.read_text(encoding="utf-8"), nl=False)
 
 
 @command.command("compare")
-@click.argument("one", metavar="A")
-@click.argument("other", metavar="B")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
 @click.option("--count-mode", type=click.Choice(["generated", "seed"]), default="generated", show_default=True)
-def compare(one: str, other: str, count_mode: Any) -> None:
+def compare(first: str, second: str, count_mode: Any) -> None:
     """Put two benches beside each other: tokens a second of each cell, and B by A."""
     from batchgen.bench import tables
     from batchgen.bench.results import Folder
     from batchgen.types import UserError
 
-    folders = Folder(Path(one)), Folder(Path(other))
+    folders = Folder(Path(first)), Folder(Path(second))
     try:
         for folder in folders:
-            folder.known()
+            folder.read_manifest()
         click.echo(tables.compare(*folders, count_mode))
     except UserError as error:
         raise fail(error) from error

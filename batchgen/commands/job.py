@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 import click
 
-from batchgen.commands import CommandError, asked_of, fail, log_to_stderr
+from batchgen.commands import CommandError, fail, log_to_stderr, parse_run_command
 from batchgen.slurm import MAX_REQUEUES
 
 
@@ -39,8 +39,8 @@ def command(words: tuple[str, ...], max_requeues: int, chained: bool) -> None:
     if run is None:
         raise CommandError("the command must call batchgen: srun … batchgen run …")
     try:
-        folder, asked = asked_of(words[run:])
-        code = Supervisor(folder, asked.get("shard", WHOLE), os.environ, max_requeues, chained).carry_out(words)
+        folder, options = parse_run_command(words[run:])
+        code = Supervisor(folder, options.get("shard", WHOLE), os.environ, max_requeues, chained).carry_out(words)
     except UserError as error:
         raise fail(error) from error
     sys.exit(code)

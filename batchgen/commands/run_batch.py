@@ -239,13 +239,13 @@ def _is_finished_run_of_another_job(folder: Path, error: CommandError) -> bool:
 
 def _discard(folder: Path) -> None:
     """Removes a finished run. Whatever ends this in the middle, the next start goes on with it."""
-    begun = folder / _DISCARDING
-    begun.touch()
+    marker = folder / _DISCARDING
+    marker.touch()
     for pattern in _RUN_FILES:
         for path in folder.glob(pattern):
             if path.is_file():
                 path.unlink(missing_ok=True)
-    begun.unlink()
+    marker.unlink()
 
 
 def _deliver(generations: Path, output: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.commands import CommandError, asked_of, fail
+from batchgen.commands import CommandError, fail, parse_run_command
 from batchgen.slurm import MAX_REQUEUES
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ class _Submit(click.Command):
 
 
 def _array(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)(?:%(\d+))?", "0" if text is None else text, re.ASCII)
-    if found is None or (text is not None and int(found[1]) < 2):
+    match = re.fullmatch(r"(\d+)(?:%(\d+))?", "0" if text is None else text, re.ASCII)
+    if match is None or (text is not None and int(match[1]) < 2):
         raise click.BadParameter("must be the number of shards, 2 or more, like 8, or 8%4 for at most 4 at a time")
-    return int(found[1]), int(found[2] or 0)
+    return int(match[1]), int(match[2] or 0)
 
 
 # Click would see -h in sbatch's -Ahpc, too; as a word of its own it is dealt with above.
@@ -72,11 +72,11 @@ def command(
     from batchgen import slurm
     from batchgen.types import WHOLE, UserError
 
-    folder, asked = asked_of(context.obj)
+    folder, run_options = parse_run_command(context.obj)
     shards, at_once = array
-    if shards and "shard" not in asked:
+    if shards and "shard" not in run_options:
         raise CommandError("--array splits a run into shards, which `run` knows and `run-batch` does not")
-    if shards and asked.get("shard", WHOLE) != WHOLE:
+    if shards and run_options.get("shard", WHOLE) != WHOLE:
         raise CommandError("--array gives each job its --shard: leave that one out")
     try:
         size = min(shards, slurm.largest_array() or shards) if shards else 0
@@ -88,7 +88,7 @@ def command(
         if only_print:
             click.echo(_bytes(script), nl=False)
             return
-        _check_there(asked)
+        _check_there(run_options)
         jobs = _submit(folder, script, tasks, chain or 1)
     except UserError as error:
         raise fail(error) from error
@@ -96,19 +96,19 @@ def command(
         click.echo(job)
 
 
-def _check_there(asked: dict[str, Any]) -> None:
+def _check_there(run_options: dict[str, Any]) -> None:
     """Whether input and model are on this machine, as far as they are files, by the options of `run` or `run-batch`."""
     from batchgen import models
     from batchgen.commands._transfer import is_url
     from batchgen.commands.run_batch import model_of
     from batchgen.runs.prepare import check_there
 
-    if "inputs" in asked:
-        check_there(asked["inputs"], asked["model"])
-    elif is_url(asked["input_file"]):  # fetched when the job begins
-        models.check_there(model_of(asked))
+    if "inputs" in run_options:
+        check_there(run_options["inputs"], run_options["model"])
+    elif is_url(run_options["input_file"]):  # fetched when the job begins
+        models.check_there(model_of(run_options))
     else:
-        check_there([asked["input_file"]], model_of(asked), lines=True)
+        check_there([run_options["input_file"]], model_of(run_options), lines=True)
 
 
 def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]:
