@@ -1,4 +1,4 @@
-"""The bench: the seed's two tables and jobs of unequal lengths, for any engine and model, on this machine.
+"""The bench: an article's two tables and jobs of unequal lengths, for any engine and model, on this machine.
 
 One process group a system and a kind of work, so that what dies is a cell and not the end; a bench goes on with the
 cells that it lacks. `compare` puts two of them beside each other.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batchgen import engines
-from batchgen.bench.results import BenchError, Folder, Result
+from batchgen.bench.results import ARTICLE_JOB, BenchError, Folder, Result
 from batchgen.runs import launcher
 from batchgen.runs.stop import Stop
 from batchgen.types import ExitCode
@@ -65,14 +65,14 @@ class Bench:
     systems: Sequence[System]
     model: str  # a folder
     dtype: str
-    batches: Sequence[int]  # of the seed's batches; empty: none
+    batches: Sequence[int]  # the batch sizes of the article's table; empty: it is not measured
     tokens: int = 100
     cycles: int = 5
     jobs: Sequence[Job] = ()
     ranks: int = 1
     cache: str = ""
     command: str = ""  # as it was typed
-    provenance: Mapping[str, object] = field(default_factory=dict)  # to be kept with what it finds: versions, date
+    provenance: Mapping[str, object] = field(default_factory=dict)  # kept with the results: versions and date
 
 
 def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop) -> list[Result]:
@@ -92,10 +92,10 @@ def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop
         lost = [
             result.batch
             for result in measured
-            if result.job == "seed" and result.outcome == "oom" and result.batch is not None
+            if result.job == ARTICLE_JOB and result.outcome == "oom" and result.batch is not None
         ]
         least = min(lost, default=math.inf)
-        batches = [batch for batch in bench.batches if ("seed", batch) not in settled and batch < least]
+        batches = [batch for batch in bench.batches if (ARTICLE_JOB, batch) not in settled and batch < least]
         jobs = [job for job in bench.jobs if (job.name, None) not in settled]
         for some, others in ((batches, []), ([], jobs)):
             if (some or others) and not stop():
@@ -142,7 +142,7 @@ class _Launch:
                 self.stop.reason = None  # that a rank died is a finding
             lines_by_rank = [_lines(Path(scratch, f"rank-{rank}.jsonl")) for rank in range(self.bench.ranks)]
         _describe(self.bench, self.folder, lines_by_rank)
-        cells: list[tuple[str, int | None]] = [("seed", batch) for batch in batches]
+        cells: list[tuple[str, int | None]] = [(ARTICLE_JOB, batch) for batch in batches]
         cells += [(job.name, None) for job in jobs]
         for result in _cells(system, self.bench.ranks, cells, lines_by_rank, codes):
             # What is missing because we have ended the ranks is no finding.
@@ -238,6 +238,6 @@ def _together(lines: Sequence[Mapping[str, Any]], general: Mapping[str, Any]) ->
 
 
 def identity(bench: Bench, model: str) -> dict[str, Any]:
-    """What two starts of one bench must have in common; systems, batches, ranks and jobs may be added."""
+    """What two starts of one bench must have in common; systems, batch sizes, ranks and jobs may be added."""
     common = {"dtype": bench.dtype, "tokens": bench.tokens, "cycles": bench.cycles}
     return common | {"model": model}

@@ -1,4 +1,4 @@
-"""What a bench has found, in a folder that it can go on with.
+"""The results of a bench, in a folder that a later start can go on with.
 
 In the folder:
 
@@ -21,7 +21,10 @@ from typing import Any, Literal
 from batchgen.checkpoint import read_json, to_json, write_atomic
 from batchgen.types import UserError
 
-CountMode = Literal["generated", "seed"]
+ARTICLE = "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate"
+ARTICLE_JOB = "seed"  # what results.jsonl calls a cell of the article's table
+
+CountMode = Literal["generated", "seed"]  # "seed": as the article counts
 
 
 class BenchError(UserError):
@@ -40,7 +43,7 @@ class Result:
 
     system: str  # an engine and its settings, as typed
     ranks: int
-    job: str  # "seed", or what `job_name` says
+    job: str  # ARTICLE_JOB, or what `job_name` says
     batch: int | None  # rows of a stream at once; None: the engine's choice
     # "ok"; "oom", also where it had to be done in smaller batches, unless the engine's pace is continuous: then that is
     # "ok", and `fits` says so; else what went wrong.
@@ -50,7 +53,7 @@ class Result:
     rows: int = 0  # of all streams
     fits: int | None = None  # rows of the largest batch: most of a stream in work at once; None: unknown
     generated: int = 0  # tokens of one cycle and all streams, up to and with the end of sequence
-    counted_by_seed: int = 0  # the same as the seed counts: padding behind a row's end is generated
+    counted_by_seed: int = 0  # as the article counts: with the padding behind a row's end
     seconds: list[float] = field(default_factory=list)  # of each cycle, tokenising and decoding included
     prefill_seconds: float | None = None
     floor_seconds: float | None = None  # what a cycle takes at least on this machine
@@ -86,7 +89,7 @@ class Result:
         return self.tokens(mode) / self.median
 
     def milliseconds(self, mode: CountMode = "generated") -> float:
-        """Milliseconds a token: the seed's figure."""
+        """Milliseconds of a token: the figure of the article's table."""
         return 1000 * self.median / self.tokens(mode)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from batchgen.bench.results import CountMode, Folder, Result
+from batchgen.bench.results import ARTICLE, ARTICLE_JOB, CountMode, Folder, Result
 from batchgen.checkpoint import write_atomic
 
 _GB = 1e9
@@ -31,22 +31,26 @@ def markdown(manifest: dict[str, Any], results: Sequence[Result], mode: CountMod
     identity = manifest["asked"]
     random = identity["model"].startswith("random weights")
     counted = (
-        "as the seed counts (padding behind a row's end is generated)" if mode == "seed" else "each row to its end"
+        "as the article counts (padding behind a row's end is generated)" if mode == "seed" else "each row to its end"
     )
     parts = [
         f"{identity['model']}, {identity['dtype']}, {identity['tokens']} new tokens, "
         f"median of {identity['cycles']} cycles; tokens {counted}. {_machine(manifest)}",
         _loads(results) + ("\n\nRandom weights are made, not read: loading real ones takes longer." if random else ""),
     ]
-    seeds = [result for result in results if result.job == "seed"]
-    systems = list(dict.fromkeys((result.system, result.ranks) for result in seeds))
-    seeds.sort(key=lambda result: (systems.index((result.system, result.ranks)), result.batch or 0))
-    if seeds:
-        parts += ["Milliseconds per token by batch size:", _milliseconds(seeds, mode), _details(seeds, mode)]
-    jobs = [result for result in results if result.job != "seed"]
+    cells = [result for result in results if result.job == ARTICLE_JOB]
+    systems = list(dict.fromkeys((result.system, result.ranks) for result in cells))
+    cells.sort(key=lambda result: (systems.index((result.system, result.ranks)), result.batch or 0))
+    if cells:
+        parts += [
+            f'Milliseconds per token by batch size, the table of "{ARTICLE}":',
+            _milliseconds(cells, mode),
+            _details(cells, mode),
+        ]
+    jobs = [result for result in results if result.job != ARTICLE_JOB]
     if jobs:
         parts += ["Jobs of unequal lengths:", _jobs(jobs, mode)]
-    scaling = _scaling([*seeds, *jobs], mode)
+    scaling = _scaling([*cells, *jobs], mode)
     if scaling is not None:
         parts += ["Tokens a second by number of ranks, in those of the fewest; a batch is that of a stream:", scaling]
     return "\n\n".join(parts) + "\n"
@@ -119,6 +123,11 @@ def _details(results: Sequence[Result], mode: CountMode) -> str:
     return table(header, lines)
 
 
+def _job_title(job: str) -> str:
+    """What a table calls a job."""
+    return "the article's table" if job == ARTICLE_JOB else job
+
+
 def _batch(result: Result) -> str:
     """Rows of a stream: a continuous engine may have had fewer of them in work, and is timed all the same."""
     whole = result.batch is None or result.fits is None or result.fits >= result.batch
@@ -172,7 +181,12 @@ def _scaling(results: Sequence[Result], mode: CountMode) -> str | None:
     speeds = {cell: by_ranks for cell, by_ranks in speeds.items() if len(by_ranks) > 1}
     counts = sorted({ranks for by_ranks in speeds.values() for ranks in by_ranks})
     lines = [
-        [system, job, batch or "", *(f"{speed[n] / speed[min(speed)]:.2f}" if n in speed else "" for n in counts)]
+        [
+            system,
+            _job_title(job),
+            batch or "",
+            *(f"{speed[n] / speed[min(speed)]:.2f}" if n in speed else "" for n in counts),
+        ]
         for (system, job, batch), speed in speeds.items()
     ]
     return table(["system", "job", "batch", *counts], lines) if lines else None
@@ -214,8 +228,12 @@ def _plot(results: Sequence[Result], mode: CountMode) -> bytes:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for system, ranks in dict.fromkeys((result.system, result.ranks) for result in results if result.job == "seed"):
-        cells = [result for result in results if (result.system, result.ranks, result.job) == (system, ranks, "seed")]
+    for system, ranks in dict.fromkeys(
+        (result.system, result.ranks) for result in results if result.job == ARTICLE_JOB
+    ):
+        cells = [
+            result for result in results if (result.system, result.ranks, result.job) == (system, ranks, ARTICLE_JOB)
+        ]
         good = sorted((result.batch or 0, result.per_second(mode)) for result in cells if result.outcome == "ok")
         label = system if ranks == 1 else f"{system}, {ranks} ranks"
         axes.plot([batch for batch, _ in good], [speed for _, speed in good], marker="o", label=label)
@@ -242,7 +260,7 @@ def compare(first: Folder, second: Folder, mode: CountMode) -> str:
         cells = [_speed(earlier, mode), _speed(later, mode)]
         both = earlier.outcome == later.outcome == "ok"
         ratio = f"{later.per_second(mode) / earlier.per_second(mode):.2f}" if both else ""
-        lines.append([later.system, later.ranks, later.job, later.batch or "", *cells, ratio])
+        lines.append([later.system, later.ranks, _job_title(later.job), later.batch or "", *cells, ratio])
     return table(["system", "ranks", "job", "batch", f"{first.path}", f"{second.path}", "ratio"], lines)
 
 

@@ -17,7 +17,7 @@ import torch
 from batchgen import device, engines
 from batchgen.bench import workloads
 from batchgen.bench.machine import Floor, measure, synchronize
-from batchgen.bench.results import BenchError
+from batchgen.bench.results import ARTICLE_JOB, BenchError
 from batchgen.engine import Engine, OutOfStep, Setup
 from batchgen.models import loading
 from batchgen.types import Batch, Prompt, SamplingParams
@@ -36,8 +36,8 @@ class Task:
     settings: list[str]
     model: str
     dtype: str
-    batches: list[int]  # of the seed's
-    tokens: int  # new ones of the seed's rows
+    batches: list[int]  # the batch sizes of the article's table
+    tokens: int  # new tokens of each row of that table
     cycles: int
     jobs: dict[str, list[tuple[list[int], int]]]  # token ids and new tokens of each row, by name
     folder: str  # of this task alone: what each rank has found, and their barriers
@@ -76,7 +76,7 @@ class Worker:
             self._time(made, list)  # ranks that share a model make what is left when all of them are there
             self._write_line({"load_seconds": time.perf_counter() - start, "streams": self._stream.count})
             for rows in task.batches:
-                with self._reporting_oom("seed", rows):
+                with self._reporting_oom(ARTICLE_JOB, rows):
                     if not self._measure_batch(made, rows, floor):
                         return
             for name, job in task.jobs.items():
@@ -119,7 +119,7 @@ class Worker:
         enough = fits is None or fits >= rows or self._kind.pace.continuous
         if not self._is_true_on_all(enough and not refused):
             self._write_line(
-                {"job": "seed", "batch": rows, "outcome": "oom", "fits": self._fits([] if refused else batches)}
+                {"job": ARTICLE_JOB, "batch": rows, "outcome": "oom", "fits": self._fits([] if refused else batches)}
             )
             return False
         prefill = min(self._time(made, self._batch(rows, 1))[0] for _ in range(2))
@@ -127,7 +127,12 @@ class Worker:
         for _ in range(self._task.cycles):
             spent, batches = self._time(made, self._batch(rows, tokens))
             seconds.append(spent)
-        values = self._summarise(batches) | {"job": "seed", "batch": rows, "fits": fits, "prefill_seconds": prefill}
+        values = self._summarise(batches) | {
+            "job": ARTICLE_JOB,
+            "batch": rows,
+            "fits": fits,
+            "prefill_seconds": prefill,
+        }
         if floor is not None:
             prompts = self._batch(rows, tokens)()
             longest = max(len(prompt.tokens) for prompt in prompts)

@@ -84,7 +84,7 @@ def parse_run_command(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 # What `--help` says of each command without importing it; a test compares these with the commands' own help.
 _SUMMARIES = {
-    "bench": "Measure engines on this machine, by the seed's table and by jobs of unequal lengths.",
+    "bench": "Measure engines on this machine, by an article's table and by jobs of unequal lengths.",
     "cancel": "Cancel the Slurm jobs of a run; what is finished stays.",
     "job": "Carry a command out as the batch process of a Slurm job, requeued until it is done.",
     "merge": "Write the output files of a run folder again, or of an unfinished run.",
@@ -119,7 +119,8 @@ def generation_config_option(default: str) -> Callable[[Callable[..., Any]], Cal
         metavar="auto|none|FOLDER",
         default=default,
         show_default=True,
-        help="Sample as the model's author recommends, by generation_config.json, where neither row nor flag says how.",
+        help="Sample as the model's author recommends in generation_config.json, where neither the row nor an option "
+        "says how.",
     )
 
 

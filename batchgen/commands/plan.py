@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
+from batchgen.commands._options import sampling_options
 from batchgen.commands._values import escaped, template_text
-from batchgen.commands.run import recipe_of, sampling_options
+from batchgen.commands.run import recipe_of
 from batchgen.types import FIT, SamplingParams
 
 if TYPE_CHECKING:
@@ -31,30 +32,43 @@ _BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
 @click.command("plan")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
 @click.option(
-    "--model", required=True, metavar="MODEL|SHAPE", help="As of `run`; a config.json; or a name like llama-70b."
+    "--model",
+    required=True,
+    metavar="MODEL|SHAPE",
+    help="The model, as for `run`; or a config.json; or the name of a shape, like llama-70b.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="bfloat16",
     show_default=True,
-    help="Of the weights.",
+    help="The number type of the weights.",
 )
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Of one node.")
-@click.option("--gpu", metavar="NAME", help="H100, H200, A100-80, A100-40, A6000, L40S or V100.")
-@click.option("--gpu-memory", type=click.FloatRange(min=1), metavar="GB", help="Of each, as it is sold.")
-@click.option("--host-memory", type=click.FloatRange(min=1), metavar="GB", help="Of the node.")
-@click.option("--bench", "bench_folder", metavar="FOLDER", help="Of `batchgen bench`, of this model on such a GPU.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many GPUs one node has.")
+@click.option("--gpu", metavar="NAME", help="The kind of GPU: H100, H200, A100-80, A100-40, A6000, L40S or V100.")
+@click.option(
+    "--gpu-memory", type=click.FloatRange(min=1), metavar="GIB", help="The memory of each GPU as it is sold, in GiB."
+)
+@click.option("--host-memory", type=click.FloatRange(min=1), metavar="GB", help="The host memory of the node, in GB.")
+@click.option(
+    "--bench",
+    "bench_folder",
+    metavar="FOLDER",
+    help="A folder of `batchgen bench` that was measured with this model on such a GPU.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @sampling_options
-@click.option("--prompt-column", metavar="NAME", help="As of `run`.")
-@click.option("--template", metavar="TEXT|@FILE", callback=template_text, help="As of `run`.")
+@click.option("--prompt-column", metavar="NAME", help="The column that holds the prompt, as for `run`.")
+@click.option(
+    "--template", metavar="TEXT|@FILE", callback=template_text, help="A template of the prompt, as for `run`."
+)
 def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what fits, how large a batch and how long, before any weight is loaded.
 
-    For each engine: whether the model fits, the largest batch of the longest rows, the memory it takes, tokens a second
-    and the time of the whole input if every row generates as much as it may. Needs no GPU and no weights: a model's
-    config, or a shape with a name (bloom-560m, bloom-7b1, bloom-176b, llama-8b, llama-70b, qwen3-0.6b).
+    For each engine it says whether the model fits, how large a batch of the longest rows can be, what memory it takes,
+    how many tokens are generated in a second, and how long the whole input takes if every row generates as much as it
+    may. It needs no GPU and no weights, only a model's config or the name of a shape (bloom-560m, bloom-7b1,
+    bloom-176b, llama-8b, llama-70b, qwen3-0.6b).
     """
     from batchgen.types import UserError
 

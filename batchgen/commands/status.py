@@ -24,13 +24,17 @@ _SHOWN = 10  # attempts that a person wants to see
 
 @click.command("status")
 @click.argument("run", metavar="RUN")
-@click.option("--json", "as_json", is_flag=True, help="For programs: every figure.")
-@click.option("--exit-code", is_flag=True, help="Exit as `run` would: 0 good, 3 some rows failed, 75 rows are open.")
+@click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON, for programs.")
+@click.option(
+    "--exit-code",
+    is_flag=True,
+    help="Exit with the code of `run`: 0 if all rows are good, 3 if some have failed, 75 if some are open.",
+)
 def command(run: str, as_json: bool, exit_code: bool) -> None:
     """Say how far a run is, from its files and from Slurm's queue.
 
-    Safe at any time and from any host: it only reads. Of a job array it says which shards are missing, running or
-    failed, and, where the queue can be read, the command that does those again.
+    It is safe at any time and from any host, since it only reads. Of a run in shards it says which shards are missing,
+    running or failed, and what does those again.
     """
     from batchgen import slurm
     from batchgen.checkpoint import RunFolder, status

@@ -39,17 +39,25 @@ def _array(context: click.Context, parameter: click.Parameter, text: str | None)
 @click.command(
     "submit", cls=_Submit, context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]}
 )
-@click.option("--print", "only_print", is_flag=True, help="Print the script; write and submit nothing.")
+@click.option("--print", "only_print", is_flag=True, help="Print the script; write no file and submit no job.")
 @click.option(
-    "--array", metavar="N[%M]", callback=_array, help="N jobs side by side, a shard each; at most M at a time."
+    "--array",
+    metavar="N[%M]",
+    callback=_array,
+    help="Submit N jobs side by side, one for each shard; at most M run at a time.",
 )
-@click.option("--chain", type=click.IntRange(min=2), metavar="N", help="N jobs, one after the other, none requeued.")
+@click.option(
+    "--chain",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Submit N jobs that run one after the other; none is requeued.",
+)
 @click.option(
     "--max-requeues",
     type=click.IntRange(min=0),
     default=MAX_REQUEUES,
     show_default=True,
-    help="How often it may begin again.",
+    help="How often the job may begin again.",
 )
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[SBATCH OPTIONS] -- run …")
 @click.pass_context
@@ -65,9 +73,10 @@ def command(
 
     Options of sbatch come first, then --, then the command: batchgen submit --gpus-per-node=4 --time=4:00:00 -- run
     prompts.jsonl -o out. The script is out.sbatch, beside the run folder. The job begins again by itself after its time
-    limit, a preemption or a lost node, until no row is open. Defaults of a site: ~/.config/batchgen/slurm.toml.
+    limit, a preemption or a lost node, until no row is open. The defaults of a site stand in
+    ~/.config/batchgen/slurm.toml.
 
-    --chain is for clusters where a job cannot requeue itself, for want of `scontrol` in its container.
+    --chain is for clusters where a job cannot requeue itself, since `scontrol` is not in its container.
     """
     from batchgen import slurm
     from batchgen.types import WHOLE, UserError
