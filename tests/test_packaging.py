@@ -23,7 +23,7 @@ PACKAGE = ROOT / "batchgen"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for path in [*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"] if path.is_file())
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "deepspeed", "pyarrow", "torch", "transformers"}
-SKIPPED = {".git", ".venv", ".hypothesis", "build", "dist", "out", "prompts"}  # not the project's own text
+SKIPPED = {".git", ".venv", ".venv-docs", "site", ".hypothesis", "build", "dist", "out", "prompts"}  # not the project's own text
 
 
 def named(path: Path) -> str:
@@ -62,7 +62,7 @@ def test_script_is_executable_and_parses(script: Path) -> None:
 def test_install_names_its_usage_when_asked_for_something_else() -> None:
     result = subprocess.run([ROOT / "scripts" / "install", "tset"], capture_output=True, text=True, cwd="/")
     assert result.returncode == 4
-    assert "usage: scripts/install [test]" in result.stderr
+    assert "usage: scripts/install [test | docs]" in result.stderr
 
 
 def test_install_refuses_an_interpreter_that_is_no_python(tmp_path: Path) -> None:
