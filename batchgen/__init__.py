@@ -1,7 +1,8 @@
 """Offline batch generation: every prompt of a file through a large model, exactly once, whatever dies on the way.
 
-    from batchgen import Recipe, SamplingParams, run
-    status = run("prompts.jsonl", "out", recipe=Recipe(sampling=SamplingParams(max_new_tokens=64)))
+    from batchgen import Recipe, RunSettings, SamplingParams, run
+    settings = RunSettings(recipe=Recipe(sampling=SamplingParams(max_new_tokens=64)))
+    status = run("prompts.jsonl", "out", settings)
 
 is the command `batchgen run prompts.jsonl -o out --max-new-tokens 64`; `FIT` is `--max-new-tokens fit`.
 """
@@ -13,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchgen.checkpoint import Status
     from batchgen.requests.recipe import Recipe
-    from batchgen.runs.flow import Host, merge, run
+    from batchgen.runs.flow import merge, run
+    from batchgen.runs.settings import Host, RunSettings
     from batchgen.types import FIT, SamplingParams
 
-__all__ = ["FIT", "Host", "Recipe", "SamplingParams", "Status", "merge", "run"]
+__all__ = ["FIT", "Host", "Recipe", "RunSettings", "SamplingParams", "Status", "merge", "run"]
 
 _HOMES = {
     "FIT": "types",
-    "Host": "runs.flow",
+    "Host": "runs.settings",
     "Recipe": "requests.recipe",
+    "RunSettings": "runs.settings",
     "SamplingParams": "types",
     "Status": "checkpoint",
     "merge": "runs.flow",

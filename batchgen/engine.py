@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Protocol, Self
 from batchgen.types import Batch, Prompt, Tokens, UserError
 from batchgen.world import World
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
+"""The types of numbers that `--dtype` takes. Which of them an engine knows is `Engine.dtypes`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -56,7 +59,7 @@ class Pace:
     continuous: bool = False  # a row that ends makes room for another at once
 
 
-class Encoder(Protocol):
+class Tokenizer(Protocol):
     """The part of a model that turns rows into tokens. Needs no weights and no device."""
 
     context: int | None  # most tokens of prompt and generation together; None: unlimited
@@ -85,7 +88,7 @@ class Setup:
     """What every engine is told, besides its own `Options`."""
 
     model: str  # a folder; "" for an engine that needs none
-    dtype: str  # auto, float32, bfloat16, float16, int8, nf4
+    dtype: str  # one of DTYPES
     batch_size: int | None  # most prompts in a batch; None: the engine's choice
     world: World
     selftest: bool = True  # look at the first batch's text twice
@@ -105,6 +108,37 @@ class SignsOfLife:
     timeout_seconds: float | None = None  # without a step or such a report, a rank is taken for dead; None: never
     awaited_ranks: Collection[int] | None = None  # whose steps this rank's steps wait for; None: all of the world's
     is_waiting: bool = False  # its own part is done, and it waits for others, for as long as they take
+
+
+class Peers(Protocol):
+    """The ranks that compute one model together, this rank included.
+
+    All of them make the same calls in the same order, and a call returns the same on each of them. Tensors and arrays
+    are `Any` here because this module loads neither torch nor NumPy.
+    """
+
+    @property
+    def count(self) -> int:
+        """The number of these ranks, this one included."""
+
+    @property
+    def place(self) -> int:
+        """The position of this rank among them, from 0; the first one leads."""
+
+    def any_rank(self, flag: bool) -> bool:
+        """Returns whether `flag` is true on at least one rank."""
+
+    def least(self, number: int) -> int:
+        """Returns the smallest of the ranks' numbers."""
+
+    def tokens(self, tokens: Any) -> Any:
+        """Overwrites `tokens`, an integer tensor of the same shape on all ranks, with the leader's; returns it."""
+
+    def tell(self, numbers: Any) -> None:
+        """Sends an int64 array, [numbers], to the other ranks. Only the leader calls it; the others call `told`."""
+
+    def told(self) -> Any:
+        """Waits, for as long as it takes, for the array that the leader sends next; returns it."""
 
 
 class Engine(ABC):
@@ -140,7 +174,7 @@ class Engine(ABC):
         return cls.needed_packages
 
     @classmethod
-    def check(cls, setup: Setup, encoder: Any, options: Any) -> None:
+    def check(cls, setup: Setup, tokenizer: Any, options: Any) -> None:
         """Raises EngineError for what would end every rank alike, if it shows without weights and devices."""
         cls.stream(setup.world, options)
 
@@ -166,8 +200,8 @@ class Engine(ABC):
 
     @classmethod
     @abstractmethod
-    def encoder(cls, model: str) -> Encoder:
-        """The encoder of the model in folder `model`; no weights are read."""
+    def tokenizer(cls, model: str) -> Tokenizer:
+        """The tokenizer of the model in folder `model`; no weights are read."""
 
     @abstractmethod
     def __init__(self, setup: Setup, options: Any) -> None:
@@ -183,14 +217,11 @@ class Engine(ABC):
 
         Every pulled prompt is in exactly one yielded batch, unless `stop()` became true: then the engine returns soon,
         at the latest after the current decode step where it can, and what was in flight is done again by the next
-        start. Engines whose ranks call together act on `any_rank(stop())`, never on the local answer alone.
+        start. An engine whose ranks make each step together lets them agree on `stop()` before a step, and never acts
+        on the answer of one rank alone: ranks that stop at different steps wait for each other for ever.
         Out of memory never leaves this function: the batch is split, and a prompt that does not fit even alone is a
         failed generation.
         """
-
-    def any_rank(self, flag: bool) -> bool:
-        """True on all ranks that must call together if it is true on one of them. By default the rank is alone."""
-        return flag
 
     def abandon(self) -> None:
         """Lets go of what waits for other ranks, which may be gone; called before `close` after an exception."""

@@ -16,11 +16,21 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Literal
 
 
 class UserError(Exception):
     """What the person at the terminal can mend: the text is a sentence that says what is wrong and what to do."""
+
+
+class ExitCode(IntEnum):
+    """How a command of batchgen ends. Click's own 1 and 2 say nothing about a run, so no outcome of one uses them."""
+
+    ALL_GOOD = 0
+    SOME_FAILED = 3  # the run is finished, and some rows have failed
+    CANNOT_RUN = 4  # the person at the terminal must change something
+    RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 
 FinishReason = Literal["stop", "length"]
@@ -155,6 +165,7 @@ class RowError:
     """One of `MACHINE_ERRORS`, or the input's own fault."""
     message: str
     line: int  # of its file, counted from 1; for Parquet and Arrow, the row of the file counted from 1
+    id: str | None = None  # what the row calls itself, where that can be read all the same
 
 
 @dataclass(slots=True)

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from batchgen import models, run
-from batchgen.models.tokenizer import HfEncoder
+from batchgen import RunSettings, models, run
+from batchgen.models.tokenizer import HfTokenizer
 
 _SUBJECTS = (
     "rivers",
@@ -95,17 +95,17 @@ def texts(way: Way, source: Path, out: Path, model: str | None) -> list[str]:
         if done.returncode != 0:
             raise SystemExit(f"{way}: ended with {done.returncode}\n{done.stderr}")
     else:
-        run(str(source), out, model=model, engine=way.engine, dtype=way.dtype, batch_size=way.batch)
+        run(str(source), out, RunSettings(model=model, engine=way.engine, dtype=way.dtype, batch_size=way.batch))
     lines = (out / "generations.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
 
 
-def compared(one: list[str], other: list[str], encoder: HfEncoder) -> str:
+def compared(one: list[str], other: list[str], tokenizer: HfTokenizer) -> str:
     """Columns of the table: of greedy and of sampled rows how many differ, and after how many tokens (median)."""
     columns = []
     for kind in (0, 1):
         pairs = list(zip(one, other, strict=True))[kind::2]
-        same = [common(*encoder.tokenize(pair, special=False)) for pair in pairs if pair[0] != pair[1]]
+        same = [common(*tokenizer.tokenize(pair, special=False)) for pair in pairs if pair[0] != pair[1]]
         after = f"{statistics.median(same):.0f}" if same else "–"
         columns.append(f"{len(same)} of {len(pairs)} ({100 * len(same) / len(pairs):.0f} %) | {after}")
     return " | ".join(columns)
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--model")
     given = parser.parse_args()
     folder = models.resolve(given.model, models.cache_folder(os.environ), print).folder
-    encoder = HfEncoder(str(folder))
+    tokenizer = HfTokenizer(str(folder))
     torch.set_num_threads(1)
     machine = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores"
     print(f"{machine}, torch {torch.__version__}, {given.rows} rows of {given.tokens} tokens")
@@ -140,7 +140,7 @@ def main() -> None:
             found[way] = texts(way, source, Path(name) / str(number), given.model)
             print(f"{way}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
             for base in bases(way, list(found)):
-                print(f"| {way} | {base} | {compared(found[base], found[way], encoder)} |", flush=True)
+                print(f"| {way} | {base} | {compared(found[base], found[way], tokenizer)} |", flush=True)
 
 
 def bases(way: Way, found: Sequence[Way]) -> list[Way]:

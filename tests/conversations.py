@@ -1,4 +1,4 @@
-"""Chat templates in the manner of many families, encoders that use them, and what Transformers makes of them."""
+"""Chat templates in the manner of many families, tokenizers that use them, and what Transformers makes of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaConfig
 
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from tests import tiny_models as models
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -46,20 +46,22 @@ def save(folder: Path, chat_template: object = None) -> Path:
 
 
 class Family:
-    """One template: batchgen's encoder of it, and Transformers' tokenizer."""
+    """One template: batchgen's tokenizer of it, and Transformers' tokenizer."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         save(folder)
         shutil.copy(TEMPLATES / f"{name}.jinja", folder / "chat_template.jinja")
-        self.encoder = HfEncoder(str(folder))
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = HfTokenizer(str(folder))
+        self._hf_tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def rendered(self, messages: Sequence[Mapping[str, object]], **kwargs: Any) -> str | None:
         """What Transformers' own call makes of the messages; None: the template refuses them."""
         own = copy.deepcopy([dict(message) for message in messages])
         try:
-            return str(self._tokenizer.apply_chat_template(own, tokenize=False, add_generation_prompt=True, **kwargs))
+            return str(
+                self._hf_tokenizer.apply_chat_template(own, tokenize=False, add_generation_prompt=True, **kwargs)
+            )
         except Exception:
             return None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from batchgen import run
+from batchgen import RunSettings, run
 from tests.chaos.__main__ import main
 from tests.chaos.checker import Fault, check, check_survived
 from tests.chaos.draw import CUT_POWER, ENGINES, KINDS, SECOND_START, Harm, Start, deal, draw, engine_of
@@ -151,7 +151,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
     known = [Known(f"prompt {number}", ["?"] * 40, 40) for number in range(20)]
     rows = write_rows(folder / "prompts.jsonl", 8, known)
     assert 0 < len(rows.errors) < rows.count
-    run(str(rows.path), folder / "out", engine="echo", batch_size=3)
+    run(str(rows.path), folder / "out", RunSettings(engine="echo", batch_size=3))
     return folder / "out", rows
 
 

@@ -27,7 +27,7 @@ from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused
 from batchgen.requests.template import compiled, template_kwargs
 from batchgen.types import Prompt
-from tests.byte_encoder import ByteEncoder, request, rows
+from tests.byte_tokenizer import ByteTokenizer, request, rows
 from tests.commands.starts import call, echo, prompts, read_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,7 @@ REACHING = {
 @pytest.mark.parametrize("key", REACHING)
 def test_a_row_sets_nothing_but_its_sampling_parameters(key: str) -> None:
     given, plain = ({"prompt": "x", "temperature": 0.5}, {key: REACHING[key]})
-    [bare, reaching] = PromptReader(Recipe(), ByteEncoder(), {}).read(rows(given, {**given, **plain}))
+    [bare, reaching] = PromptReader(Recipe(), ByteTokenizer(), {}).read(rows(given, {**given, **plain}))
     assert isinstance(bare, Prompt)
     assert isinstance(reaching, Prompt)
     assert (reaching.text, reaching.tokens, reaching.params) == (bare.text, bare.tokens, bare.params)
@@ -90,7 +90,7 @@ def test_a_row_sets_nothing_but_its_sampling_parameters(key: str) -> None:
 @pytest.mark.parametrize("key", sorted(REACHING))
 def test_nor_does_the_body_of_a_request(key: str) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
-    reader = PromptReader(Recipe(model="m"), ByteEncoder(), {})
+    reader = PromptReader(Recipe(model="m"), ByteTokenizer(), {})
     [bare, reaching] = reader.read(
         rows(request({**body, "model": "m"}), request({"model": "m", **body, key: REACHING[key]}))
     )

@@ -35,7 +35,7 @@ from batchgen.generation.sampling import choose
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.generation.stopping import cut
 from batchgen.models import loading
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Generation, Prompt, SamplingParams
 
 CHAT_TEMPLATE = (
@@ -145,14 +145,14 @@ class Model:
     """A loaded model, and the batches made of it."""
 
     def __init__(self, folder: Path, batch_size: int | None = 8, device: str = "cpu") -> None:
-        self.encoder = HfEncoder(str(folder))
+        self.tokenizer = HfTokenizer(str(folder))
         self.device = torch.device(device)
         loading.prepare_transformers()
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
         self._exact: PreTrainedModel | None = None
         self.counted = 0
         self.batches = StaticBatches(
-            self.model, self.encoder, device=self.device, batch_size=batch_size, count=self._count
+            self.model, self.tokenizer, device=self.device, batch_size=batch_size, count=self._count
         )
 
     def _count(self, tokens: int) -> None:
@@ -168,7 +168,7 @@ class Model:
         """What Transformers itself generates for one prompt, without padding and without anything of ours."""
         ids = torch.tensor([list(prompt.tokens)], device=self.device)
         config = GenerationConfig(
-            max_new_tokens=prompt.params.max_new_tokens, do_sample=False, eos_token_id=self.encoder.end_tokens
+            max_new_tokens=prompt.params.max_new_tokens, do_sample=False, eos_token_id=self.tokenizer.end_tokens
         )
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, pad_token_id=0)
         return output[0, len(prompt.tokens) :].tolist()
@@ -177,7 +177,7 @@ class Model:
         """The tokens of one prompt, greedy or sampled, past its stop texts. A whole forward each, without a cache."""
         params, numbers = prompt.params, random.Random(prompt.row_seed)
         tokens: list[int] = []
-        while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in self.encoder.end_tokens):
+        while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in self.tokenizer.end_tokens):
             with torch.inference_mode():
                 ids = torch.tensor([[*prompt.tokens, *tokens]], device=self.device)
                 logits = self.model(ids, use_cache=False).logits[:, -1].float()
@@ -210,7 +210,7 @@ class Model:
             tokens, stop = self.chosen(prompt), prompt.params.stop
             count = generation.generated_tokens
             assert count == len(tokens) or (stop and generation.finish_reason == "stop")
-            assert generation.text == cut(self.encoder.decode(tokens[:count]), stop)
+            assert generation.text == cut(self.tokenizer.decode(tokens[:count]), stop)
             assert generation.logprobs is not None
             expected = self.logprobs(prompt, tokens[:count])
             apart = [abs(a - b) for a, b in zip(generation.logprobs, expected, strict=True)]

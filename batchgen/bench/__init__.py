@@ -20,11 +20,10 @@ from batchgen import engines
 from batchgen.bench.results import BenchError, Folder, Result
 from batchgen.runs import launcher
 from batchgen.runs.stop import Stop
+from batchgen.types import ExitCode
 
 logger = logging.getLogger(__name__)
 
-OUT_OF_STEP = 75  # exit code of ranks that could not go on together
-_REFUSED = 4  # of one that has said to the user why it cannot go on
 _SAY_LITTLE = (1, -signal.SIGTERM, 0)  # of one that missed another, that the starter has ended, that had no trouble
 
 
@@ -137,7 +136,7 @@ def _measured(
     for result in _cells(system, bench.ranks, cells, found, codes):
         if result.outcome == "ok" or not stop():  # what is missing, since we have ended the ranks, is no finding
             yield result
-    if _REFUSED in codes:  # what came before is measured all the same
+    if ExitCode.CANNOT_RUN in codes:  # what came before is measured all the same
         raise BenchError(f"{system.text} cannot run here; it says above why")
 
 
@@ -180,11 +179,11 @@ def _cells(
         mine = [[line for line in each if (line.get("job"), line.get("batch")) == (job, batch)] for each in found]
         lines = [of_rank[-1] for of_rank in mine if of_rank]
         if len(lines) < ranks:
-            if _REFUSED in codes:
+            if ExitCode.CANNOT_RUN in codes:
                 return
             # A rank that is killed for memory says nothing; one that has said that it has none may end in any way.
             said = any(line["outcome"] == "oom" for line in lines)
-            killed = any(code in (OUT_OF_STEP, -9, 137) for code in codes)
+            killed = any(code in (ExitCode.RESUMABLE, -9, 137) for code in codes)
             yield Result(outcome="oom" if said or killed else f"exit code {_cause(codes)}", **general)
             return
         if any(line["outcome"] != "ok" for line in lines):

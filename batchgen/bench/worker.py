@@ -58,7 +58,7 @@ class Worker:
         self._kind = engines.find(task.engine)
         self._options = engines.parse_options(self._kind, task.settings)
         self._stream = self._kind.stream(world, self._options)
-        self._encoder = self._kind.encoder(task.model)
+        self._tokenizer = self._kind.tokenizer(task.model)
         gpu = torch.cuda.is_available()
         self._device = torch.device("cuda", loading.gpu_of(world)) if gpu else torch.device("cpu")
         self._barriers = 0
@@ -93,7 +93,7 @@ class Worker:
             raise
 
     def _floor(self) -> Floor | None:
-        config = getattr(self._encoder, "config", None)
+        config = getattr(self._tokenizer, "config", None)
         if config is None:  # echo
             return None
         name = self._task.dtype
@@ -136,7 +136,7 @@ class Worker:
 
     def _batch(self, rows: int, tokens: int) -> Callable[[], list[Prompt]]:
         def tokenize(texts: Sequence[str]) -> Any:
-            return self._encoder.tokenize(texts, special=True)
+            return self._tokenizer.tokenize(texts, special=True)
 
         return lambda: workloads.batch(tokenize, rows, tokens)
 

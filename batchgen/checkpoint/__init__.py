@@ -11,7 +11,7 @@ from batchgen.checkpoint.attempt import (
     join,
 )
 from batchgen.checkpoint.beats import all_heartbeats
-from batchgen.checkpoint.files import AskedDifferently, CheckpointError, Damaged, read_json, to_json, write_atomic
+from batchgen.checkpoint.files import CheckpointError, Damaged, DifferentRun, read_json, to_json, write_atomic
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat
 from batchgen.checkpoint.merge import Places, merge_with, write_lines
@@ -22,11 +22,11 @@ __all__ = [
     "FINAL",
     "HEARTBEAT_SECONDS",
     "JOIN_SECONDS",
-    "AskedDifferently",
     "Attempt",
     "AttemptStatus",
     "CheckpointError",
     "Damaged",
+    "DifferentRun",
     "Done",
     "Heartbeat",
     "Places",

@@ -23,7 +23,7 @@ class Damaged(CheckpointError):
     """A file of the run folder is not what was written."""
 
 
-class AskedDifferently(CheckpointError):
+class DifferentRun(CheckpointError):
     """The run folder holds another run; the message names the fields that differ."""
 
 
@@ -47,7 +47,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_whole(path))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is not a run folder: it has no {path.name}") from None
+        what = "a bench folder" if path.name == "bench.json" else "a run folder"
+        raise CheckpointError(f"{path.parent} is not {what}: it has no {path.name}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -150,19 +150,21 @@ class RunFolder:
                     with suppress(OSError):
                         shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
 
-    def ask(self, asked: Mapping[str, object], facts: Mapping[str, object], files: Sequence[Original] = ()) -> None:
+    def check_or_create(
+        self, identity: Mapping[str, object], provenance: Mapping[str, object], files: Sequence[Original] = ()
+    ) -> None:
         """Records what this run is, or checks that it is the same run as the folder's.
 
         Args:
-            asked: decides what the text will be, and must be equal at every start.
-            facts: are only recorded.
+            identity: what decides the text; it must be equal at every start.
+            provenance: what is only recorded.
             files: of the input, by which a later start sees which of them has changed.
 
         Raises:
-            AskedDifferently, Changed: the folder holds another run.
+            DifferentRun, Changed: the folder holds another run.
             CheckpointError: the folder holds work, and nothing says of what run.
         """
-        wanted: dict[str, Any] = json.loads(json.dumps(asked))
+        wanted: dict[str, Any] = json.loads(json.dumps(identity))
         path = self.path / manifest.NAME
         if not path.exists():
             # Looked for again: another process may have made it and begun to work in between.
@@ -179,14 +181,14 @@ class RunFolder:
                 )
             # Links of other processes may be faster than ours: then theirs is what counts.
             try:
-                manifest.create(path, wanted, files, facts)
+                manifest.create(path, wanted, files, provenance)
             except OSError as error:
                 raise cannot_write(self.path, error) from error
-        manifest.compare(path, wanted, facts)
+        manifest.check_same(path, wanted, provenance)
 
-    def asked(self) -> dict[str, Any]:
-        """What was asked, as `ask` recorded it."""
-        return manifest.read_asked(self.path / manifest.NAME)
+    def read_identity(self) -> dict[str, Any]:
+        """What decides the text of this run, as its first start recorded it."""
+        return manifest.read_identity(self.path / manifest.NAME)
 
     def originals(self) -> list[Original] | None:
         """The files of the input as the run began with them; None if none has begun."""
@@ -216,7 +218,7 @@ class RunFolder:
         """Whether `attempt` died of too large a batch."""
         return any(self.path.glob(f"limits-{attempt:05d}-*.json"))
 
-    def begun(self) -> bool:
+    def has_manifest(self) -> bool:
         """Whether a run has begun here."""
         return (self.path / manifest.NAME).exists()
 

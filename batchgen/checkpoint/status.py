@@ -11,7 +11,7 @@ from batchgen.checkpoint.attempt import Attempt, attempts, newest
 from batchgen.checkpoint.beats import all_heartbeats
 from batchgen.checkpoint.files import CheckpointError
 from batchgen.checkpoint.folder import Done, RunFolder
-from batchgen.types import WHOLE, Shard
+from batchgen.types import WHOLE, ExitCode, Shard
 
 State = Literal["new", "running", "stopped", "finished"]
 ShardState = Literal["missing", "running", "failed", "finished"]
@@ -60,8 +60,8 @@ class Status:
         A shard need not be merged: whoever finishes the last one does it.
         """
         if self.open or (self.shard == WHOLE and not self.merged):
-            return 75
-        return 3 if self.failed else 0
+            return ExitCode.RESUMABLE
+        return ExitCode.SOME_FAILED if self.failed else ExitCode.ALL_GOOD
 
 
 def status(folder: RunFolder, shard: Shard = WHOLE, *, verify: bool = False) -> Status:
@@ -72,7 +72,7 @@ def status(folder: RunFolder, shard: Shard = WHOLE, *, verify: bool = False) -> 
     """
     if not folder.path.is_dir():
         raise CheckpointError(f"there is no run folder {folder.path}")
-    done = folder.done(int(folder.asked()["rows"]), verify=verify)
+    done = folder.done(int(folder.read_identity()["rows"]), verify=verify)
     part = done.part(shard)
     starts = [attempt for attempt in attempts(folder) if attempt.shard.overlaps(shard)]
     perhaps = {attempt.number for attempt in newest(starts)}

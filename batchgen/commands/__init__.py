@@ -10,26 +10,26 @@ import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from batchgen.redaction import redacted
+from batchgen.types import ExitCode
 
 if TYPE_CHECKING:
     from batchgen.checkpoint import Status
-    from batchgen.types import Shard
-
-DIED = 75  # EX_TEMPFAIL of sysexits.h: start again to go on
+    from batchgen.runs.settings import Host, RunSettings
 
 
 class CommandError(click.ClickException):
     """Could not run: a sentence for the person at the terminal."""
 
-    exit_code = 4  # Click's own 1 and 2 say nothing about the run, so no outcome of a run uses them
+    exit_code = ExitCode.CANNOT_RUN
 
     def format_message(self) -> str:
         return redacted(self.message, os.environ)
@@ -38,7 +38,7 @@ class CommandError(click.ClickException):
 class Unfinished(CommandError):
     """All is recorded, and the same command goes on from there."""
 
-    exit_code = DIED
+    exit_code = ExitCode.RESUMABLE
 
 
 class _Commands(click.Group):
@@ -176,18 +176,13 @@ def log_to_stderr(rank: int, size: int) -> None:
         damage.setLevel(logging.ERROR)
 
 
-def carry_out(
-    inputs: Sequence[str],
-    out: str | None,
-    ranks: int,
-    heartbeat_seconds: float,
-    stall_seconds: float,
-    shard: Shard,
-    **options: Any,
-) -> tuple[Status, bool]:
+def carry_out(inputs: Sequence[str], out: str | None, options: Mapping[str, Any]) -> tuple[Status, bool]:
     """`batchgen.run` for the command line: errors as sentences, progress on stderr, ranks by this same command.
 
     Gives the status, and whether this process speaks for the run (one rank of several does not).
+
+    Args:
+        options: of the command; those that belong to neither `RunSettings` nor `Host` are left alone.
 
     Raises:
         CommandError: it could not start.
@@ -195,7 +190,6 @@ def carry_out(
     """
     from batchgen import packages
     from batchgen.runs import flow, launcher
-    from batchgen.runs.progress import watch
     from batchgen.types import UserError
     from batchgen.world import from_environment
 
@@ -209,9 +203,8 @@ def carry_out(
         # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
         # its time.
         gc.set_threshold(100_000, 50, 100)
-        host = flow.Host(os.environ, ranks, sys.argv[1:], shard, heartbeat_seconds, stall_seconds, watch)
         with results_only_on_stdout():
-            return flow.run(inputs, out, host=host, **options), world.size == 1
+            return flow.run(inputs, out, settings_of(options), host=host_of(options)), world.size == 1
     except flow.MergeError as error:
         raise Unfinished(str(error)) from error
     except (UserError, ImportError) as error:
@@ -223,6 +216,28 @@ def carry_out(
         raise CommandError(who + sentence) from error
     except (Exception, KeyboardInterrupt) as error:
         _die(error, who)
+
+
+def settings_of(options: Mapping[str, Any]) -> RunSettings:
+    """What the options of `run` or `run-batch` say of the run itself.
+
+    Raises:
+        RunError: a value is out of its range.
+    """
+    from batchgen.runs.settings import RunSettings
+
+    names = {field.name for field in fields(RunSettings)}
+    values = {name: value for name, value in options.items() if name in names}
+    return RunSettings(**values, engine_settings=options["settings"])
+
+
+def host_of(options: Mapping[str, Any]) -> Host:
+    """Where and how these options carry a run out; its ranks are started by this same command."""
+    from batchgen.runs.progress import watch
+    from batchgen.runs.settings import Host
+
+    names = ("ranks", "shard", "heartbeat_seconds", "stall_seconds")
+    return Host(os.environ, rank_command=sys.argv[1:], watch=watch, **{name: options[name] for name in names})
 
 
 def _die(error: BaseException, who: str) -> NoReturn:
@@ -239,7 +254,7 @@ def _die(error: BaseException, who: str) -> NoReturn:
         if is_sentence:
             _say(who + why)
         _say(f"{who}died. What is recorded is safe; the same command goes on from there")
-    sys.exit(DIED)
+    sys.exit(ExitCode.RESUMABLE)
 
 
 def _say(sentence: str) -> None:

@@ -14,6 +14,7 @@ import click
 
 from batchgen.commands import CommandError, fail, log_to_stderr, results_only_on_stdout
 from batchgen.redaction import redacted
+from batchgen.types import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +98,7 @@ def command(context: click.Context, /, **options: Any) -> None:
     except UserError as error:
         raise fail(error) from error
     click.echo(path)
-    sys.exit(75 if stop() else 0)
+    sys.exit(ExitCode.RESUMABLE if stop() else ExitCode.ALL_GOOD)
 
 
 def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
@@ -160,16 +161,16 @@ def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[
 
     if options["mixed"] and options["input_file"]:
         raise CommandError("--mixed and --input name different jobs; leave one of them out")
-    encoder = engines.find(systems[0].engine).encoder(str(model))
+    tokenizer = engines.find(systems[0].engine).tokenizer(str(model))
     found = []
     for count in options["mixed"]:
-        prompts = workloads.mixed(count, encoder.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
+        prompts = workloads.mixed(count, tokenizer.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
         found.append(("mixed", prompts))
     if options["input_file"]:
         from batchgen.requests.recipe import Recipe
         from batchgen.runs.prepare import sample
 
-        prompts, _, _ = sample([options["input_file"]], Recipe(), encoder, options["sample"])
+        prompts, _, _ = sample([options["input_file"]], Recipe(), tokenizer, options["sample"])
         if not prompts:
             raise CommandError(f"no row of {options['input_file']} can become a prompt")
         found.append((Path(options["input_file"]).name, prompts))
@@ -216,7 +217,6 @@ def compare(one: str, other: str, count_mode: Any) -> None:
 @click.argument("task", metavar="TASK")
 def worker(task: str) -> None:
     """One rank of a bench; `bench` starts it."""
-    from batchgen.bench import OUT_OF_STEP
     from batchgen.bench.worker import Task, Worker
     from batchgen.engine import Died, OutOfStep
     from batchgen.runs import launcher
@@ -230,6 +230,6 @@ def worker(task: str) -> None:
         Worker(Task.read(Path(task)), world).work()
     except Died as error:
         click.echo(f"batchgen: {error}", err=True)
-        sys.exit(OUT_OF_STEP if isinstance(error, OutOfStep) else 1)
+        sys.exit(ExitCode.RESUMABLE if isinstance(error, OutOfStep) else 1)
     except UserError as error:
         raise fail(error) from error

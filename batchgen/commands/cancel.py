@@ -25,6 +25,8 @@ def command(run: str) -> None:
 
     folder = Path(run)
     try:
+        if not folder.is_dir():
+            raise CommandError(f"there is no run folder {folder}")
         known = slurm.jobs(folder)
         if not known:
             raise CommandError(f"{folder} knows of no Slurm job. A run that was started by hand is stopped with Ctrl-C")

@@ -98,8 +98,8 @@ def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plan
     from batchgen.planning import forecast
     from batchgen.runs.prepare import sample
 
-    encoder = find("accelerate").encoder(str(folder)) if folder is not None else find("echo").encoder("")
-    prompts, count, total = sample(inputs, recipe, encoder, _SAMPLE)
+    tokenizer = find("accelerate").tokenizer(str(folder)) if folder is not None else find("echo").tokenizer("")
+    prompts, count, total = sample(inputs, recipe, tokenizer, _SAMPLE)
     if not prompts:
         raise forecast.PlanError("no row of the input can become a prompt; batchgen run --dry-run says why")
     scale = 1 if folder is not None else _BYTES_PER_TOKEN

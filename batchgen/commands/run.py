@@ -13,7 +13,15 @@ import click
 
 from batchgen import engines
 from batchgen.checkpoint import HEARTBEAT_SECONDS
-from batchgen.commands import carry_out, conclude, fail, generation_config_option, log_to_stderr, results_only_on_stdout
+from batchgen.commands import (
+    carry_out,
+    conclude,
+    fail,
+    generation_config_option,
+    log_to_stderr,
+    results_only_on_stdout,
+    settings_of,
+)
 from batchgen.commands._values import TokenLimit, id_prefix, json_object, stop_texts, template_text
 from batchgen.planning.auto import AUTO
 from batchgen.runs.watchdog import STALL_SECONDS
@@ -216,7 +224,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Between heartbeats; after 18 missed ones another host may take the run over.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and the first prompt; load no model, write nothing.")
-def command(inputs: tuple[str, ...], out: str | None, ranks: int, dry_run: bool, **options: Any) -> None:
+def command(inputs: tuple[str, ...], out: str | None, dry_run: bool, **options: Any) -> None:
     """Generate for every prompt of the input files, exactly once.
 
     INPUT is a JSONL (also .gz, .zst), Parquet or Arrow file, a folder saved by `datasets`, or a pattern in quotes. Each
@@ -230,9 +238,9 @@ def command(inputs: tuple[str, ...], out: str | None, ranks: int, dry_run: bool,
     """
     options["recipe"] = recipe_of(options)
     if dry_run:
-        _describe(inputs, ranks, options)
+        _describe(inputs, options)
         return
-    status, speaks = carry_out(inputs, out, ranks, **options)
+    status, speaks = carry_out(inputs, out, options)
     if speaks and status.merged and not status.open:
         click.echo(status.folder / f"generations.{options['output_format']}")
     conclude(status, speaks)
@@ -266,20 +274,23 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
         raise fail(error) from error
 
 
-def _describe(inputs: tuple[str, ...], ranks: int, options: dict[str, Any]) -> None:
+def _describe(inputs: tuple[str, ...], options: dict[str, Any]) -> None:
+    """What a dry run prints: the plan, and the first prompt."""
     from batchgen.checkpoint import RunFolder
     from batchgen.runs.manifest import describe
     from batchgen.runs.prepare import check_all, prepare
+    from batchgen.runs.role import Role
+    from batchgen.world import from_environment
 
     log_to_stderr(0, 1)
     try:
         with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch, results_only_on_stdout():
-            chosen = {name: options[name] for name in ("recipe", "model", "settings", "dtype", "batch_size")}
-            chosen |= {"engine_name": options["engine"], "environment": os.environ, "ranks": ranks}
-            ready = prepare(inputs, RunFolder(Path(scratch)), into=Path(scratch), **chosen)
-            if options["strict"]:
+            settings = settings_of(options)
+            role = Role(from_environment(os.environ), os.environ, options["ranks"])
+            ready = prepare(inputs, RunFolder(Path(scratch)), settings, role, scan_into=Path(scratch))
+            if settings.strict:
                 check_all(ready)
-            plan = describe(ready, ranks)
+            plan = describe(ready, role.ranks)
     except UserError as error:
         raise fail(error) from error
     click.echo(plan)

@@ -153,7 +153,7 @@ def _carry_out(input_file: str, folder: Path, options: dict[str, Any]) -> tuple[
             return None
     except InputError as error:
         raise fail(error) from error
-    return carry_out([source], str(folder), **options)
+    return carry_out([source], str(folder), options)
 
 
 def _answer_nothing(output_file: str) -> None:
@@ -230,10 +230,10 @@ def _is_delivered(folder: Path) -> bool:
 
 def _is_finished_run_of_another_job(folder: Path, error: CommandError) -> bool:
     """vLLM overwrites its output and scripts count on it; but an unfinished run is never thrown away."""
-    from batchgen.checkpoint import AskedDifferently
+    from batchgen.checkpoint import DifferentRun
     from batchgen.formats import Changed
 
-    return isinstance(error.__cause__, (AskedDifferently, Changed)) and _is_finished(folder)
+    return isinstance(error.__cause__, (DifferentRun, Changed)) and _is_finished(folder)
 
 
 def _discard(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from batchgen.commands import fail
+from batchgen.types import ExitCode
 
 if TYPE_CHECKING:
     from batchgen.checkpoint import Status
@@ -51,7 +52,7 @@ def command(run: str, as_json: bool, exit_code: bool) -> None:
         click.echo(json.dumps(values, indent=1))
     else:
         click.echo("\n".join([*_lines(folder, found), *_of_slurm(folder, jobs, queued, unread, found)]))
-    sys.exit((75 if found is None else found.exit_code) if exit_code else 0)
+    sys.exit((ExitCode.RESUMABLE if found is None else found.exit_code) if exit_code else 0)
 
 
 def _lines(folder: Path, found: Status | None) -> Iterator[str]:

@@ -16,10 +16,10 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from batchgen.device import release
-from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
+from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Tokenizer
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
@@ -48,8 +48,8 @@ class Accelerate(Engine):
         return ("accelerate", "bitsandbytes") if dtype in ("int8", "nf4") else ("accelerate",)
 
     @classmethod
-    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
-        super().check(setup, encoder, options)
+    def check(cls, setup: Setup, tokenizer: Any, options: Options) -> None:
+        super().check(setup, tokenizer, options)
         if options.device_map not in _SPREADING:
             _check_named_device(options)
         elif setup.world.size > 1:
@@ -60,21 +60,21 @@ class Accelerate(Engine):
     def __init__(self, setup: Setup, options: Options) -> None:
         self._batches: StaticBatches | None = None
         self._spill: tempfile.TemporaryDirectory[str] | None = None
-        encoder = HfEncoder(setup.model)
+        tokenizer = HfTokenizer(setup.model)
         loading.check_weights(setup.model)
         loading.prepare_transformers()
         placement = _placement(options, setup.world)
         if placement["device_map"] in _SPREADING:
             placement["offload_folder"] = options.offload_folder or self._make_spill()
         try:
-            model = _load(setup, options, placement, encoder.config)
+            model = _load(setup, options, placement, tokenizer.config)
         except BaseException:
             self.close()
             raise
         devices = _devices(model)
         self._batches = StaticBatches(
             model,
-            encoder,
+            tokenizer,
             device=devices[0],
             devices=devices,
             batch_size=setup.batch_size,
@@ -91,8 +91,8 @@ class Accelerate(Engine):
         return [whole, spread] if gpus > 1 else [whole]
 
     @classmethod
-    def encoder(cls, model: str) -> Encoder:
-        return HfEncoder(model)
+    def tokenizer(cls, model: str) -> Tokenizer:
+        return HfTokenizer(model)
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         if self._batches is None:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchgen import device, tensor_parallel
-from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
-from batchgen.generation.sampling import Peers
+from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Stream, Tokenizer
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.tensor_parallel import process_group
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
@@ -41,10 +40,10 @@ class DsInference(Engine):
         timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
 
     @classmethod
-    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
-        super().check(setup, encoder, options)
+    def check(cls, setup: Setup, tokenizer: Any, options: Options) -> None:
+        super().check(setup, tokenizer, options)
         if (size := len(tensor_parallel.ranks_of_group(setup.world, options.tp))) > 1:
-            tensor_parallel.check_split(encoder.config, size)
+            tensor_parallel.check_split(tokenizer.config, size)
 
     @classmethod
     def stream(cls, world: World, options: Options) -> Stream:
@@ -55,27 +54,27 @@ class DsInference(Engine):
         return tensor_parallel.placements(config, weights, gpus)
 
     @classmethod
-    def encoder(cls, model: str) -> Encoder:
-        return HfEncoder(model)
+    def tokenizer(cls, model: str) -> Tokenizer:
+        return HfTokenizer(model)
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._batches: StaticBatches | None = None
         self.signs.awaited_ranks = ranks = tensor_parallel.ranks_of_group(setup.world, options.tp)
-        encoder = HfEncoder(setup.model)
+        tokenizer = HfTokenizer(setup.model)
         if len(ranks) > 1:
-            tensor_parallel.check_split(encoder.config, len(ranks))
+            tensor_parallel.check_split(tokenizer.config, len(ranks))
         loading.prepare_transformers()
         try:
             self._group = group = tensor_parallel.Group.meet(
                 setup.world, self.signs.awaited_ranks, options.timeout_seconds
             )
-            model = tensor_parallel.load(setup, encoder.config, group, options.attn_implementation)
+            model = tensor_parallel.load(setup, tokenizer.config, group, options.attn_implementation)
         except BaseException:
             self.close()
             raise
         self._batches = StaticBatches(
             model,
-            encoder,
+            tokenizer,
             device=group.device,
             batch_size=setup.batch_size,
             check=setup.selftest,
@@ -83,7 +82,8 @@ class DsInference(Engine):
             count=self._count,
             limits=setup.limits,
             reserve=True,
-            peers=self._peers(),
+            # A rank that is alone makes a smaller batch by itself, whatever it ran out of memory in.
+            peers=group if group.count > 1 else None,
         )
         self.signs.timeout_seconds = options.timeout_seconds if len(ranks) > 1 else None
 
@@ -93,15 +93,12 @@ class DsInference(Engine):
 
         def any_stop() -> bool:
             self.signs.steps += 1
-            return self.any_rank(stop())
+            return self._group.any_rank(stop())
 
         self._group.await_loaded(stop)
         yield from self._batches.run(prompts, any_stop)
         self.signs.timeout_seconds, self.signs.is_waiting = None, True
         self._group.await_others(stop)
-
-    def any_rank(self, flag: bool) -> bool:
-        return self._group.any_rank(flag)
 
     def abandon(self) -> None:
         process_group.abandon()
@@ -110,11 +107,6 @@ class DsInference(Engine):
         self._batches = None
         device.release()
         process_group.leave()
-
-    def _peers(self) -> Peers | None:
-        """A rank alone shrinks a batch in place, whatever it ran out of memory in."""
-        group = self._group
-        return Peers(len(group.ranks), group.any_rank, group.least, group.tokens) if len(group.ranks) > 1 else None
 
     def _count(self, tokens: int) -> None:
         self.signs.generated_tokens += tokens

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from batchgen.engine import Encoder, Engine, EngineError, Setup
+from batchgen.engine import Engine, EngineError, Setup, Tokenizer
 from batchgen.models.chat_template import join_texts
 from batchgen.types import Batch, Generation, Prompt, Tokens
 
@@ -54,7 +54,7 @@ class Echo(Engine):
                 raise EngineError("--set seconds must be a number, 0 or more")
 
     @classmethod
-    def encoder(cls, model: str) -> Encoder:
+    def tokenizer(cls, model: str) -> Tokenizer:
         return _Bytes()
 
     def __init__(self, setup: Setup, options: Any) -> None:

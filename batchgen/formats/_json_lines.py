@@ -7,6 +7,8 @@ and nothing nested so deeply that it could not be written again. Pure.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from itertools import chain
 from math import isinf
 from typing import Any, Never
@@ -56,14 +58,17 @@ def read_carefully(raw: bytes, line: int, name: str) -> dict[str, object] | RowE
     try:
         value = DECODER.decode(raw.decode())
     except UnicodeDecodeError as error:
-        return _malformed(line, name, f"is not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}")
+        return _malformed(
+            line, name, f"is not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}", _find_id(raw)
+        )
     except json.JSONDecodeError as error:
         hint = "; lines must end in LF or CRLF, not in CR alone" if b"\r" in raw.strip() else ""
-        return _malformed(line, name, f"is not valid JSON: {error.msg} at column {error.pos + 1}{hint}")
+        what = error.msg.removesuffix(" at")
+        return _malformed(line, name, f"is not valid JSON: {what} at column {error.pos + 1}{hint}", _find_id(raw))
     except RecursionError:
-        return _malformed(line, name, f"has lists or objects more than {DEEPEST} levels deep")
+        return _malformed(line, name, f"has lists or objects more than {DEEPEST} levels deep", _find_id(raw))
     except ValueError as error:
-        return _malformed(line, name, f"is not valid JSON: {error}")
+        return _malformed(line, name, f"is not valid JSON: {error}", _find_id(raw))
     if not isinstance(value, dict):
         return RowError("wrong_type", f"line {line} of {name} holds {_KINDS[type(value)]}, not an object", line)
     return writable(value, line, name)
@@ -76,18 +81,50 @@ def writable(value: dict[str, object], line: int, name: str) -> dict[str, object
         parts = chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level)
         level = [part for part in parts if isinstance(part, (dict, list))]
     if level:
-        return _malformed(line, name, f"has lists or objects more than {DEEPEST} levels deep")
+        return _malformed(line, name, f"has lists or objects more than {DEEPEST} levels deep", _id_in(value.items()))
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        return _malformed(line, name, f"has {half} in a text: half of a surrogate pair, which is no character in UTF-8")
+        why = f"has {half} in a text: half of a surrogate pair, which is no character in UTF-8"
+        return _malformed(line, name, why, _id_in(value.items()))
     return value
 
 
-def _malformed(line: int, name: str, why: str) -> RowError:
-    return RowError("malformed_json", f"line {line} of {name} {why}", line)
+def _malformed(line: int, name: str, why: str, own_id: str | None) -> RowError:
+    return RowError("malformed_json", f"line {line} of {name} {why}", line, own_id)
 
+
+def _find_id(raw: bytes) -> str | None:
+    """The id of a line that is no good JSON: of the object that a less strict reader finds, else of its first key."""
+    text = raw.decode("utf-8", "replace")
+    outermost: list[tuple[str, object]] = []
+
+    def remember(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        outermost[:] = pairs
+        return dict(pairs)
+
+    try:
+        return _id_in(outermost) if isinstance(json.loads(text, object_pairs_hook=remember), dict) else None
+    except (ValueError, RecursionError):
+        first = _FIRST_KEY.match(text)
+        return _id_in([(first[1], json.loads(first[2]))]) if first is not None else None
+
+
+def _id_in(pairs: Iterable[tuple[str, object]]) -> str | None:
+    """The id among the keys of a row, if there is one, and only one."""
+    pairs = list(pairs)
+    is_request = any(key in ("body", "url") for key, _ in pairs)
+    for name in ("custom_id", "id") if is_request else ("id", "custom_id"):
+        values = {str(own) for key, own in pairs if key == name and type(own) in (str, int) and own != ""}
+        if len(values) == 1:
+            own = values.pop()
+            return None if _UNREADABLE.search(own) else own
+    return None
+
+
+_FIRST_KEY = re.compile(r'\s*\{\s*"(custom_id|id)"\s*:\s*("[^"\\\x00-\x1f]*"|\d{1,18}(?=\s*,))')
+_UNREADABLE = re.compile("[\ufffd\ud800-\udfff]")
 
 _KINDS = {
     list: "a list",

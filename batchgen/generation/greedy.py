@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Tokens
 
 
 def generate_greedily(
     model: Any,
-    encoder: HfEncoder,
+    tokenizer: HfTokenizer,
     inputs: Mapping[str, torch.Tensor],
     new_tokens: int,
     *,
@@ -33,8 +33,8 @@ def generate_greedily(
         max_new_tokens=new_tokens,
         do_sample=False,
         use_cache=True,
-        pad_token_id=encoder.pad_token,
-        eos_token_id=(encoder.end_tokens or None) if end else None,
+        pad_token_id=tokenizer.pad_token,
+        eos_token_id=(tokenizer.end_tokens or None) if end else None,
     )
     with torch.inference_mode():
         output: torch.Tensor = model.generate(**inputs, generation_config=config, **more)

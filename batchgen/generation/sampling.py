@@ -8,14 +8,11 @@ depends on a row's position or on the rows beside it.
 from __future__ import annotations
 
 import random
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from transformers import LogitsProcessor
 
-from batchgen.engine import Died
 from batchgen.types import Prompt
 
 _STEPS_DRAWN = 64  # random numbers a row that travel to the device together
@@ -168,40 +165,3 @@ class Sampler(LogitsProcessor):
             self._drawn = torch.tensor(drawn, dtype=torch.float64, device=self._rows.device)
         self._step += 1
         return self._drawn[:, column]
-
-
-@dataclass(frozen=True)
-class Peers:
-    """Ranks that take the same batches through one model together, step by step. All of them make each of these calls,
-    in the same order, and all get the same answer."""
-
-    count: int  # of them, this one included; each has its share of the heads
-    any_rank: Callable[[bool], bool]  # whether it is true on one of them
-    least: Callable[[int], int]  # the smallest of their numbers
-    tokens: Callable[[torch.Tensor], torch.Tensor]  # the first rank's, [rows]
-
-    def check_equal(self, batch: Sequence[Prompt]) -> None:
-        """Raises Died on all ranks if their batches differ: together they would generate the text of neither."""
-        digest = zlib.crc32(repr([prompt.index for prompt in batch]).encode())
-        if self.any_rank(self.least(digest) != digest):
-            raise Died(
-                "the ranks that share a model have not found the same rows finished, as if another process had "
-                "recorded some meanwhile. Nothing wrong was generated; the same command goes on"
-            )
-
-
-class Agreed(LogitsProcessor):
-    """Makes the token that the first of several ranks has chosen the only possible one on all of them.
-
-    Their logits should be the same, bit by bit; if ever they are not, ranks that chose differently would end their rows
-    at different steps, and wait for each other for ever. Comes last.
-    """
-
-    def __init__(self, first: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._first = first
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        own = scores.argmax(-1)
-        # A sampled token is marked by infinity, and may be another than the first rank's.
-        scores.scatter_(1, own[:, None], -torch.inf)
-        return scores.scatter_(1, self._first(own)[:, None], torch.inf)

@@ -12,17 +12,18 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from batchgen.device import can_reserve, free_bytes, is_out_of_memory, release, take_peak_bytes
-from batchgen.engine import OutOfStep
+from batchgen.engine import OutOfStep, Peers
 from batchgen.generation import finite, refusals, selftest
+from batchgen.generation.agreement import AgreedToken, check_equal_batches
 from batchgen.generation.finite import NotFinite
 from batchgen.generation.greedy import generate_greedily, pad
 from batchgen.generation.limits import SizeLimits, rows_that_fit
 from batchgen.generation.logprobs import Recorder
-from batchgen.generation.sampling import Agreed, Peers, Sampler
+from batchgen.generation.sampling import Sampler
 from batchgen.generation.selftest import SelfTest
 from batchgen.generation.stopping import Stopper, StopTexts, generation
 from batchgen.models import architectures, footprint, loading
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Prompt
 
 
@@ -36,7 +37,7 @@ class StaticBatches:
     Args:
         model: a causal language model of Transformers, in eval mode. Its generation config is replaced by an empty one,
             so that a temperature or a penalty which came with the weights has no effect.
-        encoder: the same model's.
+        tokenizer: the same model's.
         device: where token ids go. Not read off the model: that may have its first layers on a disk.
         devices: all devices the model is on; what a batch may take is measured there.
         batch_size: most rows of a batch; None: as many as an estimate says will fit.
@@ -55,7 +56,7 @@ class StaticBatches:
     def __init__(
         self,
         model: Any,
-        encoder: HfEncoder,
+        tokenizer: HfTokenizer,
         *,
         device: torch.device,
         devices: Sequence[torch.device] = (),
@@ -71,7 +72,7 @@ class StaticBatches:
         peers: Peers | None = None,
     ) -> None:
         self._model = model
-        self._encoder = encoder
+        self._tokenizer = tokenizer
         self._device = device
         self._devices = devices or [device]
         self._batch_size = batch_size
@@ -84,7 +85,7 @@ class StaticBatches:
         self._unchecked = check
         self._peers = peers
         self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-        self._most_padded = architectures.most_padded_tokens(encoder.config)
+        self._most_padded = architectures.most_padded_tokens(tokenizer.config)
         self._limits = SizeLimits()
         for length, rows in (limits or {}).items():
             self._limits.remember(length, rows)
@@ -124,7 +125,7 @@ class StaticBatches:
                 break
             batch.append(prompt)
         if self._peers is not None:
-            self._peers.check_equal(batch)
+            check_equal_batches(self._peers, batch)
         return batch
 
     def _can_join(self, batch: Sequence[Prompt], prompt: Prompt) -> bool:
@@ -144,7 +145,7 @@ class StaticBatches:
 
     def _row_bytes(self, prompt_tokens: int, new_tokens: int) -> int:
         return footprint.bytes_per_row(
-            self._encoder.config,
+            self._tokenizer.config,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             item_bytes=self._model.dtype.itemsize,
@@ -184,7 +185,7 @@ class StaticBatches:
             fits = not self._peers.any_rank(not fits)
         try:
             if fits:
-                with nullcontext() if self._has_generated else loading.refuse_model(self._encoder.config):
+                with nullcontext() if self._has_generated else loading.refuse_model(self._tokenizer.config):
                     finished = self.generate(batch, stop)
                 self._has_generated = True
                 return finished
@@ -206,19 +207,19 @@ class StaticBatches:
         """`batch` in one call of `model.generate`; out of memory is the caller's business."""
         inputs = self._pad(batch)
         width = inputs["input_ids"].shape[1]
-        texts = StopTexts.of(batch, self._encoder)
+        texts = StopTexts.of(batch, self._tokenizer)
         not_finite = NotFinite(None if self._peers is None else self._peers.tokens)
         stopper = Stopper(
-            batch, self._encoder.end_tokens, texts, not_finite, device=self._device, stop=stop, count=self._count
+            batch, self._tokenizer.end_tokens, texts, not_finite, device=self._device, stop=stop, count=self._count
         )
         sampler = Sampler(batch, self._device)
         choosers: list[Any] = [sampler] if sampler.needed else []
         if self._peers is not None:
-            choosers.append(Agreed(self._peers.tokens))
+            choosers.append(AgreedToken(self._peers.tokens))
         recorder = Recorder(batch, choosers, self._device)
         output = generate_greedily(
             self._model,
-            self._encoder,
+            self._tokenizer,
             inputs,
             max(prompt.params.max_new_tokens for prompt in batch),
             logits_processor=LogitsProcessorList([not_finite, *([recorder] if recorder.needed else choosers)]),
@@ -235,7 +236,7 @@ class StaticBatches:
     def _check(self, batch: Sequence[Prompt], rows: list[list[int]], stopper: Stopper) -> None:
         lengths, failed = stopper.lengths.tolist(), stopper.failed.tolist()
         good = [row for row in range(len(batch)) if not failed[row]]
-        test = SelfTest(self._model, self._device, self._encoder.decode, len(batch), measures=self._peers is None)
+        test = SelfTest(self._model, self._device, self._tokenizer.decode, len(batch), measures=self._peers is None)
         for row in (good[place] for place in selftest.choose([batch[row] for row in good])):
             tokens = rows[row][: min(lengths[row], selftest.TOKENS)]
             try:
@@ -249,13 +250,13 @@ class StaticBatches:
     def _generate_alone(self, prompt: Prompt, count: int) -> list[int]:
         """`count` tokens behind `prompt`, chosen greedily, with nothing beside it."""
         inputs = self._pad([prompt])
-        output = generate_greedily(self._model, self._encoder, inputs, count, end=False, **self._generate_kwargs)
+        output = generate_greedily(self._model, self._tokenizer, inputs, count, end=False, **self._generate_kwargs)
         tokens: list[int] = output[0, len(prompt.tokens) :].tolist()
         return tokens
 
     def _pad(self, batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         rows = [prompt.tokens for prompt in batch]
-        return pad(rows, self._encoder.pad_token, self._device, positions=self._takes_positions)
+        return pad(rows, self._tokenizer.pad_token, self._device, positions=self._takes_positions)
 
     def _collect(
         self,
@@ -275,7 +276,7 @@ class StaticBatches:
             padded += padding + stopper.steps - length
             if not failed[number]:
                 asked = logprobs[number][:length] if number in logprobs else None
-                generations.append(generation(prompt, row[:length], stopped[number], self._encoder, asked))
+                generations.append(generation(prompt, row[:length], stopped[number], self._tokenizer, asked))
             elif not padding:
                 generations.append(finite.fail(prompt, finite.dtype_of(self._model)))
         if any(failed):

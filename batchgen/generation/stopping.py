@@ -12,7 +12,7 @@ import torch
 from transformers import StoppingCriteria
 
 from batchgen.generation.finite import NotFinite
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import FinishReason, Generation, Prompt
 
 # A tail of tokens can begin in the middle of a character and may hold tokens without text (special ones).
@@ -38,9 +38,9 @@ class StopTexts:
         self._tokens: dict[int, list[int]] = {row: [] for row in self.rows}
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], encoder: HfEncoder) -> StopTexts:
-        """With what the model's encoder says of ends, decoding and special tokens."""
-        return cls(prompts, encoder.end_tokens, encoder.decode, encoder.special_tokens)
+    def of(cls, prompts: Sequence[Prompt], tokenizer: HfTokenizer) -> StopTexts:
+        """With what the model's tokenizer says of ends, decoding and special tokens."""
+        return cls(prompts, tokenizer.end_tokens, tokenizer.decode, tokenizer.special_tokens)
 
     def append(self, tokens: Sequence[int]) -> list[int]:
         """Takes the next token of each of `rows`; returns the rows whose text now holds a stop text.
@@ -77,7 +77,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def generation(
-    prompt: Prompt, tokens: Sequence[int], stopped: bool, encoder: HfEncoder, logprobs: Sequence[float] | None
+    prompt: Prompt, tokens: Sequence[int], stopped: bool, tokenizer: HfTokenizer, logprobs: Sequence[float] | None
 ) -> Generation:
     """What became of `prompt`: the text of its generated `tokens`, before the first of its stop texts.
 
@@ -85,10 +85,10 @@ def generation(
         stopped: an end of sequence or a stop text has ended it, not its length.
         logprobs: of each of `tokens`, if the prompt asks for them.
     """
-    text = encoder.decode(tokens)
+    text = tokenizer.decode(tokens)
     kept = cut(text, prompt.params.stop)
     reason: FinishReason = "stop" if stopped or kept != text else "length"
-    texts = None if logprobs is None or prompt.request is None else [encoder.token_text(token) for token in tokens]
+    texts = None if logprobs is None or prompt.request is None else [tokenizer.token_text(token) for token in tokens]
     return Generation.of(prompt, kept, reason, len(tokens), logprobs, texts)
 
 

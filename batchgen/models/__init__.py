@@ -80,9 +80,9 @@ def check_there(name: str | None) -> None:
         with explained(name):
             folder = find_folder(name)
             _resolved(folder)
-        from batchgen.models.tokenizer import HfEncoder  # imports torch, which a name alone does not need
+        from batchgen.models.tokenizer import HfTokenizer  # imports torch, which a name alone does not need
 
-        HfEncoder(str(folder))
+        HfTokenizer(str(folder))
 
 
 def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:

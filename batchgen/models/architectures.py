@@ -71,6 +71,11 @@ def why_refused(config: Any) -> str:
 
 def why_not_sharded(config: Any) -> str:
     """Why ZeRO cannot shard a model of this config; "" if it can."""
+    if getattr(config, "quantization_config", None):
+        return (
+            "the weights of this model are packed (quantization_config in config.json), and Transformers does not load "
+            "such weights while they are sharded; use --engine accelerate, or the model in another precision"
+        )
     if not {config.model_type, config.get_text_config().model_type} & _UNSHARDED:
         return ""
     return (

@@ -77,6 +77,35 @@ class ChatTemplate:
             messages = [_rename_developer(one) for one in messages]
         return [self._fit(message, with_tools) for message in messages]
 
+    def find_left_out(
+        self, messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str], *, with_tools: bool
+    ) -> int | None:
+        """The number of the first message whose words the template has left out of `text`; None: there is none.
+
+        Not of an assistant's: which thoughts of earlier turns are kept, and whether something may be said beside a call
+        of a tool, is the template's business.
+
+        Args:
+            messages: as `fit` gives them.
+            text: what the template has made of them.
+            render: renders messages as `text` was rendered.
+        """
+        for number, message in enumerate(messages):
+            if message.get("role") == "assistant" or not _words_in(message.get("content")):
+                continue
+            # Of a role that the template knows, words are nearly always written as they are.
+            known = any(self._forms(str(message.get("role")), with_tools))
+            marked = _mark(message, text if known else "")
+            if marked is None:
+                continue
+            try:
+                shown = render([*messages[:number], marked, *messages[number + 1 :]])
+            except Exception:  # about another text, a template may say anything
+                continue
+            if _FIRST not in shown:
+                return number
+        return None
+
     def _knows_no_developer(self, with_tools: bool) -> bool:
         return not any(self._forms("developer", with_tools)) and any(self._forms("system", with_tools))
 
@@ -134,6 +163,20 @@ def join_texts(content: object) -> str:
     if not isinstance(content, (list, tuple)):
         return str(content)
     return "\n".join(str(part.get("text", "")) for part in content)
+
+
+def _words_in(content: object) -> str:
+    return join_texts(content).strip() if content is not None else ""
+
+
+def _mark(message: Message, text: str) -> Message | None:
+    """The message with a word of ours in the place of each text of its content that `text` does not hold; None: it
+    holds all of them."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return None if str(content).strip() in text else {**message, "content": _FIRST}
+    marked = [part if str(part.get("text", "")).strip() in text else {**part, "text": _FIRST} for part in content]
+    return None if marked == list(content) else {**message, "content": marked}
 
 
 def _conversations(role: str) -> Iterator[Callable[[object], Sequence[Message]]]:

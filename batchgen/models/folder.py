@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.files import DEFINITION, check_file, read_json
@@ -60,11 +59,13 @@ def indexed(index: Path) -> list[str]:
     Raises:
         ModelError: it is no such index.
     """
-    try:
-        weights: Any = (read_json(index) or {})["weight_map"]
-        return sorted({str(name) for name in weights.values()})
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index} cannot be read as an index of weight files: {error!r}") from error
+    weights = (read_json(index) or {}).get("weight_map")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(name, str) for name in weights.values()):
+        raise ModelError(
+            f"{index} cannot be read as an index of weight files: weight_map must be an object with the name of a file "
+            "for each weight; copy it again from where the model came from"
+        )
+    return sorted(set(weights.values()))
 
 
 def check_weight_files(folder: Path) -> None:
@@ -74,8 +75,20 @@ def check_weight_files(folder: Path) -> None:
         ModelError: there are none, some are missing, or one is something else.
     """
     config = read_json(folder / "config.json") or {}
-    for file in weight_files(folder):
+    files = weight_files(folder)
+    _check_metadata(folder)
+    for file in files:
         check_weight_file(file, packed=bool(config.get("quantization_config")))
+
+
+def _check_metadata(folder: Path) -> None:
+    """Transformers reads an index of weight files only with an object `metadata` in it."""
+    first = next(name for name in WEIGHTS if (folder / name).exists())
+    if first.endswith(".index.json") and not isinstance((read_json(folder / first) or {}).get("metadata"), dict):
+        raise ModelError(
+            f'{folder / first} has no object "metadata", without which Transformers does not read it; copy it again '
+            'from where the model came from, or add "metadata": {}'
+        )
 
 
 def definition_files(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -122,15 +122,17 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
 
 
 @contextmanager
-def refuse_model(config: Any) -> Iterator[None]:
+def refuse_model(config: Any, has_generated: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turns an error of the model's own code, in the first batch that it generates, into a ModelError.
 
     The next start would meet it again. Out of memory, a GPU that fails and ranks that are lost are no fault of the
-    model, and leave as they are.
+    model, and leave as they are; so does any error once the model `has_generated` something.
     """
     try:
         yield
     except _OF_CODE as error:
+        if has_generated():
+            raise
         lost = isinstance(error, torch.distributed.DistError) or _OF_MACHINE.search(str(error))
         if lost or device.is_out_of_memory(error):
             raise

@@ -14,14 +14,15 @@ from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.models.generation_config import read_generation_config
+from batchgen.requests.refusal import shown
 from batchgen.types import Tokens
 
 # What configs call the longest sequence. BLOOM (ALiBi) has no limit of its own, but may say what it was trained with.
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
 
-class HfEncoder:
-    """The encoder (see `engine.Encoder`) of a model folder in the layout of the Hugging Face hub. Reads no weights.
+class HfTokenizer:
+    """The tokenizer (see `engine.Tokenizer`) of a model folder in the layout of the Hugging Face hub. Reads no weights.
 
     Raises:
         ModelError: the folder holds no config or no tokenizer that this version of Transformers can read, or no model
@@ -34,27 +35,29 @@ class HfEncoder:
     def __init__(self, model: str) -> None:
         self.config = read_config(model)
         build_empty(self.config)
-        self._tokenizer = read_tokenizer(model)
+        self._hf_tokenizer = read_tokenizer(model)
         # Only a warning hangs on this number, and `prompts` measures against the model's context itself.
-        self._tokenizer.model_max_length = 10**30
+        self._hf_tokenizer.model_max_length = 10**30
         text = self.config.get_text_config()
         self._model = model
         lengths = (getattr(text, name, None) for name in _CONTEXT_NAMES)
         self.context = next((length for length in lengths if type(length) is int and length > 0), None)
         self.vocabulary = getattr(text, "vocab_size", None)
-        self.end_tokens = _end_tokens(model, self.config, self._tokenizer)
+        self.end_tokens = _end_tokens(model, self.config, self._hf_tokenizer)
         """Every id that ends a text, sorted: generation_config.json's, the config's and the tokenizer's."""
         self.pad_token = self._choose_pad_token(text)
         """What fills a row; an id that the embedding has, and no end token unless there is no other."""
         self.special_tokens: dict[str, int] = {
-            str(token.content): index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special
+            str(token.content): index
+            for index, token in self._hf_tokenizer.added_tokens_decoder.items()
+            if token.special
         }
         # Sentencepiece-like decoders drop the first token's leading space; after another token it stays.
-        self._anchor: list[int] = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._anchor: list[int] = self._hf_tokenizer("a", add_special_tokens=False)["input_ids"]
         self._anchor_text = self._plain_decode(self._anchor)
         self._token_texts: dict[int, str] = {}
         self._chat_templates: dict[str, ChatTemplate] = {}
-        self._loses_letters = bool(find_lost(self._tokenizer, LETTERS))
+        self._loses_letters = bool(find_lost(self._hf_tokenizer, LETTERS))
         self._lost_letters: dict[str, bool] = {}
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
@@ -63,22 +66,31 @@ class HfEncoder:
         A content may be a text or a list of parts of type "text": it becomes what the template takes.
 
         Raises:
-            ValueError: there is no template, or it refused the conversation.
+            ValueError: there is no template, or it refused the conversation, or leaves words of it out.
         """
         source = self._chosen_template(kwargs.get("tools"))
         if source not in self._chat_templates:
             self._chat_templates[source] = ChatTemplate(source, partial(self._render, source))
-        fitted = self._chat_templates[source].fit(messages, with_tools=bool(kwargs.get("tools")))
+        template, with_tools = self._chat_templates[source], bool(kwargs.get("tools"))
+        fitted = template.fit(messages, with_tools=with_tools)
         options = {"add_generation_prompt": True, **kwargs, "tokenize": False, "chat_template": source}
         try:
-            return str(self._tokenizer.apply_chat_template(fitted, **options))
+            text = str(self._hf_tokenizer.apply_chat_template(fitted, **options))
         except Exception as error:  # a template is a program that came with the model: it can raise anything
             detail = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"the model's chat template refused these messages: {detail}") from error
+        render = partial(self._hf_tokenizer.apply_chat_template, **options)
+        place = template.find_left_out(fitted, text, render, with_tools=with_tools)
+        if place is not None:
+            raise ValueError(
+                f"the model's chat template leaves out what message {place + 1} of {len(fitted)} says, whose role is "
+                f"{shown(fitted[place].get('role'))}. Give it a role and a place that the template knows"
+            )
+        return text
 
     def _chosen_template(self, tools: object) -> str:
         """The template for a conversation with these tools; of several, by the names that Transformers knows."""
-        given = self._tokenizer.chat_template
+        given = self._hf_tokenizer.chat_template
         if not given:
             raise ValueError(
                 f"the model in {self._model} has no chat template, so it cannot take messages; "
@@ -97,10 +109,10 @@ class HfEncoder:
     def _render(self, source: str, messages: Sequence[Message], tools: Sequence[Message] | None) -> str:
         copied = [dict(message) for message in messages]
         options = {"tools": tools, "add_generation_prompt": True, "tokenize": False, "chat_template": source}
-        return str(self._tokenizer.apply_chat_template(copied, **options))
+        return str(self._hf_tokenizer.apply_chat_template(copied, **options))
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
-        """Token ids of each text; see `engine.Encoder.tokenize`.
+        """Token ids of each text; see `engine.Tokenizer.tokenize`.
 
         A text that begins with the beginning-of-sequence token itself does not get a second one. A lone surrogate,
         which JSON can escape but UTF-8 cannot hold, is read as U+FFFD.
@@ -108,19 +120,19 @@ class HfEncoder:
         if not texts:
             return []
         readable = [_readable(text) for text in texts]
-        encoded = self._tokenizer(readable, add_special_tokens=special, return_attention_mask=False)["input_ids"]
-        begin = self._tokenizer.bos_token_id
+        encoded = self._hf_tokenizer(readable, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        begin = self._hf_tokenizer.bos_token_id
         if special and begin is not None:
             encoded = [tokens[1:] if tokens[:2] == [begin, begin] else tokens for tokens in encoded]
         return list(encoded)
 
     def find_lost(self, text: str) -> str:
-        """Letters and digits of `text` that become no token; see `engine.Encoder.find_lost`."""
+        """Letters and digits of `text` that become no token; see `engine.Tokenizer.find_lost`."""
         if not self._loses_letters:
             return ""
         letters = {letter for letter in _readable(text) if letter.isalnum()}
         new = "".join(sorted(letters - self._lost_letters.keys()))
-        lost = find_lost(self._tokenizer, new)
+        lost = find_lost(self._hf_tokenizer, new)
         self._lost_letters |= {letter: letter in lost for letter in new}
         return "".join(sorted(letter for letter in letters if self._lost_letters[letter]))
 
@@ -142,18 +154,22 @@ class HfEncoder:
     def token_name(self, token: int) -> str | None:
         """What the tokenizer calls a token, a special one too; None if it has none of this id."""
         try:
-            name = self._tokenizer.convert_ids_to_tokens(token)
+            name = self._hf_tokenizer.convert_ids_to_tokens(token)
         except (OverflowError, LookupError):  # beyond what a tokenizer in Rust can count; beyond one in Python
             return None
         return None if name is None else str(name)
 
     def _plain_decode(self, tokens: Tokens, special: bool = False) -> str:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        text = self._hf_tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return str(text)
 
     def _choose_pad_token(self, config: Any) -> int:
-        known = (self._tokenizer.pad_token_id, getattr(config, "pad_token_id", None), self._tokenizer.unk_token_id)
-        most = self.vocabulary or len(self._tokenizer)
+        known = (
+            self._hf_tokenizer.pad_token_id,
+            getattr(config, "pad_token_id", None),
+            self._hf_tokenizer.unk_token_id,
+        )
+        most = self.vocabulary or len(self._hf_tokenizer)
         ids = itertools.chain((i for i in known if i is not None and 0 <= i < most), range(most))
         return next((i for i in ids if i not in self.end_tokens), 0)
 
@@ -166,7 +182,7 @@ def _readable(text: str) -> str:
     return text
 
 
-def _end_tokens(model: str, config: Any, tokenizer: Any) -> list[int]:
+def _end_tokens(model: str, config: Any, hf_tokenizer: Any) -> list[int]:
     """Every id that ends a text, sorted.
 
     Raises:
@@ -177,7 +193,7 @@ def _end_tokens(model: str, config: Any, tokenizer: Any) -> list[int]:
     # Where the text part of a model does not name one, its config gives the default of its class, a wrong one perhaps.
     if text is not config and of_author is None and of_model is None:
         of_model = getattr(text, "eos_token_id", None)
-    found = {tokenizer.eos_token_id}
+    found = {hf_tokenizer.eos_token_id}
     for name, ids in (("generation_config.json", of_author), ("config.json", of_model)):
         given = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
         if any(type(i) is not int for i in given):

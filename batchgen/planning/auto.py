@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from batchgen.engine import Encoder, Engine, EngineError
+from batchgen.engine import Engine, EngineError, Tokenizer
 from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
 from batchgen.engines import parse_options, settings_of
@@ -20,12 +20,12 @@ from batchgen.packages import is_installed
 
 if TYPE_CHECKING:
     from batchgen.planning.forecast import Forecast, Model, Work
-    from batchgen.planning.hardware import Machine
+    from batchgen.planning.hardware import Nodes
 
 AUTO = "auto"
 
 # The lengths of an input's rows, in prompt and new tokens, or of a sample of them; and how many these stand for.
-Lengths = Callable[[Encoder], tuple[Sequence[tuple[int, int]], int]]
+Lengths = Callable[[Tokenizer], tuple[Sequence[tuple[int, int]], int]]
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,12 @@ def recorded(facts: Mapping[str, Any]) -> Choice:
     return Choice(str(facts["engine"]), kind, kind.Options(**facts["settings"]), str(facts["engine_reason"]))
 
 
-def automatic(
-    model: Path,
-    dtype: str,
-    settings: Sequence[str],
-    lengths: Lengths,
-    machine: Machine,
-    ranks: int,
-    hosts: int = 1,
-) -> Choice:
+def automatic(model: Path, dtype: str, settings: Sequence[str], lengths: Lengths, nodes: Nodes) -> Choice:
     """The engine that is forecast to be the fastest of those that fit. An engine that needs no model is none of them.
 
     Args:
         model: its folder.
         settings: `name=value`, which leave the engines that know all of these names.
-        machine: each of the hosts.
-        ranks: that will take part, on all hosts together.
 
     Raises:
         EngineError: none fits, or none knows the settings; the message says why of each, and what to do.
@@ -95,7 +85,7 @@ def automatic(
     first, kind = next(iter(left.items()))
     if len(left) == 1:
         return Choice(first, kind, parse_options(kind, settings), f"the only one left ({_grouped(out)})")
-    search = _Search(kind.encoder(str(model)), dtype, settings, list(left), machine, ranks, hosts)
+    search = _Search(kind.tokenizer(str(model)), dtype, settings, list(left), nodes)
     best, why = search.best(lengths)
     why += f" (not asked: {_grouped(out)})" if out else ""
     if best is None:
@@ -127,13 +117,11 @@ def _grouped(out: Mapping[str, str]) -> str:
 class _Search:
     """Forecasts of several engines."""
 
-    encoder: Any
+    tokenizer: Any
     dtype: str
     given: Sequence[str]  # settings
     engines: Sequence[str]
-    machine: Machine
-    ranks: int
-    hosts: int
+    nodes: Nodes
 
     def best(self, lengths: Lengths) -> tuple[Forecast | None, str]:
         """The fastest that fits, and why it is that one; None: the settings ask for what none of them can be.
@@ -146,14 +134,14 @@ class _Search:
             Work,
         )
 
-        drawn, rows = lengths(self.encoder)
+        drawn, rows = lengths(self.tokenizer)
         work = Work(drawn or [(1, 1)], rows or 1)
-        model = Model.of(self.encoder.config, *self._types())
-        found, note = self._forecasts(model, work, self.ranks), ""
+        model = Model.of(self.tokenizer.config, *self._types())
+        found, note = self._forecasts(model, work, self.nodes.ranks), ""
         if all(one.why_not for one in found):
             # A row that does not fit is an error row, and no reason to refuse the others.
             work = Work([min(work.lengths, key=sum)], work.rows)
-            found, note = self._forecasts(model, work, self.ranks), ", though the longest rows do not fit"
+            found, note = self._forecasts(model, work, self.nodes.ranks), ", though the longest rows do not fit"
         if not found:
             return None, "no engine can be forecast with these settings"
         good = [one for one in found if not one.why_not]
@@ -163,7 +151,8 @@ class _Search:
         why = f"{fastest.tokens_per_second:,.0f} tokens/s are forecast{note}"
         why += "".join(f"; {one.tokens_per_second:,.0f} of {_called(one)}" for one in slower)
         why += "".join(f"; {_called(one)} does not fit: {one.why_not}" for one in found if one.why_not)
-        if not self.machine.gpus and (others := [n for n in self.engines if n not in {one.engine for one in found}]):
+        others = [name for name in self.engines if name not in {one.engine for one in found}]
+        if not self.nodes.machine.gpus and others:
             why += f"; made for GPUs, and there is none here: {', '.join(others)}"
         return fastest, why
 
@@ -172,19 +161,19 @@ class _Search:
         from batchgen.models import loading
 
         bits: Literal[0, 4, 8] = 8 if self.dtype == "int8" else 4 if self.dtype == "nf4" else 0
-        config = self.encoder.config
+        config = self.tokenizer.config
         if bits:
             return loading.own_dtype(config), bits
-        return loading.floating_dtype(self.dtype, config, on_gpu=self.machine.gpus > 0), bits
+        return loading.floating_dtype(self.dtype, config, on_gpu=self.nodes.machine.gpus > 0), bits
 
     def _forecasts(self, model: Model, work: Work, ranks: int) -> list[Forecast]:
         """Of `ranks` ranks, the best first; only those that need nothing more of the user."""
         from batchgen.planning import forecast
 
-        machine, found = self.machine, []
+        machine, hosts, found = self.nodes.machine, self.nodes.count, []
         # One rank may spread a model over all GPUs that it sees.
         for gpus in {ranks, max(1, machine.gpus)} if ranks == 1 else {ranks}:
-            node = forecast.Node(machine.device(model.dtype), gpus, self.hosts * machine.host_memory, hosts=self.hosts)
+            node = forecast.Node(machine.device(model.dtype), gpus, hosts * machine.host_memory, hosts=hosts)
             there = [
                 one
                 for one in forecast.forecasts(model, work, node, {}, self.engines)
@@ -207,9 +196,9 @@ class _Search:
         return {text for text in self.given if _names([text]) <= differing} <= settings
 
     def _nothing_fits(self, model: Model, work: Work, found: Sequence[Forecast]) -> str:
-        lines = [f"no engine has room for this model with {self.ranks} rank(s):"]
+        lines = [f"no engine has room for this model with {self.nodes.ranks} rank(s):"]
         lines += [f"  {_called(one)}: {one.why_not}" for one in found]
-        for ranks in range(self.ranks + 1, self.machine.gpus + 1) if self.hosts == 1 else ():
+        for ranks in range(self.nodes.ranks + 1, self.nodes.machine.gpus + 1) if self.nodes.count == 1 else ():
             fit = [one for one in self._forecasts(model, work, ranks) if not one.why_not]
             if fit:
                 return "\n".join([*lines, f"With --gpus {ranks}, {_called(fit[0])} has."])

@@ -99,3 +99,12 @@ class Machine:
         operations = reached.operations * count / self.local_size
         size = self.host_memory // self.local_size
         return Card(size, speed, operations, speed, speed, measured=True, gpu=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The hosts that a run is carried out on, all alike."""
+
+    machine: Machine  # each of them
+    ranks: int  # on all of them together
+    count: int = 1

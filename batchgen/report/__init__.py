@@ -55,7 +55,7 @@ def write(
     history = starts(folder, state.attempts, batches.table)
     clock = Clock.of([(one.begin, one.end) for one in history])
     places = Places.find(folder, state.rows)
-    read = gather(places, batches, folder.asked().get("prompt_column"), rows or _MEASURED, text_characters)
+    read = gather(places, batches, folder.read_identity().get("prompt_column"), rows or _MEASURED, text_characters)
     found = Found(state, known, history, clock, speed(batches.table, clock), read, text_characters, rows > 0, jobs)
     drawn = list(draw(batches.table, clock, found.speed, history, read))
     text = render(found, drawn).encode("utf-8", "replace")  # half of a surrogate pair is no character

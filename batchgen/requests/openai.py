@@ -95,7 +95,8 @@ def _check_model(named: object, model: str | None) -> None:
     if model is not None and named is not None and named != model:
         raise Refused(
             "model_not_found",
-            f"body.model is {shown(named)}, but this run's model is {shown(model)}; --served-model-name can be another",
+            f"body.model is {shown(named)}, but this run's model is {shown(model)}: write that into the body, "
+            "or give the name that the lines use with --served-model-name",
         )
 
 

@@ -163,7 +163,7 @@ def check_keys(body: Mapping[str, object], endpoint: str) -> list[str]:
         elif value not in neutral and without_null_keys(value) not in neutral:
             allowed = " or ".join([*(json.dumps(one) for one in neutral), "left out"])
             instead = f"; {_INSTEAD[key]}" if key in _INSTEAD else ""
-            raise Refused(
-                "unknown_parameter", f"body.{key} is not supported: it must be {allowed}, not {shown(value)}{instead}"
-            )
+            # A list or an object is shown by its type alone, and [] is a list, too.
+            given = "" if isinstance(value, list | dict) else f", not {shown(value)}"
+            raise Refused("unknown_parameter", f"body.{key} is not supported: it must be {allowed}{given}{instead}")
     return unknown

@@ -12,12 +12,13 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 
-from batchgen.engine import Encoder
+from batchgen.engine import Tokenizer
 from batchgen.requests import openai
 from batchgen.requests.openai_keys import SETTINGS, advice, is_neutral
+from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused, check_encodable, sampling_params, shown
-from batchgen.requests.row_ids import called, is_request, may_be_request, read_id, row_id
+from batchgen.requests.row_ids import called, endpoint, is_request, may_be_request, read_id, row_id
 from batchgen.requests.template import compiled, conversation, template_kwargs, without_nulls
 from batchgen.requests.token_limits import TokenLimits
 from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, SamplingParams
@@ -39,18 +40,18 @@ class PromptReader:
     """
 
     def __init__(
-        self, recipe: Recipe, encoder: Encoder, duplicates: Mapping[int, str], among_requests: bool = False
+        self, recipe: Recipe, tokenizer: Tokenizer, duplicates: Mapping[int, str], among_requests: bool = False
     ) -> None:
-        if recipe.sampling.max_new_tokens == FIT and encoder.context is None:
+        if recipe.sampling.max_new_tokens == FIT and tokenizer.context is None:
             raise ValueError(
                 "--max-new-tokens fit goes as far as the model's context, and this model states no limit of its "
                 "context. Give a number"
             )
         self._recipe = recipe
-        self._encoder = encoder
+        self._tokenizer = tokenizer
         self._duplicates = duplicates
         self._among_requests = among_requests
-        self._limits = TokenLimits(encoder, recipe.truncate, recipe.authors_length)
+        self._limits = TokenLimits(tokenizer, recipe.truncate, recipe.authors_length)
         self._render = None if recipe.template is None else compiled(recipe.template)
         used = re.findall(r"\w+", recipe.template or recipe.prompt_column or "")
         self._settings = SETTINGS.difference(used)
@@ -63,7 +64,7 @@ class PromptReader:
         outcomes = [self._draft(row, plain, templated) for row in rows]
         for prompts, special in ((plain, True), (templated, False)):
             if prompts:
-                tokens = self._encoder.tokenize([prompt.text for prompt in prompts], special=special)
+                tokens = self._tokenizer.tokenize([prompt.text for prompt in prompts], special=special)
                 for prompt, ids in zip(prompts, tokens, strict=True):
                     prompt.tokens = ids
         return [
@@ -146,7 +147,8 @@ class PromptReader:
         self._report(row, request.ignored)
         if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
             remedy = ". --max-new-tokens fit lets it go as far as the model's context"
-            self._say_once(row, "the body sets no max_tokens: its answer ends after %s tokens", most, remedy)
+            limit = "max_output_tokens" if endpoint(str(value.get("url"))) == RESPONSES else "max_tokens"
+            self._say_once(row, f"the body sets no {limit}: its answer ends after %s tokens", most, remedy)
         if "temperature" not in request.sampling and not self._recipe.knows_temperature:
             self._say_once(
                 row, "neither the body nor generation_config.json sets %s: its answer is greedy", "temperature"
@@ -161,7 +163,7 @@ class PromptReader:
 
     def _chat(self, messages: Sequence[Mapping[str, object]], kwargs: Mapping[str, object]) -> str:
         try:
-            return self._encoder.chat(messages, **{**self._recipe.chat_template_kwargs, **kwargs})
+            return self._tokenizer.chat(messages, **{**self._recipe.chat_template_kwargs, **kwargs})
         except (ValueError, RecursionError) as error:
             raise Refused("template", str(error)) from error
 
@@ -207,6 +209,8 @@ def _text(columns: Mapping[str, object], column: str | None) -> str:
     if name in columns:
         what = "messages" if name == "messages" else "a text"
         raise Refused("missing_prompt", f'the "{name}" column is null; give this row {what}')
+    if column is None and "messages" in columns:
+        raise Refused("missing_prompt", 'the "messages" column is null; give this row messages')
     listed = ", ".join(key if len(key) <= 60 and key.isprintable() else shown(key) for key in list(columns)[:20])
     raise Refused(
         "missing_prompt",

@@ -57,7 +57,7 @@ def are_requests(rows: Iterable[Row]) -> bool:
 def own_id(value: Mapping[str, object] | RowError) -> str | None:
     """The row's `id` or `custom_id`, if it has a valid one."""
     if isinstance(value, RowError):
-        return None
+        return value.id
     try:
         return read_id(value)
     except Refused:

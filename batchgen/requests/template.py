@@ -18,7 +18,7 @@ _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reas
 
 
 def conversation(messages: object, name: str, *, whole: bool) -> list[dict[str, object]]:
-    """`messages` as `Encoder.chat` takes them: a content is a text or a list of text parts, nulls are left out.
+    """`messages` as `Tokenizer.chat` takes them: a content is a text or a list of text parts, nulls are left out.
 
     With `whole`, keys beyond role and content go to the template as they stand (its author's business); without, tool
     calls are refused, since OpenAI's form of them is not what templates expect.

@@ -6,7 +6,7 @@ import dataclasses
 from functools import cached_property
 from typing import Literal
 
-from batchgen.engine import Encoder
+from batchgen.engine import Tokenizer
 from batchgen.requests.refusal import Refused, refuse_lost, shown
 from batchgen.types import FIT, Prompt, Tokens
 
@@ -20,9 +20,9 @@ class TokenLimits:
     """
 
     def __init__(
-        self, encoder: Encoder, truncate: Literal["left", "right"] | None, shortens: int | None = None
+        self, tokenizer: Tokenizer, truncate: Literal["left", "right"] | None, shortens: int | None = None
     ) -> None:
-        self._encoder = encoder
+        self._tokenizer = tokenizer
         self._truncate = truncate
         self._shortens = shortens
 
@@ -35,9 +35,9 @@ class TokenLimits:
         """
         if not prompt.tokens:
             raise Refused("empty_prompt", "the prompt is empty: it has no tokens")
-        if lost := self._encoder.find_lost(prompt.text):
+        if lost := self._tokenizer.find_lost(prompt.text):
             raise refuse_lost(lost)
-        context = self._encoder.context
+        context = self._tokenizer.context
         if prompt.params.max_new_tokens == FIT:
             prompt.params = dataclasses.replace(prompt.params, max_new_tokens=self._room(prompt.tokens))
         elif context is not None and len(prompt.tokens) + prompt.params.max_new_tokens > context:
@@ -51,18 +51,18 @@ class TokenLimits:
             prompt.tokens = self._shortened(prompt.tokens, prompt.params.max_new_tokens, context)
 
     def _check_vocabulary(self, prompt: Prompt) -> None:
-        size = self._encoder.vocabulary
+        size = self._tokenizer.vocabulary
         if size is None or (largest := max(prompt.tokens)) < size:
             return
         if not prompt.text:  # the row brought the ids themselves
             raise Refused("wrong_type", f"body.prompt has token {shown(largest)}, but the model has {size} tokens")
-        name = self._encoder.token_name(largest)
+        name = self._tokenizer.token_name(largest)
         called = "" if name is None else f" ({shown(name)})"
         raise Refused("unknown_token", f"the prompt has token {largest}{called}, but the model has {size} tokens")
 
     def _room(self, tokens: Tokens) -> int:
         """How many tokens the context leaves behind `tokens`."""
-        context = self._encoder.context
+        context = self._tokenizer.context
         if context is None:
             raise Refused("too_long", "the model has no limit of its context. Give max_new_tokens as a number")
         if len(tokens) >= context:
@@ -106,7 +106,7 @@ class TokenLimits:
     @cached_property
     def _frame(self) -> Tokens:
         """What the tokenizer puts around a text: the tokens of an empty one."""
-        return self._encoder.tokenize([""], special=True)[0]
+        return self._tokenizer.tokenize([""], special=True)[0]
 
 
 def _common(tokens: Tokens, frame: Tokens) -> int:

@@ -32,23 +32,23 @@ def find(given: str, folder: RunFolder, model: Path) -> Dtype:
     """
     if given != AUTO:
         return Dtype(given, given)
-    if folder.begun():
-        known = str(folder.asked().get("dtype", AUTO))
+    if folder.has_manifest():
+        known = str(folder.read_identity().get("dtype", AUTO))
         return Dtype(known, known)
     split = split_folder.read(model)
     name = split.dtype if split is not None and split.dtype != "int8" else AUTO
     return Dtype(name, "")
 
 
-def settle(found: Dtype, encoder: Any, *, say: bool) -> Dtype:
-    """The type that is computed in, where `find` has found auto: this machine's choice for the model of `encoder`.
+def settle(found: Dtype, tokenizer: Any, *, say: bool) -> Dtype:
+    """The type that is computed in, where `find` has found auto: this machine's choice for the model of `tokenizer`.
 
     A run of version 0.1 has recorded auto itself. It computed in the type of the model's config, and goes on in it.
 
     Args:
         say: log it where it is not the type of the model's config.
     """
-    config = getattr(encoder, "config", None)
+    config = getattr(tokenizer, "config", None)
     if found.name != AUTO or config is None:
         return Dtype(found.name, found.recorded or found.name)
     from batchgen.models import loading  # imports torch, and an engine without a model needs none

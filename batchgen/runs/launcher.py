@@ -22,14 +22,13 @@ from batchgen.runs import stacks
 from batchgen.runs.stacks import ANSWER_SECONDS
 from batchgen.runs.stop import Stop
 from batchgen.runs.watchdog import Ranks, report, stalled
-from batchgen.types import UserError
+from batchgen.types import ExitCode, UserError
 from batchgen.world import free_port
 
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 30.0  # for the other ranks to commit and end after one has died
 _PR_SET_PDEATHSIG = 1  # see prctl(2)
-_CANNOT_RUN = 4  # the exit code of a rank that has a sentence for the person at the terminal
 _TOLD_TO = "BATCHGEN_TOLD_TO"  # the file descriptor that a rank tells its starter by
 _MOST_TOLD = 16_384  # bytes of a sentence: a pipe holds more, so that nobody waits
 
@@ -107,7 +106,7 @@ def start_ranks(
         numbers = range(0 if stop() else count)
         ranks.extend(Rank(command, _variables(attempt, rank, count, port, environment)) for rank in numbers)
         codes = _wait(ranks, stop, attempt, stall_seconds)
-        told = {number: rank.told for number, rank in enumerate(ranks) if rank.returncode == _CANNOT_RUN}
+        told = {number: rank.told for number, rank in enumerate(ranks) if rank.returncode == ExitCode.CANNOT_RUN}
     finally:
         for rank in ranks:
             rank.close()
@@ -168,7 +167,7 @@ def _wait(ranks: list[Rank], stop: Stop, attempt: Attempt | None, stall_seconds:
             dead = next(number for number, rank in enumerate(ranks) if rank.returncode)
             if passed_on is None or ranks[dead].returncode != -passed_on:  # that one came before the rank's handler
                 reason = _death(dead, ranks[dead], attempt)
-                if ranks[dead].returncode != _CANNOT_RUN or not ranks[dead].told:  # else it is said at the end
+                if ranks[dead].returncode != ExitCode.CANNOT_RUN or not ranks[dead].told:  # else it is said at the end
                     logger.error("%s%s", reason, "; ending the others" if _alive(ranks) else "")
                 # The watchdog of a rank has more to say.
                 asked = stacks.requested(attempt) if attempt is not None else None
@@ -229,4 +228,4 @@ def die_with(starter: int) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != starter:  # it died before we asked
-        os._exit(75)
+        os._exit(ExitCode.RESUMABLE)

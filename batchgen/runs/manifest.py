@@ -9,20 +9,20 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping
 
 from batchgen import engines
 from batchgen.redaction import redacted
 from batchgen.runs.prepare import Ready
+from batchgen.runs.role import Role
 from batchgen.types import FIT, Generation, SamplingParams
 
 _LOOKED_AT = 100  # rows, by a dry run
 _PACKAGES = ("batchgen", "torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "tokenizers")
 
 
-def asked(ready: Ready, error_format: str) -> dict[str, object]:
-    """What decides the text of a run: compared at every start."""
-    recipe = ready.recipe
+def identity(ready: Ready) -> dict[str, object]:
+    """What decides the text of a run. It is compared at every start."""
+    recipe = ready.settings.recipe
     return {
         "input": ready.source.digest,
         "rows": len(ready.source),
@@ -37,7 +37,7 @@ def asked(ready: Ready, error_format: str) -> dict[str, object]:
         "truncate": recipe.truncate,
         **({} if recipe.id_prefix is None else {"id_prefix": recipe.id_prefix}),
         "request_model": recipe.model,
-        "error_format": error_format,
+        "error_format": ready.settings.error_format,
     }
 
 
@@ -57,8 +57,10 @@ def _values(params: SamplingParams) -> dict[str, object]:
     return values | {"max_new_tokens": "fit"} if params.max_new_tokens == FIT else values
 
 
-def facts(ready: Ready, ranks: int, environment: Mapping[str, str]) -> dict[str, object]:
-    """What a run runs on: recorded with every attempt, never compared. Secrets of `environment` are left out."""
+def provenance(ready: Ready, role: Role) -> dict[str, object]:
+    """What a start runs on. It is recorded with every attempt and never compared; secrets of the environment are left
+    out."""
+    environment = role.environment
     return {
         "model": ready.model.name,
         "model_folder": str(ready.model.folder),
@@ -67,8 +69,8 @@ def facts(ready: Ready, ranks: int, environment: Mapping[str, str]) -> dict[str,
         "settings": engines.settings_of(ready.options),
         "engine_reason": ready.choice.why,
         "dtype": ready.dtype,
-        "batch_size": ready.batch_size,
-        "ranks": ranks,
+        "batch_size": ready.settings.batch_size,
+        "ranks": role.ranks,
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -90,15 +92,16 @@ def versions() -> dict[str, str]:
 
 def describe(ready: Ready, ranks: int) -> str:
     """The plan of a dry run, with the first rendered prompt."""
+    batch_size = ready.settings.batch_size
     lines = [
         f"input:    {len(ready.source)} rows in {len(ready.source.sources)} file(s)",
         f"model:    {ready.model.name} {ready.model.revision}".rstrip(),
         f"engine:   {ready.engine} {json.dumps(engines.settings_of(ready.options))}",
         *([f"because:  {ready.choice.why}"] if ready.choice.why else []),
         f"dtype:    {ready.dtype}",
-        f"batch:    {'as large as fits' if ready.batch_size is None else f'at most {ready.batch_size} prompts'}",
+        f"batch:    {'as large as fits' if batch_size is None else f'at most {batch_size} prompts'}",
         f"ranks:    {ranks}",
-        f"sampling: {json.dumps(_values(ready.recipe.sampling), ensure_ascii=False)}",
+        f"sampling: {json.dumps(_values(ready.settings.recipe.sampling), ensure_ascii=False)}",
     ]
     count = len(ready.source)
     window = list(ready.source.rows(range(min(count, _LOOKED_AT))))

@@ -16,7 +16,7 @@ from typing import Any
 
 from batchgen import models, packages
 from batchgen.checkpoint import RunFolder
-from batchgen.engine import Encoder, Engine, Setup
+from batchgen.engine import Engine, Setup, Tokenizer
 from batchgen.formats import InputError
 from batchgen.formats.input import Input, files_of, find
 from batchgen.models import ResolvedModel
@@ -30,13 +30,12 @@ from batchgen.requests.row_ids import are_requests
 from batchgen.runs import dtype as dtype_of
 from batchgen.runs.dtype import Dtype
 from batchgen.runs.duplicates import find_duplicates
+from batchgen.runs.role import Role
 from batchgen.runs.schedule import windows
-from batchgen.types import Generation, Prompt, UserError
-from batchgen.world import World, from_environment
+from batchgen.runs.settings import RunError, RunSettings
+from batchgen.types import Generation, Prompt
 
 logger = logging.getLogger(__name__)
-
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
 # Bad rows that `--strict` names; of more, it says how many.
 _NAMED = 20
@@ -46,24 +45,18 @@ _FIRST = 100  # rows that are looked at to see whether they are request lines
 _SAMPLE = 2_000  # rows whose lengths are looked at to choose an engine
 
 
-class RunError(UserError):
-    """The run could not start: a sentence for the person at the terminal."""
-
-
 @dataclass(frozen=True)
 class Ready:
     """A run before its engine exists."""
 
     source: Input
-    recipe: Recipe
+    settings: RunSettings  # with the sampling of the model's author in its recipe, where that was asked for
     reader: PromptReader
     model: ResolvedModel
     choice: Choice
     settled_dtype: Dtype
-    batch_size: int | None
-    selftest: bool
     cache: Path  # batchgen's own, not the run's
-    encoder: Encoder  # the model's
+    tokenizer: Tokenizer  # the model's
     answers_requests: bool  # the input is an OpenAI batch file, so that an unreadable line too gets OpenAI's answer
 
     @property
@@ -93,58 +86,46 @@ _NO_MODEL = ResolvedModel(Path(), "none", "")
 def prepare(
     inputs: Sequence[str],
     folder: RunFolder,
-    recipe: Recipe,
-    environment: Mapping[str, str],
-    model: str | None,
-    engine_name: str,
-    settings: Sequence[str],
-    dtype: str,
-    batch_size: int | None,
+    settings: RunSettings,
+    role: Role,
     *,
-    into: Path | None = None,
-    selftest: bool = True,
-    ranks: int = 1,
-    begun: Mapping[str, Any] | None = None,
+    scan_into: Path | None = None,
+    claim: Mapping[str, Any] | None = None,
 ) -> Ready:
     """Opens the input and finds engine and model.
 
     Args:
-        into: read the input once, and leave an index in this folder until the run goes on with it (`Input.keep`);
-            None: another process has, and the run folder has the index.
-        ranks: that this process will start.
-        begun: what is recorded of the attempt that this process joins, which has chosen the engine if none was named.
+        scan_into: read the input once, and leave an index in this folder until the run goes on with it (`Input.keep`);
+            None: another process has read it, and the run folder has the index.
+        claim: what is recorded of the attempt that this process joins: the engine that was chosen, if none was named.
 
     Raises:
         RunError, InputError, EngineError, ModelError: a sentence each.
     """
-    chosen = _known(engine_name, settings, begun)
-    if dtype not in DTYPES:
-        raise RunError(f"there is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    if batch_size is not None and batch_size < 1:
-        raise RunError("the batch size must be 1 or more")
-    source = _opened(inputs, folder, into, lines=recipe.model is not None)
-    own_cache = models.cache_folder(environment)
-    needs_model = chosen is None or chosen.kind.needs_model
-    resolved = _resolved(model, own_cache, say=into is not None) if needs_model else _NO_MODEL
-    recipe = _with_sampling(recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=into is not None)
-    dtype_found = dtype_of.find(dtype, folder, resolved.folder)
-    if chosen is None:
-        world = from_environment(environment)
-        chosen = _chosen(resolved, dtype_found.name, settings, partial(_lengths, source, recipe), world, ranks)
-    duplicates = find_duplicates(source, folder.input_cache, into, recipe.id_prefix)
+    choice = _named_or_recorded(settings, claim)
+    says = scan_into is not None  # else another process has said it
+    source = _open_input(inputs, folder, scan_into, lines=settings.recipe.model is not None)
+    own_cache = models.cache_folder(role.environment)
+    needs_model = choice is None or choice.kind.needs_model
+    resolved = _resolve_model(settings.model, own_cache, say=says) if needs_model else _NO_MODEL
+    recipe = _with_sampling(settings.recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=says)
+    settings = replace(settings, recipe=recipe)
+    dtype_found = dtype_of.find(settings.dtype, folder, resolved.folder)
+    if choice is None:
+        lengths = partial(_lengths, source, recipe)
+        choice = _choose(resolved, dtype_found.name, settings.engine_settings, lengths, role)
+    duplicates = find_duplicates(source, folder.input_cache, scan_into, recipe.id_prefix)
     answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
     try:
-        encoder = chosen.kind.encoder(str(resolved.folder))
-        reader = PromptReader(recipe, encoder, duplicates, answers_requests)
+        tokenizer = choice.kind.tokenizer(str(resolved.folder))
+        reader = PromptReader(recipe, tokenizer, duplicates, answers_requests)
     except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
-    settled = dtype_of.settle(dtype_found, encoder, say=into is not None)
-    return Ready(
-        source, recipe, reader, resolved, chosen, settled, batch_size, selftest, own_cache, encoder, answers_requests
-    )
+    settled = dtype_of.settle(dtype_found, tokenizer, say=says)
+    return Ready(source, settings, reader, resolved, choice, settled, own_cache, tokenizer, answers_requests)
 
 
-def _opened(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, lines: bool) -> Input:
+def _open_input(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, lines: bool) -> Input:
     originals = None if into is None else folder.originals()
     source = Input.open(inputs, folder.input_cache, scan=into is not None, into=into, originals=originals, lines=lines)
     if not len(source):  # a file that was never written, most likely
@@ -152,7 +133,7 @@ def _opened(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, line
     return source
 
 
-def _resolved(model: str | None, cache: Path, *, say: bool) -> ResolvedModel:
+def _resolve_model(model: str | None, cache: Path, *, say: bool) -> ResolvedModel:
     if model is None and say:
         logger.info("no --model given: using the default model, %s", models.DEFAULT)
     return models.resolve(model, cache, logger.info)
@@ -160,8 +141,8 @@ def _resolved(model: str | None, cache: Path, *, say: bool) -> ResolvedModel:
 
 def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
     """The recipe with the sampling of the model's author, unless the run began before there was such a thing."""
-    if recipe.generation_config == "auto" and folder.begun():
-        known = folder.asked()
+    if recipe.generation_config == "auto" and folder.has_manifest():
+        known = folder.read_identity()
         if "generation_config" not in known and known.get("request_model") is not None:
             if say:
                 logger.info("this run began without the model's generation_config.json, and goes on without it")
@@ -169,39 +150,34 @@ def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) 
     return with_authors_sampling(recipe, model, say=say)
 
 
-def check_engine(ready: Ready, world: World, ranks: int) -> None:
-    """Raises PackageError or EngineError for what would end every rank alike, before one is started.
-
-    Args:
-        ranks: that this process will start, where it is alone in its `world`.
-    """
+def check_engine(ready: Ready, role: Role) -> None:
+    """Raises PackageError or EngineError for what would end every rank alike, before one is started."""
     packages.check_installed(ready.kind.packages(ready.options, ready.dtype), f"engine {ready.engine}")
-    all_ranks = world if world.size > 1 else replace(world, size=ranks, local_size=ranks)
-    setup = Setup(str(ready.model.folder), ready.dtype, ready.batch_size, all_ranks)
-    ready.kind.check(setup, ready.encoder, ready.options)
+    ranks = role.ranks_to_start
+    all_ranks = replace(role.world, size=ranks, local_size=ranks) if role.is_single_process else role.world
+    setup = Setup(str(ready.model.folder), ready.dtype, ready.settings.batch_size, all_ranks)
+    ready.kind.check(setup, ready.tokenizer, ready.options)
 
 
-def _known(name: str, settings: Sequence[str], begun: Mapping[str, Any] | None) -> Choice | None:
-    """The engine that was named or is recorded; None: it is to be chosen."""
-    if name != AUTO:
-        return auto.named(name, settings)
-    return None if begun is None else auto.recorded(begun)
+def _named_or_recorded(settings: RunSettings, claim: Mapping[str, Any] | None) -> Choice | None:
+    """The engine that was named, or that is recorded; None: it is to be chosen."""
+    if settings.engine != AUTO:
+        return auto.named(settings.engine, settings.engine_settings)
+    return None if claim is None else auto.recorded(claim)
 
 
-def _chosen(
-    model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: auto.Lengths, world: World, ranks: int
-) -> Choice:
+def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: auto.Lengths, role: Role) -> Choice:
     """The engine of a run for which none was named; says which, and why."""
     with without_garbage_collection():
-        from batchgen.planning.hardware import Machine  # imports torch, and a run whose engine is named may need none
+        from batchgen.planning.hardware import Machine, Nodes  # torch, and a run whose engine is named may need none
 
-    several = world.size > 1  # else this process starts the ranks
-    local_size = max(1, world.local_size) if several else ranks
-    hosts = max(1, world.size // local_size) if several else 1
-    machine = Machine.here(local_size)
-    found = auto.automatic(model.folder, dtype, settings, lengths, machine, world.size if several else ranks, hosts)
-    logger.info("engine %s: %s", found, found.why)
-    return found
+    world = role.world
+    local_size = role.ranks_to_start if role.is_single_process else max(1, world.local_size)
+    hosts = 1 if role.is_single_process else max(1, world.size // local_size)
+    nodes = Nodes(Machine.here(local_size), role.ranks, hosts)
+    choice = auto.automatic(model.folder, dtype, settings, lengths, nodes)
+    logger.info("engine %s: %s", choice, choice.why)
+    return choice
 
 
 def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -> None:
@@ -217,7 +193,9 @@ def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -
     models.check_there(model)
 
 
-def sample(inputs: Sequence[str], recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int, int]:
+def sample(
+    inputs: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, most: int | None
+) -> tuple[list[Prompt], int, int]:
     """Prompts of rows drawn from the input, always the same ones; how many rows were drawn, and of how many.
 
     Rows that cannot become a prompt are left out.
@@ -230,24 +208,24 @@ def sample(inputs: Sequence[str], recipe: Recipe, encoder: Encoder, most: int | 
     """
     with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
         source = Input.open(inputs, Path(scratch), scan=True)
-        prompts, count = _draw(source, recipe, encoder, most)
+        prompts, count = _draw(source, recipe, tokenizer, most)
     return prompts, count, len(source)
 
 
-def _draw(source: Input, recipe: Recipe, encoder: Encoder, most: int | None) -> tuple[list[Prompt], int]:
+def _draw(source: Input, recipe: Recipe, tokenizer: Tokenizer, most: int | None) -> tuple[list[Prompt], int]:
     count = len(source) if most is None else min(most, len(source))
     drawn = sorted(random.Random(1).sample(range(len(source)), count))
     try:
-        reader = PromptReader(recipe, encoder, {})
+        reader = PromptReader(recipe, tokenizer, {})
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
     parts = (reader.read(list(source.rows(window))) for window in windows(drawn, source.bytes_of))
     return [one for part in parts for one in part if isinstance(one, Prompt)], count
 
 
-def _lengths(source: Input, recipe: Recipe, encoder: Encoder) -> tuple[list[tuple[int, int]], int]:
+def _lengths(source: Input, recipe: Recipe, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], int]:
     """Prompt and new tokens of rows drawn from the input, and how many rows they stand for."""
-    prompts, count = _draw(source, recipe, encoder, _SAMPLE)
+    prompts, count = _draw(source, recipe, tokenizer, _SAMPLE)
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in prompts]
     return lengths, round(len(source) * len(prompts) / max(count, 1))
 

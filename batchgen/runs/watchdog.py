@@ -17,10 +17,10 @@ from batchgen.checkpoint import FINAL, JOIN_SECONDS, Attempt, CheckpointError
 from batchgen.checkpoint.process import myself
 from batchgen.engine import Engine
 from batchgen.runs import stacks
+from batchgen.types import ExitCode
 
 logger = logging.getLogger(__name__)
 
-RESUMABLE = 75  # the exit code of a run that goes on when it is started again
 STALL_SECONDS = 1800.0  # a step of the largest models takes minutes where their weights come from a disk
 FIRST_STEP_SECONDS = 600.0  # at least, until the first step has been made: compiling is a part of it
 
@@ -207,7 +207,7 @@ class Watchdog(threading.Thread):
         except Exception:
             logger.exception("no step for %.0f s, and this cannot be said as it should", seconds)
         finally:  # whatever else does not work, on a dead file system for one
-            os._exit(RESUMABLE)
+            os._exit(ExitCode.RESUMABLE)
 
     def _has_starter(self) -> bool:
         """Whether the claim is that of no rank: then its process writes how the attempt has ended."""
@@ -224,7 +224,7 @@ class Watchdog(threading.Thread):
             time.sleep(0.1)  # whoever noticed it is asking us where we are
         self._ask_to_stop(why)
         if not self._ended.wait(_GRACE_SECONDS):
-            os._exit(RESUMABLE)
+            os._exit(ExitCode.RESUMABLE)
 
 
 def await_ranks(attempt: Attempt, size: int) -> bool:

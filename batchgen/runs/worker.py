@@ -13,6 +13,7 @@ from batchgen import packages
 from batchgen.checkpoint import Attempt, Done, Heartbeat, Writer
 from batchgen.engine import Engine, OutOfStep, Setup, Stream
 from batchgen.engines import settings_of
+from batchgen.requests.output import renderer
 from batchgen.runs.prepare import Ready
 from batchgen.runs.schedule import open_rows, order, shard, windows
 from batchgen.runs.stacks import answering
@@ -26,19 +27,11 @@ logger = logging.getLogger(__name__)
 _NAMED = 5  # rows in work that are named where a rank dies
 
 
-class Share:
+class StreamWorker:
     """One rank's work in one attempt, and the count of it that the heartbeat writes down."""
 
     def __init__(
-        self,
-        ready: Ready,
-        world: World,
-        attempt: Attempt,
-        done: Done,
-        stop: Stop,
-        max_error_rate: float,
-        stall_seconds: float,
-        render: Callable[[Generation], bytes],
+        self, ready: Ready, world: World, attempt: Attempt, done: Done, stop: Stop, stall_seconds: float
     ) -> None:
         self._ready, self._attempt, self._done, self._stop = ready, attempt, done, stop
         self._conditions = {
@@ -47,22 +40,23 @@ class Share:
             "dtype": ready.dtype,
             "ranks": world.size,
         }
-        limits = attempt.folder.limits(self._conditions)
         self._setup = Setup(
             str(ready.model.folder),
             ready.dtype,
-            ready.batch_size,
+            ready.settings.batch_size,
             world,
             run=_name_of(attempt),
             cache=str(ready.cache),
-            selftest=ready.selftest,
-            limits=limits,
+            selftest=ready.settings.selftest,
+            limits=attempt.folder.limits(self._conditions),
         )
         self.stream: Stream = ready.kind.stream(world, ready.options)
         self._rows = shard(len(ready.source), self.stream, attempt.shard)
-        self._most_failures = max_error_rate * len(self._rows)
+        self._most_failures = ready.settings.max_error_rate * len(self._rows)
         self._stall_seconds = stall_seconds
-        self._writer = Writer(attempt.folder.path, attempt.number, self.stream.index, world.rank, render)
+        self._writer = Writer(
+            attempt.folder.path, attempt.number, self.stream.index, world.rank, _renderer(ready, attempt)
+        )
         self._engine: Engine | None = None
         self._in_work: dict[int, str] = {}  # ids of the prompts that the engine has and has not answered, by their row
         self._refused: list[Generation] = []  # rows that became no prompt, waiting for the next commit
@@ -221,6 +215,12 @@ def _name_of(attempt: Attempt) -> str:
     """What tells this run, or its shard, from others that work on this host at the same time."""
     path, shard = str(attempt.folder.path.absolute()), attempt.shard
     return path if shard == WHOLE else f"{path} {shard}"
+
+
+def _renderer(ready: Ready, attempt: Attempt) -> Callable[[Generation], bytes]:
+    """What turns a generation into its line of the output."""
+    recipe, error_format = ready.settings.recipe, ready.settings.error_format
+    return renderer(recipe.model or ready.model.name, attempt.folder.created, error_format, ready.answers_requests)
 
 
 def _last_error(generations: list[Generation]) -> str:

@@ -21,7 +21,7 @@ from batchgen.checkpoint import RunFolder, Status, status
 from batchgen.slurm.directives import WARNINGS
 from batchgen.slurm.queue import SlurmError, requeue
 from batchgen.slurm.records import GAVE_UP, Job, end_of, is_unwritten, jobs, note_end, note_unwritten, remember
-from batchgen.types import TOO_MANY_FAILED, WHOLE, Shard
+from batchgen.types import TOO_MANY_FAILED, WHOLE, ExitCode, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ GRACE_SECONDS = 60.0  # for the ranks to end after the warning; then the job is 
 _AGAIN_SECONDS = 5.0  # a rank that is just starting does not hear the first one
 # Preemption, a lost node, scancel: Slurm decides what comes next.
 _ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_COULD_NOT_RUN, _RESUMABLE = 4, 75
 
 
 @dataclass
@@ -73,7 +72,7 @@ class Supervisor:
     def _status(self) -> Status | None:
         """How far the run is; None if it has not begun."""
         folder = RunFolder(self.run)
-        return status(folder, self.shard) if folder.begun() else None
+        return status(folder, self.shard) if folder.has_manifest() else None
 
     def _limits(self) -> int:
         """How many sizes of batches have been found too large."""
@@ -84,7 +83,7 @@ class Supervisor:
         predecessor = self._predecessor()
         again = self._restarts > 0 or predecessor is not None
         written = not is_unwritten(self.run, predecessor or self._task)
-        if again and written and before is not None and before.exit_code != _RESUMABLE:
+        if again and written and before is not None and before.exit_code != ExitCode.RESUMABLE:
             logger.info("the run is finished; nothing is left to do")
             return self._code_of(before)
         last = end_of(self.run, predecessor) if predecessor else None
@@ -115,7 +114,7 @@ class Supervisor:
             self._child = subprocess.Popen(words, env=variables, stdin=subprocess.DEVNULL)
         except OSError as error:
             logger.error("cannot start %s: %s", words[0], error.strerror or error)
-            return _COULD_NOT_RUN
+            return ExitCode.CANNOT_RUN
         if self._warned_at is not None:
             self._child.send_signal(signal.SIGUSR2)
         while True:
@@ -125,7 +124,7 @@ class Supervisor:
                 self._child.send_signal(signal.SIGUSR2)
             if self._warned_at is not None and time.monotonic() - self._warned_at > self.grace and not self._ended:
                 logger.warning("the ranks have not ended in %.0f s; what is finished is recorded", self.grace)
-                return _RESUMABLE
+                return ExitCode.RESUMABLE
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number in _ENDINGS:
@@ -141,14 +140,14 @@ class Supervisor:
         Args:
             learnt: it has found that a batch was too large.
         """
-        if after is not None and after.exit_code != _RESUMABLE and code != _RESUMABLE:
+        if after is not None and after.exit_code != ExitCode.RESUMABLE and code != ExitCode.RESUMABLE:
             note_unwritten(self.run, self._task, unwritten=False)
             _say(after)
             return self._code_of(after)
         if self._ended:
             logger.info("Slurm has ended this start, which was not done")
-            return _RESUMABLE
-        if code == _COULD_NOT_RUN:
+            return ExitCode.RESUMABLE
+        if code == ExitCode.CANNOT_RUN:
             return self._give_up("it could not run, and says why above")
         if after is not None and not after.open:
             return self._not_written(before)
@@ -176,13 +175,13 @@ class Supervisor:
     def _goes_on(self) -> int:
         if self.chained:
             logger.info("the next job of the chain goes on")
-            return _RESUMABLE
+            return ExitCode.RESUMABLE
         return self._requeued()
 
     def _requeued(self) -> int:
         if self.max_requeues == 0:
             logger.info("not requeued, as asked; submitted again, the same job goes on")
-            return _RESUMABLE
+            return ExitCode.RESUMABLE
         if self._restarts >= self.max_requeues:
             return self._give_up(f"job {self._task} has been requeued {self._restarts} times, and may not be again")
         try:
@@ -191,12 +190,12 @@ class Supervisor:
             logger.error(
                 "%s. Submitted again, the same job goes on; `batchgen submit --chain N` needs no requeue", error
             )
-            return _RESUMABLE
+            return ExitCode.RESUMABLE
         logger.info("requeued, to go on")
         deadline = time.monotonic() + 120.0
         while not self._ended and time.monotonic() < deadline:  # Slurm ends us
             time.sleep(0.2)
-        return _RESUMABLE
+        return ExitCode.RESUMABLE
 
     def _code_of(self, finished: Status) -> int:
         # The next job of a chain waits for a failure of this one.
@@ -205,7 +204,7 @@ class Supervisor:
     def _give_up(self, why: str) -> int:
         logger.error("not starting again: %s", why)
         note_end(self.run, self._task or str(os.getpid()), GAVE_UP, why)
-        return _COULD_NOT_RUN
+        return ExitCode.CANNOT_RUN
 
 
 def _say(found: Status) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from batchgen.engine import EngineError, Stream
+from batchgen.engine import EngineError, Peers, Stream
 from batchgen.tensor_parallel import process_group
 from batchgen.world import World
 
@@ -55,17 +55,19 @@ def divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
-class Group:
-    """This rank's group: its process groups, and what its ranks agree on. All of a group's ranks make each call."""
+class Group(Peers):
+    """The tensor-parallel group of this rank: its process groups, and what its ranks agree on."""
 
-    def __init__(self, world: World, those: range, device: torch.device, timeout: timedelta) -> None:
-        """Every rank of the world makes its `Group` at the same time.
+    def __init__(self, world: World, ranks: range, device: torch.device, timeout: timedelta) -> None:
+        """Makes the process groups. Every rank of the world makes its `Group` at the same time.
 
         Args:
-            timeout: after which a rank that waits in vain gives up.
+            ranks: the ranks of the world that share a model with this one.
+            timeout: a rank that has waited for another one for so long gives up.
         """
-        self.ranks, self.device = those, device
-        size = len(those)
+        self.ranks, self.device = ranks, device
+        self._place = world.rank - ranks.start
+        size = len(ranks)
         firsts = range(0, world.size, size)
         # Each rank takes part in the making of all groups: torch counts them.
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -82,32 +84,36 @@ class Group:
         self._everyone = dist.new_group(backend="gloo", timeout=_FOR_EVER)
 
     @classmethod
-    def meet(cls, world: World, those: range, patience: float) -> Group:
-        """Joins the other ranks of the world, and makes the group of those that share a model.
+    def meet(cls, world: World, ranks: range, patience: float) -> Group:
+        """Joins the other ranks of the world, and makes the group of `ranks`, which share a model.
 
         Args:
-            patience: in seconds, as in `ranks.join`.
+            patience: in seconds, as in `process_group.join`.
         """
-        return cls(world, those, process_group.join(world, patience), process_group.timeout(patience))
+        return cls(world, ranks, process_group.join(world, patience), process_group.timeout(patience))
+
+    @property
+    def count(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def place(self) -> int:
+        return self._place
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is true on a rank of the group."""
         if len(self.ranks) == 1:
             return flag
         return bool(self._reduced(int(flag), dist.ReduceOp.MAX))
 
     def least(self, number: int) -> int:
-        """The smallest of the ranks' numbers."""
         return number if len(self.ranks) == 1 else self._reduced(number, dist.ReduceOp.MIN)
 
     def tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Those of the group's first rank."""
         if len(self.ranks) > 1:
             dist.broadcast(tokens, src=self.ranks[0], group=self.model)
         return tokens
 
     def tell(self, numbers: NDArray[np.int64]) -> None:
-        """Sends these to the others; the group's first rank alone calls this."""
         head, rest = numbers[: _LETTER - 1], numbers[_LETTER - 1 :]
         letter = self._letter.numpy()
         letter[0], letter[1 : 1 + len(head)] = len(numbers), head
@@ -116,7 +122,6 @@ class Group:
             dist.broadcast(torch.from_numpy(rest.copy()), src=self.ranks[0], group=self._told)
 
     def told(self) -> NDArray[np.int64]:
-        """What the first rank sends next, however long it takes."""
         dist.broadcast(self._letter, src=self.ranks[0], group=self._told)
         count, head = int(self._letter[0]), self._letter.numpy()[1:].copy()
         if count <= len(head):

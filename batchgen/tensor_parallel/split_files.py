@@ -21,7 +21,7 @@ from batchgen.models.definition.build import build_empty
 from batchgen.models.definition.files import DEFINITION
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.int8 import Int8Weight
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.tensor_parallel import process_group
 from batchgen.tensor_parallel.autotp import check_split, split
 from batchgen.tensor_parallel.weights import bring, mapped
@@ -45,7 +45,7 @@ def make(source: ResolvedModel, out: Path, count: int, dtype: str, report: Repor
         raise EngineError(f"{folder} is split already; split the model it was made from")
     if out.exists():
         raise EngineError(f"{out} exists; choose another folder, or remove it")
-    config = HfEncoder(folder).config
+    config = HfTokenizer(folder).config
     if count > 1:
         check_split(config, count)
     own = dtype in ("auto", "int8")  # the machine that splits a model is not the one that runs it

@@ -36,7 +36,23 @@ def mapped(folder: str, attn_implementation: str | None) -> Any:
         EngineError: as `loading.load`.
     """
     arguments = {"dtype": stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
-    return loading.load(folder, arguments, filled=False)
+    model = loading.load(folder, arguments, filled=False)
+    _check_unpacked(folder, model)
+    return model
+
+
+def _check_unpacked(folder: str, model: nn.Module) -> None:
+    """Raises EngineError if weights are packed and have stayed so: a rank would take them without their scales.
+
+    Of some formats, FP8 and MXFP4 for two, Transformers widens the weights as it loads them on a CPU.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+            raise EngineError(
+                f"the weights in {folder} are packed (quantization_config in config.json; {name} is of "
+                f"{loading.name_of(parameter.dtype)}), which ranks that share a model do not read. Use --engine "
+                "accelerate, or paged without --tp, or the model in another precision"
+            )
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

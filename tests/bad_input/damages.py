@@ -65,6 +65,10 @@ def cut(name: str, size: int) -> Damage:
     return lambda folder: os.truncate(folder / name, size)
 
 
+def renamed(name: str, new: str) -> Damage:
+    return lambda folder: (folder / name).rename(folder / new)
+
+
 def other_types(dtype: str) -> Damage:
     """Names another type of the same size in the header of the weights."""
     return lambda folder: put(
@@ -203,8 +207,27 @@ KINDS: dict[str, tuple[Damage, str]] = {
     ),
     "an index that is none": (
         both(without("model.safetensors"), put("model.safetensors.index.json", '{"weight_map": [1]}')),
-        "cannot be read as an index",
+        r"model\.safetensors\.index\.json cannot be read as an index of weight files: weight_map must be an object",
     ),
+    "an index of nothing": (
+        both(without("model.safetensors"), put("model.safetensors.index.json", '{"metadata": {}, "weight_map": {}}')),
+        r"model\.safetensors\.index\.json cannot be read as an index of weight files: weight_map must be an object",
+    ),
+    "an index of numbers": (
+        both(without("model.safetensors"), put("model.safetensors.index.json", '{"weight_map": {"a": 5}}')),
+        r"model\.safetensors\.index\.json cannot be read as an index of weight files: weight_map must be an object",
+    ),
+    **{
+        f"an index with the metadata {metadata}": (
+            both(renamed("model.safetensors", "a.safetensors"), put("model.safetensors.index.json", index)),
+            r'model\.safetensors\.index\.json has no object "metadata", without which Transformers does not read it',
+        )
+        for metadata, index in {
+            "left out": '{"weight_map": {"a": "a.safetensors"}}',
+            "null": '{"metadata": null, "weight_map": {"a": "a.safetensors"}}',
+            "5": '{"metadata": 5, "weight_map": {"a": "a.safetensors"}}',
+        }.items()
+    },
     "an index cut off": (
         both(without("model.safetensors"), put("model.safetensors.index.json", '{"weight')),
         r"model\.safetensors\.index\.json is no JSON: line 1",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.types import Generation, Prompt, Row
@@ -16,8 +16,8 @@ HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 @pytest.fixture(scope="module")
-def encoder(tiny_llama: Path) -> HfEncoder:
-    return HfEncoder(str(tiny_llama))
+def tokenizer(tiny_llama: Path) -> HfTokenizer:
+    return HfTokenizer(str(tiny_llama))
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,9 @@ def encoder(tiny_llama: Path) -> HfEncoder:
         ({"messages": [{"role": "user", "content": "<|end|></s>\0\ufeff"}]}, None),
     ],
 )
-def test_conversations_that_it_refuses(row: dict[str, Any], sentence: str | None, encoder: HfEncoder) -> None:
+def test_conversations_that_it_refuses(row: dict[str, Any], sentence: str | None, tokenizer: HfTokenizer) -> None:
     rows = [Row(0, "a.jsonl", 1, HI), Row(1, "a.jsonl", 2, row), Row(2, "a.jsonl", 3, HI)]
-    before, result, after = PromptReader(Recipe(), encoder, {}).read(rows)
+    before, result, after = PromptReader(Recipe(), tokenizer, {}).read(rows)
     assert isinstance(before, Prompt)
     assert isinstance(after, Prompt)
     if sentence is None:
@@ -56,12 +56,12 @@ def test_conversations_that_it_refuses(row: dict[str, Any], sentence: str | None
         ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
     ],
 )
-def test_a_template_that_fails_for_every_row(template: str, sentence: str, encoder: HfEncoder) -> None:
-    usual, encoder._tokenizer.chat_template = encoder._tokenizer.chat_template, template
+def test_a_template_that_fails_for_every_row(template: str, sentence: str, tokenizer: HfTokenizer) -> None:
+    usual, tokenizer._hf_tokenizer.chat_template = tokenizer._hf_tokenizer.chat_template, template
     try:
-        results = PromptReader(Recipe(), encoder, {}).read([Row(0, "a.jsonl", 7, HI), Row(1, "a.jsonl", 8, HI)])
+        results = PromptReader(Recipe(), tokenizer, {}).read([Row(0, "a.jsonl", 7, HI), Row(1, "a.jsonl", 8, HI)])
     finally:
-        encoder._tokenizer.chat_template = usual
+        tokenizer._hf_tokenizer.chat_template = usual
     for line, result in zip((7, 8), results, strict=True):
         assert isinstance(result, Generation)
         assert result.error is not None

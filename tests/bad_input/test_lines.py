@@ -19,7 +19,7 @@ AFTER = b'{"id":"after","prompt":"two"}\n'
 # A line, the type of the error, and what the sentence says behind "line 2 of FILE".
 BAD: list[tuple[bytes, str, str]] = [
     (b"\0\0\0\0", "malformed_json", " is not valid JSON: Expecting value at column 1"),
-    (b'{"prompt":"a\0b"}', "malformed_json", " is not valid JSON: Invalid control character at at column 13"),
+    (b'{"prompt":"a\0b"}', "malformed_json", " is not valid JSON: Invalid control character at column 13"),
     (b'{"prompt":"cut', "malformed_json", " is not valid JSON: Unterminated string"),
     (b'{"prompt":"a"} {"prompt":"b"}', "malformed_json", " is not valid JSON: Extra data at column 16"),
     (b'{"prompt":"a"}\r{"prompt":"b"}', "malformed_json", "lines must end in LF or CRLF, not in CR alone"),
@@ -45,6 +45,7 @@ BAD: list[tuple[bytes, str, str]] = [
     (b'{"text":"a","n":1}', "missing_prompt", ': there is no "prompt" column; its columns are text, n. Use'),
     (b'{"a\\nb":1}', "missing_prompt", 'its columns are "a\\nb". Use'),
     (b'{"prompt":null}', "missing_prompt", ': the "prompt" column is null; give this row a text'),
+    (b'{"messages":null}', "missing_prompt", ': the "messages" column is null; give this row messages'),
     (b'{"prompt":""}', "empty_prompt", ": the prompt is empty: it has no tokens"),
     (b'{"prompt":["a"]}', "wrong_type", ': the "prompt" column must hold a text, not a list'),
     (b'{"prompt":{"a":1}}', "wrong_type", ': the "prompt" column must hold a text, not an object'),

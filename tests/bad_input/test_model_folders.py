@@ -16,7 +16,7 @@ from batchgen import engines, models
 from batchgen.engine import Setup
 from batchgen.models.definition.errors import ModelError, one_line
 from batchgen.models.definition.model_config import ENCODERS, read_config
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.types import Generation, Prompt, Row, UserError
@@ -104,16 +104,16 @@ def test_tekken_json_alone_is_read(folder: Path) -> None:
     about = {"pattern": r"\w+|\W+", "num_vocab_tokens": 259, "default_vocab_size": 259, "default_num_special_tokens": 3}
     tekken = {"config": about | {"version": "v3"}, "vocab": byte_tokens, "special_tokens": special}
     both(without("tokenizer.json", "tokenizer_config.json"), put("tekken.json", json.dumps(tekken)))(folder)
-    encoder = HfEncoder(str(folder))
-    (tokens,) = encoder.tokenize(["Hi you"], special=False)
-    assert encoder.decode(tokens) == "Hi you"
+    tokenizer = HfTokenizer(str(folder))
+    (tokens,) = tokenizer.tokenize(["Hi you"], special=False)
+    assert tokenizer.decode(tokens) == "Hi you"
 
 
 def test_a_letter_that_the_tokenizer_would_leave_out_is_an_error_of_its_row(folder: Path) -> None:
     vocabulary(lambda token: token != "H")(folder)
     texts = ("Hello there", "hello THere", "hello there")
     rows = [Row(number, "a.jsonl", number + 1, {"prompt": text}) for number, text in enumerate(texts)]
-    *lost, good = PromptReader(Recipe(), HfEncoder(str(folder)), {}).read(rows)
+    *lost, good = PromptReader(Recipe(), HfTokenizer(str(folder)), {}).read(rows)
     assert isinstance(good, Prompt)
     for outcome in lost:
         assert isinstance(outcome, Generation)
@@ -127,7 +127,7 @@ def test_a_text_has_the_same_tokens_each_time_though_training_has_left_a_dropout
     values["model"] |= {"dropout": 1.0, "merges": [["H", "i"]]}
     values["model"]["vocab"]["Hi"] = 260
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    (tokens,) = HfEncoder(str(folder)).tokenize(["Hi"], special=False)
+    (tokens,) = HfTokenizer(str(folder)).tokenize(["Hi"], special=False)
     assert tokens == [260]
 
 

@@ -58,7 +58,7 @@ def read(content: bytes, name: str) -> list[Row] | str:
 
 def outcomes(rows: list[Row], recipe: Recipe) -> list[dict[str, Any]]:
     """What the echo makes of the rows, through the line that is written of each."""
-    results = PromptReader(recipe, Echo.encoder(""), {}).read(rows)
+    results = PromptReader(recipe, Echo.tokenizer(""), {}).read(rows)
     assert [result.index for result in results] == [row.index for row in rows]
     render = renderer("m", 0, "openai", False)
     found = []

@@ -149,7 +149,7 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
         (["--random-weights", "gpt-5"], "there is no shape gpt-5"),
         (["--random-weights", "x", "--model", "y"], "name two models"),
         (["--mixed", "3", "--input", "p"], "name different jobs"),
-        (["compare", "a", "b"], "a is not a run folder"),
+        (["compare", "a", "b"], "a is not a bench folder"),
     ],
 )
 def test_what_cannot_be_measured_is_a_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:

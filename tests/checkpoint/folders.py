@@ -24,7 +24,7 @@ def made(path: Path, rows: int) -> RunFolder:
     """A new run folder for an input of `rows` rows."""
     folder = RunFolder(path / "run")
     folder.make()
-    folder.ask({"rows": rows}, {})
+    folder.check_or_create({"rows": rows}, {})
     return folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from batchgen import Host, Status, run
+from batchgen import Host, RunSettings, Status, run
 from batchgen.checkpoint import CheckpointError, RunFolder, attempts, check_free, claim
 from tests.checkpoint.folders import ALONE, batch, commit, died, made
 from tests.commands.starts import ENVIRONMENT, prompts, read_rows, write_rows
@@ -84,7 +84,7 @@ def test_work_without_the_file_that_says_whose_it_is_is_refused(tmp_path: Path) 
     commit(folder, 1, 0, batch([0]))
     (folder.path / "run.json").unlink()
     with pytest.raises(CheckpointError, match=r"run holds generations, but no run\.json.*Restore it, or .*another -o"):
-        folder.ask({"rows": 2}, {})
+        folder.check_or_create({"rows": 2}, {})
     assert not (folder.path / "run.json").exists()
 
 
@@ -94,7 +94,7 @@ def rows(tmp_path: Path) -> str:
 
 
 def echo(rows: str, out: Path) -> Status:
-    return run(rows, out, engine="echo", batch_size=3, host=Host(ENVIRONMENT))
+    return run(rows, out, RunSettings(engine="echo", batch_size=3), host=Host(ENVIRONMENT))
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,6 @@ def test_a_start_that_leaves_damaged_rows_open_does_not_say_that_it_has_finished
     generations = out / "generations-00001-00000.jsonl"
     generations.write_bytes(generations.read_bytes().replace(b'"index":', b'"jndex":'))
     # The bad row comes with the first batch, and is one too many.
-    status = run(rows, out, engine="echo", batch_size=3, max_error_rate=0.0, host=Host(ENVIRONMENT))
+    status = run(rows, out, RunSettings(engine="echo", batch_size=3, max_error_rate=0.0), host=Host(ENVIRONMENT))
     assert (status.exit_code, status.good, status.failed, status.open) == (75, 3, 1, 6)
     assert RunFolder(out).path.joinpath("generations.jsonl").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.checkpoint import AskedDifferently, CheckpointError, RunFolder, Writer
+from batchgen.checkpoint import CheckpointError, DifferentRun, RunFolder, Writer
 from batchgen.types import Batch
 from tests.checkpoint.folders import batch, commit, generation, good_rows, made, output, render, start
 
@@ -269,14 +269,14 @@ def test_the_same_run_is_taken_up_and_a_changed_one_is_refused_with_the_fields_t
     folder = RunFolder(tmp_path / "run")
     folder.make()
     asked = {"rows": 2, "model": "m", "stop": ("a",), "template": None}
-    folder.ask(asked, {"ranks": 1})
+    folder.check_or_create(asked, {"ranks": 1})
     created = folder.created
-    folder.ask(asked, {"ranks": 8})
-    folder.ask({"rows": 2, "model": "m", "stop": ["a"], "template": None, "later": None}, {})
-    assert folder.asked()["model"] == "m"
+    folder.check_or_create(asked, {"ranks": 8})
+    folder.check_or_create({"rows": 2, "model": "m", "stop": ["a"], "template": None, "later": None}, {})
+    assert folder.read_identity()["model"] == "m"
     assert json.loads((folder.path / "run.json").read_text())["first_start"] == {"ranks": 1}
-    with pytest.raises(AskedDifferently) as caught:
-        folder.ask({"rows": 2, "model": "n", "stop": ("a",), "template": "x" * 500, "dtype": "nf4"}, {})
+    with pytest.raises(DifferentRun) as caught:
+        folder.check_or_create({"rows": 2, "model": "n", "stop": ("a",), "template": "x" * 500, "dtype": "nf4"}, {})
     text = str(caught.value)
     assert 'model was "m", now "n"' in text
     assert 'template was null, now "xxx' in text
@@ -292,19 +292,19 @@ def test_of_several_first_starts_one_decides_what_was_asked(tmp_path: Path) -> N
     code = """
 import sys
 from pathlib import Path
-from batchgen.checkpoint import AskedDifferently, RunFolder
+from batchgen.checkpoint import DifferentRun, RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 folder.make()
 try:
-    folder.ask({"rows": 1, "model": sys.argv[2]}, {})
+    folder.check_or_create({"rows": 1, "model": sys.argv[2]}, {})
     print("mine")
-except AskedDifferently:
+except DifferentRun:
     print("theirs")
 """
     processes = [start(code, tmp_path / "run", name) for name in "abcd"]
     said = [output(process) for process in processes]
     assert sorted(said) == ["mine\n", "theirs\n", "theirs\n", "theirs\n"]
-    assert RunFolder(tmp_path / "run").asked()["model"] == "abcd"[said.index("mine\n")]
+    assert RunFolder(tmp_path / "run").read_identity()["model"] == "abcd"[said.index("mine\n")]
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ from batchgen.world import World
 folder = RunFolder(Path(sys.argv[1]))
 folder.make()
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
-for write in (lambda: folder.ask({"rows": 1}, {}), lambda: claim(folder, World(), {}, 5.0)):
+for write in (lambda: folder.check_or_create({"rows": 1}, {}), lambda: claim(folder, World(), {}, 5.0)):
     try:
         write()
     except CheckpointError as error:
@@ -337,4 +337,4 @@ for write in (lambda: folder.ask({"rows": 1}, {}), lambda: claim(folder, World()
 def test_a_run_file_that_does_not_say_what_was_asked_is_damaged(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
-        RunFolder(tmp_path).asked()
+        RunFolder(tmp_path).read_identity()

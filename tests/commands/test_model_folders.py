@@ -77,3 +77,28 @@ def test_a_decoder_that_transformers_cannot_generate_with_is_exit_4(folder: Path
     assert (
         f"Error: Transformers cannot generate with the model in {folder} (bart): IndexError: list index out of" in said
     )
+
+
+@pytest.fixture
+def packed(folder: Path) -> Path:
+    """A folder whose config says that its weights are packed, and they are not."""
+    values = json.loads((folder / "config.json").read_text())
+    packing = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": packing}))
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["accelerate", "paged"])
+def test_weights_that_are_not_packed_as_the_config_says_are_exit_4(engine: str, packed: Path) -> None:
+    """bitsandbytes finds it in the first forward, by an assertion without a word."""
+    code, said = call(["run", "rows.jsonl", "-o", "out", "--engine", engine, "--model"], packed)
+    assert code == 4, said
+    assert f"Error: Transformers cannot generate with the model in {packed} (llama): AssertionError" in said
+    assert "Traceback" not in said
+
+
+def test_packed_weights_are_not_sharded(packed: Path) -> None:
+    code, said = call(["run", "rows.jsonl", "-o", "out", "--engine", "ds-zero", "--model"], packed)
+    assert code == 4, said
+    assert "Error: the weights of this model are packed (quantization_config in config.json), and Transformers" in said
+    assert "Traceback" not in said

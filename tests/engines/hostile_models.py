@@ -44,7 +44,7 @@ def load(name: str, model: str) -> None:
 
 def plan(model: str) -> None:
     kind = engines.find("accelerate")
-    config: Any = kind.encoder(model)
+    config: Any = kind.tokenizer(model)
     list_parameters(config.config, torch.float32)
 
 

@@ -94,7 +94,7 @@ def texts(out: Path) -> list[object]:
 
 def texts_alone(prompts: Path, model: Path, scratch: Path) -> list[object]:
     """Those of one process without shards, this one."""
-    batchgen.run(str(prompts), scratch, model=str(model), engine="accelerate", dtype="float32")
+    batchgen.run(str(prompts), scratch, batchgen.RunSettings(model=str(model), engine="accelerate", dtype="float32"))
     return texts(scratch)
 
 

@@ -78,11 +78,11 @@ def test_every_prompt_comes_back_once_and_its_tokens_are_counted(tiny_llama: Pat
         assert engine.signs.generated_tokens == sum(g.generated_tokens for g in generations) > 0
 
 
-def test_the_encoder_needs_no_weights(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_needs_no_weights(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    encoder = Accelerate.encoder(str(folder))
-    assert encoder.context == 512
+    tokenizer = Accelerate.tokenizer(str(folder))
+    assert tokenizer.context == 512
     with pytest.raises(EngineError, match=r"holds a config but no weights"):
         load(folder)
 

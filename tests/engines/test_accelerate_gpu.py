@@ -38,7 +38,7 @@ def test_a_batch_on_the_gpu_gives_the_tokens_of_one_prompt_at_a_time(build: obje
     expected = [model.alone(prompt) for prompt in prompts]
     generations = [g for batch in model.run(prompts) for g in batch.generations]
     for prompt, generation, tokens in zip(prompts, generations, expected, strict=True):
-        text = model.encoder.decode(tokens)
+        text = model.tokenizer.decode(tokens)
         assert generation.text == (text.partition("\x00")[0] if prompt.params.stop else text)
     assert model.counted == sum(g.generated_tokens for g in generations)
 

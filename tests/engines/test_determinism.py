@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchgen import Host, Recipe, run
+from batchgen import Host, Recipe, RunSettings, run
 from batchgen.generation.sampling import choose
 from batchgen.requests.prompts import PromptReader
 from batchgen.types import Prompt, Row, Shard
@@ -41,7 +41,7 @@ def steady(model: Model, prompt: Prompt) -> list[int]:
     """The tokens of `prompt`, up to its end or to the first that a little noise on the logits would change."""
     params, numbers, noise = prompt.params, random.Random(prompt.row_seed), torch.Generator().manual_seed(prompt.index)
     tokens: list[int] = []
-    while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in model.encoder.end_tokens):
+    while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in model.tokenizer.end_tokens):
         with torch.inference_mode():
             logits = model.model(torch.tensor([[*prompt.tokens, *tokens]]), use_cache=False).logits[:, -1].float()
         tried = torch.cat([logits, logits + NOISE * torch.randn(8, logits.shape[1], generator=noise)])
@@ -78,10 +78,10 @@ def job(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     model = Model(tiny_llama)
     rows = [Row(number, "p.jsonl", number + 1, row) for number, row in enumerate(made)]
     expected: list[str | None] = []
-    for row, prompt in zip(made, PromptReader(Recipe(), model.encoder, {}).read(rows), strict=True):
+    for row, prompt in zip(made, PromptReader(Recipe(), model.tokenizer, {}).read(rows), strict=True):
         tokens = steady(model, prompt) if isinstance(prompt, Prompt) else []
         row["max_new_tokens"] = max(1, len(tokens))
-        expected.append(model.encoder.decode(tokens) if tokens else None)
+        expected.append(model.tokenizer.decode(tokens) if tokens else None)
     good = [row if text is not None else {"prompt": 1} for row, text in zip(made, expected, strict=True)]
     lengths = [int(str(row["max_new_tokens"])) for row in good if "max_new_tokens" in row]
     assert len(lengths) > 20
@@ -115,8 +115,8 @@ def test_in_any_batch(
 ) -> None:
     path, expected = job
     out, model = tmp_path / "out", str(tiny_llama)
-    words = {"engine": engine, "batch_size": batch_size, "settings": settings, "dtype": "float32"}
-    run(str(path), out, model=model, host=Host(ENVIRONMENT), **words)  # type: ignore[arg-type]
+    words = {"engine": engine, "batch_size": batch_size, "engine_settings": settings, "dtype": "float32"}
+    run(str(path), out, RunSettings(model=model, **words), host=Host(ENVIRONMENT))  # type: ignore[arg-type]
     assert texts(out) == expected
 
 
@@ -125,7 +125,7 @@ def test_in_any_shards_with_any_engine(job: tuple[Path, list[str | None]], tiny_
     for index, (engine, batch_size) in enumerate((("accelerate", 4), ("paged", 3), ("accelerate", 30))):
         host = Host(ENVIRONMENT, shard=Shard(index, 3))
         words = {"engine": engine, "batch_size": batch_size, "dtype": "float32"}
-        run(str(path), tmp_path / "out", model=str(tiny_llama), host=host, **words)  # type: ignore[arg-type]
+        run(str(path), tmp_path / "out", RunSettings(model=str(tiny_llama), **words), host=host)  # type: ignore[arg-type]
     assert texts(tmp_path / "out") == expected
 
 
@@ -155,9 +155,9 @@ def test_rows_without_an_id_keep_theirs_when_the_file_is_renamed(tmp_path: Path)
         write_rows(tmp_path / "first.jsonl", [{"prompt": str(number)} for number in range(4)]),
         tmp_path / "out",
     )
-    run(str(first), out, engine="echo", host=Host(ENVIRONMENT, shard=Shard(0, 2)))
+    run(str(first), out, RunSettings(engine="echo"), host=Host(ENVIRONMENT, shard=Shard(0, 2)))
     second = first.rename(tmp_path / "second.jsonl")
-    run(str(second), out, engine="echo", host=Host(ENVIRONMENT, shard=Shard(1, 2)))
+    run(str(second), out, RunSettings(engine="echo"), host=Host(ENVIRONMENT, shard=Shard(1, 2)))
     assert [row["id"] for row in read_rows(out / "generations.jsonl")] == [
         f"first.jsonl:{line}" for line in range(1, 5)
     ]

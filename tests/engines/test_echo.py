@@ -68,7 +68,7 @@ def test_every_prompt_of_a_long_queue_is_in_one_batch() -> None:
 def test_counts_tokens_as_it_goes() -> None:
     echo = engine(2)
     for done, _ in enumerate(echo.generate(iter([prompt(0), prompt(1), prompt(2), prompt(3)]), lambda: False), 1):
-        assert echo.generated_tokens == done * 2 * len("hello")
+        assert echo.signs.generated_tokens == done * 2 * len("hello")
 
 
 def test_stop_ends_it_without_pulling_any_further() -> None:
@@ -93,7 +93,7 @@ def test_seconds_must_be_a_time(seconds: float) -> None:
         Echo.Options(seconds)
 
 
-def test_encoder_counts_bytes_and_renders_conversations() -> None:
-    encoder = Echo.encoder("")
-    assert [list(tokens) for tokens in encoder.tokenize(["é", ""], special=True)] == [[195, 169], []]
-    assert encoder.chat([{"role": "user", "content": "Hi"}]) == "user: Hi\n"
+def test_tokenizer_counts_bytes_and_renders_conversations() -> None:
+    tokenizer = Echo.tokenizer("")
+    assert [list(tokens) for tokens in tokenizer.tokenize(["é", ""], special=True)] == [[195, 169], []]
+    assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "user: Hi\n"

@@ -157,7 +157,7 @@ class Watched(Settled):
         raise AssertionError
 
     @classmethod
-    def encoder(cls, model: str) -> Any:
+    def tokenizer(cls, model: str) -> Any:
         raise AssertionError
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from batchgen.models.definition.errors import ModelError
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from tests.engines.hostile_models import WAYS
 from tests.engines.runs import ROOT
 
@@ -136,5 +136,5 @@ def test_a_chat_template_reaches_nothing_but_its_conversation(
     with pytest.raises(
         (ModelError, ValueError), match=r"leaves what the user says out|template refused these messages"
     ):
-        HfEncoder(str(folder)).chat([{"role": "user", "content": "x"}])
+        HfTokenizer(str(folder)).chat([{"role": "user", "content": "x"}])
     assert not list((tmp_path / "work").iterdir())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from batchgen import Host, run
+from batchgen import Host, RunSettings, run
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 from tests.engines import runs
 from tests.tiny_models import PAD
@@ -52,9 +52,9 @@ def expected(infinite: Path, tmp_path_factory: pytest.TempPathFactory) -> Mappin
 def generate(
     folder: Path, model: Path, rows: Sequence[Mapping[str, object]], engine: str, batch_size: int, *settings: str
 ) -> list[dict[str, Any]]:
-    words = {"engine": engine, "batch_size": batch_size, "settings": settings, "dtype": "float32"}
+    words = {"engine": engine, "batch_size": batch_size, "engine_settings": settings, "dtype": "float32"}
     path = write_rows(folder / "rows.jsonl", [dict(row) for row in rows])
-    run(str(path), folder / "out", model=str(model), host=Host(ENVIRONMENT), **words)  # type: ignore[arg-type]
+    run(str(path), folder / "out", RunSettings(model=str(model), **words), host=Host(ENVIRONMENT))  # type: ignore[arg-type]
     return read_rows(folder / "out" / "generations.jsonl")
 
 

@@ -22,6 +22,7 @@ from batchgen.formats._json_files import other_kind, packing_of
 from batchgen.formats._json_lines import DEEPEST
 from batchgen.formats.input import Input
 from batchgen.formats.jsonl import WINDOW
+from batchgen.requests.row_ids import row_id
 from batchgen.types import RowError
 
 Read = list[tuple[int, object]]  # line, and columns or the type of the error
@@ -101,6 +102,36 @@ def test_a_bad_line_is_an_error_row_between_good_ones(line: bytes, kind: str, se
     assert isinstance(bad, RowError)
     assert (bad.type, bad.line) == (kind, 2)
     assert sentence in bad.message
+
+
+@pytest.mark.parametrize(
+    ("line", "own"),
+    [
+        (b'{"prompt":"a","x":NaN,"id":"i"}', "i"),
+        (b'{"custom_id":"c","url":"/v1/completions","body":{"prompt":"a","prompt":"b"},"id":"i"}', "c"),
+        (b'{"id":7,"prompt":"a","x":1e999}', "7"),
+        (b'{"prompt":"\\ud83d","id":"i"}', "i"),
+        (b'{"prompt":"\xff","id":"i"}', "i"),
+        (b'{"x":' + b"[" * DEEPEST + b"]" * DEEPEST + b',"custom_id":"c"}', "c"),
+        (b'{"custom_id":"c","x":' + b"[" * 100_000, "c"),
+        (b'{"id":"i","prompt":"cut off', "i"),
+        (b'{"id":"cut off', None),
+        (b'{"id":12', None),
+        (b'{"id":"a","id":"b","prompt":"x"}', None),  # only one can be meant
+        (b'{"id":"a","id":"a","prompt":"x"}', "a"),
+        (b'{"id":"\\ud83d","prompt":"x"}', None),
+        (b'{"id":"\xff","prompt":"x"}', None),
+        (b'{"id":"","prompt":NaN}', None),
+        (b'{"id":[1],"custom_id":"c","prompt":NaN}', "c"),
+        (b'{"x":{"id":"inner"},"y":NaN}', None),
+    ],
+)
+def test_a_bad_line_keeps_the_id_that_can_be_read(line: bytes, own: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line + b"\n")
+    (row,) = Input.open([str(path)], tmp_path / "cache", scan=True).rows(range(1))
+    assert isinstance(row.value, RowError)
+    assert (row.value.id, row_id(row)) == (own, own or "a.jsonl:1")
 
 
 def test_lists_may_be_nested_so_deep(tmp_path: Path) -> None:

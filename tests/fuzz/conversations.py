@@ -2,7 +2,8 @@
 
 Every seed makes a conversation, as a row of JSON lines, of a table, or as a line of an OpenAI batch file. No exception
 may come out. A word of a text that any way of giving Transformers the same conversation brings into the prompt is in
-batchgen's prompt too, and what Transformers renders without a loss is not refused.
+batchgen's prompt too, and so is each word of all turns but the assistant's: a template that leaves one out is a refused
+row. What Transformers renders without a loss is not refused.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class _Maker:
 def case(seed: int, folder: Path) -> str:
     """Makes the conversation of `seed`, reads it, and checks all that must hold; gives what has become of it.
 
-    Encoders are made once a process, by way of files in `folder`.
+    Tokenizers are made once a process, by way of files in `folder`.
 
     Raises:
         AssertionError, or whatever has escaped.
@@ -122,7 +123,7 @@ def case(seed: int, folder: Path) -> str:
     row = _row(form, messages, kwargs)
     if row is None:
         return "no table"
-    [outcome] = PromptReader(_RECIPE, model.encoder, {}).read([row])
+    [outcome] = PromptReader(_RECIPE, model.tokenizer, {}).read([row])
     asks = any(message.get("tool_calls") for message in messages)
     if isinstance(outcome, Generation):
         assert outcome.error is not None
@@ -199,7 +200,8 @@ def _check_prompt(text: str, model: Family, messages: Sequence[Mapping[str, Any]
     words = _words_of(messages) - set(_THOUGHT.findall(str(messages)))
     own = [model.rendered(variant, **kwargs) for variant in _variants(messages)]
     shown = {word for each in own if each is not None for word in _WORD.findall(each)}
-    lost = (words & shown) - set(_WORD.findall(text))
+    said = _words_of([message for message in messages if message["role"] != "assistant"]) & words
+    lost = (words & shown | said) - set(_WORD.findall(text))
     assert not lost, f"{model.name} has lost {lost} of {messages} in {text!r}"
     assert not _WRITTEN_OUT.search(text) or "tool_calls" in str(messages), f"{model.name} writes a list out: {text!r}"
     if all(isinstance(message.get("content", ""), str) for message in messages):

@@ -21,7 +21,7 @@ import transformers
 
 from batchgen import engines, models
 from batchgen.engine import Setup
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.planning import forecast
 from batchgen.planning.hardware import card_of
 from batchgen.requests.prompts import PromptReader
@@ -77,13 +77,13 @@ def case(seed: int, folder: Path) -> str:
     _write(place, dict(_files(random.choice(list(_KINDS)), random.random() < 0.2)), random)
     try:
         models.check_there(str(place))
-        encoder = HfEncoder(str(place))
+        tokenizer = HfTokenizer(str(place))
     except UserError as error:
         _check_sentence(error, str(place))
         return "refused"
-    prompts = _read_rows(encoder)
+    prompts = _read_rows(tokenizer)
     try:
-        _forecast(encoder)
+        _forecast(tokenizer)
     except UserError as error:
         _check_sentence(error, "")
         return "refused by plan"
@@ -218,24 +218,24 @@ def _check_sentence(error: UserError, place: str) -> None:
         assert word not in text, text
 
 
-def _read_rows(encoder: HfEncoder) -> list[Prompt]:
+def _read_rows(tokenizer: HfTokenizer) -> list[Prompt]:
     """The prompts of two rows; none has lost a word, unless the tokenizer says so by its token for what is unknown."""
     rows = [Row(number, "a.jsonl", number + 1, row) for number, row in enumerate(_ROWS)]
-    outcomes = PromptReader(Recipe(sampling=SamplingParams(max_new_tokens=4)), encoder, {}).read(rows)
+    outcomes = PromptReader(Recipe(sampling=SamplingParams(max_new_tokens=4)), tokenizer, {}).read(rows)
     prompts = [outcome for outcome in outcomes if isinstance(outcome, Prompt)]
-    tokenizer = encoder._tokenizer
+    hf_tokenizer = tokenizer._hf_tokenizer
     for prompt in prompts:
-        text = tokenizer.decode(list(prompt.tokens), clean_up_tokenization_spaces=False).lower()
+        text = hf_tokenizer.decode(list(prompt.tokens), clean_up_tokenization_spaces=False).lower()
         lost = [word for word in _WORDS.lower().split() if word not in text]
-        known = tokenizer.unk_token_id is None or tokenizer.unk_token_id not in prompt.tokens
+        known = hf_tokenizer.unk_token_id is None or hf_tokenizer.unk_token_id not in prompt.tokens
         assert not lost or not known, f"{prompt.id} lost {lost}: {text!r}"
     for outcome in outcomes:
         assert isinstance(outcome, Prompt) or (outcome.error is not None and outcome.error.message)
     return prompts
 
 
-def _forecast(encoder: HfEncoder) -> None:
-    model = forecast.Model.of(encoder.config, torch.bfloat16)
+def _forecast(tokenizer: HfTokenizer) -> None:
+    model = forecast.Model.of(tokenizer.config, torch.bfloat16)
     forecast.forecasts(model, forecast.Work([(20, 4), (9, 4)], 2), forecast.Node(card_of("A100-80", None), 2), {})
 
 

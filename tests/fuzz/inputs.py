@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen import RunSettings
 from batchgen.requests.output import ErrorFormat
 from batchgen.requests.recipe import Recipe
 from batchgen.runs.flow import Host, MergeError, OutputFormat, run
@@ -72,7 +73,7 @@ def case(seed: int, folder: Path) -> Outcome:
 def _run(path: Path, out: Path, options: dict[str, Any]) -> Outcome:
     refused: UserError | None = None
     try:
-        status = run(str(path), out, engine="echo", host=Host(ENVIRONMENT), **options)
+        status = run(str(path), out, RunSettings(engine="echo", **options), host=Host(ENVIRONMENT))
     except UserError as error:
         refused = error
     if isinstance(refused, MergeError):  # not every type of Arrow has a place in every table

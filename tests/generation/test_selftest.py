@@ -61,7 +61,7 @@ def test_a_token_that_is_not_a_number_is_no_rounding(tiny_llama: Path) -> None:
     with torch.no_grad():
         made.model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(EngineError, match="self-test"):
-        SelfTest(made.model, made.device, made.encoder.decode, 1).check(random_prompts(1)[0], [5, 6])
+        SelfTest(made.model, made.device, made.tokenizer.decode, 1).check(random_prompts(1)[0], [5, 6])
 
 
 def test_near_ties_are_rounding(tiny_llama: Path) -> None:
@@ -70,7 +70,7 @@ def test_near_ties_are_rounding(tiny_llama: Path) -> None:
     head = made.model.lm_head.weight
     with torch.no_grad():  # another token is as good as the first one
         head[200] = head[tokens[0]] * (1 + 1e-6)
-    SelfTest(made.model, made.device, made.encoder.decode, 1).check(prompt, tokens[:1])
+    SelfTest(made.model, made.device, made.tokenizer.decode, 1).check(prompt, tokens[:1])
 
 
 def test_greedy_rows_are_looked_at_the_shortest_and_the_longest() -> None:
@@ -118,15 +118,15 @@ def test_rounding_beyond_the_usual_is_measured_on_the_model(smollm2: Path) -> No
     setup = Setup(str(smollm2), "int8", 2, World(), selftest=False)
     with Accelerate(setup, Accelerate.Options()) as engine:
         assert engine._batches is not None
-        model, device, encoder = engine._batches._model, engine._batches._device, engine._batches._encoder
-        [tokens] = encoder.tokenize(["My favourite things are"], special=True)
+        model, device, tokenizer = engine._batches._model, engine._batches._device, engine._batches._tokenizer
+        [tokens] = tokenizer.tokenize(["My favourite things are"], special=True)
         prompt = replace(random_prompts(1)[0], tokens=tokens)
         [logits] = selftest.logits_of(model, prompt.tokens, [0], device)
         behind = (logits.max() - logits) / logits.std()
         near, far = (int((behind - distance).abs().argmin()) for distance in (0.35, 0.95))
         assert 0.26 < behind[near] < 0.45
         assert behind[far] > 0.76
-        test = SelfTest(model, device, encoder.decode, 2)
+        test = SelfTest(model, device, tokenizer.decode, 2)
         test.check(prompt, [near])
         for strict, token in ((test, far), (replace(test, measures=False), near)):
             with pytest.raises(EngineError, match=r"alone, .* is better by 0\.\d+ standard deviations"):

@@ -49,7 +49,7 @@ def test_a_batch_of_mixed_lengths_gives_the_tokens_of_one_prompt_at_a_time(
     assert len({token for tokens in expected.values() for token in tokens}) > 50, "the model repeats itself"
     for prompt in prompts:
         generation, tokens = generations[prompt.id], expected[prompt.id]
-        assert (generation.text, generation.generated_tokens) == (model.encoder.decode(tokens), len(tokens))
+        assert (generation.text, generation.generated_tokens) == (model.tokenizer.decode(tokens), len(tokens))
         assert generation.finish_reason == ("stop" if tokens[-1] == models.END else "length")
         assert (generation.prompt_tokens, generation.columns) == (len(prompt.tokens), prompt.columns)
     assert model.counted - counted == sum(map(len, expected.values()))
@@ -84,13 +84,13 @@ def test_the_default_model_answers_in_a_batch_as_alone(smollm2: Path) -> None:
     model = Model(smollm2)
     model.model.float()
     questions = ["What is the capital of France?", "Hi", "Name three colours of the rainbow, with commas, please."]
-    texts = [model.encoder.chat([{"role": "user", "content": question}]) for question in questions]
+    texts = [model.tokenizer.chat([{"role": "user", "content": question}]) for question in questions]
     prompts = [
         Prompt(number, str(number), number + 1, text, tokens, SamplingParams(max_new_tokens=12), {})
-        for number, (text, tokens) in enumerate(zip(texts, model.encoder.tokenize(texts, special=False), strict=True))
+        for number, (text, tokens) in enumerate(zip(texts, model.tokenizer.tokenize(texts, special=False), strict=True))
     ]
     generations = model.texts(prompts)
-    assert [generations[p.id].text for p in prompts] == [model.encoder.decode(model.alone(p)) for p in prompts]
+    assert [generations[p.id].text for p in prompts] == [model.tokenizer.decode(model.alone(p)) for p in prompts]
     assert "Paris" in str(generations["0"].text)
 
 
@@ -125,7 +125,7 @@ def test_several_end_tokens_each_end_a_row(tiny_llama: Path, tmp_path: Path, lla
     for name, tokens in before.items():
         end = next((place for place, token in enumerate(tokens, 1) if token in ends | {models.END}), len(tokens))
         assert generations[name].generated_tokens == end
-        assert generations[name].text == llama.encoder.decode(tokens[:end])
+        assert generations[name].text == llama.tokenizer.decode(tokens[:end])
 
 
 def test_each_row_stops_at_its_own_stop_text_and_is_cut_before_it(llama: Model) -> None:
@@ -225,7 +225,7 @@ def test_a_short_row_does_not_take_the_positions_of_a_long_one(tmp_path: Path) -
     batches = model.run(prompts)
     assert len(batches) > 3
     found = {generation.id: generation.text for batch in batches for generation in batch.generations}
-    assert found == {prompt.id: model.encoder.decode(model.alone(prompt)) for prompt in prompts}
+    assert found == {prompt.id: model.tokenizer.decode(model.alone(prompt)) for prompt in prompts}
 
 
 def test_a_model_that_transformers_cannot_generate_with_is_one_sentence(tmp_path: Path) -> None:

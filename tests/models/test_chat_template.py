@@ -11,7 +11,7 @@ import pytest
 
 from batchgen.engine import EngineError
 from batchgen.models.chat_template import ChatTemplate, loops_over_content
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from tests.conversations import EITHER, PARTS_ALONE, TEMPLATES, TOOL, families, family, joined, parts, save, split
 from tests.fuzz.conversations import case
 
@@ -44,7 +44,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 def chat(folder: Path, name: str, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str | None:
     try:
-        return family(name, folder).encoder.chat(messages, **kwargs)
+        return family(name, folder).tokenizer.chat(messages, **kwargs)
     except ValueError:
         return None
 
@@ -55,7 +55,11 @@ def test_texts_are_rendered_as_transformers_renders_them(tmp_path: Path, name: s
     for messages in CONVERSATIONS.values():
         as_read = split(messages) if name in PARTS_ALONE else messages
         for kwargs in variables:
-            assert chat(tmp_path, name, messages, **kwargs) == family(name, tmp_path).rendered(as_read, **kwargs)
+            own = family(name, tmp_path).rendered(as_read, **kwargs)
+            said = [word for word in ("Boo", "No.", "rain") if any(word in str(one["content"]) for one in messages)]
+            is_left_out = own is not None and any(word not in own for word in said)
+            # Of a role that the template does not know.
+            assert chat(tmp_path, name, messages, **kwargs) == (None if is_left_out else own)
 
 
 @pytest.mark.parametrize("name", families())
@@ -100,7 +104,7 @@ def test_a_developer_beside_a_system_is_not_made_a_second_one(tmp_path: Path) ->
     """A template may keep the last system message alone."""
     messages = [{"role": role, "content": "Hi"} for role in ("system", "developer", "user")]
     with pytest.raises(ValueError, match="does not know the role developer, and there is another message"):
-        family("deepseek-r1", tmp_path).encoder.chat(messages)
+        family("deepseek-r1", tmp_path).tokenizer.chat(messages)
     assert chat(tmp_path, "chatml", messages) == family("chatml", tmp_path).rendered(messages)
 
 
@@ -139,9 +143,9 @@ def test_where_no_conversation_can_be_tried_out_the_syntax_decides() -> None:
 
 
 def test_a_template_that_reads_the_first_part_alone_gets_all_of_them_as_one(tmp_path: Path) -> None:
-    encoder = HfEncoder(str(save(tmp_path, "{{ messages[0].content[0].text }}")))
-    assert encoder.chat([{"role": "user", "content": parts("One.", "Two.")}]) == "One.\nTwo."
-    assert encoder.chat([{"role": "user", "content": "One."}]) == "One."
+    tokenizer = HfTokenizer(str(save(tmp_path, "{{ messages[0].content[0].text }}")))
+    assert tokenizer.chat([{"role": "user", "content": parts("One.", "Two.")}]) == "One.\nTwo."
+    assert tokenizer.chat([{"role": "user", "content": "One."}]) == "One."
 
 
 NAMED = [{"name": "default", "template": "plain {{ messages[0].content }}"},
@@ -150,28 +154,28 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def test_of_several_templates_the_default_is_taken_and_with_tools_that_for_tools(tmp_path: Path) -> None:
-    encoder = HfEncoder(str(save(tmp_path, NAMED)))
-    assert encoder.chat(HELLO) == "plain Hello"
-    assert encoder.chat(HELLO, tools=[TOOL]) == "tools Hello"
+    tokenizer = HfTokenizer(str(save(tmp_path, NAMED)))
+    assert tokenizer.chat(HELLO) == "plain Hello"
+    assert tokenizer.chat(HELLO, tools=[TOOL]) == "tools Hello"
 
 
 def test_several_templates_without_a_default_are_named(tmp_path: Path) -> None:
-    encoder = HfEncoder(str(save(tmp_path, NAMED[1:])))
+    tokenizer = HfTokenizer(str(save(tmp_path, NAMED[1:])))
     with pytest.raises(ValueError, match="has chat templates named tool_use, and none named default"):
-        encoder.chat(HELLO)
+        tokenizer.chat(HELLO)
 
 
 @pytest.mark.parametrize("given", ["plain {{ messages[0].content }}", NAMED, {"default": NAMED[0]["template"]}])
 def test_a_template_may_stand_in_a_file_of_a_processor(tmp_path: Path, given: object) -> None:
     save(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": given}))
-    assert HfEncoder(str(tmp_path)).chat(HELLO) == "plain Hello"
+    assert HfTokenizer(str(tmp_path)).chat(HELLO) == "plain Hello"
 
 
 def test_the_tokenizers_own_template_comes_before_that_of_a_processor(tmp_path: Path) -> None:
     save(tmp_path, "own {{ messages[0].content }}")
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "other {{ messages[0].content }}"}))
-    assert HfEncoder(str(tmp_path)).chat(HELLO) == "own Hello"
+    assert HfTokenizer(str(tmp_path)).chat(HELLO) == "own Hello"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"chat_template": 7}', '{"chat_template": []}', "\x00"])
@@ -179,13 +183,57 @@ def test_a_damaged_file_of_a_template_is_one_sentence(tmp_path: Path, content: s
     save(tmp_path)
     (tmp_path / "chat_template.json").write_text(content)
     with pytest.raises(EngineError, match=r"chat_template\.json"):
-        HfEncoder(str(tmp_path))
+        HfTokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("given", [7, [], ["x"], [{"name": "default"}], {"default": 7}, [{"template": "x"}]])
 def test_a_tokenizers_template_that_is_none_is_one_sentence(tmp_path: Path, given: object) -> None:
     with pytest.raises(EngineError, match=r"tokenizer_config\.json: chat_template must be a Jinja template"):
-        HfEncoder(str(save(tmp_path, given)))
+        HfTokenizer(str(save(tmp_path, given)))
+
+
+def test_a_byte_order_mark_before_the_template_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8-sig")
+    assert HfTokenizer(str(folder)).chat([{"role": "user", "content": "Hello"}]) == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "place"),
+    [
+        ("qwen2.5", [{"role": "human", "content": "odd words"}], 1),
+        ("phi-3", [{"role": "User", "content": "in capitals"}], 1),
+        ("olmo", [{"role": "user", "content": "a"}, {"role": "function", "content": "a"}], 2),
+        ("zephyr", [{"role": "user", "content": "Rain?"}, {"role": "tool", "content": "No"}], 2),
+        ("gemma-3", [{"role": "system", "content": "on its own"}], 1),
+        ("gpt-oss", [{"role": "user", "content": "one"}, {"role": "system", "content": "late"}], 2),
+        ("deepseek-r1", [{"role": "human", "content": parts("odd", "words")}, {"role": "user", "content": "odd"}], 1),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(
+    tmp_path: Path, name: str, messages: list[dict[str, Any]], place: int
+) -> None:
+    role = messages[place - 1]["role"]
+    with pytest.raises(
+        ValueError, match=rf'leaves out what message {place} of {len(messages)} says, whose role is "{role}"\.'
+    ):
+        family(name, tmp_path).tokenizer.chat(messages)
+
+
+def test_what_an_assistant_has_said_may_be_left_out_as_the_template_likes(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "<think>quietly</think>Hi"},
+        {"role": "user", "content": "Bye"},
+    ]
+    assert "quietly" not in family("qwen3", tmp_path).tokenizer.chat(messages)
+
+
+def test_words_that_a_template_writes_in_another_way_are_not_missed(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content | replace('ü', 'ue') }}{% endfor %}"
+    tokenizer = HfTokenizer(str(save(tmp_path, template)))
+    assert tokenizer.chat([{"role": "user", "content": "grün"}]) == "gruen"
 
 
 def test_random_conversations_lose_no_word(tmp_path: Path) -> None:

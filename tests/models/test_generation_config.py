@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from batchgen.checkpoint import AskedDifferently, RunFolder, read_json, to_json, write_atomic
+from batchgen import RunSettings
+from batchgen.checkpoint import DifferentRun, RunFolder, read_json, to_json, write_atomic
 from batchgen.commands import main
 from batchgen.engine import EngineError
 from batchgen.models.generation_config import with_authors_sampling
@@ -19,7 +20,7 @@ from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.runs.flow import Host, run
 from batchgen.types import Prompt, SamplingParams
-from tests.byte_encoder import ByteEncoder, request, rows
+from tests.byte_tokenizer import ByteTokenizer, request, rows
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -108,7 +109,7 @@ def test_what_is_taken_and_what_cannot_be_is_said(tmp_path: Path, caplog: pytest
 
 
 def read(recipe: Recipe, body: dict[str, Any], context: int | None = None) -> Prompt:
-    [prompt] = PromptReader(recipe, ByteEncoder(context), {}).read(rows(request({"messages": HELLO, **body})))
+    [prompt] = PromptReader(recipe, ByteTokenizer(context), {}).read(rows(request({"messages": HELLO, **body})))
     assert isinstance(prompt, Prompt), prompt
     return prompt
 
@@ -142,18 +143,18 @@ def test_what_is_used_is_recorded_and_compared_and_a_run_from_before_goes_on(
 
     def start(out: str, generation_config: str) -> dict[str, Any]:
         recipe = Recipe(model="m", generation_config=generation_config)
-        run(str(lines), tmp_path / out, recipe=recipe, engine="echo", host=Host(ENVIRONMENT))
-        return RunFolder(tmp_path / out).asked()
+        run(str(lines), tmp_path / out, RunSettings(recipe=recipe, engine="echo"), host=Host(ENVIRONMENT))
+        return RunFolder(tmp_path / out).read_identity()
 
     asked = start("new", authors)
     assert (asked["sampling.temperature"], asked["sampling.top_k"], asked["generation_config"]) == (0.6, 20, authors)
     assert start("new", authors) == asked
     folder(tmp_path / "authors", **AUTHORS | {"temperature": 0.9})
-    with pytest.raises(AskedDifferently, match=r"sampling\.temperature was 0\.6, now 0\.9"):
+    with pytest.raises(DifferentRun, match=r"sampling\.temperature was 0\.6, now 0\.9"):
         start("new", authors)
 
     assert start("none", "none")["generation_config"] is None
-    with pytest.raises(AskedDifferently, match=r"generation_config was null, now \"auto\""):
+    with pytest.raises(DifferentRun, match=r"generation_config was null, now \"auto\""):
         start("none", "auto")
     known = read_json(tmp_path / "none" / "run.json")
     del known["asked"]["generation_config"]  # as versions wrote it that knew no author
@@ -189,7 +190,7 @@ def test_run_batch_takes_the_authors_sampling_and_a_typed_flag_wins(
     words = ["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", "model", "--engine", "accelerate", *flags]
     ended = CliRunner().invoke(main, words)
     assert ended.exit_code == 0, ended.output
-    asked = RunFolder(tmp_path / "out.jsonl.run").asked()
+    asked = RunFolder(tmp_path / "out.jsonl.run").read_identity()
     assert tuple(asked[f"sampling.{name}"] for name in ("temperature", "top_p", "top_k")) == expected
 
 
@@ -218,8 +219,8 @@ def test_answers_are_those_of_the_authors_sampling(tiny_llama: Path, tmp_path: P
         ("flags", Recipe(sampling=SamplingParams(temperature=1.5, top_k=40))),
         ("greedy", Recipe()),
     ):
-        run(str(lines), tmp_path / name, recipe=recipe, model=str(tiny_llama), engine="accelerate",
-            selftest=False, host=Host(ENVIRONMENT))  # fmt: skip
+        settings = RunSettings(recipe=recipe, model=str(tiny_llama), engine="accelerate", selftest=False)
+        run(str(lines), tmp_path / name, settings, host=Host(ENVIRONMENT))
         [row] = read_rows(tmp_path / name / "generations.jsonl")
         found[name] = row["response"]["body"]["choices"]
     assert found["file"] == found["flags"] != found["greedy"]

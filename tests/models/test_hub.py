@@ -42,7 +42,9 @@ REPOSITORIES = {
     },
     "org/shards": {
         **DEFINITION,
-        "model.safetensors.index.json": json.dumps({"weight_map": {"x": SHARDS[0], "y": SHARDS[1]}}).encode(),
+        "model.safetensors.index.json": json.dumps(
+            {"metadata": {}, "weight_map": {"x": SHARDS[0], "y": SHARDS[1]}}
+        ).encode(),
         SHARDS[0]: safetensors(b"first"),
         SHARDS[1]: safetensors(b"second"),
         "pytorch_model.bin": b"not needed",

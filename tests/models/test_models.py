@@ -103,7 +103,7 @@ def test_weights_in_several_files_are_found_by_their_index(tmp_path: Path) -> No
     (tmp_path / names[1]).touch()
     assert [file.name for file in weight_files(tmp_path)] == names
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
-    with pytest.raises(models.ModelError, match=r"1 of its 1 weight files are missing \(1\)"):
+    with pytest.raises(models.ModelError, match="weight_map must be an object"):
         weight_files(tmp_path)
 
 

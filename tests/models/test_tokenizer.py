@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from batchgen.engine import EngineError
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from tests import tiny_models as models
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -28,13 +28,13 @@ def folder_with(config: dict[str, Any], base: Path, folder: Path) -> Path:
 
 
 def test_a_chat_is_rendered_for_the_assistants_turn(tiny_llama: Path) -> None:
-    text = HfEncoder(str(tiny_llama)).chat(MESSAGES)
+    text = HfTokenizer(str(tiny_llama)).chat(MESSAGES)
     assert text == "<s><|system|>Be brief.</s><|user|>Hi</s><|assistant|>"
 
 
 def test_template_arguments_are_passed_on_but_the_result_stays_a_text(tiny_llama: Path) -> None:
-    encoder = HfEncoder(str(tiny_llama))
-    assert encoder.chat(MESSAGES[1:], add_generation_prompt=False, tokenize=True) == "<s><|user|>Hi</s>"
+    tokenizer = HfTokenizer(str(tiny_llama))
+    assert tokenizer.chat(MESSAGES[1:], add_generation_prompt=False, tokenize=True) == "<s><|user|>Hi</s>"
 
 
 @pytest.mark.parametrize(
@@ -49,43 +49,43 @@ def test_a_conversation_that_the_template_refuses_is_a_value_error(
     tiny_llama: Path, messages: list[dict[str, object]], detail: str
 ) -> None:
     with pytest.raises(ValueError, match=detail):
-        HfEncoder(str(tiny_llama)).chat(messages)
+        HfTokenizer(str(tiny_llama)).chat(messages)
 
 
 def test_a_model_without_a_template_says_so(tiny_bloom: Path) -> None:
     with pytest.raises(ValueError, match="no chat template"):
-        HfEncoder(str(tiny_bloom)).chat(MESSAGES)
+        HfTokenizer(str(tiny_bloom)).chat(MESSAGES)
 
 
 def test_a_plain_text_gets_one_beginning_token_and_a_rendered_chat_none(tiny_llama: Path) -> None:
-    encoder = HfEncoder(str(tiny_llama))
-    plain, begun = encoder.tokenize(["Hi", "<s>Hi"], special=True)
+    tokenizer = HfTokenizer(str(tiny_llama))
+    plain, begun = tokenizer.tokenize(["Hi", "<s>Hi"], special=True)
     assert plain == begun
     assert plain[0] == models.BEGIN
     assert models.BEGIN not in plain[1:]
-    (chat,) = encoder.tokenize([encoder.chat(MESSAGES)], special=False)
+    (chat,) = tokenizer.tokenize([tokenizer.chat(MESSAGES)], special=False)
     assert list(chat).count(models.BEGIN) == 1
 
 
 def test_tokens_are_plain_lists_one_a_text(tiny_llama: Path) -> None:
-    encoder = HfEncoder(str(tiny_llama))
-    tokens = encoder.tokenize(["a", "", "é"], special=False)
+    tokenizer = HfTokenizer(str(tiny_llama))
+    tokens = tokenizer.tokenize(["a", "", "é"], special=False)
     assert [len(each) for each in tokens] == [1, 0, 2]
     assert all(type(each) is list and all(type(i) is int for i in each) for each in tokens)
-    assert encoder.tokenize([], special=True) == []
+    assert tokenizer.tokenize([], special=True) == []
 
 
 def test_a_lone_surrogate_does_not_spoil_the_window_it_is_in(tiny_llama: Path) -> None:
-    encoder = HfEncoder(str(tiny_llama))
-    broken, whole = encoder.tokenize(["a\ud800b", "ab"], special=False)
-    assert encoder.decode(broken) == "a\ufffdb"
-    assert encoder.decode(whole) == "ab"
+    tokenizer = HfTokenizer(str(tiny_llama))
+    broken, whole = tokenizer.tokenize(["a\ud800b", "ab"], special=False)
+    assert tokenizer.decode(broken) == "a\ufffdb"
+    assert tokenizer.decode(whole) == "ab"
 
 
 def test_a_token_has_a_text_of_its_own(tiny_llama: Path) -> None:
-    encoder = HfEncoder(str(tiny_llama))
-    (tokens,) = encoder.tokenize([" aé"], special=False)
-    assert [encoder.token_text(token) for token in [*tokens, models.END]] == [" ", "a", "\ufffd", "\ufffd", "</s>"]
+    tokenizer = HfTokenizer(str(tiny_llama))
+    (tokens,) = tokenizer.tokenize([" aé"], special=False)
+    assert [tokenizer.token_text(token) for token in [*tokens, models.END]] == [" ", "a", "\ufffd", "\ufffd", "</s>"]
 
 
 def test_long_texts_are_tokenized_without_a_warning(tiny_llama: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_long_texts_are_tokenized_without_a_warning(tiny_llama: Path, tmp_path: 
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
-        (tokens,) = HfEncoder(str(folder)).tokenize(["x" * 2000], special=False)
+        (tokens,) = HfTokenizer(str(folder)).tokenize(["x" * 2000], special=False)
     finally:
         logger.removeHandler(handler)
     assert len(tokens) == 2000
@@ -107,38 +107,38 @@ def test_long_texts_are_tokenized_without_a_warning(tiny_llama: Path, tmp_path: 
 
 @pytest.mark.parametrize("text", [" leading", "trailing \n", "a , b . c 's", "日本語 🙂", "\n\n  x"])
 def test_decoding_gives_back_every_space(tiny_llama: Path, text: str) -> None:
-    encoder = HfEncoder(str(tiny_llama))
-    (tokens,) = encoder.tokenize([text], special=False)
-    assert encoder.decode([*tokens, models.END]) == text
+    tokenizer = HfTokenizer(str(tiny_llama))
+    (tokens,) = tokenizer.tokenize([text], special=False)
+    assert tokenizer.decode([*tokens, models.END]) == text
 
 
 def test_the_first_tokens_leading_space_survives_a_decoder_that_drops_it(tiny_llama: Path, tmp_path: Path) -> None:
     folder = folder_with({}, tiny_llama, tmp_path / "sentencepiece")
     models.sentencepiece_like_tokenizer().save_pretrained(folder)
-    encoder = HfEncoder(str(folder))
-    (tokens,) = encoder.tokenize(["good day"], special=False)
-    assert encoder.decode(tokens) == " good day"
-    assert encoder.decode([]) == ""
+    tokenizer = HfTokenizer(str(folder))
+    (tokens,) = tokenizer.tokenize(["good day"], special=False)
+    assert tokenizer.decode(tokens) == " good day"
+    assert tokenizer.decode([]) == ""
 
 
 def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer_together(tiny_llama: Path, tmp_path: Path) -> None:
     folder = folder_with({"eos_token_id": [7, 9]}, tiny_llama, tmp_path / "ends")
-    assert HfEncoder(str(folder)).end_tokens == [models.END, 7, 9]
+    assert HfTokenizer(str(folder)).end_tokens == [models.END, 7, 9]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": models.END_OF_TURN}))
-    assert HfEncoder(str(folder)).end_tokens == [models.END, models.END_OF_TURN, 7, 9]
+    assert HfTokenizer(str(folder)).end_tokens == [models.END, models.END_OF_TURN, 7, 9]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [models.END_OF_TURN, None]}))
-    assert HfEncoder(str(folder)).end_tokens == [models.END, models.END_OF_TURN, 7, 9]
+    assert HfTokenizer(str(folder)).end_tokens == [models.END, models.END_OF_TURN, 7, 9]
 
 
 def test_padding_is_no_end_token_and_lies_in_the_embedding(tiny_llama: Path, tiny_bloom: Path, tmp_path: Path) -> None:
-    assert HfEncoder(str(tiny_llama)).pad_token == models.PAD
+    assert HfTokenizer(str(tiny_llama)).pad_token == models.PAD
     ends = folder_with({"eos_token_id": [0, 1, 2]}, tiny_llama, tmp_path / "ends")
-    assert HfEncoder(str(ends)).pad_token == 3
+    assert HfTokenizer(str(ends)).pad_token == 3
     # BLOOM's embedding needs no padding of its own: it is made all the same.
     outside = folder_with({"pad_token_id": 260}, tiny_bloom, tmp_path / "outside")
     settings = json.loads((outside / "tokenizer_config.json").read_text()) | {"pad_token": "<outside>"}
     (outside / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert HfEncoder(str(outside)).pad_token < 260
+    assert HfTokenizer(str(outside)).pad_token < 260
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,13 @@ def test_padding_is_no_end_token_and_lies_in_the_embedding(tiny_llama: Path, tin
 def test_the_context_is_what_the_config_says(
     tiny_llama: Path, tmp_path: Path, config: dict[str, Any], context: int | None
 ) -> None:
-    encoder = HfEncoder(str(folder_with(config, tiny_llama, tmp_path / "model")))
-    assert (encoder.context, encoder.vocabulary) == (context, 260)
+    tokenizer = HfTokenizer(str(folder_with(config, tiny_llama, tmp_path / "model")))
+    assert (tokenizer.context, tokenizer.vocabulary) == (context, 260)
 
 
 def test_bloom_has_no_limit_unless_its_config_names_one(tiny_bloom: Path, tmp_path: Path) -> None:
-    assert HfEncoder(str(tiny_bloom)).context is None
-    assert HfEncoder(str(folder_with({"seq_length": 2048}, tiny_bloom, tmp_path / "bloom"))).context == 2048
+    assert HfTokenizer(str(tiny_bloom)).context is None
+    assert HfTokenizer(str(folder_with({"seq_length": 2048}, tiny_bloom, tmp_path / "bloom"))).context == 2048
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_the_text_part_of_a_model_that_sees_says_where_texts_end_if_nobody_else_
     folder = folder_with(config, tiny_llama, tmp_path / "sees")
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
-    encoder = HfEncoder(str(folder))
-    assert (encoder.end_tokens, encoder.vocabulary, encoder.context) == (ends, 250, 512)
+    tokenizer = HfTokenizer(str(folder))
+    assert (tokenizer.end_tokens, tokenizer.vocabulary, tokenizer.context) == (ends, 250, 512)
 
 
 @pytest.mark.parametrize("kind", ["codegen", "cpmant", "qwen3_vl"])
@@ -184,22 +184,22 @@ def test_a_config_that_has_no_field_for_special_tokens_is_read(tiny_llama: Path,
     shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(tiny_llama / "tokenizer_config.json", folder)
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
-    encoder = HfEncoder(str(folder))
-    assert 2 in encoder.end_tokens
-    assert encoder.pad_token == 0
+    tokenizer = HfTokenizer(str(folder))
+    assert 2 in tokenizer.end_tokens
+    assert tokenizer.pad_token == 0
 
 
 def test_a_folder_without_a_model_is_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"holds no config\.json"):
-        HfEncoder(str(tmp_path / "missing"))
+        HfTokenizer(str(tmp_path / "missing"))
     strange = folder_with({"model_type": "unheard_of"}, tiny_llama, tmp_path / "strange")
     with pytest.raises(EngineError, match="unheard_of"):
-        HfEncoder(str(strange))
+        HfTokenizer(str(strange))
     painter = folder_with({"model_type": "blip"}, tiny_llama, tmp_path / "painter")
     with pytest.raises(EngineError, match=r"models of type blip.* Transformers generates with it from a picture alone"):
-        HfEncoder(str(painter))
+        HfTokenizer(str(painter))
     mute = folder_with({}, tiny_llama, tmp_path / "mute")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         os.remove(mute / name)
     with pytest.raises(EngineError, match="tokenizer"):
-        HfEncoder(str(mute))
+        HfTokenizer(str(mute))

@@ -12,11 +12,11 @@ import transformers
 
 from batchgen import engines
 from batchgen.checkpoint import read_json
-from batchgen.engine import Encoder, EngineError
+from batchgen.engine import EngineError, Tokenizer
 from batchgen.models import shapes, split_folder
 from batchgen.planning import auto
 from batchgen.planning.auto import Choice
-from batchgen.planning.hardware import CARDS, Machine, recognised
+from batchgen.planning.hardware import CARDS, Machine, Nodes, recognised
 from tests.commands.starts import call
 
 HOST = 200 * 10**9
@@ -42,11 +42,11 @@ def chosen(
     lengths: Sequence[tuple[int, int]] = ((8, 100),) * 64,
     hosts: int = 1,
 ) -> Choice:
-    def drawn(encoder: Encoder) -> tuple[Sequence[tuple[int, int]], int]:
-        assert encoder.tokenize(["w5 w6"], special=True)
+    def drawn(tokenizer: Tokenizer) -> tuple[Sequence[tuple[int, int]], int]:
+        assert tokenizer.tokenize(["w5 w6"], special=True)
         return lengths, 1000
 
-    return auto.automatic(model, dtype, settings, drawn, machine, ranks, hosts)
+    return auto.automatic(model, dtype, settings, drawn, Nodes(machine, ranks, hosts))
 
 
 def test_what_fits_and_is_the_fastest_is_chosen(folders: dict[str, Path]) -> None:

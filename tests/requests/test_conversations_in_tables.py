@@ -14,11 +14,11 @@ from batchgen.formats.input import Input
 from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.types import Generation, Prompt
-from tests.byte_encoder import ByteEncoder
+from tests.byte_tokenizer import ByteTokenizer
 from tests.commands.starts import write_rows
 
 
-class Listening(ByteEncoder):
+class Listening(ByteTokenizer):
     """Keeps what its chat template was given."""
 
     def __init__(self) -> None:

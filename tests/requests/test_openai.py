@@ -167,8 +167,16 @@ def test_body_must_name_the_runs_model_or_none() -> None:
     parse(chat(), "m")
     parse(line({"messages": HELLO}), "m")
     problem = refused(chat(), "other")
-    sentence = 'body.model is "m", but this run\'s model is "other"; --served-model-name can be another'
+    sentence = 'body.model is "m", but this run\'s model is "other": write that into the body, '
+    sentence += "or give the name that the lines use with --served-model-name"
     assert (problem.type, problem.message) == ("model_not_found", sentence)
+
+
+def test_a_list_that_is_refused_is_not_told_to_be_a_list() -> None:
+    problem = refused(chat(tools=[{"type": "web_search"}]))
+    assert problem.message.startswith("body.tools is not supported: it must be [] or left out")
+    assert "not a list" not in problem.message
+    assert "it must be 1 or left out, not 2" in refused(chat(n=2)).message
 
 
 def done(request: Mapping[str, object] | None = None, **changed: object) -> Generation:

@@ -14,7 +14,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import ChoiceLogprobs
 
-from batchgen import Host, Recipe, SamplingParams, run
+from batchgen import Host, Recipe, RunSettings, SamplingParams, run
 from batchgen.checkpoint import CheckpointError
 from batchgen.requests.openai import Shape, answer, parse
 from batchgen.requests.openai_completions import CHAT, COMPLETIONS
@@ -102,7 +102,7 @@ ROWS: list[dict[str, Any]] = [
 
 def test_a_run_gives_them_to_the_rows_that_ask(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", ROWS)
-    out = run(str(source), tmp_path / "out", engine="echo", host=ALONE).folder
+    out = run(str(source), tmp_path / "out", RunSettings(engine="echo"), host=ALONE).folder
     asked, other, fed, wrong, chat = read_rows(out / "generations.jsonl")
     assert (asked["logprobs"], asked["generated_tokens"], asked["input_logprobs"]) == ([0.0] * 3, 3, True)
     assert "logprobs" not in other
@@ -119,19 +119,19 @@ def test_lines_of_rows_that_do_not_ask_stay_as_they_are_beside_others(tmp_path: 
     found = []
     for name, some in (("plain", rows), ("asking", asking)):
         source = write_rows(tmp_path / f"{name}.jsonl", some)
-        out = run(str(source), tmp_path / name, engine="echo", host=ALONE).folder
+        out = run(str(source), tmp_path / name, RunSettings(engine="echo"), host=ALONE).folder
         found.append((out / "generations.jsonl").read_bytes().splitlines()[::2])
     assert found[0] == found[1]
 
 
 def test_a_run_from_before_there_were_any_goes_on_and_asks_for_none(tmp_path: Path) -> None:
     source = str(write_rows(tmp_path / "in.jsonl", ROWS[1:2]))
-    run(source, tmp_path / "out", engine="echo", host=ALONE)
+    run(source, tmp_path / "out", RunSettings(engine="echo"), host=ALONE)
     assert "sampling.logprobs" not in json.loads((tmp_path / "out/run.json").read_text())["asked"]
     asking = Recipe(sampling=SamplingParams(logprobs=True))
     with pytest.raises(CheckpointError, match=r"sampling\.logprobs was not set, now true"):
-        run(source, tmp_path / "out", recipe=asking, engine="echo", host=ALONE)
-    out = run(source, tmp_path / "new", recipe=asking, engine="echo", host=ALONE).folder
+        run(source, tmp_path / "out", RunSettings(recipe=asking, engine="echo"), host=ALONE)
+    out = run(source, tmp_path / "new", RunSettings(recipe=asking, engine="echo"), host=ALONE).folder
     assert read_rows(out / "generations.jsonl")[0]["logprobs"] == [0.0] * 3
 
 
@@ -146,7 +146,9 @@ def test_a_table_has_a_column_of_them_if_a_row_has_asked(tmp_path: Path, name: s
             pq.write_table(pa.Table.from_pylist(rows), folder / name)
         else:
             write_rows(folder / name, rows)
-        out = run(str(folder / name), folder / "out", engine="echo", output_format="parquet", host=ALONE).folder
+        out = run(
+            str(folder / name), folder / "out", RunSettings(engine="echo", output_format="parquet"), host=ALONE
+        ).folder
         table = pq.ParquetFile(out / "generations.parquet").read()
         assert ("logprobs" in table.schema.names) == asks
     assert table.schema.names[6:8] == ["error", "logprobs"]

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from openai.types.responses import Response, ResponseOutputMessage, ResponseOutputText
 
+from batchgen import RunSettings
 from batchgen.requests.openai import answer, parse
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused
 from batchgen.runs.flow import Host, run
 from batchgen.types import Generation
-from tests.byte_encoder import request
+from tests.byte_tokenizer import request
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 
 USER = {"role": "user", "content": "Hello"}
@@ -162,7 +163,9 @@ def test_a_run_answers_such_lines(tmp_path: Path) -> None:
         {**line(model="m", input="Hi", tools=[{"type": "web_search"}]), "custom_id": "c"},
     ]
     path = write_rows(tmp_path / "in.jsonl", rows)
-    status = run(str(path), tmp_path / "out", recipe=Recipe(model="m"), engine="echo", host=Host(ENVIRONMENT))
+    status = run(
+        str(path), tmp_path / "out", RunSettings(recipe=Recipe(model="m"), engine="echo"), host=Host(ENVIRONMENT)
+    )
     assert (status.good, status.failed) == (2, 1)
     first, second, third = (row["response"] for row in read_rows(tmp_path / "out" / "generations.jsonl"))
     assert Response.model_validate(first["body"]).output_text == "system: Be brief.\nuser: Hi\n"

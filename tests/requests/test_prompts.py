@@ -11,26 +11,26 @@ from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.row_ids import row_id
 from batchgen.types import FIT, Generation, Prompt, RowError, SamplingParams
-from tests.byte_encoder import BOS, ByteEncoder, request, rows
+from tests.byte_tokenizer import BOS, ByteTokenizer, request, rows
 
 
 def read(
-    value: Mapping[str, object] | RowError, recipe: Recipe | None = None, encoder: ByteEncoder | None = None
+    value: Mapping[str, object] | RowError, recipe: Recipe | None = None, tokenizer: ByteTokenizer | None = None
 ) -> Prompt | Generation:
-    [result] = PromptReader(recipe or Recipe(), encoder or ByteEncoder(), {}).read(rows(value))
+    [result] = PromptReader(recipe or Recipe(), tokenizer or ByteTokenizer(), {}).read(rows(value))
     return result
 
 
-def prompt(value: Mapping[str, object], recipe: Recipe | None = None, encoder: ByteEncoder | None = None) -> Prompt:
-    result = read(value, recipe, encoder)
+def prompt(value: Mapping[str, object], recipe: Recipe | None = None, tokenizer: ByteTokenizer | None = None) -> Prompt:
+    result = read(value, recipe, tokenizer)
     assert isinstance(result, Prompt), result
     return result
 
 
 def error(
-    value: Mapping[str, object] | RowError, recipe: Recipe | None = None, encoder: ByteEncoder | None = None
+    value: Mapping[str, object] | RowError, recipe: Recipe | None = None, tokenizer: ByteTokenizer | None = None
 ) -> RowError:
-    result = read(value, recipe, encoder)
+    result = read(value, recipe, tokenizer)
     assert isinstance(result, Generation), result
     assert result.error is not None
     assert (result.index, result.text, result.finish_reason, result.error.line) == (0, None, None, 3)
@@ -72,7 +72,7 @@ def test_id_of_another_type_is_an_error(bad: object) -> None:
 def test_ids_of_prompts_equal_those_of_the_duplicate_search() -> None:
     ids: list[dict[str, object]] = [{"id": "a"}, {"id": 1}, {}, {"custom_id": "c"}, {"id": 1.5}, {"id": ""}]
     window = rows(*[{"prompt": "x", **own} for own in ids], request({"messages": HELLO}, id="other"))
-    results = PromptReader(Recipe(), ByteEncoder(), {}).read(window)
+    results = PromptReader(Recipe(), ByteTokenizer(), {}).read(window)
     assert [result.id for result in results] == [row_id(row) for row in window]
 
 
@@ -100,7 +100,7 @@ def test_prompt_of_another_type_is_an_error() -> None:
 
 
 def test_half_a_surrogate_pair_fails_its_own_row_only() -> None:
-    results = PromptReader(Recipe(), ByteEncoder(), {}).read(rows({"prompt": "\ud800"}, {"prompt": "ü"}))
+    results = PromptReader(Recipe(), ByteTokenizer(), {}).read(rows({"prompt": "\ud800"}, {"prompt": "ü"}))
     assert isinstance(results[0], Generation)
     assert results[0].error is not None
     assert results[0].error.type == "wrong_type"
@@ -109,7 +109,7 @@ def test_half_a_surrogate_pair_fails_its_own_row_only() -> None:
 
 def test_empty_prompt_needs_a_beginning_of_sequence() -> None:
     assert list(prompt({"prompt": ""}).tokens) == [BOS]
-    assert error({"prompt": ""}, encoder=ByteEncoder(bos=False)).type == "empty_prompt"
+    assert error({"prompt": ""}, tokenizer=ByteTokenizer(bos=False)).type == "empty_prompt"
 
 
 def test_prompt_column() -> None:
@@ -165,7 +165,7 @@ def test_template_is_rendered_as_plain_text_with_its_last_newline() -> None:
 
 def test_template_that_is_none_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="--template is no Jinja template: line 2"):
-        PromptReader(Recipe(template="x\n{% if %}"), ByteEncoder(), {})
+        PromptReader(Recipe(template="x\n{% if %}"), ByteTokenizer(), {})
 
 
 def test_template_that_fails_is_an_error_row() -> None:
@@ -199,7 +199,7 @@ def test_bad_parameter_names_place_field_rule_and_value() -> None:
 def test_repeated_id_is_an_error_that_names_the_first_row() -> None:
     window = rows({"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}, request({"messages": HELLO}))
     first, second, third = PromptReader(
-        Recipe(), ByteEncoder(), {1: "line 3 of prompts.jsonl", 2: "line 3 of prompts.jsonl"}
+        Recipe(), ByteTokenizer(), {1: "line 3 of prompts.jsonl", 2: "line 3 of prompts.jsonl"}
     ).read(window)
     assert isinstance(first, Prompt)
     assert isinstance(second, Generation)
@@ -213,8 +213,8 @@ def test_repeated_id_is_an_error_that_names_the_first_row() -> None:
 
 def test_too_long_prompt_says_by_how_much() -> None:
     recipe = Recipe(sampling=SamplingParams(max_new_tokens=4))
-    assert len(prompt({"prompt": "12345"}, recipe, ByteEncoder(context=10)).tokens) == 6
-    assert error({"prompt": "123456"}, recipe, ByteEncoder(context=10)) == RowError(
+    assert len(prompt({"prompt": "12345"}, recipe, ByteTokenizer(context=10)).tokens) == 6
+    assert error({"prompt": "123456"}, recipe, ByteTokenizer(context=10)) == RowError(
         "too_long",
         "line 3 of prompts.jsonl: the prompt has 7 tokens and may generate 4, together 11; the model's context is 10. "
         "Shorten it, lower max_new_tokens, or use --truncate left|right",
@@ -233,31 +233,31 @@ def test_too_long_prompt_says_by_how_much() -> None:
 )
 def test_truncate_cuts_one_side_and_keeps_special_tokens(truncate: str, eos: bool, kept: list[int]) -> None:
     recipe = Recipe(sampling=SamplingParams(max_new_tokens=4), truncate=truncate)  # type: ignore[arg-type]
-    result = prompt({"prompt": "12345678"}, recipe, ByteEncoder(context=10, eos=eos))
+    result = prompt({"prompt": "12345678"}, recipe, ByteTokenizer(context=10, eos=eos))
     assert list(result.tokens) == kept
     assert result.text == "12345678"
 
 
 def test_truncate_without_special_tokens() -> None:
     recipe = Recipe(sampling=SamplingParams(max_new_tokens=4), truncate="left")
-    result = prompt({"messages": HELLO}, recipe, ByteEncoder(context=10))
+    result = prompt({"messages": HELLO}, recipe, ByteTokenizer(context=10))
     assert list(result.tokens) == list(b">Hello")
 
 
 @pytest.mark.parametrize(("budget", "complaint"), [(10, "max_new_tokens is 10"), (9, "the prompt has 4 tokens")])
 def test_truncate_cannot_help_where_no_room_is_left_for_the_prompt(budget: int, complaint: str) -> None:
     recipe = Recipe(sampling=SamplingParams(max_new_tokens=budget), truncate="left")
-    failed = error({"prompt": "123"}, recipe, ByteEncoder(context=10))
+    failed = error({"prompt": "123"}, recipe, ByteTokenizer(context=10))
     assert failed.type == "too_long"
     assert complaint in failed.message
 
 
 def test_window_is_tokenized_in_two_calls() -> None:
-    encoder = ByteEncoder()
+    tokenizer = ByteTokenizer()
     window = rows({"prompt": "p"}, {"messages": HELLO}, {}, {"prompt": "p"}, {"messages": HELLO})
-    results = PromptReader(Recipe(), encoder, {}).read(window)
+    results = PromptReader(Recipe(), tokenizer, {}).read(window)
     assert [result.index for result in results] == [0, 1, 2, 3, 4]
-    assert encoder.calls == [True, False]
+    assert tokenizer.calls == [True, False]
 
 
 def test_request_line_becomes_a_prompt_that_remembers_it() -> None:
@@ -270,9 +270,9 @@ def test_request_line_becomes_a_prompt_that_remembers_it() -> None:
 
 def test_completion_prompt_may_be_token_ids() -> None:
     line = request({"prompt": [5, 6]}, "/v1/completions")
-    encoder = ByteEncoder()
-    assert list(prompt(line, encoder=encoder).tokens) == [5, 6]
-    assert encoder.calls == []
+    tokenizer = ByteTokenizer()
+    assert list(prompt(line, tokenizer=tokenizer).tokens) == [5, 6]
+    assert tokenizer.calls == []
     assert error(request({"prompt": []}, "/v1/completions")).type == "empty_prompt"
     failed = error(request({"prompt": [257]}, "/v1/completions"))
     assert failed.message == "line 3 of prompts.jsonl: body.prompt has token 257, but the model has 257 tokens"
@@ -280,36 +280,36 @@ def test_completion_prompt_may_be_token_ids() -> None:
 
 @pytest.mark.parametrize("value", [{"prompt": "é"}, {"messages": HELLO}, request({"messages": HELLO})])
 def test_every_prompt_has_tokens_that_the_model_has(value: dict[str, object]) -> None:
-    encoder = ByteEncoder(bos=False)
-    encoder.vocabulary = 0xC3 if "prompt" in value else 111
+    tokenizer = ByteTokenizer(bos=False)
+    tokenizer.vocabulary = 0xC3 if "prompt" in value else 111
     token = 0xC3 if "prompt" in value else 117
-    failed = error(value, encoder=encoder)
-    sentence = f"line 3 of prompts.jsonl: the prompt has token {token}, but the model has {encoder.vocabulary} tokens"
+    failed = error(value, tokenizer=tokenizer)
+    sentence = f"line 3 of prompts.jsonl: the prompt has token {token}, but the model has {tokenizer.vocabulary} tokens"
     assert (failed.type, failed.message) == ("unknown_token", sentence)
-    encoder.vocabulary = token + 1
-    assert prompt(value, encoder=encoder).tokens
-    encoder.vocabulary = None
-    assert prompt(value, encoder=encoder).tokens
+    tokenizer.vocabulary = token + 1
+    assert prompt(value, tokenizer=tokenizer).tokens
+    tokenizer.vocabulary = None
+    assert prompt(value, tokenizer=tokenizer).tokens
 
 
 def test_a_token_that_the_model_has_not_is_named() -> None:
-    encoder = ByteEncoder()
-    encoder.vocabulary = 256
-    failed = error({"prompt": "x"}, encoder=encoder)
+    tokenizer = ByteTokenizer()
+    tokenizer.vocabulary = 256
+    failed = error({"prompt": "x"}, tokenizer=tokenizer)
     assert 'the prompt has token 256 ("<bos>"), but the model has 256 tokens' in failed.message
 
 
 def test_new_tokens_as_far_as_the_context_goes() -> None:
-    recipe, encoder = Recipe(sampling=SamplingParams(max_new_tokens=FIT)), ByteEncoder(context=20)
-    assert prompt({"prompt": "1234"}, recipe, encoder).params.max_new_tokens == 15
-    assert prompt(request({"messages": HELLO}), recipe, encoder).params.max_new_tokens == 9
-    assert prompt({"prompt": "1234", "max_new_tokens": 3}, recipe, encoder).params.max_new_tokens == 3
-    assert prompt(request({"messages": HELLO, "max_tokens": 3}), recipe, encoder).params.max_new_tokens == 3
-    assert prompt({"prompt": "x" * 18}, recipe, encoder).params.max_new_tokens == 1
-    failed = error({"prompt": "x" * 19}, recipe, encoder)
+    recipe, tokenizer = Recipe(sampling=SamplingParams(max_new_tokens=FIT)), ByteTokenizer(context=20)
+    assert prompt({"prompt": "1234"}, recipe, tokenizer).params.max_new_tokens == 15
+    assert prompt(request({"messages": HELLO}), recipe, tokenizer).params.max_new_tokens == 9
+    assert prompt({"prompt": "1234", "max_new_tokens": 3}, recipe, tokenizer).params.max_new_tokens == 3
+    assert prompt(request({"messages": HELLO, "max_tokens": 3}), recipe, tokenizer).params.max_new_tokens == 3
+    assert prompt({"prompt": "x" * 18}, recipe, tokenizer).params.max_new_tokens == 1
+    failed = error({"prompt": "x" * 19}, recipe, tokenizer)
     assert (failed.type, "the model's context is 20, which leaves no room" in failed.message) == ("too_long", True)
     with pytest.raises(ValueError, match="states no limit of its context"):
-        PromptReader(recipe, ByteEncoder(), {})
+        PromptReader(recipe, ByteTokenizer(), {})
     with pytest.raises(ValueError, match="exclude each other"):
         Recipe(sampling=SamplingParams(max_new_tokens=FIT), truncate="left")
 
@@ -325,7 +325,7 @@ def test_ids_have_the_names_of_their_files_in_front() -> None:
 
 
 def test_id_of_another_file_says_what_to_do() -> None:
-    [failed] = PromptReader(Recipe(), ByteEncoder(), {0: "line 3 of other.jsonl"}).read(rows({"id": "a"}))
+    [failed] = PromptReader(Recipe(), ByteTokenizer(), {0: "line 3 of other.jsonl"}).read(rows({"id": "a"}))
     assert isinstance(failed, Generation)
     assert failed.error is not None
     assert failed.error.message.endswith(
@@ -335,14 +335,14 @@ def test_id_of_another_file_says_what_to_do() -> None:
 
 def test_among_requests_a_row_with_a_custom_id_alone_is_one() -> None:
     line = {"custom_id": "t", "params": {"messages": HELLO}}
-    [failed] = PromptReader(Recipe(), ByteEncoder(), {}, among_requests=True).read(rows(line))
+    [failed] = PromptReader(Recipe(), ByteTokenizer(), {}, among_requests=True).read(rows(line))
     assert isinstance(failed, Generation)
     assert (failed.id, failed.request) == ("t", line)
     assert failed.error is not None
     assert "method, url and body are missing" in failed.error.message
     assert 'there is no "prompt" column' in error(line).message
     line = {"custom_id": "c", "prompt": "x"}
-    [plain] = PromptReader(Recipe(), ByteEncoder(), {}, among_requests=True).read(rows(line))
+    [plain] = PromptReader(Recipe(), ByteTokenizer(), {}, among_requests=True).read(rows(line))
     assert isinstance(plain, Prompt)
 
 
@@ -393,13 +393,15 @@ def test_what_somebody_may_take_for_a_setting_is_reported_once(caplog: pytest.Lo
     def said(recipe: Recipe, *values: object) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="batchgen.requests.prompts"):
-            results = PromptReader(recipe, ByteEncoder(), {}).read(rows(*values, *values))
+            results = PromptReader(recipe, ByteTokenizer(), {}).read(rows(*values, *values))
         assert all(isinstance(result, Prompt) for result in results)
         return [record.getMessage() for record in caplog.records]
 
     (limit,) = said(Recipe(), request({"messages": HELLO}))
     assert "the body sets no max_tokens: its answer ends after 128 tokens, here and in all other lines" in limit
     assert not said(Recipe(sampling=SamplingParams(max_new_tokens=7)), request({"messages": HELLO}))
+    (limit,) = said(Recipe(), request({"input": "Hello"}, url="/v1/responses"))
+    assert "the body sets no max_output_tokens: its answer ends after 128 tokens" in limit
 
     def named(value: Mapping[str, object], **recipe: str) -> list[str]:
         sentence = "is carried along and changes no text, here and in all other lines"
@@ -419,7 +421,7 @@ def test_what_somebody_may_take_for_a_setting_is_reported_once(caplog: pytest.Lo
 
 
 def test_unknown_key_of_a_body_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
-    reader = PromptReader(Recipe(), ByteEncoder(), {})
+    reader = PromptReader(Recipe(), ByteTokenizer(), {})
     with caplog.at_level(logging.WARNING, logger="batchgen.requests.prompts"):
         for _ in range(2):
             body = {"messages": HELLO, "mystery": 1, "max_tokens": 5}

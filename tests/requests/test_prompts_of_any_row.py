@@ -12,7 +12,7 @@ from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.row_ids import row_id
 from batchgen.types import Generation, Prompt, SamplingParams
-from tests.byte_encoder import ByteEncoder, request, rows
+from tests.byte_tokenizer import ByteTokenizer, request, rows
 
 # What a row may be: anything JSON can say, under the names that mean something here as often as under others.
 _MEANT = (
@@ -52,8 +52,8 @@ RECIPES = st.sampled_from(
 @given(st.lists(ROWS | GOOD_ROWS | REQUESTS, max_size=4), RECIPES, st.booleans())
 def test_no_row_raises_and_each_has_one_result(values: list[Mapping[str, object]], recipe: Recipe, bos: bool) -> None:
     window = rows(*values)
-    encoder = ByteEncoder(context=20, bos=bos)
-    results = PromptReader(recipe, encoder, {}).read(window)
+    tokenizer = ByteTokenizer(context=20, bos=bos)
+    results = PromptReader(recipe, tokenizer, {}).read(window)
     assert [result.index for result in results] == list(range(len(values)))
     assert [result.id for result in results] == [row_id(row) for row in window]
     for row, result in zip(window, results, strict=True):
@@ -76,5 +76,5 @@ def test_deeply_nested_values_do_not_raise() -> None:
         *({**plain, name: deep} for name in ("id", "prompt", "messages", "stop", "body")),
         *(request({"messages": HELLO, name: deep}) for name in ("messages", "response_format", "stop", "tools", "n")),
     ]
-    results = PromptReader(Recipe(), ByteEncoder(), {}).read(rows(*values))
+    results = PromptReader(Recipe(), ByteTokenizer(), {}).read(rows(*values))
     assert all(isinstance(result, Generation) for result in results)

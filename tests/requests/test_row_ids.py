@@ -8,7 +8,7 @@ import pytest
 
 from batchgen.requests.row_ids import are_requests, endpoint, is_request, row_id
 from batchgen.types import RowError
-from tests.byte_encoder import request, rows
+from tests.byte_tokenizer import request, rows
 
 BAD = RowError("malformed_json", "", 3)
 LONE = {"custom_id": "t", "params": {}}

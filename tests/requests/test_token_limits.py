@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from batchgen import FIT, Recipe, SamplingParams, run
-from batchgen.checkpoint import AskedDifferently
+from batchgen import FIT, Recipe, RunSettings, SamplingParams, run
+from batchgen.checkpoint import DifferentRun
 from batchgen.commands.run import command
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.runs.flow import Host
 from batchgen.runs.prepare import RunError
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
@@ -45,9 +45,9 @@ def test_a_token_beyond_the_embedding_is_an_error_row_and_found_by_strict(model:
     asked: dict[str, Any] = {"model": str(model), "engine": "accelerate", "selftest": False, "host": ALONE}
     short = Recipe(sampling=SamplingParams(max_new_tokens=4))
     with pytest.raises(RunError, match="2 of 4 rows are bad") as caught:
-        run(rows, rows.parent / "strict", recipe=short, strict=True, **asked)
+        run(rows, rows.parent / "strict", RunSettings(recipe=short, strict=True, **asked))
     assert SENTENCE in str(caught.value)
-    assert run(rows, rows.parent / "out", recipe=short, **asked).failed == 2
+    assert run(rows, rows.parent / "out", RunSettings(recipe=short, **asked)).failed == 2
     good, bad, other, chat = read_rows(rows.parent / "out/generations.jsonl")
     assert (good["generated_tokens"], other["generated_tokens"]) == (4, 4)
     assert (bad["error"]["type"], bad["error"]["message"]) == ("unknown_token", SENTENCE)
@@ -57,18 +57,22 @@ def test_a_token_beyond_the_embedding_is_an_error_row_and_found_by_strict(model:
 def test_new_tokens_fit_the_context_and_that_is_what_the_run_is(model: Path, rows: Path) -> None:
     asked: dict[str, Any] = {"model": str(model), "engine": "accelerate", "selftest": False, "host": ALONE}
     out = rows.parent / "fit"
-    run(rows, out, recipe=Recipe(sampling=SamplingParams(max_new_tokens=FIT)), **asked)
+    run(rows, out, RunSettings(recipe=Recipe(sampling=SamplingParams(max_new_tokens=FIT)), **asked))
     for row in (one for one in read_rows(out / "generations.jsonl") if one["error"] is None):
         ended = row["finish_reason"] == "stop"
         assert ended or row["prompt_tokens"] + row["generated_tokens"] == 40
     assert json.loads((out / "run.json").read_text())["asked"]["sampling.max_new_tokens"] == "fit"
-    with pytest.raises(AskedDifferently, match=r"sampling.max_new_tokens was \"?fit"):
-        run(rows, out, recipe=Recipe(sampling=SamplingParams(max_new_tokens=34)), **asked)
+    with pytest.raises(DifferentRun, match=r"sampling.max_new_tokens was \"?fit"):
+        run(rows, out, RunSettings(recipe=Recipe(sampling=SamplingParams(max_new_tokens=34)), **asked))
 
 
 def test_a_model_without_a_limit_of_its_context_wants_a_number(rows: Path) -> None:
     with pytest.raises(RunError, match=r"states no limit of its context\. Give a number"):
-        run(rows, rows.parent / "out", recipe=Recipe(sampling=SamplingParams(max_new_tokens=FIT)), engine="echo")
+        run(
+            rows,
+            rows.parent / "out",
+            RunSettings(recipe=Recipe(sampling=SamplingParams(max_new_tokens=FIT)), engine="echo"),
+        )
 
 
 def test_fit_is_a_number_of_tokens_to_the_command(rows: Path) -> None:
@@ -76,6 +80,6 @@ def test_fit_is_a_number_of_tokens_to_the_command(rows: Path) -> None:
 
 
 def test_every_token_has_a_name_or_none(model: Path) -> None:
-    encoder = HfEncoder(str(model))
-    names = [encoder.token_name(token) for token in (260, 261, 2**31, 2**40, 2**70)]
+    tokenizer = HfTokenizer(str(model))
+    names = [tokenizer.token_name(token) for token in (260, 261, 2**31, 2**40, 2**70)]
     assert names == ["[PAD]", None, None, None, None]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from batchgen import device
-from batchgen.checkpoint import AskedDifferently, read_json
+from batchgen import RunSettings, device
+from batchgen.checkpoint import DifferentRun, read_json
 from batchgen.device import Products
 from batchgen.engine import Setup
 from batchgen.engines import find
@@ -47,7 +47,7 @@ def start(folder: Path, tmp_path: Path) -> Callable[..., Any]:
     rows.write_text('{"prompt": "ab", "max_new_tokens": 2}\n' * 3)
 
     def begin(**options: Any) -> Any:
-        run(rows, tmp_path / "out", model=str(folder), host=Host(environment={}), **options)
+        run(rows, tmp_path / "out", RunSettings(model=str(folder), **options), host=Host(environment={}))
         return json.loads((tmp_path / "out" / "run.json").read_text())["asked"]["dtype"]
 
     return begin
@@ -128,7 +128,7 @@ def test_a_run_keeps_the_dtype_it_began_with_on_another_machine(
         reopen(out)
         assert start(**{"engine": "accelerate", **options}) == "float32"
         assert dtype_of(out, number) == "float32"
-    with pytest.raises(AskedDifferently, match=r'dtype was "float32", now "bfloat16"'):
+    with pytest.raises(DifferentRun, match=r'dtype was "float32", now "bfloat16"'):
         start(engine="accelerate", dtype="bfloat16")
 
 
@@ -145,7 +145,7 @@ def test_a_run_of_an_older_version_goes_on_in_the_models_own_dtype(
     machine(SLOW)
     assert start(engine="accelerate") == "auto"
     assert dtype_of(out, 2) == "bfloat16"
-    with pytest.raises(AskedDifferently, match=r'dtype was "auto", now "float32"'):
+    with pytest.raises(DifferentRun, match=r'dtype was "auto", now "float32"'):
         start(engine="accelerate", dtype="float32")
 
 

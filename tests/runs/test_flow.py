@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import batchgen
-from batchgen import Host, Recipe, SamplingParams, Status, run
+from batchgen import Host, Recipe, RunSettings, SamplingParams, Status, run
 from batchgen.checkpoint import CheckpointError, RunFolder
 from batchgen.engine import Setup
 from batchgen.engines.ds_zero.swap import SwapFolder
@@ -41,7 +41,7 @@ def texts(status: Status) -> list[str]:
 
 def test_one_call_runs_everything_and_gives_the_status(tmp_path: Path, rows: str) -> None:
     recipe = Recipe(sampling=SamplingParams(max_new_tokens=2))
-    status = run(rows, tmp_path / "out", recipe=recipe, engine="echo", host=ALONE)
+    status = run(rows, tmp_path / "out", RunSettings(recipe=recipe, engine="echo"), host=ALONE)
     assert (status.folder, status.state) == (tmp_path / "out", "finished")
     assert (status.rows, status.good, status.failed, status.open, status.exit_code) == (20, 20, 0, 0, 0)
     assert texts(status) == [str(row["prompt"])[:2] for row in prompts(20)]
@@ -51,7 +51,7 @@ def test_two_runs_in_one_process_leave_the_process_as_it_was(tmp_path: Path, row
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
     level = logging.getLogger("batchgen").level
     for name in ("a", "b", "a"):
-        assert run(rows, tmp_path / name, engine="echo", host=ALONE).good == 20
+        assert run(rows, tmp_path / name, RunSettings(engine="echo"), host=ALONE).good == 20
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)] == before
     assert logging.getLogger("batchgen").level == level
     assert not [thread.name for thread in threading.enumerate() if thread.name in ("heartbeat", "progress")]
@@ -59,7 +59,9 @@ def test_two_runs_in_one_process_leave_the_process_as_it_was(tmp_path: Path, row
 
 def test_run_works_in_a_thread(tmp_path: Path, rows: str) -> None:
     found: list[Status] = []
-    thread = threading.Thread(target=lambda: found.append(run(rows, tmp_path / "out", engine="echo", host=ALONE)))
+    thread = threading.Thread(
+        target=lambda: found.append(run(rows, tmp_path / "out", RunSettings(engine="echo"), host=ALONE))
+    )
     thread.start()
     thread.join()
     assert found[0].good == 20
@@ -71,24 +73,26 @@ def test_signal_stops_a_run_and_the_caller_goes_on(tmp_path: Path, rows: str) ->
         signal.raise_signal(signal.SIGTERM)
         yield
 
-    stopped = run(rows, tmp_path / "out", engine="echo", host=Host(ENVIRONMENT, watch=interrupt))
+    stopped = run(rows, tmp_path / "out", RunSettings(engine="echo"), host=Host(ENVIRONMENT, watch=interrupt))
     assert (stopped.exit_code, stopped.attempts[0].ended) == (75, "stopped by SIGTERM")
     assert stopped.open == 20
     assert not (tmp_path / "out/generations.jsonl").exists()
-    assert texts(run(rows, tmp_path / "out", engine="echo", host=ALONE)) == [row["prompt"] for row in prompts(20)]
+    assert texts(run(rows, tmp_path / "out", RunSettings(engine="echo"), host=ALONE)) == [
+        row["prompt"] for row in prompts(20)
+    ]
 
 
 def test_progress_is_shown_to_whoever_asks(tmp_path: Path, rows: str) -> None:
     stream = io.StringIO()
     host = Host(ENVIRONMENT, watch=lambda attempt, done: watch(attempt, done, stream))
-    run(rows, tmp_path / "out", engine="echo", host=host)
+    run(rows, tmp_path / "out", RunSettings(engine="echo"), host=host)
     assert stream.getvalue().startswith("20/20 rows, ")
 
 
 def test_ranks_can_be_started_from_python(tmp_path: Path, rows: str) -> None:
     command = ["run", rows, "-o", str(tmp_path / "out"), "--engine", "echo"]
     host = Host(ENVIRONMENT, ranks=2, rank_command=command)
-    assert run(rows, tmp_path / "out", engine="echo", host=host).good == 20
+    assert run(rows, tmp_path / "out", RunSettings(engine="echo"), host=host).good == 20
     assert len(list((tmp_path / "out").glob("generations-*"))) == 2
 
 
@@ -101,15 +105,15 @@ def test_ranks_without_a_command_are_refused(ranks: int) -> None:
 def test_what_cannot_run_raises_a_sentence(tmp_path: Path, rows: str) -> None:
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"there is no file missing\.jsonl"):
-        run("missing.jsonl", out, engine="echo", host=ALONE)
+        run("missing.jsonl", out, RunSettings(engine="echo"), host=ALONE)
     with pytest.raises(InputError, match="there is no input"):
-        run([], out, engine="echo", host=ALONE)
+        run([], out, RunSettings(engine="echo"), host=ALONE)
     with pytest.raises(RunError, match="there is no dtype 'float7'"):
-        run(rows, out, engine="echo", dtype="float7", host=ALONE)
+        run(rows, out, RunSettings(engine="echo", dtype="float7"), host=ALONE)
     with pytest.raises(RunError, match="the batch size must be 1 or more"):
-        run(rows, out, engine="echo", batch_size=0, host=ALONE)
+        run(rows, out, RunSettings(engine="echo", batch_size=0), host=ALONE)
     with pytest.raises(CheckpointError, match="cannot write the run folder"):
-        run(rows, Path(rows), engine="echo", host=ALONE)
+        run(rows, Path(rows), RunSettings(engine="echo"), host=ALONE)
     assert not (out / "run.json").exists()
 
 
@@ -117,15 +121,15 @@ def test_output_that_cannot_be_merged_says_so_and_the_next_start_merges(tmp_path
     out = tmp_path / "out"
     (out / "generations.jsonl").mkdir(parents=True)
     with pytest.raises(MergeError, match=r"cannot write .*generations\.jsonl.*: Is a directory"):
-        run(rows, out, engine="echo", host=ALONE)
+        run(rows, out, RunSettings(engine="echo"), host=ALONE)
     (out / "generations.jsonl").rmdir()
-    status = run(rows, out, engine="echo", host=ALONE)
+    status = run(rows, out, RunSettings(engine="echo"), host=ALONE)
     assert texts(status) == [row["prompt"] for row in prompts(20)]
     assert "MergeError" in str(status.attempts[0].ended)
 
 
 def test_merge_writes_another_format_of_a_finished_run(tmp_path: Path, rows: str) -> None:
-    status = run(rows, tmp_path / "out", engine="echo", host=ALONE)
+    status = run(rows, tmp_path / "out", RunSettings(engine="echo"), host=ALONE)
     path = batchgen.merge(RunFolder(status.folder), None, "arrow")
     assert path == tmp_path / "out/generations.arrow"
     assert path.read_bytes().startswith(b"ARROW1")
@@ -165,12 +169,12 @@ def test_shards_do_the_run_together_and_the_last_one_merges(tmp_path: Path, rows
     out = tmp_path / "out"
     for index in (2, 0, 1):
         assert not (out / "generations.jsonl").exists()
-        part = run(rows, out, engine="echo", host=Host(ENVIRONMENT, shard=Shard(index, 3)))
+        part = run(rows, out, RunSettings(engine="echo"), host=Host(ENVIRONMENT, shard=Shard(index, 3)))
         assert (part.rows, part.good, part.open, part.exit_code) == (len(range(index, 20, 3)),) * 2 + (0, 0)
     assert [row["index"] for row in read_rows(out / "generations.jsonl")] == list(range(20))
     # A shard that is done costs nothing, and the whole run has nothing left to do.
-    assert run(rows, out, engine="echo", host=Host(ENVIRONMENT, shard=Shard(1, 3))).exit_code == 0
-    whole = run(rows, out, engine="echo", host=ALONE)
+    assert run(rows, out, RunSettings(engine="echo"), host=Host(ENVIRONMENT, shard=Shard(1, 3))).exit_code == 0
+    whole = run(rows, out, RunSettings(engine="echo"), host=ALONE)
     assert (whole.rows, whole.good, whole.state) == (20, 20, "finished")
 
 
@@ -185,8 +189,8 @@ def test_shards_on_one_host_keep_what_waits_on_its_disk_apart(
 
     monkeypatch.setattr(Echo, "__init__", recording)
     for shard in (Shard(0, 2), Shard(1, 2)):
-        run(rows, out, engine="echo", host=Host(ENVIRONMENT, shard=shard))
-    run(rows, tmp_path / "whole", engine="echo", host=ALONE)
+        run(rows, out, RunSettings(engine="echo"), host=Host(ENVIRONMENT, shard=shard))
+    run(rows, tmp_path / "whole", RunSettings(engine="echo"), host=ALONE)
     folders = [SwapFolder(tmp_path, setup.run, 0) for setup in setups]
     assert len({folder.path for folder in folders}) == 3
     folders[0].open()
@@ -200,7 +204,7 @@ def test_the_ranks_of_a_shard_do_its_rows_alone(tmp_path: Path, rows: str) -> No
     out = tmp_path / "out"
     command = ("run", rows, "-o", str(out), "--engine", "echo", "--shard", "1/3")
     host = Host(ENVIRONMENT, ranks=2, rank_command=command, shard=Shard(1, 3))
-    part = run(rows, out, engine="echo", host=host)
+    part = run(rows, out, RunSettings(engine="echo"), host=host)
     assert (part.good, part.open) == (7, 0)
-    assert run(rows, out, engine="echo", host=ALONE).good == 20
+    assert run(rows, out, RunSettings(engine="echo"), host=ALONE).good == 20
     assert sum(path.read_text().count("\n") for path in out.glob("generations-0000[12]-*.jsonl")) == 20

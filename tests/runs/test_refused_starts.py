@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import Host, Recipe, SamplingParams, Status, run
+from batchgen import Host, Recipe, RunSettings, SamplingParams, Status, run
 from batchgen.checkpoint import RunFolder
 from batchgen.formats import Changed
 from batchgen.formats.input import Input
@@ -83,7 +83,7 @@ def content(out: Path) -> dict[str, bytes | None]:
 
 
 def start(inputs: Sequence[Path], out: Path, **settings: Any) -> Status:
-    return run([str(path) for path in inputs], out, engine="echo", host=ALONE, **settings)
+    return run([str(path) for path in inputs], out, RunSettings(engine="echo", **settings), host=ALONE)
 
 
 def refused(inputs: Sequence[Path], out: Path, **settings: Any) -> UserError:
@@ -152,7 +152,7 @@ REASONS: dict[str, dict[str, Any]] = {
     "sampling": {"recipe": Recipe(sampling=SamplingParams(max_new_tokens=3))},
     "template": {"recipe": Recipe(template="{% if %}")},
     "strict": {"strict": True, "recipe": Recipe(prompt_column="no")},
-    "setting": {"settings": ["no=1"]},
+    "setting": {"engine_settings": ["no=1"]},
     "batch size": {"batch_size": 0},
 }
 
@@ -193,7 +193,9 @@ def test_of_two_first_starts_the_one_that_comes_second_leaves_the_index_of_the_o
     second = Input.open([str(tmp_path / "b.jsonl.gz")], out.input_cache, scan=True, into=out.input_cache / "new")
     start([tmp_path / "a.jsonl"], out.path)
     with pytest.raises(Changed, match=r"b\.jsonl\.gz is not what the run began with"):
-        out.ask(out.asked() | {"input": second.digest}, {"input_files": [str(tmp_path / "b.jsonl.gz")]})
+        out.check_or_create(
+            out.read_identity() | {"input": second.digest}, {"input_files": [str(tmp_path / "b.jsonl.gz")]}
+        )
     shutil.rmtree(out.input_cache / "new")
     assert {file.name for file in out.input_cache.iterdir()} == {"00000.json", "00000.offsets", "duplicates.json"}
 

@@ -16,9 +16,9 @@ from batchgen.engine import Setup
 from batchgen.engines import find as find_engine
 from batchgen.generation.stopping import generation
 from batchgen.models import loading
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.planning import auto
-from batchgen.planning.hardware import Machine
+from batchgen.planning.hardware import Machine, Nodes
 from batchgen.types import Generation, Prompt, SamplingParams, UserError
 from batchgen.world import World
 from tests.sweep.kinds import build
@@ -26,7 +26,6 @@ from tests.sweep.sizes import BEGIN, END, PAD, UNKNOWN, VOCABULARY
 
 ENGINES = ("accelerate", "ds-zero", "ds-inference", "paged")
 _ROWS, _SEEDS = 10, 6
-_FIRST_LETTER = 0x4E00  # the tokens' texts, one character each: equal texts are equal tokens
 
 Texts = Mapping[str, Generation]  # by the row's id
 
@@ -68,7 +67,7 @@ def sweep(kind: str, engines: Sequence[str], folder: Path) -> Swept:
     try:
         for seed in range(_SEEDS):
             model = _build(kind, seed, folder) if seed else model
-            expected = alone(model, rows(), HfEncoder(str(folder)))
+            expected = alone(model, rows(), HfTokenizer(str(folder)))
             if varies(expected):
                 break
     except UserError as error:
@@ -88,15 +87,24 @@ def _build(kind: str, seed: int, folder: Path) -> Any:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer with a character for each token."""
+    """Writes a tokenizer in which token N is the ASCII character N, so that equal texts are equal tokens.
+
+    It is byte-level BPE without merges. Of some kinds, Qwen2 for one, Transformers reads a tokenizer.json as nothing
+    else: any other vocabulary would be empty there.
+    """
     special = {"<pad>": PAD, "<s>": BEGIN, "</s>": END, "<unk>": UNKNOWN}
-    letters = {chr(_FIRST_LETTER + number): number for number in range(len(special), VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel({**special, **letters}, unk_token="<unk>"))
+    letters = {_byte_name(number): number for number in range(len(special), VOCABULARY)}
+    tokenizer = Tokenizer(models.BPE({**special, **letters}, merges=[]))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+
+
+def _byte_name(byte: int) -> str:
+    """How byte-level BPE writes an ASCII character: as itself if it can be seen, else as one from U+0100 on."""
+    return chr(byte) if 33 <= byte <= 126 else chr(256 + byte) if byte < 33 else chr(256 + 33)
 
 
 def rows() -> list[Prompt]:
@@ -117,7 +125,7 @@ def rows() -> list[Prompt]:
     ]
 
 
-def alone(model: Any, prompts: Sequence[Prompt], encoder: HfEncoder) -> Texts:
+def alone(model: Any, prompts: Sequence[Prompt], tokenizer: HfTokenizer) -> Texts:
     """What Transformers generates for each row without padding, and without anything of ours."""
     model.generation_config = GenerationConfig()  # nothing that the author of a model sets besides end tokens
     found = {}
@@ -126,13 +134,13 @@ def alone(model: Any, prompts: Sequence[Prompt], encoder: HfEncoder) -> Texts:
         config = GenerationConfig(
             max_new_tokens=prompt.params.max_new_tokens,
             do_sample=False,
-            eos_token_id=encoder.end_tokens,
-            pad_token_id=encoder.pad_token,
+            eos_token_id=tokenizer.end_tokens,
+            pad_token_id=tokenizer.pad_token,
         )
         with torch.inference_mode():
             output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         tokens = output[0, ids.shape[1] :].tolist()
-        found[prompt.id] = generation(prompt, tokens, tokens[-1] in encoder.end_tokens, encoder, None)
+        found[prompt.id] = generation(prompt, tokens, tokens[-1] in tokenizer.end_tokens, tokenizer, None)
     return found
 
 
@@ -178,7 +186,7 @@ def choose(folder: Path) -> str:
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in rows()]
     try:
         drawn = lengths, len(lengths)
-        return auto.automatic(folder, "float32", (), lambda encoder: drawn, Machine.here(1), ranks=1).name
+        return auto.automatic(folder, "float32", (), lambda tokenizer: drawn, Nodes(Machine.here(1), 1)).name
     except Exception as error:
         return _one_line(error)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from batchgen.engine import EngineError
 from batchgen.models import ModelError, ResolvedModel, resolve, split_folder
@@ -70,6 +72,21 @@ def test_the_type_is_that_of_the_files_and_of_most_bytes(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(3, dtype=torch.float16), "n": 1}, tmp_path / "pytorch_model.bin")
     assert stored_dtype(tmp_path) == torch.float16
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_are_refused_and_not_read_without_their_scales(
+    bits: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    packed = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config)
+    shutil.copytree(tiny_llama, tmp_path / "packed")
+    packed.save_pretrained(tmp_path / "packed")
+    with pytest.raises(EngineError, match=r"packed \(quantization_config in config.json; model\..* is of u?int8\)"):
+        mapped(str(tmp_path / "packed"), None)
+    with pytest.raises(EngineError, match="ranks that share a model do not read"):
+        make(resolve(str(tmp_path / "packed"), tmp_path, print), tmp_path / "split", 2, "auto", print)
+    assert not (tmp_path / "split").exists()
 
 
 def test_another_type_is_made_on_the_way_and_tied_weights_stay_tied(tiny_bloom: Path) -> None:

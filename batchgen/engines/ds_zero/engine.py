@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 
 from batchgen import device
-from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup
+from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Tokenizer
 from batchgen.engines.ds_zero import bandwidth, checks, deepspeed_config, extensions, gather, offload, swap
 from batchgen.engines.ds_zero.gather import Gathered
 from batchgen.engines.ds_zero.quantization import check_quantization, quantization_section, quantized
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import architectures, loading
 from batchgen.models.parameters import Parameters, list_parameters
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.tensor_parallel import process_group
 from batchgen.types import Batch, Prompt
 
@@ -95,8 +95,8 @@ class DsZero(Engine):
         return [held, host, disk]
 
     @classmethod
-    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
-        super().check(setup, encoder, options)
+    def check(cls, setup: Setup, tokenizer: Any, options: Options) -> None:
+        super().check(setup, tokenizer, options)
         kind, _, folder = (options.offload or "").partition("=")
         if kind == "nvme":
             checks.check_folder(Path(folder))
@@ -104,12 +104,12 @@ class DsZero(Engine):
             deepspeed_config.user_configuration(options.config)
 
     @classmethod
-    def encoder(cls, model: str) -> Encoder:
-        return HfEncoder(model)
+    def tokenizer(cls, model: str) -> Tokenizer:
+        return HfTokenizer(model)
 
     def __init__(self, setup: Setup, options: Options) -> None:
-        self._encoder = HfEncoder(setup.model)
-        if why := architectures.why_not_sharded(self._encoder.config):
+        self._tokenizer = HfTokenizer(setup.model)
+        if why := architectures.why_not_sharded(config := self._tokenizer.config):
             raise EngineError(why)
         loading.check_weights(setup.model)
         loading.prepare_transformers()
@@ -121,7 +121,7 @@ class DsZero(Engine):
         self._weight_bytes = self._gathered_bytes = 0  # that come over it in a step; that a forward takes for weights
         self._gathered: Gathered | None = None
         self._whole_model = setup.world.size == 1 and options.offload is None  # in its place on the one rank
-        self._by_layers = not options.by_deepspeed and (self._whole_model or gather.lists_layers(self._encoder.config))
+        self._by_layers = not options.by_deepspeed and (self._whole_model or gather.lists_layers(config))
         try:
             self._model = self._load(setup, options)
         except BaseException:
@@ -129,7 +129,7 @@ class DsZero(Engine):
             raise
         self._batches: StaticBatches | None = StaticBatches(
             self._model,
-            self._encoder,
+            self._tokenizer,
             device=self._device,
             batch_size=setup.batch_size,
             check=setup.selftest,
@@ -168,11 +168,6 @@ class DsZero(Engine):
         except _Stopped:
             return
 
-    def any_rank(self, flag: bool) -> bool:
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, group=self._flags)
-        return bool(flags.item())
-
     def abandon(self) -> None:
         process_group.abandon()
 
@@ -189,7 +184,7 @@ class DsZero(Engine):
         import deepspeed
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-        dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
+        dtype = loading.floating_dtype(setup.dtype, self._tokenizer.config)
         config = self._configuration(setup, options, dtype)
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
         _alive = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
@@ -208,7 +203,7 @@ class DsZero(Engine):
 
     def _configuration(self, setup: Setup, options: Options, dtype: torch.dtype) -> dict[str, Any]:
         """DeepSpeed's configuration: sizes for this model, the user's settings, and the user's file over all."""
-        weights = list_parameters(self._encoder.config, dtype)
+        weights = list_parameters(self._tokenizer.config, dtype)
         sections: dict[str, Any] = {}
         if options.weight_bits is not None:
             bits: Literal[4, 8] = 4 if options.weight_bits == 4 else 8
@@ -216,7 +211,7 @@ class DsZero(Engine):
             sections["weight_quantization"] = quantization_section(bits, options.weight_group)
             weights = quantized(weights, bits, options.weight_group)
         self._gathered_bytes = 0 if self._whole_model else deepspeed_config.gathered_bytes(weights)
-        hidden = self._encoder.config.get_text_config().hidden_size
+        hidden = self._tokenizer.config.get_text_config().hidden_size
         layers, whole = options.whole_layers, self._whole_model
         sizes = deepspeed_config.bucket_sizes(weights, hidden, whole_layers=layers, whole_model=whole)
         given = {name: getattr(options, name.removeprefix("stage3_")) for name in sizes}
@@ -252,7 +247,7 @@ class DsZero(Engine):
             self._swap = swap.SwapFolder(folder, setup.run, world.rank)
             if world.local_rank == 0:
                 self._swap.clean()
-            self.any_rank(False)  # nobody writes before that is done
+            dist.barrier(self._flags)  # nobody writes before that is done
             pinned, whole = options.pin_memory and torch.cuda.is_available(), options.whole_layers
             path, room = self._swap.path, checks.lockable_bytes()
             plan = offload.nvme(weights, world.size, path, pin_memory=pinned, whole_layers=whole, lockable_bytes=room)
@@ -291,7 +286,7 @@ class DsZero(Engine):
         return bool(flags[0])
 
     def _forward_for_the_others(self) -> None:
-        token = torch.tensor([[self._encoder.pad_token]], device=self._device)
+        token = torch.tensor([[self._tokenizer.pad_token]], device=self._device)
         self._idle = True
         try:
             with torch.inference_mode():

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from batchgen import device, tensor_parallel
-from batchgen.engine import Encoder, Engine, EngineError, Pace, Placement, Setup, Stream
+from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Stream, Tokenizer
 from batchgen.engines.paged import models, pages, sizing
 from batchgen.engines.paged.finished import Finished, generation_of, long_enough
 from batchgen.engines.paged.lockstep import Leader, Peers, follow
@@ -26,7 +26,7 @@ from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.generation import finite, selftest
 from batchgen.generation.stopping import StopTexts
 from batchgen.models import footprint, loading
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
@@ -77,11 +77,11 @@ class Paged(Engine):
         return ("deepspeed",) if cls.will_call_together(options) else ("accelerate",)
 
     @classmethod
-    def check(cls, setup: Setup, encoder: Any, options: Options) -> None:
-        super().check(setup, encoder, options)
-        models.check(encoder.config)
+    def check(cls, setup: Setup, tokenizer: Any, options: Options) -> None:
+        super().check(setup, tokenizer, options)
+        models.check(tokenizer.config)
         if cls.will_call_together(options):
-            tensor_parallel.check_split(encoder.config, options.tp or 1, evenly=True)
+            tensor_parallel.check_split(tokenizer.config, options.tp or 1, evenly=True)
 
     @classmethod
     def stream(cls, world: World, options: Options) -> Stream:
@@ -92,8 +92,8 @@ class Paged(Engine):
         self._runner: Runner | None = None
         self._group: tensor_parallel.Group | None = None
         self._peers: Peers | None = None
-        self._encoder = HfEncoder(setup.model)
-        models.check(self._encoder.config)
+        self._tokenizer = HfTokenizer(setup.model)
+        models.check(self._tokenizer.config)
         loading.prepare_transformers()
         self._check = setup.selftest
         self._make_ready = partial(self._make, setup, options)
@@ -116,13 +116,13 @@ class Paged(Engine):
             apart.submit(self._load, setup).result()
 
     def _load(self, setup: Setup) -> None:
-        dtype = loading.floating_dtype(setup.dtype, self._encoder.config)
+        dtype = loading.floating_dtype(setup.dtype, self._tokenizer.config)
         self._model = loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
         self._ready()
 
     def _join(self, setup: Setup, options: Options) -> None:
         """This rank's share of the model, and the others of its group."""
-        world, config = setup.world, self._encoder.config
+        world, config = setup.world, self._tokenizer.config
         loading.floating_dtype(setup.dtype, config)
         self.signs.awaited_ranks = those = tensor_parallel.ranks_of_group(world, options.tp)
         tensor_parallel.check_split(config, len(those), evenly=True)
@@ -136,12 +136,12 @@ class Paged(Engine):
     def _make(self, setup: Setup, options: Options) -> None:
         """Runner and scheduler, in the memory that there is."""
         peers = self._peers or Peers.alone()
-        token = footprint.cache_bytes_per_token(self._encoder.config, self._model.dtype.itemsize) // peers.count
+        token = footprint.cache_bytes_per_token(self._tokenizer.config, self._model.dtype.itemsize) // peers.count
         free = device.free_bytes([self._device], setup.world.local_size)
         slots = peers.least(setup.batch_size or sizing.slots(free, token, self._device))
         parameters = peers.least(sum(one.numel() for one in self._model.parameters()))
         budget = options.step_tokens or min(8192, max(2048, int(_STEP_OPERATIONS / 2 / parameters)))
-        width = min(self._encoder.context or _WIDEST, options.cache_tokens or _WIDEST)
+        width = min(self._tokenizer.context or _WIDEST, options.cache_tokens or _WIDEST)
         runner = Runner(
             self._model,
             slots=slots,
@@ -180,8 +180,8 @@ class Paged(Engine):
         return tensor_parallel.placements(config, weights, gpus, evenly=True, whole=())
 
     @classmethod
-    def encoder(cls, model: str) -> Encoder:
-        return HfEncoder(model)
+    def tokenizer(cls, model: str) -> Tokenizer:
+        return HfTokenizer(model)
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         if self._model is None:
@@ -223,7 +223,7 @@ class Paged(Engine):
             self._scheduler,
             runner,
             device=self._device,
-            end_tokens=frozenset(self._encoder.end_tokens),
+            end_tokens=frozenset(self._tokenizer.end_tokens),
             watch=self._watch,
             check=partial(self._selftests, leader) if self._check else None,
             enough=lambda rows: len(selftest.choose([row.prompt for row in long_enough(rows)])) == selftest.ROWS,
@@ -242,15 +242,15 @@ class Paged(Engine):
     def _drive(self, loop: Loop, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         """Feeds the loop and hands over what has finished, about once a second."""
         ahead = 2 * self._rows + _FEED
-        more = True
         collected: list[Finished] = []
-        handed = time.monotonic()
+        more, handed = True, time.monotonic()
         while not stop():
             while more and loop.waiting < ahead and not stop():
                 fed = list(islice(prompts, _FEED))
                 loop.give(fed)
                 more = bool(fed)
-            found = loop.finished(timeout=0.05)
+            with loading.refuse_model(self._tokenizer.config, lambda: loop.has_generated):
+                found = loop.finished(timeout=0.05)
             collected += found or []
             if collected and (found is None or time.monotonic() - handed >= _YIELD_SECONDS):
                 yield self._batch(collected, loop.most_running)
@@ -261,12 +261,12 @@ class Paged(Engine):
             yield self._batch(collected, loop.most_running)
 
     def _batch(self, rows: list[Finished], at_once: int) -> Batch:
-        generations = [generation_of(row, self._encoder, finite.dtype_of(self._model)) for row in rows]
+        generations = [generation_of(row, self._tokenizer, finite.dtype_of(self._model)) for row in rows]
         return Batch(generations, 0, device.take_peak_bytes([self._device]), at_once=at_once)
 
     def _selftests(self, leader: Leader | None, rows: list[Finished]) -> None:
         rows = long_enough(rows) or rows
-        test = selftest.SelfTest(self._model, self._device, self._encoder.decode, self._rows, measures=leader is None)
+        test = selftest.SelfTest(self._model, self._device, self._tokenizer.decode, self._rows, measures=leader is None)
         for place in selftest.choose([row.prompt for row in rows]):
             prompt, tokens = rows[place].prompt, rows[place].tokens or []
             if leader is not None:
@@ -274,7 +274,7 @@ class Paged(Engine):
             test.check(prompt, tokens)
 
     def _watch(self, prompt: Prompt) -> StopTexts:
-        return StopTexts.of([prompt], self._encoder)
+        return StopTexts.of([prompt], self._tokenizer)
 
     def _count(self, tokens: int) -> None:
         self.signs.generated_tokens += tokens

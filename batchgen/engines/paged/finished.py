@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from batchgen.generation import finite, refusals, selftest
 from batchgen.generation.stopping import generation
-from batchgen.models.tokenizer import HfEncoder
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Generation, Prompt
 
 
@@ -22,13 +22,13 @@ class Finished:
     not_finite: bool = False  # why it has failed: the model's numbers; else there is no room for it
 
 
-def generation_of(row: Finished, encoder: HfEncoder, dtype: str) -> Generation:
+def generation_of(row: Finished, tokenizer: HfTokenizer, dtype: str) -> Generation:
     """The row's text, or its error; `dtype` is what the model computes in, as `--dtype` calls it."""
     if row.not_finite:
         return finite.fail(row.prompt, dtype)
     if row.tokens is None:
         return refusals.refuse(row.prompt)
-    return generation(row.prompt, row.tokens, row.stopped, encoder, row.logprobs)
+    return generation(row.prompt, row.tokens, row.stopped, tokenizer, row.logprobs)
 
 
 def long_enough(rows: Sequence[Finished]) -> list[Finished]:

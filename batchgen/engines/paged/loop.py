@@ -67,6 +67,7 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name="paged", daemon=True)
         self._pages = scheduler.pages  # at first
         self.most_running = 0  # sequences at once
+        self.has_generated = False  # a step has been read
         self.error: BaseException | None = None  # of which the thread has died
         self._pending = 0  # prompts given and not finished
 
@@ -191,6 +192,7 @@ class Loop:
     def _read(self, flight: Flight) -> None:
         """The tokens of a step, and what they end."""
         tokens = flight.read()
+        self.has_generated = True
         for sequence, logprob in flight.logprobs():
             if sequence.slot >= 0 and sequence.logprobs is not None:
                 sequence.logprobs.append(logprob)

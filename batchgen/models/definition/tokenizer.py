@@ -69,6 +69,8 @@ def read_tokenizer(model: str) -> Any:
             f"as {_decode_again(tokenizer)!r}; copy tokenizer.json again"
         )
     tokenizer.chat_template = tokenizer.chat_template or template
+    if isinstance(tokenizer.chat_template, str):  # an editor's mark would be the beginning of each prompt
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     check_chat_template(folder, tokenizer)
     return tokenizer
 

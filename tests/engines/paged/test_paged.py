@@ -64,7 +64,7 @@ def test_the_tokens_are_those_of_generate(kind: Path) -> None:
             assert (engine.preemptions > 0) == (len(settings) == 3)
         for row in rows:
             assert found[row.id].generated_tokens == len(alone[row.id])
-            assert found[row.id].text == model.encoder.decode(alone[row.id]), (settings, row.id)
+            assert found[row.id].text == model.tokenizer.decode(alone[row.id]), (settings, row.id)
 
 
 def test_rows_that_ask_get_the_logprobs_of_the_model_itself(kind: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_window_that_the_config_names_but_does_not_use_is_none(tmp_path: Path)
     with load(path) as engine:
         found = texts(engine, rows)
     assert {row.id: found[row.id].text for row in rows} == {
-        row.id: model.encoder.decode(model.alone(row)) for row in rows
+        row.id: model.tokenizer.decode(model.alone(row)) for row in rows
     }
 
 
@@ -96,15 +96,15 @@ def test_the_default_model_says_what_it_says_alone(smollm2: Path) -> None:
     questions = ["What is gravity?", "Name three colours.", "Tell me about whales.", "2 + 2 ="] * 3
     model = models.Model(smollm2)
     model.model.float()
-    said = [model.encoder.chat([{"role": "user", "content": question}]) for question in questions]
+    said = [model.tokenizer.chat([{"role": "user", "content": question}]) for question in questions]
     rows = [
         Prompt(n, str(n), n + 1, text, tokens, SamplingParams(max_new_tokens=24 + 3 * n), {})
-        for n, (text, tokens) in enumerate(zip(said, model.encoder.tokenize(said, special=False), strict=True))
+        for n, (text, tokens) in enumerate(zip(said, model.tokenizer.tokenize(said, special=False), strict=True))
     ]
     with load(smollm2, batch_size=5) as engine:
         found = texts(engine, rows)
     for row in rows[::3]:
-        assert found[row.id].text == model.encoder.decode(model.alone(row))
+        assert found[row.id].text == model.tokenizer.decode(model.alone(row))
 
 
 def test_sampled_rows_and_stop_texts_are_those_of_another_engine(tiny_llama: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_model_that_is_not_covered_is_refused_by_name(tmp_path: Path) -> None:
     path = models.save(tmp_path / "gpt2", build)
     with pytest.raises(EngineError, match=r"does not cover models of type gpt2 \(it does bloom, .*use --engine accel"):
         load(path)
-    assert not Paged.placements(models.Model(path).encoder.config, None, 1)
+    assert not Paged.placements(models.Model(path).tokenizer.config, None, 1)
 
 
 def test_batch_size_is_the_most_at_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

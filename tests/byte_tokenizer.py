@@ -1,4 +1,4 @@
-"""An encoder without a model, and rows to read with it."""
+"""A tokenizer without a model, and rows to read with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batchgen.types import Row, RowError
 BOS = 256
 
 
-class ByteEncoder:
+class ByteTokenizer:
     """One token a byte, and a beginning of sequence before plain texts if asked."""
 
     vocabulary: int | None = 257
