@@ -5,6 +5,7 @@ docstrings. `scripts/docs --write` runs this file; a test compares the pages wit
 from __future__ import annotations
 
 import ast
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,8 @@ _CLI = """# Command line
 
 This page is written by `scripts/docs --write` from the commands themselves. Each of them prints the same with `--help`.
 
-Results go to stdout (the path of the generations, a table, JSON), everything else to stderr. What the exit codes mean is
-on the page [Output](output.md#exit-codes).
+Results go to stdout (the path of the generations, a table, JSON), everything else to stderr. The page
+[Output](output.md#exit-codes) says what the exit codes mean.
 """
 
 _MODULES = """# Modules
@@ -45,12 +46,13 @@ def _commands() -> Iterator[str]:
 
 
 def _command(command: click.Command, name: str, level: int) -> Iterator[str]:
-    context = click.Context(command, info_name=name)
+    context = click.Context(command, info_name=name, **main.context_settings)
     usage = command.get_usage(context).removeprefix("Usage: ")
     yield f"\n{'#' * level} {name}\n\n```text\n{' '.join(usage.split())}\n```\n"
     for paragraph in (command.help or "").split("\n\n"):
         yield f"\n{_escaped(' '.join(paragraph.split()))}\n"
-    records = [record for parameter in command.get_params(context) if (record := parameter.get_help_record(context))]
+    options = [parameter for parameter in command.get_params(context) if isinstance(parameter, click.Option)]
+    records = [record for option in options if (record := option.get_help_record(context))]
     yield "\n| option | meaning |\n|---|---|\n"
     for option, meaning in records:
         yield f"| {_code(option)} | {_escaped(' '.join(meaning.split()))} |\n"
@@ -58,11 +60,13 @@ def _command(command: click.Command, name: str, level: int) -> Iterator[str]:
         for inner in command.list_commands(context):
             found = command.get_command(context, inner)
             assert found is not None
-            yield from _command(found, f"{name} {inner}", level + 1)
+            if not found.hidden:
+                yield from _command(found, f"{name} {inner}", level + 1)
 
 
 def _code(text: str) -> str:
-    return "`" + text.replace("|", "\\|") + "`"
+    """An option as code; a vertical line would end the cell of the table, in one kind of Markdown or the other."""
+    return f"`{text}`" if "|" not in text else f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
 
 
 def _escaped(text: str) -> str:
