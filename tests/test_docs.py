@@ -250,9 +250,7 @@ def test_flags_of_vllm_are_what_the_page_says() -> None:
     counted = 0
     for row in table.splitlines()[1:]:
         flags, here = row.strip("| ").split(" | ", 1)
-        known = (
-            _vllm_flags.IGNORED if "ignored" in here else set(_vllm_flags.INSTEAD) if "refused" in here else own
-        )
+        known = _vllm_flags.IGNORED if "ignored" in here else set(_vllm_flags.INSTEAD) if "refused" in here else own
         for flag in re.findall(r"`(--[\w-]+)`", flags):
             assert flag in known, (flag, here)
             counted += 1
