@@ -15,6 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+# One thread: two that wait for each other while the machine is busy take many times as long.
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
 
 
@@ -43,12 +46,11 @@ def run_shell(block: str, folder: Path) -> subprocess.CompletedProcess[str]:
     shim = shims / "batchgen"
     shim.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m batchgen "$@"\n')
     shim.chmod(0o755)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{shims}:{os.environ['PATH']}"}
+    environment = {**_ENVIRONMENT, "PATH": f"{shims}:{os.environ['PATH']}"}
     command = ["bash", "-euo", "pipefail", "-c", block]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
 def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs a block of Python in `folder`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=_ENVIRONMENT)

@@ -53,6 +53,7 @@ def test_commands_without_a_model_run_as_they_stand(page: Path, folder: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # five commands with a model, beside other work
 @pytest.mark.parametrize("page", [page for page in COMMANDS if loads_a_model(page)], ids=named)
 def test_commands_with_a_model_run_as_they_stand(page: Path, smollm2: Path, folder: Path) -> None:
     run_page(page, folder)

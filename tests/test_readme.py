@@ -19,6 +19,7 @@ def test_it_leads_to_every_page_of_the_manual() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # three commands with a model, beside other work
 def test_the_commands_run_as_they_stand(smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     commands = [line for block in blocks(README, "sh") for line in block.splitlines() if line]
@@ -33,6 +34,7 @@ def test_the_commands_run_as_they_stand(smollm2: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_python_runs_as_it_stands(smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (code,) = blocks(README, "python")
