@@ -81,6 +81,7 @@ def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop
     Raises:
         BenchError: a system cannot run at all.
     """
+    launch = _Launch(bench, folder, environment, stop)
     for system in bench.systems:
         known = [one for one in folder.results() if (one.system, one.ranks) == (system.text, bench.ranks)]
         settled = {(one.job, one.batch) for one in known if one.outcome in ("ok", "oom")}  # a crash may not come again
@@ -91,7 +92,7 @@ def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop
         for some, others in ((batches, []), ([], jobs)):
             if (some or others) and not stop():
                 logger.info("%s: %s", system.text, _named(some, others))
-                for result in _measured(bench, system, some, others, environment, stop, folder):
+                for result in launch.measure(system, some, others):
                     folder.add(result)
     return folder.results()
 
@@ -100,44 +101,47 @@ def _named(batches: Sequence[int], jobs: Sequence[Job]) -> str:
     return "; ".join(job.name for job in jobs) or f"batches of {', '.join(map(str, batches))}"
 
 
-def _measured(
-    bench: Bench,
-    system: System,
-    batches: Sequence[int],
-    jobs: Sequence[Job],
-    environment: Mapping[str, str],
-    stop: Stop,
-    folder: Folder,
-) -> Iterable[Result]:
-    """Starts the ranks once, and puts together what they have found."""
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=folder.path) as scratch:
-        task = {
-            "engine": system.engine,
-            "settings": list(system.settings),
-            "model": bench.model,
-            "dtype": system.dtype or bench.dtype,
-            "batches": list(batches),
-            "tokens": bench.tokens,
-            "cycles": bench.cycles,
-            "jobs": {job.name: [[list(ids), new] for ids, new in job.rows] for job in jobs},
-            "folder": scratch,
-            "cache": bench.cache,
-            "machine": folder.known().get("machine", {}).get("name"),
-        }
-        path = Path(scratch, "task.json")
-        path.write_text(json.dumps(task), encoding="utf-8")
-        codes = launcher.start_ranks(None, ["bench", "worker", str(path)], bench.ranks, stop, environment)
-        if stop.signal is None:
-            stop.reason = None  # that a rank died is a finding
-        found = [_lines(Path(scratch, f"rank-{rank}.jsonl")) for rank in range(bench.ranks)]
-    _describe(bench, folder, found)
-    cells: list[tuple[str, int | None]] = [("seed", batch) for batch in batches]
-    cells += [(job.name, None) for job in jobs]
-    for result in _cells(system, bench.ranks, cells, found, codes):
-        if result.outcome == "ok" or not stop():  # what is missing, since we have ended the ranks, is no finding
-            yield result
-    if ExitCode.CANNOT_RUN in codes:  # what came before is measured all the same
-        raise BenchError(f"{system.text} cannot run here; it says above why")
+@dataclass(frozen=True)
+class _Launch:
+    """What every launch of ranks in one bench has in common."""
+
+    bench: Bench
+    folder: Folder
+    environment: Mapping[str, str]
+    stop: Stop
+
+    def measure(self, system: System, batches: Sequence[int], jobs: Sequence[Job]) -> Iterable[Result]:
+        """Starts the ranks once, and puts together what they have found."""
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self.folder.path) as scratch:
+            task = {
+                "engine": system.engine,
+                "settings": list(system.settings),
+                "model": self.bench.model,
+                "dtype": system.dtype or self.bench.dtype,
+                "batches": list(batches),
+                "tokens": self.bench.tokens,
+                "cycles": self.bench.cycles,
+                "jobs": {job.name: [[list(ids), new] for ids, new in job.rows] for job in jobs},
+                "folder": scratch,
+                "cache": self.bench.cache,
+                "machine": self.folder.known().get("machine", {}).get("name"),
+            }
+            path = Path(scratch, "task.json")
+            path.write_text(json.dumps(task), encoding="utf-8")
+            command = ["bench", "worker", str(path)]
+            codes = launcher.start_ranks(None, command, self.bench.ranks, self.stop, self.environment)
+            if self.stop.signal is None:
+                self.stop.reason = None  # that a rank died is a finding
+            found = [_lines(Path(scratch, f"rank-{rank}.jsonl")) for rank in range(self.bench.ranks)]
+        _describe(self.bench, self.folder, found)
+        cells: list[tuple[str, int | None]] = [("seed", batch) for batch in batches]
+        cells += [(job.name, None) for job in jobs]
+        for result in _cells(system, self.bench.ranks, cells, found, codes):
+            # What is missing because we have ended the ranks is no finding.
+            if result.outcome == "ok" or not self.stop():
+                yield result
+        if ExitCode.CANNOT_RUN in codes:  # what came before is measured all the same
+            raise BenchError(f"{system.text} cannot run here; it says above why")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

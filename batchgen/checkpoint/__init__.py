@@ -11,7 +11,7 @@ from batchgen.checkpoint.attempt import (
     join,
 )
 from batchgen.checkpoint.beats import all_heartbeats
-from batchgen.checkpoint.files import CheckpointError, Damaged, DifferentRun, read_json, to_json, write_atomic
+from batchgen.checkpoint.files import CheckpointError, Damaged, DifferentRun, read_json, to_json
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat
 from batchgen.checkpoint.merge import Places, merge_with, write_lines
@@ -42,6 +42,5 @@ __all__ = [
     "read_json",
     "status",
     "to_json",
-    "write_atomic",
     "write_lines",
 ]

@@ -18,17 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.checkpoint.beats import beats_of, has_numbers
-from batchgen.checkpoint.files import (
-    CheckpointError,
-    Damaged,
-    cannot_write,
-    make_exclusive,
-    read_json,
-    to_json,
-    write_atomic,
-)
+from batchgen.checkpoint.files import CheckpointError, Damaged, cannot_write, make_exclusive, read_json, to_json
 from batchgen.checkpoint.folder import RunFolder
 from batchgen.checkpoint.process import exists, myself
+from batchgen.files import write_atomic
 from batchgen.types import WHOLE, Shard
 from batchgen.world import World
 

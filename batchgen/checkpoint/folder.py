@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.checkpoint import manifest
-from batchgen.checkpoint.files import CheckpointError, cannot_write, make_exclusive, read_json, sync_folder, to_json
+from batchgen.checkpoint.files import CheckpointError, cannot_write, make_exclusive, read_json, to_json
 from batchgen.checkpoint.records import trusted
+from batchgen.files import sync_folder
 from batchgen.formats import Original
 from batchgen.types import BatchRecord, Shard
 

@@ -13,15 +13,8 @@ import click
 
 from batchgen import engines
 from batchgen.checkpoint import HEARTBEAT_SECONDS
-from batchgen.commands import (
-    carry_out,
-    conclude,
-    fail,
-    generation_config_option,
-    log_to_stderr,
-    results_only_on_stdout,
-    settings_of,
-)
+from batchgen.commands import fail, generation_config_option, log_to_stderr, results_only_on_stdout
+from batchgen.commands._runs import carry_out, conclude, settings_of
 from batchgen.commands._values import TokenLimit, id_prefix, json_object, stop_texts, template_text
 from batchgen.planning.auto import AUTO
 from batchgen.runs.watchdog import STALL_SECONDS

@@ -7,19 +7,20 @@ import os
 import shutil
 import urllib.parse
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
-from batchgen.commands import CommandError, Unfinished, carry_out, conclude, fail, generation_config_option
-from batchgen.commands._transfer import fetch, is_url, put
+from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
+from batchgen.commands._runs import carry_out, conclude
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import engine_options, recipe_of, sampling_options
+from batchgen.files import replacing
 from batchgen.redaction import redacted
+from batchgen.runs.transfer import fetch, is_url, put
 from batchgen.types import WHOLE
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
 
 
 def _carry_out(input_file: str, folder: Path, options: dict[str, Any]) -> tuple[Status, bool] | None:
-    """As `commands.carry_out`; None if there is no line to answer, and no run that had some."""
+    """As `_runs.carry_out`; None if there is no line to answer, and no run that had some."""
     from batchgen.formats import InputError
     from batchgen.formats.input import files_of
     from batchgen.formats.jsonl import is_blank
@@ -199,7 +200,7 @@ def _fetched(name: str, folder: Path) -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             fetch(name, place)
-        except (OSError, ValueError, HTTPException) as error:
+        except (OSError, ValueError) as error:
             raise CommandError(f"cannot read {name}: {error}") from error
     return str(place)
 
@@ -214,7 +215,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _note_delivered(folder: Path) -> None:
-    from batchgen.checkpoint import write_atomic
+    from batchgen.files import write_atomic
 
     with suppress(OSError):  # it is delivered all the same
         write_atomic(folder / "delivered.json", (folder / "merged.json").read_bytes())
@@ -248,20 +249,14 @@ def _discard(folder: Path) -> None:
 
 
 def _deliver(generations: Path, output: str) -> None:
-    scratch = f"{output}.{os.getpid()}.{os.urandom(4).hex()}"
     try:
         if is_url(output):
             put(generations, output)
-            return
-        try:
-            with open(generations, "rb") as answers, open(scratch, "xb") as file:
-                shutil.copyfileobj(answers, file)
-            os.replace(scratch, output)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
-    except (OSError, HTTPException) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else error
+        else:
+            with replacing(Path(output)) as scratch:
+                shutil.copyfile(generations, scratch)
+    except OSError as error:
+        reason = error.strerror or error
         raise Unfinished(
             f"cannot write {output}: {reason}. All answers are in {generations}; the same command tries again"
         ) from error

@@ -83,9 +83,8 @@ def command(
         site = slurm.load(os.environ, Path.cwd())
         given = slurm.parse(options)
         tasks = slurm.Array(shards, size, at_once)
-        script = slurm.submitted(
-            folder, context.obj, given, site, tasks, max_requeues=max_requeues, chained=chain is not None
-        )
+        requeue = slurm.Requeue(max_requeues, chained=chain is not None)
+        script = slurm.make_script(folder, context.obj, given, site, tasks, requeue)
         if only_print:
             click.echo(_bytes(script), nl=False)
             return
@@ -100,9 +99,9 @@ def command(
 def _check_there(asked: dict[str, Any]) -> None:
     """Whether input and model are on this machine, as far as they are files, by the options of `run` or `run-batch`."""
     from batchgen import models
-    from batchgen.commands._transfer import is_url
     from batchgen.commands.run_batch import model_of
     from batchgen.runs.prepare import check_there
+    from batchgen.runs.transfer import is_url
 
     if "inputs" in asked:
         check_there(asked["inputs"], asked["model"])
@@ -148,7 +147,7 @@ def _bytes(script: Script) -> bytes:
 
 def _write(path: Path, text: bytes) -> None:
     """The script at `path`; one that says something else, edited perhaps, is kept beside it."""
-    from batchgen.checkpoint import write_atomic
+    from batchgen.files import write_atomic
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -71,10 +71,12 @@ def automatic(model: Path, dtype: str, settings: Sequence[str], lengths: Lengths
     Raises:
         EngineError: none fits, or none knows the settings; the message says why of each, and what to do.
     """
-    split = split_folder.read(model)
-    if split is not None and "tp" not in _names(settings):
-        settings = [f"tp={split.ranks}", *settings]
     kinds = {name: kind for name in engine_names() if (kind := find_engine(name)).needs_model}
+    split = split_folder.read(model)
+    if split is not None:
+        group_settings = {kind.group_setting for kind in kinds.values() if kind.group_setting is not None}
+        if not group_settings & _names(settings):
+            settings = [*(f"{name}={split.ranks}" for name in sorted(group_settings)), *settings]
     out = {name: why for name, kind in kinds.items() if (why := _why_not(kind, split is not None, dtype, settings))}
     if len(out) == len(kinds):
         raise EngineError(
@@ -183,7 +185,7 @@ class _Search:
                 # Each is one of groups, be they of one rank.
                 one
                 for one in there
-                if not ({"tp"} | _names(one.placement.settings)) & _names(self.given)
+                if not ({find_engine(one.engine).group_setting} | _names(one.placement.settings)) & _names(self.given)
             ]
         if not machine.gpus:  # unless the settings, or the model, ask for one of the others
             found = [one for one in found if find_engine(one.engine).serves_cpu] or found
@@ -192,7 +194,8 @@ class _Search:
     def _is_asked_for(self, one: Forecast, there: Sequence[Forecast]) -> bool:
         """Whether its placement is what the given settings say, of those that the placements differ in."""
         differing = {name for other in there for name in _names(other.placement.settings)}
-        settings = {f"tp={one.placement.sharing}", *one.placement.settings}  # a rank with a whole model names no group
+        # A rank with a whole model names no group in its placement.
+        settings = {f"{find_engine(one.engine).group_setting}={one.placement.sharing}", *one.placement.settings}
         return {text for text in self.given if _names([text]) <= differing} <= settings
 
     def _nothing_fits(self, model: Model, work: Work, found: Sequence[Forecast]) -> str:

@@ -60,7 +60,7 @@ class Model:
     def of(cls, config: Any, dtype: torch.dtype, bits: Literal[0, 4, 8] = 0) -> Model:
         """With weights of type `dtype`, or those of matrices rounded to so many bits."""
         weights = list_parameters(config, dtype)
-        return cls(config, dtype, quantization.quantized(weights, bits, _GROUP) if bits else weights)
+        return cls(config, dtype, quantization.plan_quantized(weights, bits, _GROUP) if bits else weights)
 
     @property
     def layers(self) -> int:

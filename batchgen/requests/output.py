@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import datetime
 import decimal
 import json
@@ -65,6 +64,7 @@ def _plain(generation: Generation) -> str:
         names = carried(columns)
         columns = {names[name]: value for name, value in columns.items()}
     error = generation.error
+    failure = error and {"type": error.type, "message": error.message, "line": error.line}  # its id is the row's
     own = "".join(f",{_quoted(name)}:{_any(value)}" for name, value in columns.items() if name != "id")
     logprobs = "" if generation.logprobs is None else f',"{LOGPROBS}":{_json(generation.logprobs)}'
     return (
@@ -72,7 +72,7 @@ def _plain(generation: Generation) -> str:
         f'"text":{"null" if generation.text is None else _quoted(generation.text)},'
         f'"finish_reason":{"null" if generation.finish_reason is None else _quoted(generation.finish_reason)},'
         f'"prompt_tokens":{generation.prompt_tokens},"generated_tokens":{generation.generated_tokens},'
-        f'"error":{"null" if error is None else _json(dataclasses.asdict(error))}{logprobs}{own}}}'
+        f'"error":{"null" if failure is None else _json(failure)}{logprobs}{own}}}'
     )
 
 

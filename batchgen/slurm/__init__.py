@@ -3,7 +3,7 @@
 from batchgen.slurm.directives import Directive, parse
 from batchgen.slurm.queue import GONE, SlurmError, Task, cancel, largest_array, sbatch, tasks
 from batchgen.slurm.records import Job, end_of, jobs, log_pattern, prepare, remember
-from batchgen.slurm.script import MAX_REQUEUES, SHARD, SRUN, Array, Script, ranges, retries, submitted
+from batchgen.slurm.script import MAX_REQUEUES, SHARD, SRUN, Array, Requeue, Script, make_script, ranges, retries
 from batchgen.slurm.site import Site, load
 from batchgen.slurm.supervise import Supervisor
 
@@ -15,6 +15,7 @@ __all__ = [
     "Array",
     "Directive",
     "Job",
+    "Requeue",
     "Script",
     "Site",
     "SlurmError",
@@ -26,12 +27,12 @@ __all__ = [
     "largest_array",
     "load",
     "log_pattern",
+    "make_script",
     "parse",
     "prepare",
     "ranges",
     "remember",
     "retries",
     "sbatch",
-    "submitted",
     "tasks",
 ]

@@ -93,15 +93,21 @@ def retries(jobs: Sequence[Job], shards: Sequence[int]) -> list[str]:
     return lines
 
 
-def submitted(
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """How a job that ends with open rows comes back."""
+
+    most: int = MAX_REQUEUES  # times that it is requeued
+    chained: bool = False  # more jobs follow by dependency, instead of this one being requeued
+
+
+def make_script(
     run: Path,
     command: Sequence[str],
     typed: Sequence[Directive],
     site: Site,
     array: Array,
-    *,
-    max_requeues: int = MAX_REQUEUES,
-    chained: bool = False,
+    requeue: Requeue = Requeue(),
 ) -> Script:
     """The script of `batchgen submit`, for the working folder and the interpreter of this process.
 
@@ -109,8 +115,8 @@ def submitted(
         run: the run folder.
         command: words of `run …` or `run-batch …`, as typed.
         typed: options of sbatch; they come before the site's, and those before ours.
-        chained: more jobs follow by dependency, instead of this one being requeued.
     """
+    max_requeues = requeue.most
     given = [*site.directives, *typed]
     if [one.name for one in given if one.name in _REQUEUE][-1:] == ["no-requeue"]:
         max_requeues = 0
@@ -131,7 +137,7 @@ def submitted(
         directives=merged(ours, given, _one_task_a_gpu(given)),
         setup=[*(f"module load {shlex.quote(module)}" for module in site.modules), *site.setup],
         batchgen=f"{shlex.quote(sys.executable)} -m batchgen",
-        supervise=["--chained"] if chained else [f"--max-requeues={max_requeues}"],
+        supervise=["--chained"] if requeue.chained else [f"--max-requeues={max_requeues}"],
         srun=[*SRUN, *map(shlex.quote, site.srun)],
         # Right behind `run`: what follows a `--` is input.
         command=[command[0], *shard, *map(shlex.quote, command[1:])],

@@ -16,7 +16,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
-from batchgen.commands import _transfer, run_batch
+from batchgen.commands import run_batch
+from batchgen.runs import transfer
 from tests.bad_input.command import call as fork
 from tests.commands.starts import Started, batchgen, call, found, read_rows, recorded, step, until, write_rows
 
@@ -348,7 +349,7 @@ def test_url_that_cannot_be_read_is_exit_4(tmp_path: Path, store: Store) -> None
 
 
 def test_put_is_tried_again(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_transfer, "_PUT_WAIT_SECONDS", 0)
+    monkeypatch.setattr(transfer, "_BACKOFF_SECONDS", 0)
     (tmp_path / "answers").write_bytes(b"all answers")
     store.failures = 4
     run_batch._deliver(tmp_path / "answers", store.url("/out"))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from batchgen.commands import about_failures
+from batchgen.commands._runs import about_failures
 from batchgen.requests.output import renderer
 from batchgen.types import MACHINE_ERRORS, Generation, RowError
 from tests.commands.starts import call, echo, prompts, write_rows

@@ -54,7 +54,11 @@ def write_folder(folder: Path, rows: Rows) -> Path:
     return path
 
 
-FORMATS = sorted(module.name for module in pkgutil.iter_modules(batchgen.formats.__path__))
+FORMATS = sorted(
+    module.name
+    for module in pkgutil.iter_modules(batchgen.formats.__path__)
+    if not module.name.startswith("_") and module.name != "input"
+)
 
 
 @pytest.fixture(params=FORMATS)

@@ -42,12 +42,12 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_a_token_beyond_the_embedding_is_an_error_row_and_found_by_strict(model: Path, rows: Path) -> None:
-    asked: dict[str, Any] = {"model": str(model), "engine": "accelerate", "selftest": False, "host": ALONE}
+    asked: dict[str, Any] = {"model": str(model), "engine": "accelerate", "selftest": False}
     short = Recipe(sampling=SamplingParams(max_new_tokens=4))
     with pytest.raises(RunError, match="2 of 4 rows are bad") as caught:
-        run(rows, rows.parent / "strict", RunSettings(recipe=short, strict=True, **asked))
+        run(rows, rows.parent / "strict", RunSettings(recipe=short, strict=True, **asked), host=ALONE)
     assert SENTENCE in str(caught.value)
-    assert run(rows, rows.parent / "out", RunSettings(recipe=short, **asked)).failed == 2
+    assert run(rows, rows.parent / "out", RunSettings(recipe=short, **asked), host=ALONE).failed == 2
     good, bad, other, chat = read_rows(rows.parent / "out/generations.jsonl")
     assert (good["generated_tokens"], other["generated_tokens"]) == (4, 4)
     assert (bad["error"]["type"], bad["error"]["message"]) == ("unknown_token", SENTENCE)
@@ -55,15 +55,15 @@ def test_a_token_beyond_the_embedding_is_an_error_row_and_found_by_strict(model:
 
 
 def test_new_tokens_fit_the_context_and_that_is_what_the_run_is(model: Path, rows: Path) -> None:
-    asked: dict[str, Any] = {"model": str(model), "engine": "accelerate", "selftest": False, "host": ALONE}
+    asked: dict[str, Any] = {"model": str(model), "engine": "accelerate", "selftest": False}
     out = rows.parent / "fit"
-    run(rows, out, RunSettings(recipe=Recipe(sampling=SamplingParams(max_new_tokens=FIT)), **asked))
+    run(rows, out, RunSettings(recipe=Recipe(sampling=SamplingParams(max_new_tokens=FIT)), **asked), host=ALONE)
     for row in (one for one in read_rows(out / "generations.jsonl") if one["error"] is None):
         ended = row["finish_reason"] == "stop"
         assert ended or row["prompt_tokens"] + row["generated_tokens"] == 40
     assert json.loads((out / "run.json").read_text())["asked"]["sampling.max_new_tokens"] == "fit"
     with pytest.raises(DifferentRun, match=r"sampling.max_new_tokens was \"?fit"):
-        run(rows, out, RunSettings(recipe=Recipe(sampling=SamplingParams(max_new_tokens=34)), **asked))
+        run(rows, out, RunSettings(recipe=Recipe(sampling=SamplingParams(max_new_tokens=34)), **asked), host=ALONE)
 
 
 def test_a_model_without_a_limit_of_its_context_wants_a_number(rows: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from batchgen.checkpoint import RunFolder
 from batchgen.engine import EngineError, Setup
 from batchgen.engines.paged.engine import Paged
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.sizing import CacheLesson
 from batchgen.generation import selftest
 from batchgen.generation.selftest import SelfTest
 from batchgen.models import footprint
@@ -25,8 +27,8 @@ def test_rows_that_do_not_fit_are_failed_rows(tiny_llama: Path) -> None:
     rows = models.random_prompts(6, max_new_tokens=20)
     rows[3].tokens = [models.BEGIN] * 200
     with load(tiny_llama, "cache_tokens=128") as engine:
-        found = texts(engine, rows)
-    failed = [row for row in found.values() if row.error is not None]
+        generations = texts(engine, rows)
+    failed = [row for row in generations.values() if row.error is not None]
     assert [row.id for row in failed] == ["row-3"]
     assert failed[0].error is not None
     assert "200 prompt tokens and up to 20 new ones do not fit" in failed[0].error.message
@@ -50,11 +52,18 @@ def test_each_attempt_of_a_group_begins_below_the_smallest_cache_that_was_too_la
 
     assert pages({}) == 100
     # Nine groups, or shards, may have run out of memory in one attempt, each with a cache of about this size.
-    assert pages({1600 - SIZE * group: 2 for group in range(9)}) == int(92 * 0.85)
+    assert pages({1600 - PAGE_SIZE * group: 2 for group in range(9)}) == int(92 * 0.85)
     assert pages({1600: 2, 800: 2}) == int(50 * 0.85)
-    for small in (SIZE, 25 * SIZE):
+    for small in (PAGE_SIZE, 25 * PAGE_SIZE):
         with pytest.raises(EngineError, match="out of memory in a forward, however small the cache"):
             pages({small: 2})
+
+
+def test_the_lesson_of_a_cache_that_was_too_large_is_read_as_it_was_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    error = CacheLesson(110).to_error()
+    folder.add_limit(1, 0, {}, error.length, error.rows // 2)
+    assert CacheLesson.read(folder.limits({})) == [CacheLesson(110)]
 
 
 @plain_path
@@ -65,7 +74,7 @@ def test_the_cache_takes_memory_as_it_fills(tiny_llama: Path) -> None:
     before = resident()
     with load(tiny_llama, batch_size=4000, selftest=False) as engine:
         assert engine._runner is not None
-        whole = engine._runner.pages * SIZE * footprint.cache_bytes_per_token(config, 4)
+        whole = engine._runner.pages * PAGE_SIZE * footprint.cache_bytes_per_token(config, 4)
         assert whole > 100 << 20
         assert resident() - before < whole / 4
         texts(engine, prompts(30))
@@ -99,12 +108,12 @@ def test_out_of_memory_makes_the_cache_smaller_and_changes_no_text(
         expected = texts(engine, rows)
     with load(tiny_llama, "cache_tokens=2000", selftest=False) as engine:
         OutOfMemory(monkeypatch, calls=(3, 4, 20))
-        found = texts(engine, rows)
+        generations = texts(engine, rows)
     for row in rows:
-        logprobs, before = found[row.id].logprobs, expected[row.id].logprobs
+        logprobs, before = generations[row.id].logprobs, expected[row.id].logprobs
         assert logprobs == before if before is None else logprobs == pytest.approx(before, abs=1e-4)
-        found[row.id].logprobs = before
-    assert found == expected
+        generations[row.id].logprobs = before
+    assert generations == expected
     cache = r"out of memory in a forward; going on with a cache of (\d+) tokens"
     assert len([record for record in caplog.records if record.getMessage().startswith(cache[:26])]) == 3
 
@@ -128,7 +137,7 @@ def test_any_other_error_leaves(tiny_llama: Path, monkeypatch: pytest.MonkeyPatc
 
 @plain_path
 def test_the_first_rows_are_looked_at_again_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchgen.engines.paged.attention.SIZE", 8)  # keys land in the wrong places of their pages
+    monkeypatch.setattr("batchgen.engines.paged.layout.PAGE_SIZE", 8)  # keys land in the wrong places of their pages
     with load(tiny_llama) as engine, pytest.raises(EngineError, match=r"self-test: .* Batches change the text"):
         texts(engine, prompts(20))
 

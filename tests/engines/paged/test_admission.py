@@ -7,17 +7,17 @@ import random
 import numpy as np
 import pytest
 
-from batchgen.engines.paged.forecast import Forecast
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.admission import CacheForecast
+from batchgen.engines.paged.pages import PAGE_SIZE
 
 
 def most_pages(rows: list[tuple[int, int]]) -> float:
     """Pages in the fullest step, with two standard deviations of how full the last pages are."""
-    most = 0.0
+    fullest = 0.0
     for step in range(max(rest for _, rest in rows) + 1):
         there = [length + step for length, rest in rows if rest >= step]
-        most = max(most, sum(there) / SIZE + len(there) / 2 + 2 * (len(there) / 12) ** 0.5)
-    return most
+        fullest = max(fullest, sum(there) / PAGE_SIZE + len(there) / 2 + 2 * (len(there) / 12) ** 0.5)
+    return fullest
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -26,11 +26,11 @@ def test_fits_says_what_a_simulation_says(seed: int) -> None:
     rows = [(source.randrange(1, 300), source.randrange(200)) for _ in range(source.randrange(1, 30))]
     more = [(source.randrange(1, 300), source.randrange(200)) for _ in range(8)]
     pages = int(most_pages(rows) * source.uniform(1.0, 1.2))
-    forecast = Forecast(pages, *(np.array(column, np.int32) for column in zip(*rows, strict=True)))
+    forecast = CacheForecast(pages, *(np.array(column, np.int32) for column in zip(*rows, strict=True)))
     answers = []
     for row in more:
         expected = most_pages([*rows, row]) <= pages
-        assert forecast.fits(*row) == expected
+        assert forecast.admit(*row) == expected
         answers.append(expected)
         if expected:
             rows.append(row)
@@ -38,8 +38,8 @@ def test_fits_says_what_a_simulation_says(seed: int) -> None:
 
 def test_short_rows_fit_where_long_ones_would_not() -> None:
     # A sequence of 64 tokens grows by 64: 9 pages in the end. 60 more tokens fit now, but not then.
-    def forecast() -> Forecast:
-        return Forecast(10, np.array([64], np.int32), np.array([64], np.int32))
+    def forecast() -> CacheForecast:
+        return CacheForecast(10, np.array([64], np.int32), np.array([64], np.int32))
 
-    assert forecast().fits(60, 2)
-    assert not forecast().fits(60, 60)
+    assert forecast().admit(60, 2)
+    assert not forecast().admit(60, 60)
