@@ -66,7 +66,7 @@ PLANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "input-not-compared": (
         "checkpoint/manifest.py",
         (
-            ('str(one["digest"])', '""'),
+            ('str(entry["digest"])', '""'),
             ('    if "input" in recorded and ', "    if False and "),
             ("    if differing:\n", "    if False:\n"),
         ),
