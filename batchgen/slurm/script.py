@@ -80,10 +80,10 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def retries(jobs: Sequence[Job], shards: Sequence[int]) -> list[str]:
-    """The commands that do `shards` again: one for each array that they were in."""
+    """The commands that do `shards` again: one for each array that they were in, of which there is at least one."""
     offsets = {job.offset: job for job in jobs if job.shards}  # of arrays of the same shards, the newest
     lines = []
-    for offset in sorted(offsets) or [0]:
+    for offset in sorted(offsets):
         after = min((other for other in offsets if other > offset), default=None)
         indices = [shard - offset for shard in shards if shard >= offset and (after is None or shard < after)]
         if indices:
