@@ -7,13 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from batchgen.commands import CommandError, Unfinished, log_to_stderr, results_only_on_stdout
+from batchgen.commands import CommandError, Unfinished, log_to_stderr, results_only_on_stdout, sharing_warnings
 from batchgen.redaction import redacted
 from batchgen.types import ExitCode
 
@@ -49,7 +50,8 @@ def carry_out(inputs: Sequence[str], out: str | None, options: Mapping[str, Any]
         # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
         # its time.
         gc.set_threshold(100_000, 50, 100)
-        with results_only_on_stdout():
+        starts_ranks = options["ranks"] > 1 and world.size == 1
+        with results_only_on_stdout(), sharing_warnings() if starts_ranks else nullcontext():
             return flow.run(inputs, out, settings_of(options), host=host_of(options)), world.size == 1
     except flow.MergeError as error:
         raise Unfinished(str(error)) from error

@@ -150,7 +150,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
 
 
 def _carry_out(input_file: str, folder: Path, options: dict[str, Any]) -> tuple[Status, bool] | None:
-    """As `_runs.carry_out`; None if there is no line to answer, and no run that had some."""
+    """Carries the run out, as `_runs.carry_out` does; None if there is no line to answer, and no run that had some."""
     from batchgen.formats import InputError
     from batchgen.formats.input import files_of
     from batchgen.formats.jsonl import is_blank

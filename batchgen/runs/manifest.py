@@ -80,7 +80,7 @@ def provenance(ready: Ready, role: Role) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Of batchgen and the packages that decide what a model says and how fast."""
+    """The versions of batchgen and of the packages that decide what a model says and how fast."""
     versions = {}
     for name in _PACKAGES:
         try:
