@@ -45,7 +45,7 @@ class Directive:
 
     @property
     def word(self) -> str:
-        """As on a command line, unquoted."""
+        """The option as on a command line, unquoted."""
         dashes = "-" if len(self.name) == 1 else "--"
         joint = " " if len(self.name) == 1 else "="
         return f"{dashes}{self.name}" if self.value is None else f"{dashes}{self.name}{joint}{self.value}"
@@ -88,8 +88,9 @@ def parse(words: Sequence[str]) -> list[Directive]:
 
 
 def usable(directive: Directive) -> Directive:
-    """As a job can have it. A warning signal goes to the batch process, which passes it on; without B: it would kill
-    the tasks' shells.
+    """The directive as a job can have it.
+
+    A warning signal goes to the batch process, which passes it on; without B: it would kill the tasks' shells.
 
     Raises:
         SlurmError: it contradicts what a run needs.
