@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from batchgen.redaction import redacted
+from batchgen.redaction import redact
 from batchgen.types import ExitCode
 
 
@@ -26,7 +26,7 @@ class CommandError(click.ClickException):
     exit_code = ExitCode.CANNOT_RUN
 
     def format_message(self) -> str:
-        return redacted(self.message, os.environ)
+        return redact(self.message, os.environ)
 
 
 class Unfinished(CommandError):
@@ -44,7 +44,7 @@ class _Commands(click.Group):
         except ImportError as error:
             from batchgen import packages
 
-            sentence = packages.about(error)
+            sentence = packages.explain_import_error(error)
             if sentence is None:
                 raise
             raise CommandError(sentence) from error
@@ -150,7 +150,7 @@ def log_to_stderr(rank: int, size: int) -> None:
 
     class Redacted(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            return redacted(super().format(record), os.environ)
+            return redact(super().format(record), os.environ)
 
     who = f"batchgen[{rank}]" if size > 1 else "batchgen"
     handler = logging.StreamHandler(sys.stderr)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from batchgen.commands import CommandError, Unfinished, log_to_stderr, results_only_on_stdout, sharing_warnings
-from batchgen.redaction import redacted
+from batchgen.redaction import redact
 from batchgen.types import ExitCode
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ def carry_out(inputs: Sequence[str], out: str | None, options: Mapping[str, Any]
     except flow.MergeError as error:
         raise Unfinished(str(error)) from error
     except (UserError, ImportError) as error:
-        sentence = packages.about(error) if isinstance(error, ImportError) else str(error)
+        sentence = packages.explain_import_error(error) if isinstance(error, ImportError) else str(error)
         if sentence is None:
             _die(error, who)
-        if launcher.tell_starter(redacted(sentence, os.environ), os.environ):
+        if launcher.tell_starter(redact(sentence, os.environ), os.environ):
             sys.exit(CommandError.exit_code)
         raise CommandError(who + sentence) from error
     except (Exception, KeyboardInterrupt) as error:
@@ -95,10 +95,10 @@ def _die(error: BaseException, who: str) -> NoReturn:
 
     is_sentence = isinstance(error, Died)
     if not is_sentence and not isinstance(error, KeyboardInterrupt):
-        click.echo(redacted(f"{who}{traceback.format_exc()}", os.environ), err=True, nl=False)
+        click.echo(redact(f"{who}{traceback.format_exc()}", os.environ), err=True, nl=False)
     first = str(error) if is_sentence else f"{type(error).__name__}: {error}".splitlines()[0][:300]
     why = first + "".join(f", with {note}" for note in getattr(error, "__notes__", ()))
-    if not launcher.tell_starter(redacted(why, os.environ), os.environ):
+    if not launcher.tell_starter(redact(why, os.environ), os.environ):
         if is_sentence:
             _say(who + why)
         _say(f"{who}died. What is recorded is safe; the same command goes on from there")
@@ -107,13 +107,13 @@ def _die(error: BaseException, who: str) -> NoReturn:
 
 def _say(sentence: str) -> None:
     try:
-        click.echo(f"batchgen: {redacted(sentence, os.environ)}", err=True)
+        click.echo(f"batchgen: {redact(sentence, os.environ)}", err=True)
     except OSError:
         # The terminal or the pipe is gone. Click would exit with 1; the exit code shall still say how the run stands.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def about_failures(path: Path) -> str:
+def describe_failures(path: Path) -> str:
     """About the failed rows in `path`: the first of them, and what the same command would do about them all."""
     import json
 
@@ -156,5 +156,5 @@ def conclude(status: Status, speaks: bool) -> None:
         which = "" if status.shard.count == 1 else f"shard {status.shard} "
         _say(f"{which}finished; {counts}")
         if status.failed:
-            _say(about_failures(status.folder / "errors.jsonl"))
+            _say(describe_failures(status.folder / "errors.jsonl"))
     sys.exit(status.exit_code)

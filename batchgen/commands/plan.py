@@ -14,7 +14,7 @@ import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
 from batchgen.commands._options import sampling_options
-from batchgen.commands._values import escaped, template_text
+from batchgen.commands._values import escape, template_text
 from batchgen.commands.run import recipe_of
 from batchgen.types import FIT, SamplingParams
 
@@ -199,7 +199,7 @@ def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any
     given |= {name: value for name in ("prompt_column", "template") if (value := getattr(recipe, name)) is not None}
     if given.get("max_new_tokens") == FIT:
         given["max_new_tokens"] = "fit"
-    for name, value in [*given.items(), *(("stop", escaped(text)) for text in recipe.sampling.stop)]:
+    for name, value in [*given.items(), *(("stop", escape(text)) for text in recipe.sampling.stop)]:
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--logprobs"] if recipe.sampling.logprobs else []
     words += ["--engine", best.engine]

@@ -21,7 +21,7 @@ from batchgen.commands._transfer import fetch, is_url, put
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import recipe_of
-from batchgen.redaction import redacted
+from batchgen.redaction import redact
 from batchgen.types import WHOLE
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     if not status.open and (speaks or status.attempts[-1].ended is not None):
         _deliver(folder / "generations.jsonl", output_file)
         _note_delivered(folder)
-        click.echo(redacted(output_file, os.environ))
+        click.echo(redact(output_file, os.environ))
     conclude(status, speaks)
 
 
@@ -176,7 +176,7 @@ def _answer_nothing(output_file: str) -> None:
     if from_environment(os.environ).rank == 0:
         _deliver(Path(os.devnull), output_file)
         click.echo("batchgen: finished; the input has no line, and so has the output", err=True)
-        click.echo(redacted(output_file, os.environ))
+        click.echo(redact(output_file, os.environ))
 
 
 def folder_of(options: dict[str, Any]) -> Path:

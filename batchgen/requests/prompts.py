@@ -18,8 +18,8 @@ from batchgen.requests.openai_keys import SETTINGS, advice, is_neutral
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused, check_encodable, quote, sampling_params
-from batchgen.requests.row_ids import called, endpoint, is_request, may_be_request, read_id, row_id
-from batchgen.requests.template import compiled, conversation, template_kwargs, without_nulls
+from batchgen.requests.row_ids import endpoint, is_request, make_id, may_be_request, read_id, row_id
+from batchgen.requests.template import compile_template, conversation, template_kwargs, without_nulls
 from batchgen.requests.token_limits import TokenLimits
 from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, SamplingParams
 
@@ -59,7 +59,7 @@ class PromptReader:
         self._among_requests = among_requests
         self._warns = warns
         self._limits = TokenLimits(tokenizer, recipe.truncate, recipe.authors_length)
-        self._render = None if recipe.template is None else compiled(recipe.template)
+        self._render = None if recipe.template is None else compile_template(recipe.template)
         used = re.findall(r"\w+", recipe.template or recipe.prompt_column or "")
         self._settings = SETTINGS.difference(used)
         self._reported: set[tuple[str, str | int]] = set()
@@ -123,7 +123,7 @@ class PromptReader:
             params = sampling_params(params, given, {})
         if not text.isascii():
             check_encodable(text)
-        id = called(row, own, self._recipe.id_prefix)
+        id = make_id(row, own, self._recipe.id_prefix)
         return Prompt(row.index, id, row.line, text, (), params, value), from_chat
 
     def _plain_text(self, row: Row, value: Mapping[str, object]) -> tuple[str, bool]:
