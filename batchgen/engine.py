@@ -1,4 +1,4 @@
-"""The contract of an engine: a class that derives from `Engine`, in `batchgen/engines/`, where it is found by name."""
+"""The contract of an engine: a class that derives from `Engine`, which `batchgen.engines` finds by its file's name."""
 
 from __future__ import annotations
 
@@ -18,82 +18,88 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Which part of the input a rank works on. Ranks of the same index see the same prompts; one of them writes."""
+    """The part of the input that a rank works on. Ranks of the same index see the same prompts; one of them writes."""
 
     index: int
-    count: int
-    writes: bool
+    count: int  # of streams
+    writes: bool  # this rank writes what the stream has generated
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One way for an engine to hold a model over the GPUs of a node. Sizes in bytes."""
+    """One way for an engine to hold a model over the GPUs of a node. Sizes are in bytes."""
 
-    settings: tuple[str, ...]  # of the engine, `name=value`
+    settings: tuple[str, ...]  # the engine's settings for it, each `name=value`
     ranks: int
     streams: int
     device: int  # weights that lie on each device
-    gathered: int = 0  # room for more of them, that a forward brings there
-    host: int = 0  # weights in the host's memory, of all ranks
-    disk: int = 0  # weights on a disk
+    gathered: int = 0  # device memory for the weights that a forward gathers
+    host: int = 0  # weights in the memory of the host, of all ranks together
+    disk: int = 0  # weights on a disk, of all ranks together
     moved: int = 0  # weights that each rank waits for in a step
-    path: str = ""  # what they come over: gpus, host or disk
-    sharing: int = 1  # devices that the rows of a batch are spread over
-    in_turn: bool = False  # these compute one after the other
-    most_rows: int | None = None  # of a batch whose size the engine chooses; None: as `memory.rows_that_fit` has it
+    path: str = ""  # where they come from: gpus, host or disk
+    sharing: int = 1  # devices that share the work on each row
+    in_turn: bool = False  # those devices compute one after the other
+    most_rows: int | None = None  # of a batch whose size the engine chooses; None: `limits.count_rows_that_fit` says
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a decode step takes besides matrix products: what `plan` knows of an engine's speed. The figures here are
-    those of Transformers' `generate` on an H100 (benchmarks/README.md)."""
+    """What a decode step takes besides matrix products, by which `plan` estimates the speed of an engine.
 
-    layer_seconds: float = 0.0010  # of Python's work for each layer, however few the rows
-    host_layer_seconds: float = 0.0015  # the same on a CPU, with the operations that are no products
+    The figures here are those of Transformers' `generate` on an H100 (benchmarks/README.md).
+    """
+
+    layer_seconds: float = 0.0010  # that Python takes for each layer, however few the rows
+    host_layer_seconds: float = 0.0015  # the same on a CPU, with the operations that are no matrix products
     shared_layer_seconds: float | None = None  # the same where several ranks share each layer; None: as alone
-    read_share: float = 0.5  # of the bandwidth, that a step's weights are read at: many matrices, some of them small
+    read_share: float = 0.5  # the part of the bandwidth at which weights are read: many matrices, some of them small
     # How often a step moves the cache: `generate` copies it to make it longer, and attention that writes its scores
     # out (BLOOM's) moves them in several types besides. The first is a count, not measured.
     cache_passes: float = 5.0
     cache_passes_eager: float = 10.0
-    continuous: bool = False  # a row that ends makes room for another at once
+    continuous: bool = False  # when a row ends, another one takes its place at once
 
 
 class Tokenizer(Protocol):
-    """The part of a model that turns rows into tokens. Needs no weights and no device."""
+    """The part of a model that turns rows into tokens. It needs no weights and no device."""
 
-    context: int | None  # most tokens of prompt and generation together; None: unlimited
-    vocabulary: int | None  # token ids are below this; None: not known
+    context: int | None  # the most tokens of prompt and generation together; None: there is no limit
+    vocabulary: int | None  # all token ids are below this number; None: the model does not say
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
-        """The conversation as one text, through the model's chat template, ready for the assistant's turn.
+        """Returns the conversation as one text, through the model's chat template, ready for the assistant's turn.
 
         Raises:
             ValueError: the model has no chat template, or the template refused the conversation.
         """
 
     def token_name(self, token: int) -> str | None:
-        """What the tokenizer calls a token, for a sentence; None: it has no such token, or no names."""
+        """Returns the tokenizer's name of a token, for a sentence; None: it has no such token, or no names."""
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
-        """Token ids of each text. `special` adds what the tokenizer puts around a plain text (beginning of sequence);
-        a text from a chat template has it already."""
+        """Returns the token ids of each text.
+
+        Args:
+            special: add what the tokenizer puts around a plain text (beginning of sequence); a text from a chat
+                template has it already.
+        """
 
     def find_lost(self, text: str) -> str:
-        """Letters and digits of `text` that the tokenizer leaves out without a token in their place; "" if none."""
+        """Returns the letters and digits of `text` that the tokenizer drops without a token in their place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What every engine is told, besides its own `Options`."""
+    """What every engine is told besides its own `Options`."""
 
-    model: str  # a folder; "" for an engine that needs none
+    model: str  # the folder of the model; "" for an engine that needs none
     dtype: str  # one of DTYPES
-    batch_size: int | None  # most prompts in a batch; None: the engine's choice
+    batch_size: int | None  # the most prompts in a batch; None: the engine chooses
     world: World
-    selftest: bool = True  # look at the first batch's text twice
-    run: str = ""  # what tells this run, or its shard, from all others; the same in all its attempts
-    cache: str = ""  # batchgen's own folder on this machine, for what is built once
+    selftest: bool = True  # rows of the first batch are computed again alone, and compared
+    run: str = ""  # tells this run, or its shard, from all others; the same in all its attempts
+    cache: str = ""  # batchgen's own folder on this machine, for files that are built once
     limits: Mapping[int, int] = field(default_factory=dict)
     """Most rows of a batch, by its length in tokens: what earlier attempts died of (`OutOfStep`)."""
 
@@ -144,8 +150,8 @@ class Peers(Protocol):
 class Engine(ABC):
     """Turns prompts into generations, for one stream.
 
-    Life of an engine: class methods are asked before any weights are loaded; the constructor loads them; `generate` is
-    called once; the context manager frees what was taken.
+    The life of an engine: its class methods are called before any weights are loaded; the constructor loads them;
+    `generate` is called once; the end of the `with` statement frees memory and process groups.
     """
 
     @dataclass(frozen=True)
@@ -155,15 +161,15 @@ class Engine(ABC):
     needs_model: ClassVar[bool] = True
     needed_packages: ClassVar[Sequence[str]] = ()  # whatever its options are
     serves_cpu: ClassVar[bool] = False
-    """Is meant for machines without a GPU too: there `--engine auto` chooses among these."""
+    """It is meant for machines without a GPU, too: there `--engine auto` chooses among such engines."""
     reads_split: ClassVar[bool] = False
-    """Takes models whose files are split by rank."""
+    """It reads models whose files are split by rank."""
     group_setting: ClassVar[str | None] = None
     """The setting that says how many ranks share a model; None: there is none."""
     dtypes: ClassVar[Sequence[str]] = ("auto", "float32", "bfloat16", "float16")
     pace: ClassVar[Pace] = Pace()
     calls_together: bool = False
-    """Ranks take part in each other's steps: each is needed even when its own queue is empty."""
+    """Ranks take part in each other's steps: each rank is needed even when its own queue is empty."""
 
     @cached_property
     def signs(self) -> SignsOfLife:
@@ -172,38 +178,42 @@ class Engine(ABC):
 
     @classmethod
     def packages(cls, options: Any, dtype: str) -> Sequence[str]:
-        """What must be installed for it, besides torch and Transformers."""
+        """Returns the packages that it needs besides torch and Transformers."""
         return cls.needed_packages
 
     @classmethod
     def check(cls, setup: Setup, tokenizer: Any, options: Any) -> None:
-        """Raises EngineError for what would end every rank alike, if it shows without weights and devices."""
+        """Checks what would end every rank alike, as far as it shows without weights and devices.
+
+        Raises:
+            EngineError: the engine cannot run like this; the message says why and what to do.
+        """
         cls.stream(setup.world, options)
 
     @classmethod
     def stream(cls, world: World, options: Any) -> Stream:
-        """This rank's part: by default every rank is a stream of its own."""
+        """Returns this rank's part of the input: by default every rank is a stream of its own."""
         return Stream(world.rank, world.size, writes=True)
 
     @classmethod
     def will_call_together(cls, options: Any) -> bool:
-        """What `calls_together` is of an engine with these options."""
+        """Returns what `calls_together` will be of an engine with these options."""
         return cls.calls_together
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
-        """The ways to hold a model over `gpus` GPUs, whatever their memory; none: this kind of model cannot be had.
+        """Returns the ways to hold a model over `gpus` GPUs, whatever their memory; none: it cannot hold such a model.
 
         Args:
             config: the model's Transformers config.
-            weights: its `batchgen.offload.Parameters`.
+            weights: its `batchgen.models.parameters.Parameters`.
         """
         return []
 
     @classmethod
     @abstractmethod
     def tokenizer(cls, model: str) -> Tokenizer:
-        """The tokenizer of the model in folder `model`; no weights are read."""
+        """Returns the tokenizer of the model in folder `model`; no weights are read."""
 
     @abstractmethod
     def __init__(self, setup: Setup, options: Any) -> None:
@@ -215,7 +225,7 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
-        """Pulls prompts as room frees up, yields what has finished.
+        """Pulls prompts as memory becomes free, and yields batches as they finish.
 
         Every pulled prompt is in exactly one yielded batch, unless `stop()` became true: then the engine returns soon,
         at the latest after the current decode step where it can, and what was in flight is done again by the next
@@ -226,7 +236,7 @@ class Engine(ABC):
         """
 
     def abandon(self) -> None:
-        """Lets go of what waits for other ranks, which may be gone; called before `close` after an exception."""
+        """Ends what waits for other ranks, which may be gone. It is called before `close`, after an exception."""
 
     def close(self) -> None:
         """Frees devices and process groups."""
@@ -243,7 +253,7 @@ class Engine(ABC):
 
 
 class Died(Exception):
-    """The attempt cannot go on, and the next start can: a sentence for the person at the terminal."""
+    """The attempt cannot go on, but the next start can. The message is a sentence for the person at the terminal."""
 
 
 class OutOfStep(Died):
@@ -253,9 +263,9 @@ class OutOfStep(Died):
     next one makes smaller batches.
     """
 
-    length: int = 0  # tokens of the batch that did not fit, prompt and new ones; 0: not known
-    rows: int = 0  # of that batch
+    length: int = 0  # tokens of each row of the batch that did not fit, prompt and new ones; 0: nobody knows
+    rows: int = 0  # rows of that batch
 
 
 class EngineError(UserError):
-    """The engine cannot run with these settings on this machine: a sentence for the person at the terminal."""
+    """The engine cannot run with these settings on this machine. The message is a sentence for the user."""

@@ -116,7 +116,7 @@ def rank(name: str, model: str, options: Sequence[str], folder: Path) -> None:
         trimmed = resident()
         gathered = getattr(made, "_gathered", None)
         # One that DeepSpeed has sharded is empty, and keeps its share elsewhere.
-        shares = [getattr(one, "ds_tensor", one) for one in made._batches._model.parameters()]
+        shares = [getattr(one, "ds_tensor", one) for one in made._batches.loaded.model.parameters()]
         record = {
             "held": sum(one.numel() for one in shares) if gathered is None else gathered.elements,
             "after": after["RssAnon"] - before["RssAnon"],

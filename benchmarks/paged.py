@@ -26,6 +26,7 @@ import torch
 from batchgen.bench import workloads
 from batchgen.engine import Setup
 from batchgen.engines import find, parse_options
+from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.models import shapes
 from batchgen.types import Prompt
 from batchgen.world import from_environment
@@ -49,11 +50,11 @@ def job(name: str) -> list[Prompt]:
 def timed(engine: Any, prompts: list[Prompt]) -> tuple[float, int]:
     """Seconds, and tokens generated."""
     torch.cuda.synchronize()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     generated = 0
     for batch in engine.generate(iter(prompts), lambda: False):
         generated += sum(generation.generated_tokens for generation in batch.generations)
-    return time.perf_counter() - begun, generated
+    return time.perf_counter() - started, generated
 
 
 def check(engine: Any, prompts: list[Prompt]) -> dict[str, Any]:
@@ -61,15 +62,15 @@ def check(engine: Any, prompts: list[Prompt]) -> dict[str, Any]:
     the logits, and what share of them is the best; how far their log-probabilities are from those of that forward.
     Beside them the choice, and the log-probabilities, of the same model's own forward, which differs by rounding alone.
     """
-    found = finished(engine, [asking(prompt) for prompt in prompts])
+    generated = finished(engine, [asking(prompt) for prompt in prompts])
     engine._runner.allocate(0)  # room for float32
     torch.cuda.empty_cache()
-    own = {prompt.index: judged(engine._model, prompt, found[prompt.index][0]) for prompt in prompts}
+    own = {prompt.index: judged(engine._model, prompt, generated[prompt.index][0]) for prompt in prompts}
     model = engine._model.float()
     behind: dict[str, list[torch.Tensor]] = {"paged": [], "the model's own": []}
     off: dict[str, list[torch.Tensor]] = {"paged": [], "the model's own": []}
     for prompt in prompts:
-        tokens, logprobs = found[prompt.index]
+        tokens, logprobs = generated[prompt.index]
         logits = logits_of(model, prompt, tokens)
         right = logits.log_softmax(1)
         own_best, own_logprobs = own[prompt.index]
@@ -92,16 +93,16 @@ def finished(engine: Any, prompts: list[Prompt]) -> dict[int, tuple[list[int], l
     from batchgen.engines.paged.loop import Loop
 
     rows: dict[int, tuple[list[int], list[float]]] = {}
-    kept = Loop.finished
+    collect = Loop.collect
 
     def keep(self: Loop, timeout: float) -> Any:
-        found = kept(self, timeout)
-        rows.update({row.prompt.index: (row.tokens or [], row.logprobs or []) for row in found or []})
-        return found
+        collected = collect(self, timeout)
+        rows.update({row.prompt.index: (row.tokens or [], row.logprobs or []) for row in collected or []})
+        return collected
 
-    Loop.finished = keep  # type: ignore[method-assign]
+    Loop.collect = keep  # type: ignore[method-assign]
     list(engine.generate(iter(prompts), lambda: False))
-    Loop.finished = kept  # type: ignore[method-assign]
+    Loop.collect = collect  # type: ignore[method-assign]
     return rows
 
 
@@ -116,8 +117,8 @@ def logits_of(model: Any, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
     """Of each generated token, in a forward of the whole row."""
     whole = torch.tensor([[*prompt.tokens, *tokens[:-1]]], device="cuda")
     with torch.inference_mode():
-        found: torch.Tensor = model(input_ids=whole, use_cache=False, logits_to_keep=len(tokens)).logits[0]
-    return found
+        logits: torch.Tensor = model(input_ids=whole, use_cache=False, logits_to_keep=len(tokens)).logits[0]
+    return logits
 
 
 def gaps(behind: torch.Tensor, off: torch.Tensor) -> dict[str, float]:
@@ -134,29 +135,29 @@ def gaps(behind: torch.Tensor, off: torch.Tensor) -> dict[str, float]:
 
 
 def trace(engine: Any, prompts: list[Prompt]) -> None:
-    """Where the time of a job's steps goes: those with parts of prompts, and pure decode steps by their size."""
+    """Where the time of a job's steps goes: those with prefill chunks, and pure decode steps by their size."""
     runner = engine._runner
     launch = runner.launch
     steps: list[tuple[int, int, float, float, Any, Any]] = []
 
     def timed_launch(step: Any) -> Any:
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         before.record()
-        flight = launch(step)
+        launched = launch(step)
         after.record()
-        steps.append((len(step.slots), step.decoding, begun, time.perf_counter() - begun, before, after))
-        return flight
+        steps.append((len(step.slots), step.decoding, started, time.perf_counter() - started, before, after))
+        return launched
 
     runner.launch = timed_launch
     seconds, tokens = timed(engine, prompts)
     runner.launch = launch
     print(f"{seconds:.2f} s, {tokens} tokens, preempted {engine._scheduler.preemptions}")
     kinds: dict[str, list[list[float]]] = {}
-    for at, (count, decoding, begun, launching, before, after) in enumerate(steps):
+    for at, (count, decoding, started, launching, before, after) in enumerate(steps):
         kind = f"decode <= {1 << (count - 1).bit_length()}" if count == decoding else "mixed"
         gap = steps[at - 1][5].elapsed_time(before) / 1e3 if at else 0.0
-        planning = begun - steps[at - 1][2] - steps[at - 1][3] if at else 0.0
+        planning = started - steps[at - 1][2] - steps[at - 1][3] if at else 0.0
         spent = before.elapsed_time(after) / 1e3
         kinds.setdefault(kind, []).append([count, decoding, spent, gap, launching, planning])
     for kind, rows in kinds.items():
@@ -172,7 +173,7 @@ def trace(engine: Any, prompts: list[Prompt]) -> None:
 def main() -> None:
     """Makes the model, loads it, does the jobs."""
     shape, *jobs = sys.argv[1:]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     folder = shapes.make(shape, torch.bfloat16, Path(tempfile.mkdtemp()) / "model")
     kind = find(os.environ.get("ENGINE", "paged"))
     settings = os.environ.get("SETTINGS", "").split()
@@ -180,14 +181,14 @@ def main() -> None:
     setup = Setup(str(folder), "bfloat16", rows, from_environment({}), selftest=False)
     with kind(setup, parse_options(kind, settings)) as engine:
         torch.cuda.synchronize()
-        found: dict[str, object] = {"shape": shape, "ready_seconds": round(time.perf_counter() - begun, 1)}
+        report: dict[str, object] = {"shape": shape, "ready_seconds": round(time.perf_counter() - started, 1)}
         first = time.perf_counter()
         timed(engine, job("seed:8"))
-        found["first_batch_seconds"] = round(time.perf_counter() - first, 1)
+        report["first_batch_seconds"] = round(time.perf_counter() - first, 1)
         if "_scheduler" in vars(engine):
-            found["allocated_GB"] = round(torch.cuda.memory_allocated() / 1e9, 2)
-            found["slots"], found["cache_tokens"] = engine._runner.slots, engine._scheduler._pages.count * 16
-        print(json.dumps(found), flush=True)
+            report["allocated_GB"] = round(torch.cuda.memory_allocated() / 1e9, 2)
+            report["slots"], report["cache_tokens"] = engine._runner.limits.slots, engine._scheduler.pages * PAGE_SIZE
+        print(json.dumps(report), flush=True)
         for name in jobs:
             prompts = job(name)
             if os.environ.get("TRACE"):

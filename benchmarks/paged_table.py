@@ -48,9 +48,9 @@ def measure(shape: str, jobs: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a line a row, and how far the tokens were from those of float32."""
-    figures = {(one["shape"], one["job"]): one for one in found if "job" in one}
+    figures = {(result["shape"], result["job"]): result for result in results if "job" in result}
     lines = [
         f"{torch.cuda.get_device_name()}, {date.today().isoformat()}; torch {torch.__version__}, transformers "
         f"{transformers.__version__}, triton {version('triton')}, Python {platform.python_version()}. Random weights "
@@ -60,10 +60,10 @@ def table(found: list[dict[str, Any]]) -> str:
         "|---|--:|--:|--:|--:|--:|---|",
     ]
     for shape, job, unit, vllm, bar, aim in ROWS:
-        one = figures[shape, job]
-        value = one[unit]
+        result = figures[shape, job]
+        value = result[unit]
         faster = vllm / value if unit == "ms_per_token" else value / vllm
-        runs = ", ".join(f"{seconds:.3f}" for seconds in one["seconds"])
+        runs = ", ".join(f"{seconds:.3f}" for seconds in result["seconds"])
         cells = [f"{shape}, {NAMES[job]}, {UNITS[unit]}", *(f"{number:,g}" for number in (vllm, bar, aim))]
         lines.append("| " + " | ".join([*cells, f"{value:,.7g}", f"{faster:.2f} x", runs]) + " |")
     lines += [
@@ -77,15 +77,17 @@ def table(found: list[dict[str, Any]]) -> str:
         "than | most |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for one in found:
+    for result in results:
         for who in ("paged", "the model's own"):
-            if who in one:
-                gaps = one[who]
+            if who in result:
+                gaps = result[who]
                 cells = [f"{gaps['share that is the best']:.2%}", gaps["99 % behind less than"], gaps["most behind"]]
                 cells += [gaps[f"log-probability off, {what}"] for what in ("median", "99 % less than", "most")]
                 name = "`paged`" if who == "paged" else "the model's own bfloat16"
-                lines.append(f"| {one['shape']}, {name} | {gaps['tokens']:,} | " + " | ".join(map(str, cells)) + " |")
-    worst = max(ratio(one, what) for one in found if "paged" in one for what in ("median", "99 % less than"))
+                lines.append(
+                    f"| {result['shape']}, {name} | {gaps['tokens']:,} | " + " | ".join(map(str, cells)) + " |"
+                )
+    worst = max(ratio(result, what) for result in results if "paged" in result for what in ("median", "99 % less than"))
     lines += [
         "",
         f"The log-probabilities of `paged`, median and 99 %, are at most {worst:.3f} times as far off as those of the "
@@ -94,24 +96,24 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ratio(one: dict[str, Any], what: str) -> float:
+def ratio(result: dict[str, Any], what: str) -> float:
     """How far off `paged` is beside the model's own bfloat16, 1: as far."""
     name = f"log-probability off, {what}"
-    return float(one["paged"][name] / one["the model's own"][name])
+    return float(result["paged"][name] / result["the model's own"][name])
 
 
 def main() -> None:
     """Measures, writes, prints."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for shape in dict.fromkeys(row[0] for row in ROWS):
-        found += measure(shape, [*(row[1] for row in ROWS if row[0] == shape), "check"])
-        (folder / "figures.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
-    (folder / "table.md").write_text(table(found))
-    print(table(found), end="")
-    checks = [one for one in found if "paged" in one]
-    if any(ratio(one, what) > TOLERANCE for one in checks for what in ("median", "99 % less than")):
+        results += measure(shape, [*(row[1] for row in ROWS if row[0] == shape), "check"])
+        (folder / "figures.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    (folder / "table.md").write_text(table(results))
+    print(table(results), end="")
+    checks = [result for result in results if "paged" in result]
+    if any(ratio(result, what) > TOLERANCE for result in checks for what in ("median", "99 % less than")):
         sys.exit("the log-probabilities are beyond the tolerance")
 
 

@@ -1,4 +1,4 @@
-"""Attention of parts of prompts, beside another version's kernels: `python benchmarks/prefill.py OTHER`, on one GPU.
+"""Attention of prefill chunks, beside another version's kernels: `python benchmarks/prefill.py OTHER`, on one GPU.
 
 OTHER is the root of another version of batchgen. Milliseconds are medians; each pair is timed twice, in turn, and the
 ratio is that of the smaller ones. The outputs of both are compared.
@@ -7,6 +7,7 @@ ratio is that of the smaller ones. The outputs of both are compared.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,10 @@ from types import ModuleType
 import torch
 import triton
 
-from batchgen.engines.paged import kernels
-from batchgen.engines.paged.attention import Layout
-from batchgen.engines.paged.pages import SIZE
-from batchgen.engines.paged.runner import pieces
-from batchgen.engines.paged.step import Part
+from batchgen.engines.paged import kernels, pages
+from batchgen.engines.paged.layout import AttentionShape, Layout, make_query_blocks
+from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.step import Chunk
 
 # Heads, key heads, ALiBi, window; all of 128 numbers.
 MODELS = {
@@ -28,26 +28,41 @@ MODELS = {
     "llama-8b, window 4096": (32, 8, False, 4096),
     "qwen3-0.6b": (16, 8, False, 0),
 }
-# Tokens of each sequence, those of its part, and how many such sequences.
+# Tokens of each sequence, those of its chunk, and how many such sequences.
 STEPS = ((8192, 8192, 1), (16384, 4096, 1), (512, 512, 8), (100, 100, 40))
 HEAD = 128
 
 
 def layout(length: int, count: int, sequences: int, key_heads: int) -> Layout:
-    """A step of nothing but parts, in pages in no order."""
-    columns = length // SIZE + 1
-    cache = torch.randn(2, sequences * columns, key_heads, SIZE, HEAD, device="cuda").bfloat16()
+    """A step of nothing but prefill chunks, in pages in no order."""
+    columns = length // PAGE_SIZE + 1
+    cache = torch.randn(2, sequences * columns, key_heads, PAGE_SIZE, HEAD, device="cuda").bfloat16()
     table = torch.randperm(sequences * columns, device="cuda").view(sequences, columns).int()
-    parts = [Part(slot * count, count, slot, length) for slot in range(sequences)]
+    chunks = [Chunk(slot * count, count, slot, length) for slot in range(sequences)]
     slots = torch.arange(sequences, device="cuda").repeat_interleave(count).int()
     positions = torch.arange(length - count, length, device="cuda").repeat(sequences).int()
     none = torch.zeros(1, dtype=torch.int32, device="cuda")
-    return Layout([cache], table, slots, positions, 0, parts, none, blocks=pieces(parts).cuda())
+    return Layout([cache], table, slots, positions, 0, chunks, none, query_blocks=make_query_blocks(chunks).cuda())
+
+
+class OldLayout:
+    """A `Layout` under the names that its fields had before, for the kernels of a version from then."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.caches, self.table = layout.caches, layout.block_table
+        self.slots, self.positions, self.decoding = layout.slots, layout.positions, layout.decoding
+        self.count, self.blocks, self.splits = layout.decoding_count, layout.query_blocks, layout.splits
 
 
 def load(root: Path) -> ModuleType:
-    """The kernels of another version."""
-    spec = importlib.util.spec_from_file_location("other_kernels", root / "batchgen" / "paged" / "kernels.py")
+    """The kernels of another version, which may have had its modules and names elsewhere."""
+    package = root / "batchgen" / "engines" / "paged"
+    if not package.exists():
+        package = root / "batchgen" / "paged"
+        sys.modules.setdefault("batchgen.paged.pages", pages)
+    if not hasattr(pages, "SIZE"):
+        pages.SIZE = pages.PAGE_SIZE  # type: ignore[attr-defined]
+    spec = importlib.util.spec_from_file_location("other_kernels", package / "kernels.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -66,7 +81,10 @@ def compare(model: str, step: Sequence[int], other: ModuleType) -> str:
     slopes = torch.rand(heads, device="cuda") if alibi else None
 
     def attend(module: ModuleType) -> torch.Tensor:
-        out: torch.Tensor = module.attend(query, key, value, of.caches[0], of, HEAD**-0.5, window, slopes)
+        arguments: tuple[object, ...] = (of, AttentionShape(HEAD**-0.5, window, slopes))
+        if "shape" not in inspect.signature(module.attend).parameters:
+            arguments = (OldLayout(of), HEAD**-0.5, window, slopes)
+        out: torch.Tensor = module.attend(query, key, value, of.caches[0], *arguments)
         return out
 
     apart = (attend(other).float() - attend(kernels).float()).abs().max().item()
@@ -81,7 +99,7 @@ def compare(model: str, step: Sequence[int], other: ModuleType) -> str:
 def main(root: str) -> None:
     """Prints the table."""
     other = load(Path(root))
-    print("| heads of | parts | other, ms | again | this, ms | again | this / other | apart |")
+    print("| heads of | chunks | other, ms | again | this, ms | again | this / other | apart |")
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     for model in MODELS:
         for step in STEPS:

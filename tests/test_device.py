@@ -9,7 +9,7 @@ import torch
 from transformers import BloomConfig, FalconConfig, Gemma3nTextConfig, Gemma4TextConfig, LlamaConfig, MambaConfig
 
 from batchgen.device import free_bytes, host_free_bytes, is_out_of_memory, take_peak_bytes
-from batchgen.generation.limits import SizeLimits, rows_that_fit
+from batchgen.generation.limits import SizeLimits, count_rows_that_fit
 from batchgen.models.footprint import bytes_per_row, cached_heads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -32,19 +32,19 @@ def test_another_error_is_not() -> None:
 
 def test_a_limit_holds_for_its_length_and_longer_ones() -> None:
     limits = SizeLimits()
-    assert limits.most(100) is None
+    assert limits.max_rows(100) is None
     limits.remember(1000, 8)
-    assert [limits.most(n) for n in (1000, 1001, 100_000)] == [8, 8, 8]
+    assert [limits.max_rows(n) for n in (1000, 1001, 100_000)] == [8, 8, 8]
     limits.remember(4000, 4)
-    assert [limits.most(n) for n in (1000, 4000, 9000)] == [8, 4, 4]
+    assert [limits.max_rows(n) for n in (1000, 4000, 9000)] == [8, 4, 4]
     limits.remember(1000, 4)
-    assert limits.most(1000) == 4
+    assert limits.max_rows(1000) == 4
 
 
 def test_a_shorter_batch_may_be_larger_in_proportion() -> None:
     limits = SizeLimits()
     limits.remember(1000, 8)
-    shorter = limits.most(100)
+    shorter = limits.max_rows(100)
     assert shorter is not None
     assert 64 <= shorter <= 80
 
@@ -91,13 +91,13 @@ def test_heads_that_share_one_key_and_models_without_any_are_known_from_the_conf
     ],
 )
 def test_rows_are_clamped_and_come_in_eights(free: int, row: int, device: torch.device, rows: int) -> None:
-    assert rows_that_fit(free, row, device) == rows
+    assert count_rows_that_fit(free, row, device) == rows
 
 
 def test_more_rows_than_usual_where_a_caller_says_so_but_not_on_a_cpu() -> None:
-    assert rows_that_fit(10**12, 1000, torch.device("cuda"), 8192) == 8192
-    assert rows_that_fit(10**6, 1000, torch.device("cuda"), 8192) == 800
-    assert rows_that_fit(10**12, 1000, torch.device("cpu"), 8192) == 32
+    assert count_rows_that_fit(10**12, 1000, torch.device("cuda"), 8192) == 8192
+    assert count_rows_that_fit(10**6, 1000, torch.device("cuda"), 8192) == 800
+    assert count_rows_that_fit(10**12, 1000, torch.device("cpu"), 8192) == 32
 
 
 def test_free_memory_is_shared_among_the_ranks_of_a_host() -> None:

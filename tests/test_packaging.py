@@ -23,7 +23,8 @@ PACKAGE = ROOT / "batchgen"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for path in [*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"] if path.is_file())
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "deepspeed", "pyarrow", "torch", "transformers"}
-SKIPPED = {".git", ".venv", ".hypothesis", "build", "dist", "out", "prompts"}  # not the project's own text
+# Not the project's own text.
+SKIPPED = {".git", ".venv", ".venv-docs", ".hypothesis", "build", "dist", "out", "prompts", "site"}
 
 
 def named(path: Path) -> str:
@@ -45,6 +46,7 @@ def pins(*locks: str) -> dict[str, str]:
 
 RUNTIME = requirements("options", "install_requires")
 TEST = requirements("options.extras_require", "test")
+DOCS = requirements("options.extras_require", "docs")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=named)
@@ -62,7 +64,7 @@ def test_script_is_executable_and_parses(script: Path) -> None:
 def test_install_names_its_usage_when_asked_for_something_else() -> None:
     result = subprocess.run([ROOT / "scripts" / "install", "tset"], capture_output=True, text=True, cwd="/")
     assert result.returncode == 4
-    assert "usage: scripts/install [test]" in result.stderr
+    assert "usage: scripts/install [test | docs]" in result.stderr
 
 
 def test_install_refuses_an_interpreter_that_is_no_python(tmp_path: Path) -> None:
@@ -75,15 +77,19 @@ def test_install_refuses_an_interpreter_that_is_no_python(tmp_path: Path) -> Non
     assert not (tree / ".venv").exists()
 
 
-@pytest.mark.parametrize("name", sorted(RUNTIME | TEST))
+@pytest.mark.parametrize("name", sorted(RUNTIME | TEST | DOCS))
 def test_dependency_is_argued_for_in_contributing(name: str) -> None:
     assert f"\n| {name} | " in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("wanted", "locks"),
-    [(RUNTIME, ["requirements.lock"]), (TEST, ["requirements.lock", "requirements-test.lock"])],
-    ids=["runtime", "test"],
+    [
+        (RUNTIME, ["requirements.lock"]),
+        (TEST, ["requirements.lock", "requirements-test.lock"]),
+        (DOCS, ["requirements-docs.lock"]),
+    ],
+    ids=["runtime", "test", "docs"],
 )
 def test_lock_pins_every_dependency_within_its_range(wanted: dict[str, Requirement], locks: list[str]) -> None:
     pinned = pins(*locks)
@@ -94,6 +100,12 @@ def test_lock_pins_every_dependency_within_its_range(wanted: dict[str, Requireme
 
 def test_locks_do_not_overlap() -> None:
     assert pins("requirements.lock").keys().isdisjoint(pins("requirements-test.lock"))
+
+
+def test_the_lock_of_the_manual_agrees_with_the_others() -> None:
+    others = pins("requirements.lock", "requirements-test.lock")
+    manual = pins("requirements-docs.lock")
+    assert not [name for name in manual.keys() & others.keys() if manual[name] != others[name]]
 
 
 def test_lock_pins_all_that_its_packages_need() -> None:
@@ -190,7 +202,7 @@ def test_folder_holds_one_implementation_a_file_and_nothing_else(folder: str, co
 
 
 def test_the_top_of_the_package_is_seen_at_a_glance() -> None:
-    entries = {path.relative_to(PACKAGE).parts[0] for path in [*MODULES, PACKAGE / "py.typed"]}
+    entries = {path.relative_to(PACKAGE).parts[0] for path in MODULES}
     assert len(entries) <= 22
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from batchgen.checkpoint import write_atomic
 from batchgen.commands import main, run_batch
+from batchgen.files import write_atomic
 from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused

@@ -31,7 +31,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from batchgen.generation.sampling import choose
+from batchgen.engine import SignsOfLife
+from batchgen.generation.greedy import LoadedModel
+from batchgen.generation.sampling import SamplingTensors, sample
+from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.generation.stopping import cut
 from batchgen.models import loading
@@ -150,13 +153,9 @@ class Model:
         loading.prepare_transformers()
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
         self._exact: PreTrainedModel | None = None
-        self.counted = 0
-        self.batches = StaticBatches(
-            self.model, self.tokenizer, device=self.device, batch_size=batch_size, count=self._count
-        )
-
-    def _count(self, tokens: int) -> None:
-        self.counted += tokens
+        self.signs = SignsOfLife()
+        loaded = LoadedModel(self.model, self.tokenizer, self.device)
+        self.batches = StaticBatches(loaded, BatchSizing(batch_size), self.signs)
 
     def run(self, prompts: Sequence[Prompt]) -> list[Batch]:
         return list(self.batches.run(iter(prompts), lambda: False))
@@ -186,7 +185,8 @@ class Model:
                 numbers_of_row = [[numbers.random()], [params.temperature], [params.top_p]]
                 drawn, temperature, top_p = torch.tensor(numbers_of_row, dtype=torch.float64, device=self.device)
                 top_k = torch.tensor([params.top_k], device=self.device)
-                token = int(choose(logits, drawn, temperature, top_k=top_k, most_k=params.top_k, top_p=top_p))
+                tensors = SamplingTensors(temperature, top_k, params.top_k, top_p)
+                token = int(sample(logits, drawn, tensors))
             tokens.append(token)
         return tokens
 

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from batchgen.checkpoint import check_can_be_folder, read_json, to_json, write_atomic
+from batchgen.checkpoint import check_can_be_folder, read_json, to_json
+from batchgen.files import write_atomic
 from batchgen.types import UserError
 
 ARTICLE = "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate"

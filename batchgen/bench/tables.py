@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.bench.results import ARTICLE, ARTICLE_JOB, CountMode, Folder, Result
-from batchgen.checkpoint import write_atomic
+from batchgen.files import write_atomic
 
 _GB = 1e9
 _MEMORY = ("device, GB", "host, GB")  # most of one device; most of one rank

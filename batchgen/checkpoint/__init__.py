@@ -10,15 +10,7 @@ from batchgen.checkpoint.attempt import (
     claim,
     join,
 )
-from batchgen.checkpoint.files import (
-    CheckpointError,
-    Damaged,
-    DifferentRun,
-    check_can_be_folder,
-    read_json,
-    to_json,
-    write_atomic,
-)
+from batchgen.checkpoint.files import CheckpointError, Damaged, DifferentRun, check_can_be_folder, read_json, to_json
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat
 from batchgen.checkpoint.heartbeats import all_heartbeats
@@ -51,6 +43,5 @@ __all__ = [
     "read_json",
     "status",
     "to_json",
-    "write_atomic",
     "write_lines",
 ]

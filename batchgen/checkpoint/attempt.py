@@ -17,18 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchgen.checkpoint.files import (
-    CheckpointError,
-    Damaged,
-    cannot_write,
-    make_exclusive,
-    read_json,
-    to_json,
-    write_atomic,
-)
+from batchgen.checkpoint.files import CheckpointError, Damaged, cannot_write, make_exclusive, read_json, to_json
 from batchgen.checkpoint.folder import RunFolder
 from batchgen.checkpoint.heartbeats import has_numbers, read_heartbeats
 from batchgen.checkpoint.process import exists, myself
+from batchgen.files import write_atomic
 from batchgen.types import WHOLE, Shard
 from batchgen.world import World
 

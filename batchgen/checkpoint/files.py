@@ -1,4 +1,4 @@
-"""Files that a crash cannot tear: written whole under another name, or appended and synced.
+"""Files that a crash cannot tear: made whole under another name, or appended and synced.
 
 No locks and no shared appends, so that it works on NFS and Lustre; a rename happens only inside one folder.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
+from batchgen.files import scratch_path, sync_folder
 from batchgen.types import UserError
 
 
@@ -80,32 +80,12 @@ def read_whole(path: Path) -> bytes:
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
 
-def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Puts `data` at `path`; a reader sees the old file or the new one, never a part.
-
-    `durable` syncs file and folder, so that it outlives a power cut.
-    """
-    scratch = _scratch(path)
-    try:
-        with open(scratch, "xb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    if durable:
-        sync_folder(path.parent)
-
-
 def make_exclusive(path: Path, data: bytes) -> bool:
     """Puts `data` at `path` if nothing is there yet; True if it did. Of several processes exactly one succeeds.
 
     A hard link of a finished file, since O_EXCL alone would show others a file still empty.
     """
-    scratch = _scratch(path)
+    scratch = scratch_path(path)
     try:
         with open(scratch, "xb") as file:
             file.write(data)
@@ -129,19 +109,3 @@ def append(descriptor: int, data: bytes) -> None:
     while view:
         view = view[os.write(descriptor, view) :]
     os.fsync(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` outlive a power cut, where its file system can do that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # said of folders by FUSE, SMB and others
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _scratch(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{os.urandom(4).hex()}")

@@ -31,10 +31,10 @@ from batchgen.checkpoint.files import (
     check_can_be_folder,
     make_exclusive,
     read_json,
-    sync_folder,
     to_json,
 )
 from batchgen.checkpoint.records import trusted
+from batchgen.files import sync_folder
 from batchgen.formats import Original
 from batchgen.types import BatchRecord, Shard
 

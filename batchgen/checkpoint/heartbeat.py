@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from batchgen.checkpoint.attempt import HEARTBEAT_SECONDS, Attempt
-from batchgen.checkpoint.files import write_atomic
 from batchgen.checkpoint.process import myself
+from batchgen.files import write_atomic
 
 logger = logging.getLogger(__name__)
 

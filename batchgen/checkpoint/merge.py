@@ -17,8 +17,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchgen.checkpoint.files import CheckpointError, to_json, write_atomic
+from batchgen.checkpoint.files import CheckpointError, to_json
 from batchgen.checkpoint.folder import FAILED, GENERATIONS, GOOD, OPEN, RunFolder, check_rows
+from batchgen.files import replacing, write_atomic
 from batchgen.types import BatchRecord
 
 # Rows gathered at once: few reads, and some MB of text.
@@ -163,9 +164,13 @@ def merge_with(write: Callable[[Path, Lines], None], folder: RunFolder, rows: in
     places = Places.find(folder, rows)
     output = folder.path / name
     try:
-        _replace(output, lambda path: write(path, places.lines))
-        _replace(folder.path / "errors.jsonl", lambda path: write_lines(path, places.failed))
-        _replace(folder.path / "timing.jsonl", lambda path: _write_timing(path, folder))
+        # Two ranks that end at the same moment both merge; the same bytes under two scratch names do no harm.
+        with replacing(output) as scratch:
+            write(scratch, places.lines)
+        with replacing(folder.path / "errors.jsonl") as scratch:
+            write_lines(scratch, places.failed)
+        with replacing(folder.path / "timing.jsonl") as scratch:
+            _write_timing(scratch, folder)
         for old in names.difference(kept):
             (folder.path / old).unlink(missing_ok=True)
         write_atomic(folder.path / "merged.json", to_json({"generations": kept, "batches": batches}))
@@ -176,21 +181,6 @@ def merge_with(write: Callable[[Path, Lines], None], folder: RunFolder, rows: in
             f"make room and run: batchgen merge {folder.path}"
         ) from error
     return output
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    # Two ranks that end at the same moment both merge; the same bytes under two scratch names do no harm.
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        write(scratch)
-        descriptor = os.open(scratch, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def write_lines(path: Path, lines: Lines) -> None:

@@ -10,7 +10,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from batchgen.checkpoint.files import append, sync_folder
+from batchgen.checkpoint.files import append
+from batchgen.files import sync_folder
 from batchgen.types import Batch, BatchRecord, Generation
 
 logger = logging.getLogger(__name__)

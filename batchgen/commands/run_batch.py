@@ -7,7 +7,6 @@ import os
 import shutil
 import urllib.parse
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,12 @@ from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
 from batchgen.commands._options import engine_options, sampling_options
 from batchgen.commands._runs import carry_out, conclude
-from batchgen.commands._transfer import fetch, is_url, put
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import recipe_of
+from batchgen.files import replacing
 from batchgen.redaction import redact
+from batchgen.runs.transfer import fetch, is_url, put
 from batchgen.types import WHOLE
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _fetched(name: str, folder: Path) -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             fetch(name, place)
-        except (OSError, ValueError, HTTPException) as error:
+        except (OSError, ValueError) as error:
             raise CommandError(f"cannot read {name}: {error}") from error
     return str(place)
 
@@ -227,7 +227,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _note_delivered(folder: Path) -> None:
-    from batchgen.checkpoint import write_atomic
+    from batchgen.files import write_atomic
 
     with suppress(OSError):  # it is delivered all the same
         write_atomic(folder / "delivered.json", (folder / "merged.json").read_bytes())
@@ -261,20 +261,14 @@ def _discard(folder: Path) -> None:
 
 
 def _deliver(generations: Path, output: str) -> None:
-    scratch = f"{output}.{os.getpid()}.{os.urandom(4).hex()}"
     try:
         if is_url(output):
             put(generations, output)
-            return
-        try:
-            with open(generations, "rb") as answers, open(scratch, "xb") as file:
-                shutil.copyfileobj(answers, file)
-            os.replace(scratch, output)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
-    except (OSError, HTTPException) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else error
+        else:
+            with replacing(Path(output)) as scratch:
+                shutil.copyfile(generations, scratch)
+    except OSError as error:
+        reason = error.strerror or error
         raise Unfinished(
             f"cannot write {output}: {reason}. All answers are in {generations}; the same command tries again"
         ) from error

@@ -40,7 +40,7 @@ def command(model: str, out: str, tp: int, dtype: str) -> None:
         with results_only_on_stdout():
             from batchgen import tensor_parallel
 
-            made = tensor_parallel.make(source, Path(out), tp, dtype, _say)
+            made = tensor_parallel.write_split(source, Path(out), tp, dtype, _say)
     except UserError as error:
         raise fail(error) from error
     click.echo(made)

@@ -114,9 +114,9 @@ def command(
 def _check_there(run_options: dict[str, Any]) -> None:
     """Whether input and model are on this machine, as far as they are files, by the options of `run` or `run-batch`."""
     from batchgen import models
-    from batchgen.commands._transfer import is_url
     from batchgen.commands.run_batch import model_of
     from batchgen.runs.prepare import check_there
+    from batchgen.runs.transfer import is_url
 
     if "inputs" in run_options:
         check_there(run_options["inputs"], run_options["model"])
@@ -162,7 +162,7 @@ def _bytes(script: Script) -> bytes:
 
 def _write(path: Path, text: bytes) -> None:
     """The script at `path`; one that says something else, edited perhaps, is kept beside it."""
-    from batchgen.checkpoint import write_atomic
+    from batchgen.files import write_atomic
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ from transformers import BitsAndBytesConfig
 
 from batchgen.device import release
 from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Tokenizer
+from batchgen.generation.greedy import LoadedModel
+from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
 from batchgen.models.tokenizer import HfTokenizer
@@ -28,7 +30,7 @@ _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # the maps th
 
 
 class Accelerate(Engine):
-    """A whole model a rank, or one model over everything there is."""
+    """Runs a whole model on each rank, or one model over all devices that there are."""
 
     serves_cpu = True
     dtypes = (*Engine.dtypes, "int8", "nf4")
@@ -63,7 +65,7 @@ class Accelerate(Engine):
         tokenizer = HfTokenizer(setup.model)
         loading.check_weights(setup.model)
         loading.prepare_transformers()
-        placement = _placement(options, setup.world)
+        placement = _choose_placement(options, setup.world)
         if placement["device_map"] in _SPREADING:
             placement["offload_folder"] = options.offload_folder or self._make_spill()
         try:
@@ -71,17 +73,10 @@ class Accelerate(Engine):
         except BaseException:
             self.close()
             raise
-        devices = _devices(model)
-        self._batches = StaticBatches(
-            model,
-            tokenizer,
-            device=devices[0],
-            devices=devices,
-            batch_size=setup.batch_size,
-            check=setup.selftest,
-            local_size=setup.world.local_size,
-            count=self._count,
-        )
+        devices = _list_devices(model)
+        loaded = LoadedModel(model, tokenizer, devices[0])
+        sizing = BatchSizing(setup.batch_size, devices, setup.world.local_size)
+        self._batches = StaticBatches(loaded, sizing, self.signs, check=setup.selftest)
 
     @classmethod
     def placements(cls, config: Any, weights: Any, gpus: int) -> list[Placement]:
@@ -109,17 +104,13 @@ class Accelerate(Engine):
         self._spill = tempfile.TemporaryDirectory(prefix="batchgen-offload-", ignore_cleanup_errors=True)
         return self._spill.name
 
-    def _count(self, tokens: int) -> None:
-        self.signs.generated_tokens += tokens
-        self.signs.steps += 1
 
-
-def _placement(options: Accelerate.Options, world: World) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that say where the weights go."""
+def _choose_placement(options: Accelerate.Options, world: World) -> dict[str, Any]:
+    """Returns the arguments of `from_pretrained` that say where the weights go."""
     if options.device_map not in _SPREADING:
-        return {"device_map": {"": _named_device(options)}}
+        return {"device_map": {"": _find_named_device(options)}}
     if world.size > 1:
-        return {"device_map": {"": _own_device(options, world)}}
+        return {"device_map": {"": _find_own_device(options, world)}}
     limits = _parse_max_memory(options.max_memory)
     if limits is None and not torch.cuda.is_available():
         return {"device_map": {"": "cpu"}}
@@ -136,7 +127,7 @@ def _check_named_device(options: Accelerate.Options) -> None:
         )
 
 
-def _named_device(options: Accelerate.Options) -> str:
+def _find_named_device(options: Accelerate.Options) -> str:
     _check_named_device(options)
     name = options.device_map
     if name.startswith("cuda"):
@@ -152,14 +143,14 @@ def _check_alone(options: Accelerate.Options) -> None:
         )
 
 
-def _own_device(options: Accelerate.Options, world: World) -> str:
-    """The device of this rank, one of several on this host."""
+def _find_own_device(options: Accelerate.Options, world: World) -> str:
+    """Returns the device of this rank, which is one of several on this host."""
     _check_alone(options)
     return str(loading.device_of(world))
 
 
 def _check_max_memory(text: str | None) -> list[tuple[str, str]]:
-    """Device and size of each of its parts."""
+    """Checks `max_memory`; returns the device and the size of each of its parts."""
     parts = [_MEMORY.fullmatch(part.strip()) for part in text.split(",")] if text is not None else []
     if not all(parts):
         raise EngineError(f"max_memory={text}: must look like 0=20GiB,cpu=64GiB (a GPU's number or cpu, and a size)")
@@ -177,8 +168,8 @@ def _parse_max_memory(text: str | None) -> dict[int | str, str] | None:
     return limits
 
 
-def _precision(dtype: str, config: Any) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for `--dtype`."""
+def _choose_precision(dtype: str, config: Any) -> dict[str, Any]:
+    """Returns the arguments of `from_pretrained` for `--dtype`."""
     if dtype in ("auto", *loading.FLOATING):
         return {"dtype": loading.floating_dtype(dtype, config)}
     if dtype not in ("int8", "nf4"):
@@ -192,19 +183,20 @@ def _precision(dtype: str, config: Any) -> dict[str, Any]:
 
 
 def _load(setup: Setup, options: Accelerate.Options, placement: dict[str, Any], config: Any) -> Any:
-    arguments = placement | _precision(setup.dtype, config) | {"attn_implementation": options.attn_implementation}
+    attention = {"attn_implementation": options.attn_implementation}
+    arguments = placement | _choose_precision(setup.dtype, config) | attention
     return loading.load(setup.model, arguments)
 
 
-def _devices(model: Any) -> list[torch.device]:
-    """Where the model computes: its GPUs, the one with the first layers first; or the CPU."""
+def _list_devices(model: Any) -> list[torch.device]:
+    """Returns the devices that compute: the model's GPUs, the one with the first layers first; or the CPU."""
     placed = [
-        torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in _places(model)
+        torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in _list_places(model)
     ]
     gpus = list(dict.fromkeys(device for device in placed if device.type == "cuda"))
     return gpus or [torch.device("cpu")]
 
 
-def _places(model: Any) -> list[int | str]:
+def _list_places(model: Any) -> list[int | str]:
     # Layers that lie on the CPU or a disk are computed on a GPU if there is one.
     return [place for place in getattr(model, "hf_device_map", {"": str(model.device)}).values() if place != "disk"]

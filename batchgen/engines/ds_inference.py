@@ -13,6 +13,8 @@ from typing import Any
 
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Stream, Tokenizer
+from batchgen.generation.greedy import LoadedModel
+from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
 from batchgen.models.tokenizer import HfTokenizer
@@ -22,7 +24,7 @@ from batchgen.world import World
 
 
 class DsInference(Engine):
-    """A share of every matrix on each rank of a group, and one stream a group."""
+    """Holds a share of every matrix on each rank of a group. Each group is a stream."""
 
     calls_together = True
     needed_packages = ("deepspeed",)
@@ -69,20 +71,17 @@ class DsInference(Engine):
             self._group = group = tensor_parallel.Group.meet(
                 setup.world, self.signs.awaited_ranks, options.timeout_seconds
             )
-            model = tensor_parallel.load(setup, tokenizer.config, group, options.attn_implementation)
+            model = tensor_parallel.load_shard(setup, tokenizer.config, group, options.attn_implementation)
         except BaseException:
             self.close()
             raise
+        sizing = BatchSizing(setup.batch_size, local_size=setup.world.local_size, limits=setup.limits, reserve=True)
         self._batches = StaticBatches(
-            model,
-            tokenizer,
-            device=group.device,
-            batch_size=setup.batch_size,
+            LoadedModel(model, tokenizer, group.device),
+            sizing,
+            self.signs,
+            counts_steps=False,  # the ranks agree on each step, and count it there
             check=setup.selftest,
-            local_size=setup.world.local_size,
-            count=self._count,
-            limits=setup.limits,
-            reserve=True,
             # A rank that is alone makes a smaller batch by itself, whatever it ran out of memory in.
             peers=group if group.count > 1 else None,
         )
@@ -108,6 +107,3 @@ class DsInference(Engine):
         self._batches = None
         device.release()
         process_group.leave()
-
-    def _count(self, tokens: int) -> None:
-        self.signs.generated_tokens += tokens

@@ -16,8 +16,8 @@ from batchgen.types import Batch, Generation, Prompt, Tokens
 _ROWS = 4096  # in a batch: more would cost fewer commits, and more for memory that is no longer in the cache
 
 
-class _Bytes:
-    """A text's tokens are its UTF-8 bytes."""
+class _ByteTokenizer:
+    """The tokenizer whose tokens are the UTF-8 bytes of a text."""
 
     context: int | None = None
     vocabulary: int | None = 256
@@ -38,7 +38,7 @@ class _Bytes:
 class Echo(Engine):
     """Answers with the first `max_new_tokens` bytes of the prompt.
 
-    It could say nothing else, so each of them has probability 1.
+    It cannot say anything else, so each of them has probability 1.
     """
 
     needs_model = False
@@ -55,7 +55,7 @@ class Echo(Engine):
 
     @classmethod
     def tokenizer(cls, model: str) -> Tokenizer:
-        return _Bytes()
+        return _ByteTokenizer()
 
     def __init__(self, setup: Setup, options: Any) -> None:
         self._seconds: float = options.seconds
@@ -63,14 +63,14 @@ class Echo(Engine):
 
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         while not stop():
-            batch = self._next(prompts, stop)
+            batch = self._make_batch(prompts, stop)
             if not batch:
                 return
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
             yield Batch(batch, peak_memory_bytes=memory)
 
-    def _next(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> list[Generation]:
-        """At most a second's work, and of at most the asked size."""
+    def _make_batch(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> list[Generation]:
+        """Returns the generations of one batch: of at most a second's work, and of at most the batch size."""
         batch: list[Generation] = []
         ends = time.monotonic() + 1.0
         size = self._batch_size or _ROWS

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from batchgen.files import write_atomic
 from batchgen.types import RowError, UserError
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
@@ -121,10 +121,7 @@ class Source(ABC):
         if self._original is not None:
             self.name = self._original.name if self._original.digest else self._name_left() or self._original.name
         record = into / self._record.name
-        scratch = record.with_name(f".{record.name}.{os.getpid()}.{os.urandom(4).hex()}")
-        with open(scratch, "x") as file:
-            file.write(json.dumps([name, *self.scanned, self.name]))
-        os.replace(scratch, record)
+        write_atomic(record, json.dumps([name, *self.scanned, self.name]).encode(), durable=False)
 
     @property
     def _record(self) -> Path:

@@ -7,7 +7,6 @@ An object that has a key twice is no JSON object here: one of the two values wou
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import io
@@ -22,6 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from batchgen.files import replacing
 from batchgen.formats import InputError, Original, Scan, Source, Value, place_of
 from batchgen.formats._json_files import Packing, other_kind, packing_of
 from batchgen.formats._json_lines import BOM, DECODER, DEEPEST, read_carefully, writable
@@ -89,7 +89,7 @@ class Jsonl(Source):
             return before
         self.cache = fresh
         try:
-            with _unpacked(self.path) as lines, _replacing(self._text) as text:
+            with _unpacked(self.path) as lines, _open_replacing(self._text) as text:
                 size = self._note(lines.peek(WINDOW), _passed(lines, text.write))
         except (EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -119,7 +119,7 @@ class Jsonl(Source):
 
     def _save(self, digest: str, size: int) -> Scan:
         self._expected = self._checksum()
-        with _replacing(self._index) as file:
+        with _open_replacing(self._index) as file:
             header = [digest, size, len(self._begins), len(self._blanks), self._expected]
             file.write(json.dumps(header).encode() + b"\n")
             self._begins.tofile(file)
@@ -264,18 +264,7 @@ def _unpacked(path: Path) -> Iterator[io.BufferedReader]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def _open_replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` once it is written to the end and on the disk; else nothing changes."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        with unfinished.open("xb", buffering=WINDOW) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            error.filename = str(path)  # a failed write does not say where
-        raise
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as scratch, scratch.open("xb", buffering=WINDOW) as file:
+        yield file

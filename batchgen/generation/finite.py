@@ -25,7 +25,7 @@ _NO_REMEDY = "No --dtype has more room: the model's weights, or its embedding of
 
 
 def are_finite(best: torch.Tensor) -> torch.Tensor:
-    """Whether rows can be believed, by the largest logit of each, [rows]: NaN and infinity both show in it."""
+    """Returns which rows are finite, bool [rows], by the largest logit of each, [rows]: NaN and infinity show in it."""
     return best.abs() < torch.inf
 
 
@@ -33,13 +33,13 @@ class NotFinite(LogitsProcessor):
     """Marks the rows of the current step whose logits are not finite, and leaves the logits as they are.
 
     Args:
-        agree: puts the numbers of the first of several ranks in the place of those given, [rows]; None: there is one.
+        agree: overwrites numbers, [rows], with those of the first of several ranks; None: there is one rank.
     """
 
     def __init__(self, agree: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
         self._agree = agree
         self.rows = torch.empty(0, dtype=torch.bool)
-        """Of the current step, [rows]; those that have ended before it may be marked, too."""
+        """The marks of the current step, bool [rows]; rows that have ended before it may be marked, too."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.rows = ~are_finite(scores.amax(-1))
@@ -49,7 +49,7 @@ class NotFinite(LogitsProcessor):
 
 
 def dtype_of(model: Any) -> str:
-    """What `--dtype` calls the type that a loaded model computes with."""
+    """Returns the name that `--dtype` has for the type that a loaded model computes with."""
     if getattr(model, "is_loaded_in_8bit", False):
         return "int8"
     if getattr(model, "is_loaded_in_4bit", False):
@@ -57,16 +57,16 @@ def dtype_of(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def remedy(dtype: str) -> str:
-    """What to do about numbers that are not finite in `dtype`: a sentence without its full stop."""
+def find_remedy(dtype: str) -> str:
+    """Returns what to do about numbers that are not finite in `dtype`: a sentence without its full stop."""
     return _REMEDIES.get(dtype, _NO_REMEDY)
 
 
 def fail(prompt: Prompt, dtype: str) -> Generation:
-    """What becomes of a prompt for which the model's numbers are not finite."""
+    """Returns the failed generation of a prompt for which the model's numbers are not finite."""
     return Generation.failed(
         prompt,
         "not_finite",
         f"line {prompt.line}: the model's numbers for this row are not finite in {dtype} (its logits hold NaN or "
-        f"infinity). {remedy(dtype)}",
+        f"infinity). {find_remedy(dtype)}",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,23 +13,28 @@ from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Tokens
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model of Transformers that is ready to generate."""
+
+    model: Any  # in eval mode
+    tokenizer: HfTokenizer  # the same model's
+    device: torch.device  # where token ids go; not read off the model, whose first layers may lie on a disk
+    generate_kwargs: Mapping[str, Any] = field(default_factory=dict)  # passed on to `model.generate`
+
+
 def generate_greedily(
-    model: Any,
-    tokenizer: HfTokenizer,
-    inputs: Mapping[str, torch.Tensor],
-    new_tokens: int,
-    *,
-    end: bool = True,
-    **more: Any,
+    loaded: LoadedModel, inputs: Mapping[str, torch.Tensor], new_tokens: int, *, end: bool = True, **more: Any
 ) -> torch.Tensor:
-    """Token ids, [rows, longest prompt and new tokens].
+    """Calls `model.generate`; returns token ids, [rows, longest prompt + new tokens].
 
     Args:
-        inputs: ids, mask and positions, each [rows, longest prompt].
-        new_tokens: of each row, most.
+        inputs: token ids, mask and positions, each [rows, longest prompt].
+        new_tokens: the most that a row generates.
         end: a row ends at its end-of-sequence token, and is padded from there.
-        more: passed on; processors may choose other tokens.
+        more: passed on to `model.generate`; logits processors in it may choose other tokens than the best.
     """
+    tokenizer = loaded.tokenizer
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -37,15 +43,18 @@ def generate_greedily(
         eos_token_id=(tokenizer.end_tokens or None) if end else None,
     )
     with torch.inference_mode():
-        output: torch.Tensor = model.generate(**inputs, generation_config=config, **more)
+        output: torch.Tensor = loaded.model.generate(
+            **inputs, generation_config=config, **loaded.generate_kwargs, **more
+        )
     return output
 
 
 def pad(rows: Sequence[Tokens], filler: int, device: torch.device, *, positions: bool) -> dict[str, torch.Tensor]:
-    """Left-padded ids, mask and, for a model that takes them, positions; each [rows, longest row].
+    """Returns token ids, left-padded, and their mask; each [rows, longest row].
 
     Args:
         filler: the token id that fills a row.
+        positions: the model takes position ids: they are returned, too.
     """
     width = max(map(len, rows))
     gaps = [width - len(tokens) for tokens in rows]

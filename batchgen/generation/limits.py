@@ -23,22 +23,22 @@ class SizeLimits:
         edge = math.floor(_BUCKET ** math.floor(math.log(max(length, 1), _BUCKET)))
         self._rows[edge] = min(rows, self._rows.get(edge, rows))
 
-    def most(self, length: int) -> int | None:
-        """Most rows of a batch of `length` tokens; None: nothing learnt.
+    def max_rows(self, length: int) -> int | None:
+        """Returns the most rows of a batch of `length` tokens; None: nothing was learnt about such a batch.
 
         A shorter batch may have more rows in proportion: the cache and the activations grow with rows x length.
         """
-        known = ((edge, rows) for edge, rows in self._rows.items() if rows or length >= edge)
-        return min((max(rows, rows * edge // max(length, 1)) for edge, rows in known), default=None)
+        limits = ((edge, rows) for edge, rows in self._rows.items() if rows or length >= edge)
+        return min((max(rows, rows * edge // max(length, 1)) for edge, rows in limits), default=None)
 
 
-def rows_that_fit(free: int, row: int, device: torch.device, most: int | None = None) -> int:
-    """Rows of `row` bytes that fit into `free` with room to spare, in eights from 8 up: 1 to `most`.
+def count_rows_that_fit(free: int, row: int, device: torch.device, max_rows: int | None = None) -> int:
+    """Returns how many rows of `row` bytes fit into `free` bytes with room to spare.
 
-    `most` is 512 unless given, and never more than 32 on a CPU.
+    It is from 1 to `max_rows`, in eights from 8 up. `max_rows` is 512 unless given, and never more than 32 on a CPU.
     """
-    most = _MOST_ROWS if most is None else most
+    max_rows = _MOST_ROWS if max_rows is None else max_rows
     if device.type == "cpu":
-        most = min(most, _MOST_ROWS_ON_CPU)
-    rows = max(1, min(most, int(free * _SHARE) // max(row, 1)))
+        max_rows = min(max_rows, _MOST_ROWS_ON_CPU)
+    rows = max(1, min(max_rows, int(free * _SHARE) // max(row, 1)))
     return rows - rows % 8 if rows >= 8 else rows

@@ -17,23 +17,23 @@ _ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 32 MiB for each 
 
 
 def log_probabilities(logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """That of one token in each of some rows; waits for no device.
+    """Returns the log-probability of one token in each of some rows; waits for no device.
 
     Args:
-        logits: as the model gives them, [rows or more, vocabulary].
-        rows: of `logits`, [asked].
-        tokens: one for each of `rows`, [asked].
+        logits: as the model gives them, [all rows or more, vocabulary].
+        rows: the indices in `logits` of the rows that ask, int64 [rows].
+        tokens: one token id for each of `rows`, int64 [rows].
 
     Returns:
-        Natural logarithms, float32, [asked].
+        Natural logarithms, float32 [rows].
     """
     size = max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])
-    found = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+    logprobs = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
     for begin in range(0, len(rows), size):
         part = slice(begin, begin + size)
         some = logits[rows[part]].float()
-        found[part] = some.gather(-1, tokens[part, None]).squeeze(-1) - some.logsumexp(-1)
-    return found
+        logprobs[part] = some.gather(-1, tokens[part, None]).squeeze(-1) - some.logsumexp(-1)
+    return logprobs
 
 
 class Recorder(LogitsProcessor):
@@ -43,16 +43,16 @@ class Recorder(LogitsProcessor):
     """
 
     def __init__(self, prompts: Sequence[Prompt], choosers: Sequence[LogitsProcessor], device: torch.device) -> None:
-        self._asked = [row for row, prompt in enumerate(prompts) if prompt.params.logprobs]
-        self._rows = torch.tensor(self._asked, dtype=torch.long, device=device)
-        self._all = torch.arange(len(self._asked), device=device)
+        self._row_numbers = [row for row, prompt in enumerate(prompts) if prompt.params.logprobs]
+        self._rows = torch.tensor(self._row_numbers, dtype=torch.long, device=device)
+        self._all = torch.arange(len(self._row_numbers), device=device)
         self._choosers = choosers
-        self._steps: list[torch.Tensor] = []  # [asked] each, on the device
+        self._steps: list[torch.Tensor] = []  # [rows that ask] each, on the device
 
     @property
-    def needed(self) -> bool:
-        """Whether any row asks."""
-        return bool(self._asked)
+    def is_needed(self) -> bool:
+        """Whether any row asks for log-probabilities."""
+        return bool(self._row_numbers)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         raw, rows = scores, self._rows
@@ -64,7 +64,7 @@ class Recorder(LogitsProcessor):
         return scores
 
     def read(self) -> dict[int, list[float]]:
-        """One number a step of each row that asks, those of steps after its end included."""
+        """Returns, for each row that asks, one number for each step, also for the steps after its end."""
         if not self._steps:
             return {}
-        return dict(zip(self._asked, torch.stack(self._steps, 1).tolist(), strict=True))
+        return dict(zip(self._row_numbers, torch.stack(self._steps, 1).tolist(), strict=True))

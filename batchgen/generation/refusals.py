@@ -6,7 +6,7 @@ from batchgen.types import Generation, Prompt
 
 
 def refuse(prompt: Prompt) -> Generation:
-    """What becomes of a prompt for which there is not enough memory, even with nothing beside it."""
+    """Returns the failed generation of a prompt for which there is not enough memory, even alone in a batch."""
     return Generation.failed(
         prompt,
         "out_of_memory",

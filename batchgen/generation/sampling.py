@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor
@@ -21,17 +22,26 @@ _ROUNDING = 1e-9  # by which a sum of float64 may differ with the order
 _ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 64 MiB for each float64 tensor
 
 
-def choose(
-    logits: torch.Tensor,
-    uniform: torch.Tensor,
-    temperature: torch.Tensor,
-    *,
-    top_k: torch.Tensor,
-    most_k: int,
-    top_p: torch.Tensor | None,
-) -> torch.Tensor:
-    """One token a row: temperature, then top-k, then top-p (the order of Transformers' warpers), then the inverse of
-    the cumulative distribution at `uniform`, in the order of token ids.
+@dataclass(frozen=True, slots=True)
+class SamplingTensors:
+    """The sampling parameters of some rows, on the device of their logits."""
+
+    temperature: torch.Tensor  # [rows], above 0, float64
+    top_k: torch.Tensor  # [rows], int64; 0 is off
+    max_top_k: int  # the largest of `top_k`, which is read here without waiting for the device
+    top_p: torch.Tensor | None  # [rows], float64; 1 is off; None: off for all rows
+
+    def part(self, rows: slice) -> SamplingTensors:
+        """Returns the parameters of some of these rows."""
+        top_p = None if self.top_p is None else self.top_p[rows]
+        return SamplingTensors(self.temperature[rows], self.top_k[rows], self.max_top_k, top_p)
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
+    """Samples one token for each row.
+
+    Temperature comes first, then top-k, then top-p (the order of Transformers' warpers), then the inverse of the
+    cumulative distribution at `uniform`, in the order of token ids.
 
     The order of ids, not of probabilities: two nearly equal logits that swap places between devices then move a
     boundary by a rounding error, instead of exchanging two tokens. float64, because a float32 sum over 250,000 tokens
@@ -39,37 +49,34 @@ def choose(
 
     Args:
         logits: [rows, vocabulary].
-        uniform: [rows], in [0, 1), float64.
-        temperature: [rows], above 0, float64.
-        top_k: [rows], 0 is off.
-        most_k: the largest of `top_k`, known without waiting for the device.
-        top_p: [rows], 1 is off, float64; None: off for all rows.
+        uniform: random numbers, one for each row: [rows], in [0, 1), float64.
+        params: of the same rows.
 
     Returns:
-        Token ids, [rows].
+        Token ids, int64 [rows].
     """
     # The maximum goes first, so that a tiny temperature gives -inf and never inf - inf.
-    scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature[:, None]
-    if most_k:
-        scaled = _keep_top_k(scaled, top_k, min(most_k, scaled.shape[-1]))
+    scaled = (logits - logits.amax(-1, keepdim=True)).double() / params.temperature[:, None]
+    if params.max_top_k:
+        scaled = _keep_top_k(scaled, params.top_k, min(params.max_top_k, scaled.shape[-1]))
     probabilities = scaled.softmax(-1)
-    if top_p is not None:
-        probabilities = _keep_nucleus(probabilities, top_p)
+    if params.top_p is not None:
+        probabilities = _keep_nucleus(probabilities, params.top_p)
     cumulative = probabilities.cumsum(-1)
     # right=True finds the first token beyond the target, so a token of probability 0 is never found.
     tokens = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
     return tokens.squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def _keep_top_k(scaled: torch.Tensor, top_k: torch.Tensor, most_k: int) -> torch.Tensor:
-    values = scaled.topk(most_k, dim=-1).values
-    smallest = values.gather(-1, (top_k.clamp(1, most_k) - 1)[:, None])
+def _keep_top_k(scaled: torch.Tensor, top_k: torch.Tensor, max_top_k: int) -> torch.Tensor:
+    values = scaled.topk(max_top_k, dim=-1).values
+    smallest = values.gather(-1, (top_k.clamp(1, max_top_k) - 1)[:, None])
     return scaled.masked_fill((scaled < smallest) & (top_k > 0)[:, None], -torch.inf)
 
 
 def _keep_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     limited = (top_p < 1)[:, None]
-    columns = _candidates(probabilities, top_p) if probabilities.device.type == "cpu" else None
+    columns = _find_candidates(probabilities, top_p) if probabilities.device.type == "cpu" else None
     among = probabilities if columns is None else probabilities[:, columns]
     ordered, order = among.sort(dim=-1, descending=True, stable=True)
     dropped = ordered.cumsum(-1) - ordered >= top_p[:, None]
@@ -79,8 +86,8 @@ def _keep_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Ten
     return probabilities.masked_fill(dropped & limited, 0)
 
 
-def _candidates(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor | None:
-    """Ids in order, with all tokens that may be kept of any row that is limited; None: that would be too many.
+def _find_candidates(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor | None:
+    """Returns the ids, in order, of all tokens that a row with a top-p may keep; None: there are too many of them.
 
     To sort a whole vocabulary takes a CPU a tenth of the time of a small model's step.
     """
@@ -92,29 +99,25 @@ def _candidates(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tenso
     return inside.any(0).nonzero()[:, 0]
 
 
-def choose_rows(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    uniform: torch.Tensor,
-    temperature: torch.Tensor,
-    *,
-    top_k: torch.Tensor,
-    most_k: int,
-    top_p: torch.Tensor | None,
+def sample_rows(
+    logits: torch.Tensor, rows: torch.Tensor, uniform: torch.Tensor, params: SamplingTensors
 ) -> torch.Tensor:
-    """As `choose`, for the `rows` of `logits`, [chosen rows], and in parts, since float64 takes much memory."""
+    """Samples one token for some of the rows, in parts, since float64 takes much memory.
+
+    Args:
+        logits: [all rows, vocabulary].
+        rows: the indices of the sampled rows in `logits`, int64 [sampled rows].
+        uniform: as `sample` takes it, [sampled rows].
+        params: of the sampled rows.
+
+    Returns:
+        Token ids, int64 [sampled rows].
+    """
     size = max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])
     tokens = torch.empty_like(rows)
     for begin in range(0, len(rows), size):
         part = slice(begin, begin + size)
-        tokens[part] = choose(
-            logits[rows[part]],
-            uniform[part],
-            temperature[part],
-            top_k=top_k[part],
-            most_k=most_k,
-            top_p=None if top_p is None else top_p[part],
-        )
+        tokens[part] = sample(logits[rows[part]], uniform[part], params.part(part))
     return tokens
 
 
@@ -129,36 +132,29 @@ class Sampler(LogitsProcessor):
         sampled = [row for row, prompt in enumerate(prompts) if prompt.params.temperature > 0]
         params = [prompts[row].params for row in sampled]
         self._rows = torch.tensor(sampled, dtype=torch.long, device=device)
-        self._temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
-        self._top_k = torch.tensor([p.top_k for p in params], dtype=torch.long, device=device)
-        self._most_k = max((p.top_k for p in params), default=0)
-        self._top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-        self._nucleus = any(p.top_p < 1 for p in params)
+        top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+        self._params = SamplingTensors(
+            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device),
+            top_k=torch.tensor([p.top_k for p in params], dtype=torch.long, device=device),
+            max_top_k=max((p.top_k for p in params), default=0),
+            top_p=top_p if any(p.top_p < 1 for p in params) else None,
+        )
         self._random = [random.Random(prompts[row].row_seed) for row in sampled]
         self._drawn = torch.empty(0)
         self._step = 0
 
     @property
-    def needed(self) -> bool:
+    def is_needed(self) -> bool:
         """Whether any row is sampled."""
         return bool(self._random)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        uniform = self._draw()
-        tokens = choose_rows(
-            scores,
-            self._rows,
-            uniform,
-            self._temperature,
-            top_k=self._top_k,
-            most_k=self._most_k,
-            top_p=self._top_p if self._nucleus else None,
-        )
+        tokens = sample_rows(scores, self._rows, self._draw(), self._params)
         scores[self._rows, tokens] = torch.inf
         return scores
 
     def _draw(self) -> torch.Tensor:
-        """Uniform numbers in [0, 1) for this step, [sampled rows]."""
+        """Returns uniform numbers in [0, 1) for this step, float64 [sampled rows]."""
         column = self._step % _STEPS_DRAWN
         if column == 0:
             drawn = [[generator.random() for _ in range(_STEPS_DRAWN)] for generator in self._random]

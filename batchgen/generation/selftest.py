@@ -39,14 +39,18 @@ class TextChanged(EngineError):
 
 
 def choose(batch: Sequence[Prompt]) -> list[int]:
-    """The rows of `batch` to look at: of the greedy ones the shortest and the longest prompt, which is padded least."""
+    """Returns the rows of `batch` to look at: of the greedy ones those with the shortest and the longest prompt."""
     greedy = [row for row, prompt in enumerate(batch) if prompt.params.temperature == 0]
     greedy.sort(key=lambda row: len(batch[row].tokens))
     return greedy if len(greedy) <= ROWS else [greedy[0], greedy[-1]]
 
 
 def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: torch.device) -> torch.Tensor:
-    """By one forward without a cache, the logits at the places of the first `tokens`, [tokens, vocabulary], float32."""
+    """Computes, by one forward without a cache, the logits at the places of the first `tokens`.
+
+    Returns:
+        float32 [tokens, vocabulary], of 32 tokens at most.
+    """
     tokens = tokens[:TOKENS]
     whole = torch.tensor([[*prompt, *tokens[:-1]]], device=device)
     last = {}
@@ -54,14 +58,14 @@ def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: 
         last = {"logits_to_keep": len(tokens)}
     with torch.inference_mode():
         output = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False, **last)
-        found: torch.Tensor = output.logits[0, -len(tokens) :].float()
-    return found
+        logits: torch.Tensor = output.logits[0, -len(tokens) :].float()
+    return logits
 
 
 def rounding_of(
     model: Any, prompt: Sequence[int], tokens: Sequence[int], logits: torch.Tensor, device: torch.device
 ) -> float:
-    """How far rounding moves a logit (root mean square), in standard deviations of the logits at its place.
+    """Measures how far rounding moves a logit (root mean square), in standard deviations of the logits at its place.
 
     Args:
         logits: as `logits_of` gives them for the same `prompt` and `tokens`.
@@ -94,10 +98,10 @@ class SelfTest:
         with torch.inference_mode():
             logits = logits_of(self.model, prompt.tokens, tokens, self.device)
             if not finite.are_finite(logits.amax(dim=1)).all():
-                raise EngineError(self._not_finite(prompt))
-            chosen = logits.gather(1, torch.tensor(tokens, device=self.device)[:, None]).squeeze(1)
+                raise EngineError(self._describe_not_finite(prompt))
+            given = logits.gather(1, torch.tensor(tokens, device=self.device)[:, None]).squeeze(1)
             best, alone = logits.max(dim=1)
-            behind = (best - chosen) / logits.std(dim=1)
+            behind = (best - given) / logits.std(dim=1)
             tolerance = _TOLERANCE.get(self.model.dtype, _TOLERANCE_OF_16_BITS)
             if self.measures and behind.max() > tolerance:
                 measured = _MARGIN * rounding_of(self.model, prompt.tokens, tokens, logits, self.device)
@@ -105,29 +109,30 @@ class SelfTest:
         wrong = [place for place, distance in enumerate(behind.tolist()) if not distance <= tolerance]
         if wrong:
             place = wrong[0]
+            given_token, best_token = self._name_token(tokens[place]), self._name_token(int(alone[place]))
             raise TextChanged(
-                f"self-test: {self._where}, row {prompt.id!r} was given {self._called(tokens[place])} as its token "
-                f"{place + 1}; computed again {self._again}, {self._called(int(alone[place]))} is better by "
-                f"{behind[place]:.2g} standard deviations of the logits, where rounding explains {tolerance:.2g}. "
+                f"self-test: {self._situation}, row {prompt.id!r} was given {given_token} as its token {place + 1}; "
+                f"computed again {self._comparison}, {best_token} is better by {behind[place]:.2g} "
+                f"standard deviations of the logits, where rounding explains {tolerance:.2g}. "
                 f"{self._advice}; --no-selftest goes on all the same"
             )
 
-    def _not_finite(self, prompt: Prompt) -> str:
+    def _describe_not_finite(self, prompt: Prompt) -> str:
         dtype = finite.dtype_of(self.model)
         return (
             f"self-test: the model's numbers for row {prompt.id!r} are not finite in {dtype} when the row is computed "
-            f"again {self._again}. {finite.remedy(dtype)}; --no-selftest goes on all the same"
+            f"again {self._comparison}. {finite.find_remedy(dtype)}; --no-selftest goes on all the same"
         )
 
-    def _called(self, token: int) -> str:
+    def _name_token(self, token: int) -> str:
         return f"{self.decode([token])!r} (token {token})"
 
     @property
-    def _where(self) -> str:
+    def _situation(self) -> str:
         return f"in a batch of {self.rows}" if self.rows > 1 else "step by step"
 
     @property
-    def _again(self) -> str:
+    def _comparison(self) -> str:
         return "alone" if self.rows > 1 else "in one forward"
 
     @property

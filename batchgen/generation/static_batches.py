@@ -6,24 +6,22 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from batchgen.device import can_reserve, free_bytes, is_out_of_memory, release, take_peak_bytes
-from batchgen.engine import OutOfStep, Peers
+from batchgen.device import is_out_of_memory, release, take_peak_bytes
+from batchgen.engine import OutOfStep, Peers, SignsOfLife
 from batchgen.generation import finite, refusals, selftest
 from batchgen.generation.agreement import AgreedToken, check_equal_batches
 from batchgen.generation.finite import NotFinite
-from batchgen.generation.greedy import generate_greedily, pad
-from batchgen.generation.limits import SizeLimits, rows_that_fit
+from batchgen.generation.greedy import LoadedModel, generate_greedily, pad
 from batchgen.generation.logprobs import Recorder
 from batchgen.generation.sampling import Sampler
 from batchgen.generation.selftest import SelfTest
+from batchgen.generation.sizing import BatchSizer, BatchSizing, find_longest, group_by_length
 from batchgen.generation.stopping import Stopper, StopTexts, generation
-from batchgen.models import architectures, footprint, loading
-from batchgen.models.tokenizer import HfTokenizer
+from batchgen.models import loading
 from batchgen.types import Batch, Prompt
 
 
@@ -35,69 +33,43 @@ class StaticBatches:
     """Batches of prompts through `model.generate`: one in, one out.
 
     Args:
-        model: a causal language model of Transformers, in eval mode. Its generation config is replaced by an empty one,
-            so that a temperature or a penalty which came with the weights has no effect.
-        tokenizer: the same model's.
-        device: where token ids go. Not read off the model: that may have its first layers on a disk.
-        devices: all devices the model is on; what a batch may take is measured there.
-        batch_size: most rows of a batch; None: as many as an estimate says will fit.
-        local_size: ranks that share this host's memory.
-        count: is told how many tokens each decode step has generated.
-        generate_kwargs: passed on to `model.generate`, `synced_gpus` for one.
-        limits: most rows by length, as `SizeLimits.remember` takes them, learnt by earlier attempts.
-        kept_free: bytes of each device that a forward needs besides.
-        most_rows: of a batch whose size is estimated; None: as `memory.rows_that_fit` has it.
-        reserve: take the memory that a batch is estimated to need, and give it back, before the model sees it: for
-            models whose forward may not fail.
+        loaded: the model. Its generation config is replaced by an empty one, so that a temperature or a penalty which
+            came with the weights has no effect.
+        sizing: how many rows a batch may have.
+        signs: the engine's signs of life; each decode step adds the tokens that it has generated.
+        counts_steps: each decode step is counted in `signs`, too; False: the engine counts its steps itself.
         check: compare rows of the first batch with themselves alone (`selftest`).
-        peers: the ranks that generate these batches together with this one; None: it is alone. `stop` must be theirs.
+        peers: the ranks that generate these batches together with this one, and whose answer `stop` then has to be;
+            None: this rank is alone.
     """
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: HfTokenizer,
+        loaded: LoadedModel,
+        sizing: BatchSizing,
+        signs: SignsOfLife,
         *,
-        device: torch.device,
-        devices: Sequence[torch.device] = (),
-        batch_size: int | None,
-        local_size: int = 1,
-        count: Callable[[int], None],
-        generate_kwargs: Mapping[str, Any] | None = None,
-        limits: Mapping[int, int] | None = None,
-        kept_free: int = 0,
-        most_rows: int | None = None,
-        reserve: bool = False,
+        counts_steps: bool = True,
         check: bool = False,
         peers: Peers | None = None,
     ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._device = device
-        self._devices = devices or [device]
-        self._batch_size = batch_size
-        self._local_size = local_size
-        self._count = count
-        self._generate_kwargs = dict(generate_kwargs or {})
-        self._kept_free = kept_free
-        self._most_rows_of_any = most_rows
-        self._reserve = reserve
-        self._unchecked = check
+        self.loaded = loaded
+        self._model, self._tokenizer, self._device = loaded.model, loaded.tokenizer, loaded.device
+        self._signs, self._counts_steps = signs, counts_steps
+        self._must_check = check
         self._peers = peers
-        self._takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-        self._most_padded = architectures.most_padded_tokens(tokenizer.config)
-        self._limits = SizeLimits()
-        for length, rows in (limits or {}).items():
-            self._limits.remember(length, rows)
-        self._held: Prompt | None = None
+        self._sizer = BatchSizer(loaded, sizing, peers)
+        self._takes_positions = "position_ids" in inspect.signature(type(self._model).forward).parameters
+        self._next: Prompt | None = None  # pulled already, for the next batch
         self._has_generated = False
-        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-        loading.read_head_once(model)
+        self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        loading.read_head_once(self._model)
 
     def run(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
-        """Every prompt of `prompts`, in finished batches; ends early, without what is in flight, once `stop()` is true.
+        """Generates every prompt of `prompts`, and yields finished batches.
 
-        `prompts` come longest first, so that the rows of a batch end at about the same time.
+        It ends early, without what is in flight, once `stop()` is true. `prompts` come longest first, so that the rows
+        of a batch end at about the same time.
         """
         while not stop() and (batch := self.pull(prompts)):
             try:
@@ -106,83 +78,55 @@ class StaticBatches:
                 return
 
     def pull(self, prompts: Iterator[Prompt]) -> list[Prompt]:
-        """The next batch; empty when there is nothing left."""
-        free = 0
-        if self._batch_size is None:
-            free = free_bytes(self._devices, self._local_size) - len(self._devices) * self._kept_free
-            free = free if self._peers is None else self._peers.least(free)
+        """Takes the next batch from `prompts`; an empty one when there is nothing left."""
+        free = self._sizer.measure_free()
         batch: list[Prompt] = []
-        prompt_tokens = new_tokens = most = 0
-        while not batch or len(batch) < most:
-            prompt, self._held = self._held or next(prompts, None), None
+        prompt_tokens = new_tokens = max_rows = 0
+        while not batch or len(batch) < max_rows:
+            prompt, self._next = self._next or next(prompts, None), None
             if prompt is None:
                 break
             prompt_tokens = max(prompt_tokens, len(prompt.tokens))
             new_tokens = max(new_tokens, prompt.params.max_new_tokens)
-            most = self._most_rows(prompt_tokens, new_tokens, free)
-            if batch and (len(batch) >= most or not self._can_join(batch, prompt)):
-                self._held = prompt
+            max_rows = self._sizer.max_rows(prompt_tokens, new_tokens, free)
+            if batch and (len(batch) >= max_rows or not self._sizer.can_join(batch, prompt)):
+                self._next = prompt
                 break
             batch.append(prompt)
         if self._peers is not None:
             check_equal_batches(self._peers, batch)
         return batch
 
-    def _can_join(self, batch: Sequence[Prompt], prompt: Prompt) -> bool:
-        """Whether `prompt` can be in a batch with these."""
-        if self._most_padded is None:
-            return True
-        together = [*batch, prompt]
-        return len({len(one.tokens) for one in together}) == 1 or sum(_lengths(together)) <= self._most_padded
-
-    def _most_rows(self, prompt_tokens: int, new_tokens: int, free: int) -> int:
-        learnt = self._limits.most(prompt_tokens + new_tokens)
-        ceiling = self._batch_size
-        if ceiling is None:
-            row = self._row_bytes(prompt_tokens, new_tokens)
-            ceiling = rows_that_fit(free, row, self._device, self._most_rows_of_any)
-        return ceiling if learnt is None else min(ceiling, learnt)
-
-    def _row_bytes(self, prompt_tokens: int, new_tokens: int) -> int:
-        return footprint.bytes_per_row(
-            self._tokenizer.config,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            item_bytes=self._model.dtype.itemsize,
-            eager=not getattr(self._model, "_supports_sdpa", False),
-            ranks=1 if self._peers is None else self._peers.count,
-        )
-
     def finish(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
-        """`batch`, in as many pieces as memory asks for; a prompt that does not fit alone is a failed generation."""
+        """Generates `batch` in as many parts as memory asks for; a prompt that does not fit alone is a failed one."""
         parts = deque([list(batch)])
         while parts:
             part = parts.popleft()
-            length = sum(_lengths(part))
-            most = self._limits.most(length)
-            if most == 0:
-                yield Batch([refusals.refuse(prompt) for prompt in part], 0, take_peak_bytes(self._devices))
+            length = sum(find_longest(part))
+            max_rows = self._sizer.limits.max_rows(length)
+            if max_rows == 0:
+                yield self._refuse(part)
                 continue
-            if most is not None and len(part) > most:
-                parts.extendleft(reversed([part[i : i + most] for i in range(0, len(part), most)]))
+            if max_rows is not None and len(part) > max_rows:
+                parts.extendleft(reversed([part[i : i + max_rows] for i in range(0, len(part), max_rows)]))
                 continue
             finished = self._attempt(part, stop)
             if finished is not None:
                 yield finished
                 done = {generation.index for generation in finished.generations}
-                parts.extendleft(_by_length([prompt for prompt in part if prompt.index not in done]))
+                parts.extendleft(group_by_length([prompt for prompt in part if prompt.index not in done]))
             elif len(part) == 1:
-                yield Batch([refusals.refuse(part[0])], 0, take_peak_bytes(self._devices))
+                yield self._refuse(part)
             else:
-                self._limits.remember(length, (len(part) + 1) // 2)
+                self._sizer.limits.remember(length, (len(part) + 1) // 2)
                 parts.appendleft(part)
 
+    def _refuse(self, prompts: Sequence[Prompt]) -> Batch:
+        return Batch([refusals.refuse(prompt) for prompt in prompts], 0, take_peak_bytes(self._sizer.devices))
+
     def _attempt(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Batch | None:
-        """The finished batch, or None: out of memory."""
-        size = len(batch) * self._row_bytes(*_lengths(batch)) + self._kept_free
-        fits = not self._reserve or can_reserve(size, self._device)
-        if self._peers is not None:
-            fits = not self._peers.any_rank(not fits)
+        """Returns the finished batch; None: out of memory."""
+        fits = self._sizer.fits(batch)
         try:
             if fits:
                 with nullcontext() if self._has_generated else loading.refuse_model(self._tokenizer.config):
@@ -190,54 +134,50 @@ class StaticBatches:
                 self._has_generated = True
                 return finished
         except OutOfStep as error:
-            error.length, error.rows = sum(_lengths(batch)), len(batch)
+            error.length, error.rows = sum(find_longest(batch)), len(batch)
             raise
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if self._peers is not None:
-                alone = OutOfStep("out of memory in a batch that several ranks generate together")
-                alone.length, alone.rows = sum(_lengths(batch)), len(batch)
-                raise alone from error
+                out_of_step = OutOfStep("out of memory in a batch that several ranks generate together")
+                out_of_step.length, out_of_step.rows = sum(find_longest(batch)), len(batch)
+                raise out_of_step from error
         # Only here: while the exception is handled, its traceback holds every tensor of the failed call.
         release()
         return None
 
     def generate(self, batch: Sequence[Prompt], stop: Callable[[], bool]) -> Batch:
-        """`batch` in one call of `model.generate`; out of memory is the caller's business."""
+        """Generates `batch` in one call of `model.generate`; out of memory is the caller's business."""
         inputs = self._pad(batch)
         width = inputs["input_ids"].shape[1]
         texts = StopTexts.of(batch, self._tokenizer)
         not_finite = NotFinite(None if self._peers is None else self._peers.tokens)
-        stopper = Stopper(
-            batch, self._tokenizer.end_tokens, texts, not_finite, device=self._device, stop=stop, count=self._count
-        )
+        stopper = Stopper(batch, texts, not_finite, device=self._device, stop=stop, count=self._count_step)
         sampler = Sampler(batch, self._device)
-        choosers: list[Any] = [sampler] if sampler.needed else []
+        choosers: list[LogitsProcessor] = [sampler] if sampler.is_needed else []
         if self._peers is not None:
             choosers.append(AgreedToken(self._peers.tokens))
         recorder = Recorder(batch, choosers, self._device)
         output = generate_greedily(
-            self._model,
-            self._tokenizer,
+            self.loaded,
             inputs,
             max(prompt.params.max_new_tokens for prompt in batch),
-            logits_processor=LogitsProcessorList([not_finite, *([recorder] if recorder.needed else choosers)]),
+            logits_processor=LogitsProcessorList([not_finite, *([recorder] if recorder.is_needed else choosers)]),
             stopping_criteria=StoppingCriteriaList([stopper]),
-            **self._generate_kwargs,
         )
         if stopper.abandoned:
             raise _Abandoned
         rows = output[:, width:].tolist()
-        if self._unchecked:
+        if self._must_check:
             self._check(batch, rows, stopper)
         return self._collect(batch, rows, stopper, width, recorder.read())
 
     def _check(self, batch: Sequence[Prompt], rows: list[list[int]], stopper: Stopper) -> None:
         lengths, failed = stopper.lengths.tolist(), stopper.failed.tolist()
-        good = [row for row in range(len(batch)) if not failed[row]]
+        finite_rows = [row for row in range(len(batch)) if not failed[row]]
         test = SelfTest(self._model, self._device, self._tokenizer.decode, len(batch), measures=self._peers is None)
-        for row in (good[place] for place in selftest.choose([batch[row] for row in good])):
+        for row in (finite_rows[place] for place in selftest.choose([batch[row] for row in finite_rows])):
             tokens = rows[row][: min(lengths[row], selftest.TOKENS)]
             try:
                 test.check(batch[row], tokens)
@@ -245,12 +185,12 @@ class StaticBatches:
                 # Of some models one forward over the whole row is not what its steps are, whatever the batch.
                 if self._peers is not None or self._generate_alone(batch[row], len(tokens)) != tokens:
                     raise
-            self._unchecked = False
+            self._must_check = False
 
     def _generate_alone(self, prompt: Prompt, count: int) -> list[int]:
-        """`count` tokens behind `prompt`, chosen greedily, with nothing beside it."""
+        """Returns `count` tokens behind `prompt`, chosen greedily, with nothing beside it."""
         inputs = self._pad([prompt])
-        output = generate_greedily(self._model, self._tokenizer, inputs, count, end=False, **self._generate_kwargs)
+        output = generate_greedily(self.loaded, inputs, count, end=False)
         tokens: list[int] = output[0, len(prompt.tokens) :].tolist()
         return tokens
 
@@ -266,8 +206,11 @@ class StaticBatches:
         width: int,
         logprobs: Mapping[int, Sequence[float]],
     ) -> Batch:
-        """The rows that have ended. One that is padded and not finite is left out: what fills it may be the reason, so
-        it is generated again without."""
+        """Returns the rows that have ended.
+
+        A row that is padded and not finite is left out: what fills it may be the reason, so that it is generated once
+        more without padding.
+        """
         generations = []
         padded = 0
         lengths, stopped, failed = (tensor.tolist() for tensor in (stopper.lengths, stopper.stopped, stopper.failed))
@@ -275,23 +218,14 @@ class StaticBatches:
             padding = width - len(prompt.tokens)
             padded += padding + stopper.steps - length
             if not failed[number]:
-                asked = logprobs[number][:length] if number in logprobs else None
-                generations.append(generation(prompt, row[:length], stopped[number], self._tokenizer, asked))
+                own = logprobs[number][:length] if number in logprobs else None
+                generations.append(generation(prompt, row[:length], stopped[number], self._tokenizer, own))
             elif not padding:
                 generations.append(finite.fail(prompt, finite.dtype_of(self._model)))
-        if any(failed):
-            self._count(-sum(failed))  # counted with the step in which they failed
-        return Batch(generations, padded, take_peak_bytes(self._devices))
+        self._signs.generated_tokens -= sum(failed)  # they were counted with the step in which they failed
+        return Batch(generations, padded, take_peak_bytes(self._sizer.devices))
 
-
-def _by_length(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-    """Batches without padding."""
-    batches: dict[int, list[Prompt]] = {}
-    for prompt in prompts:
-        batches.setdefault(len(prompt.tokens), []).append(prompt)
-    return list(batches.values())
-
-
-def _lengths(batch: Sequence[Prompt]) -> tuple[int, int]:
-    """Tokens of the longest prompt, and the most new ones: what every row of `batch` can come to."""
-    return max(len(p.tokens) for p in batch), max(p.params.max_new_tokens for p in batch)
+    def _count_step(self, tokens: int) -> None:
+        self._signs.generated_tokens += tokens
+        if self._counts_steps:
+            self._signs.steps += 1

@@ -31,7 +31,8 @@ class StopTexts:
     ) -> None:
         self._prompts = prompts
         self._decode = decode
-        self._end = frozenset(end_tokens)
+        self.end_tokens = frozenset(end_tokens)
+        """Ids that end a row."""
         self._special = special_tokens
         self.rows = [row for row, prompt in enumerate(prompts) if prompt.params.stop]
         """Rows that still have to be watched."""
@@ -39,7 +40,7 @@ class StopTexts:
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], tokenizer: HfTokenizer) -> StopTexts:
-        """With what the model's tokenizer says of ends, decoding and special tokens."""
+        """Makes it with the end tokens, the decoding and the special tokens of the model's tokenizer."""
         return cls(prompts, tokenizer.end_tokens, tokenizer.decode, tokenizer.special_tokens)
 
     def append(self, tokens: Sequence[int]) -> list[int]:
@@ -47,17 +48,17 @@ class StopTexts:
 
         Those, and the rows that ended by themselves, leave `rows`.
         """
-        found: list[int] = []
+        stopped: list[int] = []
         watched: list[int] = []
         for row, token in zip(self.rows, tokens, strict=True):
             generated = self._tokens[row]
             generated.append(token)
             if self._stops(row, generated):
-                found.append(row)
-            elif token not in self._end and len(generated) < self._prompts[row].params.max_new_tokens:
+                stopped.append(row)
+            elif token not in self.end_tokens and len(generated) < self._prompts[row].params.max_new_tokens:
                 watched.append(row)
         self.rows = watched
-        return found
+        return stopped
 
     def _stops(self, row: int, generated: list[int]) -> bool:
         stops = self._prompts[row].params.stop
@@ -71,7 +72,7 @@ class StopTexts:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of `stops`."""
+    """Returns `text` up to the first of `stops`."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else text
 
@@ -79,7 +80,7 @@ def cut(text: str, stops: Sequence[str]) -> str:
 def generation(
     prompt: Prompt, tokens: Sequence[int], stopped: bool, tokenizer: HfTokenizer, logprobs: Sequence[float] | None
 ) -> Generation:
-    """What became of `prompt`: the text of its generated `tokens`, before the first of its stop texts.
+    """Returns the generation of `prompt`: the text of its `tokens` before the first of its stop texts.
 
     Args:
         stopped: an end of sequence or a stop text has ended it, not its length.
@@ -101,12 +102,25 @@ class Stopper(StoppingCriteria):
 
     The device is not waited for, except by rows with stop texts: `generate` itself waits once a step, and the number
     of live rows is copied before that and read after it.
+
+    Args:
+        prompts: the rows of the batch, in order.
+        texts: finds the stop texts of these rows, and knows the tokens that end one.
+        not_finite: has marked the rows of the current step whose logits are not finite.
+        device: where token ids are.
+        stop: whether to end the whole batch now; asked at each step.
+        count: is called at each step with the number of tokens that the batch has generated in it.
+
+    Attributes:
+        lengths: generated tokens of each row, int64 [rows].
+        stopped, failed: as above, bool [rows].
+        steps: made so far.
+        abandoned: `stop()` has ended the batch.
     """
 
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        end_tokens: Sequence[int],
         texts: StopTexts,
         not_finite: NotFinite,
         *,
@@ -124,7 +138,7 @@ class Stopper(StoppingCriteria):
         self._alive = torch.ones(rows, dtype=torch.bool, device=device)
         self._limits = torch.tensor(limits, dtype=torch.long, device=device)
         self._longest = max(limits)
-        self._end = torch.tensor(list(end_tokens), dtype=torch.long, device=device)
+        self._end = torch.tensor(sorted(texts.end_tokens), dtype=torch.long, device=device)
         self._texts = texts
         self._not_finite = not_finite
         self._stop = stop
@@ -143,9 +157,9 @@ class Stopper(StoppingCriteria):
         self.lengths += self._alive
         ended = torch.isin(input_ids[:, -1], self._end)
         if self._texts.rows:
-            found = self._texts.append(input_ids[self._texts.rows, -1].tolist())
-            if found:
-                ended[found] = True
+            stopped = self._texts.append(input_ids[self._texts.rows, -1].tolist())
+            if stopped:
+                ended[stopped] = True
         self.stopped |= self._alive & ended
         self._alive &= ~ended & (self._limits > self.steps)
         self._live.copy_(self._alive.sum(), non_blocking=True)

@@ -14,7 +14,7 @@ from batchgen.models.definition.build import build_empty
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter as a module makes it."""
+    """One parameter of a model, as its module makes it."""
 
     numel: int  # elements as stored, each of the run's type
     shape: tuple[int, ...]  # as computed with
@@ -24,84 +24,87 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """All parameters of a model, by name. Tied ones are there under each of their names: ZeRO shards a parameter when
-    its module is made, and ties it to another only afterwards, so that both are written out, and one is read."""
+    """All parameters of a model, by name.
 
-    of: Mapping[str, Parameter]
+    A tied parameter is here under each of its names: ZeRO shards a parameter when its module is made, and ties it to
+    another one only afterwards, so that both are written out, and one is read.
+    """
+
+    by_name: Mapping[str, Parameter]
     dtype: torch.dtype
 
     @property
     def largest(self) -> int:
-        """Elements of the largest one."""
-        return max(parameter.numel for parameter in self.of.values())
+        """The elements of the largest parameter."""
+        return max(parameter.numel for parameter in self.by_name.values())
 
     @property
     def tied(self) -> int:
-        """Elements of those that a forward uses under two names: an embedding that is the output matrix too."""
-        return sum(parameter.numel for parameter in self.of.values() if parameter.tied)
+        """The elements of the parameters that a forward uses under two names: an embedding that is the output, too."""
+        return sum(parameter.numel for parameter in self.by_name.values() if parameter.tied)
 
     @property
     def largest_layer(self) -> int:
-        """Elements of the largest layer, or of the largest parameter that is in none."""
+        """The elements of the largest layer; without layers, those of the largest parameter."""
         layers: Counter[str] = Counter()
-        for name, parameter in self.of.items():
-            layers[_layer_of(name)] += parameter.numel
+        for name, parameter in self.by_name.items():
+            layers[_find_layer(name)] += parameter.numel
         inside = [elements for name, elements in layers.items() if name.rpartition(".")[2].isdigit()]
         return max(inside, default=self.largest)
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one forward needs, over all ranks: each parameter once."""
-        return sum(parameter.numel for parameter in self.of.values() if not parameter.tied) * self.dtype.itemsize
+        """The bytes that one forward needs, over all ranks: each parameter once."""
+        return sum(parameter.numel for parameter in self.by_name.values() if not parameter.tied) * self.dtype.itemsize
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes that the ranks share where each of them holds tied parameters whole (`engines.ds_zero.gather`)."""
+        """The bytes that the ranks share where each of them holds tied parameters whole (`engines.ds_zero.gather`)."""
         return self.read_bytes - self.tied * self.dtype.itemsize
 
     def shards(self, ranks: int) -> list[int]:
-        """Elements of one rank's shard of each parameter, padded so that all ranks' are equal."""
-        return [-(-parameter.numel // ranks) for parameter in self.of.values()]
+        """Returns the elements of one rank's shard of each parameter, padded so that all ranks' shards are equal."""
+        return [-(-parameter.numel // ranks) for parameter in self.by_name.values()]
 
     def shard_bytes(self, ranks: int) -> int:
-        """Bytes of one rank's shards together."""
+        """Returns the bytes of all shards of one rank."""
         return sum(self.shards(ranks)) * self.dtype.itemsize
 
-    def most_at_once(self, ranks: int, least_bytes: int, *, whole_layers: bool = False) -> int:
-        """Parameters that a forward can need at the same time, of those whose shards have `least_bytes` or more.
+    def max_at_once(self, ranks: int, min_bytes: int, *, whole_layers: bool = False) -> int:
+        """Returns how many parameters, whose shards have `min_bytes` or more, a forward can need at the same time.
 
-        Those of one module, and of the modules around it, whose forward has not ended; and the tied ones, which may be
-        kept from their first use to their last.
+        These are the parameters of one module, those of the modules around it, whose forward has not ended, and the
+        tied ones, which may be kept from their first use to their last.
 
         Args:
             ranks: that share each parameter.
-            least_bytes: what is smaller does not count.
+            min_bytes: what is smaller does not count.
             whole_layers: a layer (a module with a number for a name) is one module: all its parameters are needed.
         """
         own: Counter[str] = Counter()
         tied = 0
-        for (name, parameter), shard in zip(self.of.items(), self.shards(ranks), strict=True):
-            if shard * self.dtype.itemsize >= least_bytes:
-                own[_layer_of(name) if whole_layers else name.rpartition(".")[0]] += 1
+        for (name, parameter), shard in zip(self.by_name.items(), self.shards(ranks), strict=True):
+            if shard * self.dtype.itemsize >= min_bytes:
+                own[_find_layer(name) if whole_layers else name.rpartition(".")[0]] += 1
                 tied += parameter.tied
-        return tied + max((sum(own[around] for around in _around(module)) for module in own), default=0)
+        return tied + max((sum(own[around] for around in _list_enclosing(module)) for module in own), default=0)
 
 
-def _layer_of(name: str) -> str:
-    """The name of the layer that a parameter is in; of its own module, if it is in none."""
+def _find_layer(name: str) -> str:
+    """Returns the name of the layer that a parameter is in; that of its own module, if it is in no layer."""
     parts = name.split(".")
     depth = next((place + 1 for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return ".".join(parts[:depth])
 
 
-def _around(module: str) -> list[str]:
-    """A module's name and those of the modules it is in: a.b, a, and the model itself."""
+def _list_enclosing(module: str) -> list[str]:
+    """Returns a module's name and those of the modules that it is in: a.b, a, and the model itself."""
     parts = module.split(".") if module else []
     return [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
 
 
 def list_parameters(config: Any, dtype: torch.dtype) -> Parameters:
-    """The parameters of the model with this Transformers config, computed with in `dtype`.
+    """Returns the parameters of the model with this Transformers config, which computes in `dtype`.
 
     The model is made on the meta device, without memory: files may hold parameters in other pieces than the model does
     (the experts of a mixture, one by one), and what counts is what ZeRO sees. Not to be called while a model is being
@@ -112,11 +115,12 @@ def list_parameters(config: Any, dtype: torch.dtype) -> Parameters:
     """
     model = build_empty(config, dtype)
     seen: set[int] = set()
-    found = {}
+    parameters = {}
     for module_name, module in model.named_modules():
         takes = type(module) in (torch.nn.Linear, torch.nn.Embedding)
         for name, value in module.named_parameters(recurse=False):
-            full = f"{module_name}.{name}" if module_name else name
-            found[full] = Parameter(value.numel(), tuple(value.shape), id(value) in seen, takes and name == "weight")
+            path = f"{module_name}.{name}" if module_name else name
+            quantizable = takes and name == "weight"
+            parameters[path] = Parameter(value.numel(), tuple(value.shape), id(value) in seen, quantizable)
             seen.add(id(value))
-    return Parameters(found, dtype)
+    return Parameters(parameters, dtype)

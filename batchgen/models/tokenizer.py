@@ -43,7 +43,7 @@ class HfTokenizer:
         lengths = (getattr(text, name, None) for name in _CONTEXT_NAMES)
         self.context = next((length for length in lengths if type(length) is int and length > 0), None)
         self.vocabulary = getattr(text, "vocab_size", None)
-        self.end_tokens = _end_tokens(model, self.config, self._hf_tokenizer)
+        self.end_tokens = _find_end_tokens(model, self.config, self._hf_tokenizer)
         """Every id that ends a text, sorted: generation_config.json's, the config's and the tokenizer's."""
         self.pad_token = self._choose_pad_token(text)
         """What fills a row; an id that the embedding has, and no end token unless there is no other."""
@@ -61,14 +61,14 @@ class HfTokenizer:
         self._lost_letters: dict[str, bool] = {}
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
-        """The conversation through the model's chat template, ready for the assistant's turn.
+        """Returns the conversation through the model's chat template, ready for the assistant's turn.
 
         A content may be a text or a list of parts of type "text": it becomes what the template takes.
 
         Raises:
             ValueError: there is no template, or it refused the conversation, or leaves words of it out.
         """
-        source = self._chosen_template(kwargs.get("tools"))
+        source = self._choose_template(kwargs.get("tools"))
         if source not in self._chat_templates:
             self._chat_templates[source] = ChatTemplate(source, partial(self._render, source))
         template, with_tools = self._chat_templates[source], bool(kwargs.get("tools"))
@@ -88,23 +88,23 @@ class HfTokenizer:
             )
         return text
 
-    def _chosen_template(self, tools: object) -> str:
-        """The template for a conversation with these tools; of several, by the names that Transformers knows."""
-        given = self._hf_tokenizer.chat_template
-        if not given:
+    def _choose_template(self, tools: object) -> str:
+        """Returns the template for a conversation with these tools; of several, by the names that Transformers has."""
+        templates = self._hf_tokenizer.chat_template
+        if not templates:
             raise ValueError(
                 f"the model in {self._model} has no chat template, so it cannot take messages; "
                 "give the text as `prompt`, or render it with --template"
             )
-        if isinstance(given, str):
-            return given
-        name = "tool_use" if tools is not None and "tool_use" in given else "default"
-        if name not in given:
+        if isinstance(templates, str):
+            return templates
+        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
+        if name not in templates:
             raise ValueError(
-                f"the model in {self._model} has chat templates named {', '.join(sorted(given))}, and none named "
+                f"the model in {self._model} has chat templates named {', '.join(sorted(templates))}, and none named "
                 "default; give the text as `prompt`, or render it with --template"
             )
-        return str(given[name])
+        return str(templates[name])
 
     def _render(self, source: str, messages: Sequence[Message], tools: Sequence[Message] | None) -> str:
         copied = [dict(message) for message in messages]
@@ -112,14 +112,14 @@ class HfTokenizer:
         return str(self._hf_tokenizer.apply_chat_template(copied, **options))
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
-        """Token ids of each text; see `engine.Tokenizer.tokenize`.
+        """Returns the token ids of each text; see `engine.Tokenizer.tokenize`.
 
         A text that begins with the beginning-of-sequence token itself does not get a second one. A lone surrogate,
         which JSON can escape but UTF-8 cannot hold, is read as U+FFFD.
         """
         if not texts:
             return []
-        readable = [_readable(text) for text in texts]
+        readable = [_make_readable(text) for text in texts]
         encoded = self._hf_tokenizer(readable, add_special_tokens=special, return_attention_mask=False)["input_ids"]
         begin = self._hf_tokenizer.bos_token_id
         if special and begin is not None:
@@ -127,24 +127,27 @@ class HfTokenizer:
         return list(encoded)
 
     def find_lost(self, text: str) -> str:
-        """Letters and digits of `text` that become no token; see `engine.Tokenizer.find_lost`."""
+        """Returns the letters and digits of `text` that become no token; see `engine.Tokenizer.find_lost`."""
         if not self._loses_letters:
             return ""
-        letters = {letter for letter in _readable(text) if letter.isalnum()}
+        letters = {letter for letter in _make_readable(text) if letter.isalnum()}
         new = "".join(sorted(letters - self._lost_letters.keys()))
         lost = find_lost(self._hf_tokenizer, new)
         self._lost_letters |= {letter: letter in lost for letter in new}
         return "".join(sorted(letter for letter in letters if self._lost_letters[letter]))
 
     def decode(self, tokens: Tokens) -> str:
-        """The text of generated tokens, special ones left out, nothing stripped or cleaned up."""
+        """Returns the text of generated tokens. Special ones are left out; nothing is stripped or cleaned up."""
         text = self._plain_decode([*self._anchor, *tokens])
         if self._anchor_text and text.startswith(self._anchor_text):
             return text[len(self._anchor_text) :]
         return self._plain_decode(tokens)
 
     def token_text(self, token: int) -> str:
-        """The text of one token behind another, a special one's name included; U+FFFD for a part of a character."""
+        """Returns the text of one token behind another one; U+FFFD for a part of a character.
+
+        The text of a special token is its name.
+        """
         text = self._token_texts.get(token)
         if text is None:
             text = self._plain_decode([*self._anchor, token], special=True).removeprefix(self._anchor_text)
@@ -152,7 +155,7 @@ class HfTokenizer:
         return text
 
     def token_name(self, token: int) -> str | None:
-        """What the tokenizer calls a token, a special one too; None if it has none of this id."""
+        """Returns the tokenizer's name of a token, also of a special one; None: it has no token of this id."""
         try:
             name = self._hf_tokenizer.convert_ids_to_tokens(token)
         except (OverflowError, LookupError):  # beyond what a tokenizer in Rust can count; beyond one in Python
@@ -164,17 +167,17 @@ class HfTokenizer:
         return str(text)
 
     def _choose_pad_token(self, config: Any) -> int:
-        known = (
+        proposed = (
             self._hf_tokenizer.pad_token_id,
             getattr(config, "pad_token_id", None),
             self._hf_tokenizer.unk_token_id,
         )
-        most = self.vocabulary or len(self._hf_tokenizer)
-        ids = itertools.chain((i for i in known if i is not None and 0 <= i < most), range(most))
+        size = self.vocabulary or len(self._hf_tokenizer)
+        ids = itertools.chain((i for i in proposed if i is not None and 0 <= i < size), range(size))
         return next((i for i in ids if i not in self.end_tokens), 0)
 
 
-def _readable(text: str) -> str:
+def _make_readable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -182,8 +185,8 @@ def _readable(text: str) -> str:
     return text
 
 
-def _end_tokens(model: str, config: Any, hf_tokenizer: Any) -> list[int]:
-    """Every id that ends a text, sorted.
+def _find_end_tokens(model: str, config: Any, hf_tokenizer: Any) -> list[int]:
+    """Returns every id that ends a text, sorted.
 
     Raises:
         ModelError: a file names something else; the message has the file and the field.
@@ -193,12 +196,12 @@ def _end_tokens(model: str, config: Any, hf_tokenizer: Any) -> list[int]:
     # Where the text part of a model does not name one, its config gives the default of its class, a wrong one perhaps.
     if text is not config and of_author is None and of_model is None:
         of_model = getattr(text, "eos_token_id", None)
-    found = {hf_tokenizer.eos_token_id}
+    end_tokens = {hf_tokenizer.eos_token_id}
     for name, ids in (("generation_config.json", of_author), ("config.json", of_model)):
-        given = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-        if any(type(i) is not int for i in given):
+        listed = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+        if any(type(i) is not int for i in listed):
             raise ModelError(
                 f"{Path(model) / name}: eos_token_id must be a token's number or a list of them, not {ids!r}"
             )
-        found.update(given)
-    return sorted(i for i in found if i is not None and i >= 0)
+        end_tokens.update(listed)
+    return sorted(i for i in end_tokens if i is not None and i >= 0)

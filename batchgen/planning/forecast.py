@@ -150,7 +150,7 @@ class Expected:
         """Rows of that length that a run takes where no batch size is given."""
         device = torch.device("cuda" if self.node.card.gpu else "cpu")
         free = self.node.room - self._fixed
-        return limits.rows_that_fit(free, self._row_bytes(length), device, self.placement.most_rows)
+        return limits.count_rows_that_fit(free, self._row_bytes(length), device, self.placement.most_rows)
 
     def _batches(self, work: Work) -> Iterator[_Part]:
         """A stream's batches as `StaticBatches.pull` makes them, like lengths together."""

@@ -60,7 +60,7 @@ class Model:
     def of(cls, config: Any, dtype: torch.dtype, bits: Literal[0, 4, 8] = 0) -> Model:
         """A model with weights of type `dtype`, or with matrices that are rounded to so many bits."""
         weights = list_parameters(config, dtype)
-        return cls(config, dtype, quantization.quantized(weights, bits, _GROUP) if bits else weights)
+        return cls(config, dtype, quantization.plan_quantized(weights, bits, _GROUP) if bits else weights)
 
     @property
     def layers(self) -> int:

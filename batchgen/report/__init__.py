@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchgen.checkpoint import CheckpointError, Places, RunFolder, read_json, status, write_atomic
+from batchgen.checkpoint import CheckpointError, Places, RunFolder, read_json, status
+from batchgen.files import write_atomic
 from batchgen.report.batches import Batches, Clock, speed
 from batchgen.report.history import starts
 from batchgen.report.page import Report, render

@@ -136,8 +136,8 @@ def template_kwargs(kwargs: object, name: str) -> dict[str, object]:
 def compile_template(template: str) -> Callable[[Mapping[str, object]], str]:
     """The Jinja template as a function of a row's columns, which raises `Refused`.
 
-    A column that is missing is an error, and so is one that would be written "None". What else a template may not do
-    says `sandbox`.
+    A column that is missing is an error, and so is one that would be written "None". `sandbox` says what else a row may
+    not ask for.
 
     Raises:
         ValueError: it is no Jinja template; a sentence.
@@ -156,7 +156,7 @@ def compile_template(template: str) -> Callable[[Mapping[str, object]], str]:
 
     def render(columns: Mapping[str, object]) -> str:
         try:
-            return environment.text_of(jinja, columns)
+            return environment.render(jinja, columns)
         except Refused:
             raise
         except Exception as error:  # an expression over the row's values: whatever Python's operators raise

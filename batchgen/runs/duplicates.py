@@ -6,7 +6,8 @@ import json
 import zlib
 from pathlib import Path
 
-from batchgen.checkpoint import CheckpointError, Damaged, read_json, to_json, write_atomic
+from batchgen.checkpoint import CheckpointError, Damaged, read_json, to_json
+from batchgen.files import write_atomic
 from batchgen.formats.input import Input
 from batchgen.requests.row_ids import IdPrefix, own_id
 

@@ -14,7 +14,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from batchgen.checkpoint import CheckpointError, read_json, to_json, write_atomic
+from batchgen.checkpoint import CheckpointError, read_json, to_json
+from batchgen.files import write_atomic
 
 GAVE_UP = "gave up"  # another start would not help, so that the jobs that follow need not try
 

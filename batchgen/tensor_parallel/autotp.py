@@ -1,8 +1,8 @@
 """DeepSpeed's AutoTP over weights that still lie in their files: each rank's shard as views, of which nothing is read.
 
 `from_pretrained` in the files' own type, on the CPU, gives parameters that are mapped files; AutoTP with
-`keep_module_on_host` cuts them into views. So a whole model costs no memory until `shards` copies the views, one after
-the other, and then only this rank's part is read.
+`keep_module_on_host` cuts them into views. So a whole model costs no memory until `copy_weights` copies the views, one
+after the other, and then only this rank's part is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from batchgen.engine import EngineError, Placement
 from batchgen.models import footprint
-from batchgen.tensor_parallel.group import divisors
+from batchgen.tensor_parallel.group import list_divisors
 
 # Kinds of model, as config.json has them, whose logits have been compared with those of one process
 # (tests/tensor_parallel/families.py). AutoTP goes by names of layers, and splits others wrong without a word.
@@ -32,21 +32,27 @@ PROVEN = frozenset({
 _GRAIN = 64  # matrix products are fastest where each rank's part is a multiple of it: DeepSpeed's own default
 
 
-def most_ranks(config: Any) -> int:
-    """Into how many ranks the model can be split: each needs a key/value head of its own."""
+def max_ranks(config: Any) -> int:
+    """Returns over how many ranks the model can be split: each needs a key/value head of its own."""
     return footprint.cached_heads(config)[0]
 
 
 def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:
-    """Raises EngineError if the model of `config` cannot be split over `ranks` ranks, with as many key/value heads on
-    each if `evenly`; the message says what can."""
+    """Checks that the model of `config` can be split over `ranks` ranks.
+
+    Args:
+        evenly: each rank has to have as many key/value heads as the others.
+
+    Raises:
+        EngineError: it cannot; the message says what can be done.
+    """
     kind = config.model_type
     if kind not in PROVEN or (kind == "falcon" and not config.new_decoder_architecture):
         raise EngineError(
             f"models of type {kind} have not been shown to generate the right text when DeepSpeed's AutoTP splits "
             "them. --engine ds-zero shards any model; --tp 1 keeps it whole"
         )
-    most = most_ranks(config)
+    most = max_ranks(config)
     if ranks > most:
         able = "1" if most == 1 else f"1 to {most}"
         raise EngineError(
@@ -57,27 +63,27 @@ def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:
     if evenly and most % ranks:
         raise EngineError(
             f"tp={ranks}: this model has {most} key/value heads, of which each rank of --engine paged takes as many as "
-            f"the others: tp can be {divisors(most)}. --engine ds-inference splits unevenly, too"
+            f"the others: tp can be {list_divisors(most)}. --engine ds-inference splits unevenly, too"
         )
 
 
 def placements(
     config: Any, weights: Any, gpus: int, *, evenly: bool = False, whole: tuple[str, ...] = ("tp=1",)
 ) -> list[Placement]:
-    """A model of `config` over groups of `gpus` ranks, for each size that they can have, 1 first.
+    """Returns the ways to hold a model of `config` by groups of ranks on `gpus` GPUs, for each size of a group.
 
     Args:
-        weights: its `batchgen.offload.Parameters`.
+        weights: its `batchgen.models.parameters.Parameters`.
         whole: the settings of ranks with a whole model each.
     """
     return [
         Placement(whole if tp == 1 else (f"tp={tp}",), gpus, gpus // tp, -(-weights.read_bytes // tp), sharing=tp)
         for tp in range(1, gpus + 1)
-        if gpus % tp == 0 and (tp == 1 or _can(config, tp, evenly))
+        if gpus % tp == 0 and (tp == 1 or _can_split(config, tp, evenly))
     ]
 
 
-def _can(config: Any, ranks: int, evenly: bool) -> bool:
+def _can_split(config: Any, ranks: int, evenly: bool) -> bool:
     try:
         check_split(config, ranks, evenly=evenly)
     except EngineError:
@@ -99,6 +105,8 @@ def split(model: Any, group: dist.ProcessGroup) -> None:
     from deepspeed.inference.engine import InferenceEngine
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, TensorParallel_Layer
 
+    # Warning: a private method of DeepSpeed's engine is replaced. If a new version calls it by another name, all
+    # weights are read and rounded to float32: the text changes by rounding, and the memory is several times as much.
     class WeightsStay(InferenceEngine):  # type: ignore[misc]
         """AutoTP alone."""
 
@@ -110,45 +118,44 @@ def split(model: Any, group: dist.ProcessGroup) -> None:
     deepspeed.comm.init_distributed(verbose=False)  # torch's is there: DeepSpeed takes it for its own
     TensorParallel_Layer.set_keep_module_on_host(True)
     size = dist.get_world_size(group)
-    grain = _grain(model.config, size)
+    grain = _choose_grain(model.config, size)
     _split_vocabulary(model, group, grain)
     config = DeepSpeedInferenceConfig(
         dtype=torch.float32,
         # The groups that DeepSpeed makes itself are always the first ranks of the world.
-        tensor_parallel={"tp_size": size, "tp_group": group, "mpu": _Groups(group), "tp_grain_size": grain},
+        tensor_parallel={"tp_size": size, "tp_group": group, "mpu": _ModelParallelUnit(group), "tp_grain_size": grain},
         keep_module_on_host=True,
     )
     if model.config.model_type == "bloom":
-        model.register_forward_pre_hook(_mask_always, with_kwargs=True)
+        model.register_forward_pre_hook(_add_mask, with_kwargs=True)
     try:
         WeightsStay(model, config)
     except AssertionError as error:
         raise EngineError(
             f"DeepSpeed's AutoTP cannot split {type(model).__name__}: {error}. --engine ds-zero shards any model"
         ) from error
+    # Warning: the forward of DeepSpeed's layers is replaced, object by object. Theirs goes through autograd's functions
+    # and DeepSpeed's own communication, which is twice the Python of a step. If a new version of DeepSpeed computes
+    # something else in them (a scale, another order of the weight), this does not, and the text is wrong without an
+    # error: tests/tensor_parallel/test_families.py compares the logits with those of one process.
     for module in model.modules():
         if type(module).forward is LinearAllreduce.forward:
-            module.forward = partial(_summed, module, group)
+            module.forward = partial(_forward_all_reduce, module, group)
         elif type(module).forward is LinearLayer.forward and not module.gather_output:
-            module.forward = partial(_product, module)
+            module.forward = partial(_forward_linear, module)
 
 
-# DeepSpeed's layers go through autograd's functions and its own communication, which is twice the Python of a step.
-
-
-def _product(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+def _forward_linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
     return functional.linear(inputs, layer.weight, layer.bias)
 
 
-def _summed(layer: Any, group: dist.ProcessGroup, inputs: torch.Tensor) -> torch.Tensor:
+def _forward_all_reduce(layer: Any, group: dist.ProcessGroup, inputs: torch.Tensor) -> torch.Tensor:
     output = functional.linear(inputs, layer.weight)
     dist.all_reduce(output, group=group)
     return output if layer.bias is None else output + layer.bias
 
 
-def _mask_always(
-    module: Any, arguments: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _add_mask(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Gives BLOOM a mask where Transformers leaves it out, as it does where nothing is padded: without one, BLOOM
     makes the biases of all heads, past what DeepSpeed has put in the way for those of this rank."""
     if named.get("attention_mask") is None and isinstance(ids := named.get("input_ids"), torch.Tensor):
@@ -158,8 +165,8 @@ def _mask_always(
     return arguments, named
 
 
-class _Groups:
-    """What DeepSpeed asks to learn which ranks share a model."""
+class _ModelParallelUnit:
+    """The object that DeepSpeed asks which ranks share a model."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -168,7 +175,7 @@ class _Groups:
         return self._group
 
 
-def _grain(config: Any, size: int) -> int:
+def _choose_grain(config: Any, size: int) -> int:
     text = config.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return _GRAIN if inner >= _GRAIN * size else 1

@@ -15,13 +15,13 @@ from batchgen.engine import EngineError, Peers, Stream
 from batchgen.tensor_parallel import process_group
 from batchgen.world import World
 
-_FOR_EVER = timedelta(days=365)  # for ranks that load, that are told, and at the end for groups with more to do
-_LETTER = 1 << 13  # numbers that go in one message, the first of them their count: a step of two thousand rows
-_LONGEST_NAP = 0.1  # s, between two looks at whether the others have come
+_FOR_EVER = timedelta(days=365)  # for ranks that load, that wait in `told`, and at the end for groups with more to do
+_MESSAGE = 1 << 13  # numbers that go in one message, the first of them their count: a step of two thousand rows
+_LONGEST_SLEEP = 0.1  # s, between two looks at whether the others have come
 
 
 def ranks_of_group(world: World, size: int | None) -> range:
-    """The ranks that share a model with this one: `size` neighbours, all of the world unless given.
+    """Returns the ranks that share a model with this one: `size` neighbours; None: all ranks of the world.
 
     Raises:
         EngineError: the world does not divide, or a group would lie across nodes without need.
@@ -30,7 +30,7 @@ def ranks_of_group(world: World, size: int | None) -> range:
     if size < 1:
         raise EngineError(f"tp={size}: must be 1 or more")
     if world.size % size:
-        fits = divisors(world.size)
+        fits = list_divisors(world.size)
         raise EngineError(
             f"tp={size} does not divide the {world.size} rank{'s' if world.size > 1 else ''} of this run: start a "
             f"multiple of {size} (--gpus {size}, or as many tasks under srun or torchrun), or choose a tp of {fits}"
@@ -45,13 +45,13 @@ def ranks_of_group(world: World, size: int | None) -> range:
 
 
 def stream_of(world: World, size: int | None) -> Stream:
-    """A group is a stream, and its first rank writes. Raises as `ranks_of_group`."""
+    """Returns the stream of this rank: each group is one, and its first rank writes. Raises as `ranks_of_group`."""
     group = ranks_of_group(world, size)
     return Stream(group.start // len(group), world.size // len(group), writes=world.rank == group.start)
 
 
-def divisors(number: int) -> str:
-    """All of them, in words."""
+def list_divisors(number: int) -> str:
+    """Returns all divisors of `number`, in words."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
@@ -71,16 +71,16 @@ class Group(Peers):
         firsts = range(0, world.size, size)
         # Each rank takes part in the making of all groups: torch counts them.
         backend = "nccl" if device.type == "cuda" else "gloo"
-        of_models = [dist.new_group([*range(first, first + size)], timeout, backend) for first in firsts]
+        model_groups = [dist.new_group([*range(first, first + size)], timeout, backend) for first in firsts]
         # NCCL would make the CPU wait for the GPU at every step; these are for the CPUs alone.
-        of_flags = [dist.new_group([*range(first, first + size)], timeout, "gloo") for first in firsts]
-        of_told = [dist.new_group([*range(first, first + size)], _FOR_EVER, "gloo") for first in firsts]
-        of_loading = [dist.new_group([*range(first, first + size)], _FOR_EVER, "gloo") for first in firsts]
-        self.model: dist.ProcessGroup = of_models[world.rank // size]
-        self._flags: dist.ProcessGroup = of_flags[world.rank // size]
-        self._told: dist.ProcessGroup = of_told[world.rank // size]
-        self._loading: dist.ProcessGroup = of_loading[world.rank // size]
-        self._letter = torch.zeros(_LETTER, dtype=torch.int64)
+        flag_groups = [dist.new_group([*range(first, first + size)], timeout, "gloo") for first in firsts]
+        message_groups = [dist.new_group([*range(first, first + size)], _FOR_EVER, "gloo") for first in firsts]
+        loading_groups = [dist.new_group([*range(first, first + size)], _FOR_EVER, "gloo") for first in firsts]
+        self.model: dist.ProcessGroup = model_groups[world.rank // size]
+        self._flags: dist.ProcessGroup = flag_groups[world.rank // size]
+        self._messages: dist.ProcessGroup = message_groups[world.rank // size]
+        self._loading: dist.ProcessGroup = loading_groups[world.rank // size]
+        self._message = torch.zeros(_MESSAGE, dtype=torch.int64)
         self._everyone = dist.new_group(backend="gloo", timeout=_FOR_EVER)
 
     @classmethod
@@ -90,7 +90,7 @@ class Group(Peers):
         Args:
             patience: in seconds, as in `process_group.join`.
         """
-        return cls(world, ranks, process_group.join(world, patience), process_group.timeout(patience))
+        return cls(world, ranks, process_group.join(world, patience), process_group.collective_timeout(patience))
 
     @property
     def count(self) -> int:
@@ -103,10 +103,10 @@ class Group(Peers):
     def any_rank(self, flag: bool) -> bool:
         if len(self.ranks) == 1:
             return flag
-        return bool(self._reduced(int(flag), dist.ReduceOp.MAX))
+        return bool(self._reduce(int(flag), dist.ReduceOp.MAX))
 
     def least(self, number: int) -> int:
-        return number if len(self.ranks) == 1 else self._reduced(number, dist.ReduceOp.MIN)
+        return number if len(self.ranks) == 1 else self._reduce(number, dist.ReduceOp.MIN)
 
     def tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         if len(self.ranks) > 1:
@@ -114,20 +114,20 @@ class Group(Peers):
         return tokens
 
     def tell(self, numbers: NDArray[np.int64]) -> None:
-        head, rest = numbers[: _LETTER - 1], numbers[_LETTER - 1 :]
-        letter = self._letter.numpy()
-        letter[0], letter[1 : 1 + len(head)] = len(numbers), head
-        dist.broadcast(self._letter, src=self.ranks[0], group=self._told)
+        head, rest = numbers[: _MESSAGE - 1], numbers[_MESSAGE - 1 :]
+        message = self._message.numpy()
+        message[0], message[1 : 1 + len(head)] = len(numbers), head
+        dist.broadcast(self._message, src=self.ranks[0], group=self._messages)
         if len(rest):
-            dist.broadcast(torch.from_numpy(rest.copy()), src=self.ranks[0], group=self._told)
+            dist.broadcast(torch.from_numpy(rest.copy()), src=self.ranks[0], group=self._messages)
 
     def told(self) -> NDArray[np.int64]:
-        dist.broadcast(self._letter, src=self.ranks[0], group=self._told)
-        count, head = int(self._letter[0]), self._letter.numpy()[1:].copy()
+        dist.broadcast(self._message, src=self.ranks[0], group=self._messages)
+        count, head = int(self._message[0]), self._message.numpy()[1:].copy()
         if count <= len(head):
             return head[:count]
         rest = torch.empty(count - len(head), dtype=torch.int64)
-        dist.broadcast(rest, src=self.ranks[0], group=self._told)
+        dist.broadcast(rest, src=self.ranks[0], group=self._messages)
         return np.concatenate([head, rest.numpy()])
 
     def await_loaded(self, stop: Callable[[], bool]) -> None:
@@ -143,7 +143,7 @@ class Group(Peers):
         """The same of all groups: the first rank of the world keeps what the others meet by."""
         _meet(self._everyone, stop)
 
-    def _reduced(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
+    def _reduce(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
         tensor = torch.tensor([number])
         dist.all_reduce(tensor, op=operation, group=self._flags)
         return int(tensor.item())
@@ -151,7 +151,7 @@ class Group(Peers):
 
 def _meet(group: dist.ProcessGroup, stop: Callable[[], bool]) -> None:
     arrived = dist.barrier(group=group, async_op=True)
-    nap = 0.001
+    sleep = 0.001
     while arrived is not None and not arrived.is_completed() and not stop():
-        time.sleep(nap)
-        nap = min(2 * nap, _LONGEST_NAP)
+        time.sleep(sleep)
+        sleep = min(2 * sleep, _LONGEST_SLEEP)

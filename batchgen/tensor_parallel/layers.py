@@ -16,10 +16,13 @@ from torch import nn
 _groups: dict[str, dist.ProcessGroup] = {}  # by name: an operator takes no group
 
 
-def plain(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Exchanges, in place, the layers of a model that was `split` over `group`, its weights brought.
+def use_plain_layers(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Replaces AutoTP's layers, in place, by modules of this file.
 
     What is left of a layer is a `torch.nn.Linear` of this rank's share, alone where it makes some of the columns.
+
+    Args:
+        model: was `split` over `group`, and its weights are on this rank's device.
     """
     from deepspeed.module_inject.layers import TensorParallel_Layer
 
@@ -27,29 +30,29 @@ def plain(model: nn.Module, group: dist.ProcessGroup) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, TensorParallel_Layer):
-                setattr(module, name, _exchanged(child, group))
+                setattr(module, name, _make_plain(child, group))
 
 
-def _exchanged(layer: Any, group: dist.ProcessGroup) -> nn.Module:
+def _make_plain(layer: Any, group: dist.ProcessGroup) -> nn.Module:
     from deepspeed.module_inject.layers import LinearAllreduce, VocabParallelEmbedding
 
     if isinstance(layer, VocabParallelEmbedding):
-        return Words(layer.weight, layer.vocab_start_index, group)
+        return VocabularyEmbedding(layer.weight, layer.vocab_start_index, group)
     if isinstance(layer, LinearAllreduce):
-        return Summed(_linear(layer.weight, None), layer.bias, group)
-    made = _linear(layer.weight, layer.bias)
-    return Gathered(made, layer._partition_sizes, group) if layer.gather_output else made
+        return AllReduceLinear(_make_linear(layer.weight, None), layer.bias, group)
+    linear = _make_linear(layer.weight, layer.bias)
+    return AllGatherLinear(linear, layer._partition_sizes, group) if layer.gather_output else linear
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _make_linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     columns, depth = weight.shape
     layer = nn.Linear(depth, columns, bias=False, device="meta")
     layer.weight, layer.bias = weight, bias  # type: ignore[assignment]  # one without a bias has None there
     return layer
 
 
-class Summed(nn.Module):
-    """Each rank has some of the inputs, and all columns: the output is the sum of theirs."""
+class AllReduceLinear(nn.Module):
+    """A linear layer of which each rank has some inputs, and all columns: the output is the sum over the ranks."""
 
     def __init__(self, share: nn.Linear, bias: nn.Parameter | None, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -61,11 +64,11 @@ class Summed(nn.Module):
         return output if self.bias is None else output + self.bias
 
 
-class Gathered(nn.Module):
-    """Each rank has some of the columns, and all get all of them.
+class AllGatherLinear(nn.Module):
+    """A linear layer of which each rank has some of the columns, and all ranks get all of them.
 
     Args:
-        columns: of each rank, in order.
+        columns: the number of columns of each rank, in order.
     """
 
     def __init__(self, share: nn.Linear, columns: Sequence[int], group: dist.ProcessGroup) -> None:
@@ -73,16 +76,21 @@ class Gathered(nn.Module):
         self.share, self._columns, self._group = share, list(columns), group
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        mine, most = self.share(inputs), max(self._columns)
-        padded = F.pad(mine, (0, most - mine.shape[-1])).reshape(-1, most)
-        every = padded.new_empty((len(self._columns) * len(padded), most))
-        dist.all_gather_into_tensor(every, padded, group=self._group)
-        parts = every.view(len(self._columns), *mine.shape[:-1], most)
+        own, width = self.share(inputs), max(self._columns)
+        padded = F.pad(own, (0, width - own.shape[-1])).reshape(-1, width)
+        gathered = padded.new_empty((len(self._columns) * len(padded), width))
+        dist.all_gather_into_tensor(gathered, padded, group=self._group)
+        parts = gathered.view(len(self._columns), *own.shape[:-1], width)
         return torch.cat([part[..., :count] for part, count in zip(parts, self._columns, strict=True)], -1)
 
 
-class Words(nn.Module):
-    """Each rank has the vectors of some of the words; the others add nothing to them."""
+class VocabularyEmbedding(nn.Module):
+    """An embedding of which each rank has the vectors of some words, and zeros for the others: the output is their sum.
+
+    Args:
+        weight: this rank's vectors, [words of this rank, hidden size].
+        first: the id of the first of these words.
+    """
 
     def __init__(self, weight: nn.Parameter, first: int, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -96,11 +104,11 @@ class Words(nn.Module):
         return output
 
 
-def _sum(values: torch.Tensor, group: str) -> None:
+def _sum_over_ranks(values: torch.Tensor, group: str) -> None:
     dist.all_reduce(values, group=_groups[group])
 
 
 _library = torch.library.Library("batchgen", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("sum_over_ranks(Tensor(a!) values, str group) -> ()")  # type: ignore[no-untyped-call]
-_library.impl("sum_over_ranks", _sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("sum_over_ranks", _sum_over_ranks, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("batchgen::sum_over_ranks", lambda values, group: None, lib=_library)

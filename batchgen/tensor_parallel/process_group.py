@@ -18,20 +18,20 @@ from batchgen.models import loading
 from batchgen.world import World, free_port
 
 
-def timeout(patience: float) -> timedelta:
-    """Of collectives. Twice the patience: the watchdog, which knows whom to name, shall come before their own end."""
+def collective_timeout(patience: float) -> timedelta:
+    """Returns the timeout of collectives: twice the patience, so that the watchdog, which can name a rank, is first."""
     return timedelta(seconds=2 * patience)
 
 
-def least(figure: float | None, group: Any) -> float:
-    """The smallest of the figures of all ranks of a gloo group; a rank with None has none."""
-    found = torch.tensor([float("inf") if figure is None else figure], dtype=torch.float64)
-    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=group)
-    return float(found.item())
+def min_over_ranks(figure: float | None, group: Any) -> float:
+    """Returns the smallest of the figures of all ranks of a gloo group; a rank that has none gives None."""
+    smallest = torch.tensor([float("inf") if figure is None else figure], dtype=torch.float64)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=group)
+    return float(smallest.item())
 
 
 def join(world: World, patience: float) -> torch.device:
-    """Makes the process group of all ranks, NCCL's or gloo's; gives this rank's device.
+    """Makes the process group of all ranks, NCCL's or gloo's; returns this rank's device.
 
     Args:
         patience: seconds without a sign of another rank, after which the watchdog takes it for dead.
@@ -61,7 +61,7 @@ def join(world: World, patience: float) -> torch.device:
     # Not for several: torchrun's agent keeps the store on that port, and torch sees from the variables that it does.
     place: dict[str, Any] = {"init_method": f"tcp://{master}", "rank": 0, "world_size": 1} if alone else {}
     try:
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout(patience), **place)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=collective_timeout(patience), **place)
     except (ValueError, RuntimeError) as error:
         said = f"rank {world.rank} of {world.size} cannot join the other ranks at {master}: {error}"
         taken = "address already in use" in str(error)
@@ -70,7 +70,7 @@ def join(world: World, patience: float) -> torch.device:
         if taken and (alone or world.attempt is not None):
             raise Died(f"{said}. Another process was faster; the same command takes another port") from error
         raise EngineError(f"{said}. If another job has that port, MASTER_PORT names another one") from error
-    without_shared_memory()
+    disable_shared_memory_all_reduce()
     return device
 
 
@@ -90,7 +90,7 @@ def abandon() -> None:
         dist.distributed_c10d._abort_process_group()
 
 
-def without_shared_memory() -> None:
+def disable_shared_memory_all_reduce() -> None:
     """Keeps DeepSpeed from its all-reduce through shared memory on CPUs.
 
     It would be built at first use, which takes minutes, leaves 69 MB of each rank in /dev/shm, and knows nothing of
@@ -98,17 +98,20 @@ def without_shared_memory() -> None:
     """
     import deepspeed.comm  # noqa: F401
 
+    # Warning: a function of DeepSpeed is replaced for the whole process. `build_shm_op` makes the all-reduce through
+    # shared memory, and DeepSpeed takes None for "not on this machine". If a new version calls it by another name,
+    # DeepSpeed builds the operation again: minutes at the first use, and files that stay in /dev/shm.
     # By its full name: as an attribute of deepspeed.comm, `torch` is PyTorch itself.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 @contextmanager
-def pretending(rank: int, size: int) -> Iterator[None]:
-    """Meanwhile, this process is rank `rank` of `size` in a group whose collectives do nothing."""
+def fake_group(rank: int, size: int) -> Iterator[None]:
+    """Makes this process rank `rank` of `size`, inside `with`, in a group whose collectives do nothing."""
     import deepspeed.comm
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend, too
 
-    without_shared_memory()
+    disable_shared_memory_all_reduce()
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         yield

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from batchgen.models.int8 import Int8Weight
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.tensor_parallel import process_group
 from batchgen.tensor_parallel.autotp import check_split, split
-from batchgen.tensor_parallel.weights import bring, mapped
+from batchgen.tensor_parallel.weights import copy_weights, map_model
 
 _FILE_BYTES = 2 << 30  # of a file, so that writing one needs no more memory than this
 
 
-def make(source: ResolvedModel, out: Path, count: int, dtype: str, report: Report) -> Path:
-    """Writes the model `source` into the new folder `out`, split over `count` ranks; gives its absolute path.
+def write_split(source: ResolvedModel, out: Path, count: int, dtype: str, report: Report) -> Path:
+    """Writes the model `source` into the new folder `out`, split over `count` ranks; returns its absolute path.
 
     Plays one rank after the other, so it needs memory for one rank's share.
 
@@ -58,9 +59,11 @@ def make(source: ResolvedModel, out: Path, count: int, dtype: str, report: Repor
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
             half = Path(name, "split")
             half.mkdir()
-            files = [
-                _write_rank(folder, half, rank, count, computes_in, dtype == "int8", report) for rank in range(count)
-            ]
+            writer = _RankWriter(folder, half, count, computes_in, dtype == "int8")
+            files = []
+            for rank in range(count):
+                files.append(writer.write(rank))
+                report(writer.describe(rank, files[rank]))
             for file in filter(Path.is_file, map(source.folder.joinpath, DEFINITION)):
                 shutil.copy(file, half)
             version = importlib.metadata.version("deepspeed")
@@ -73,28 +76,39 @@ def make(source: ResolvedModel, out: Path, count: int, dtype: str, report: Repor
     return out
 
 
-def _write_rank(
-    folder: str, out: Path, rank: int, count: int, dtype: torch.dtype, eight_bits: bool, report: Report
-) -> list[str]:
-    """Writes the share of one rank; gives the names of its files."""
-    with process_group.pretending(rank, count):
-        model = mapped(folder, None)
-        if count > 1:
-            group = dist.group.WORLD
-            assert group is not None
-            split(model, group)
-        bring(model, folder, torch.device("cpu"), dtype, eight_bits=eight_bits)
-    names: list[str] = []
-    for tensors in _parts(model):
-        names.append(f"rank-{rank:05d}-{len(names) + 1:05d}.safetensors")
-        save_file(tensors, out / names[-1])
-    size = sum((out / name).stat().st_size for name in names)
-    report(f"rank {rank} of {count}: {size / 1e9:.2f} GB in {len(names)} file{'s' if len(names) > 1 else ''}")
-    return names
+@dataclass(frozen=True, slots=True)
+class _RankWriter:
+    """Writes the shares of a model into files, rank by rank."""
+
+    folder: str  # of the whole model
+    out: Path
+    ranks: int
+    dtype: torch.dtype
+    eight_bits: bool
+
+    def write(self, rank: int) -> list[str]:
+        """Writes the share of one rank; returns the names of its files."""
+        with process_group.fake_group(rank, self.ranks):
+            model = map_model(self.folder, None)
+            if self.ranks > 1:
+                group = dist.group.WORLD
+                assert group is not None
+                split(model, group)
+            copy_weights(model, self.folder, torch.device("cpu"), self.dtype, eight_bits=self.eight_bits)
+        names: list[str] = []
+        for tensors in _divide(model):
+            names.append(f"rank-{rank:05d}-{len(names) + 1:05d}.safetensors")
+            save_file(tensors, self.out / names[-1])
+        return names
+
+    def describe(self, rank: int, names: Sequence[str]) -> str:
+        """Returns a sentence about the files of one rank."""
+        size = sum((self.out / name).stat().st_size for name in names)
+        return f"rank {rank} of {self.ranks}: {size / 1e9:.2f} GB in {len(names)} file{'s' if len(names) > 1 else ''}"
 
 
-def _parts(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """All tensors of the model by their paths, a file's worth at a time; a shared one once, under its first path.
+def _divide(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields all tensors of the model by their paths, a file's worth at a time; a shared one once, by its first path.
 
     Buffers that no checkpoint has are among them: they are computed where a whole model is made.
     """
@@ -109,24 +123,28 @@ def _parts(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     yield part
 
 
-def read(
+def read_split(
     folder: Path,
-    found: split_folder.Split,
+    layout: split_folder.Split,
     group: dist.ProcessGroup,
     device: torch.device,
     attn_implementation: str | None,
 ) -> Any:
-    """This rank's share of the split model in `folder`, on `device`.
+    """Reads this rank's share of the split model in `folder` onto `device`.
+
+    Args:
+        layout: what `folder` says of itself.
+        group: the ranks that share the model, one for each share.
 
     Raises:
         EngineError: the files do not fit the model, as another DeepSpeed's may not.
     """
     rank = dist.get_rank(group)
-    model = _empty(folder, getattr(torch, found.computes_in), attn_implementation)
-    if found.ranks > 1:
+    model = _build_hollow(folder, getattr(torch, layout.computes_in), attn_implementation)
+    if layout.ranks > 1:
         split(model, group)
     tensors: dict[str, torch.Tensor] = {}
-    for name in found.files[rank]:
+    for name in layout.files[rank]:
         try:
             with safe_open(folder / name, framework="pt", device=str(device)) as file:
                 tensors |= {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
@@ -139,25 +157,29 @@ def read(
     except (KeyError, ValueError) as error:
         ours = importlib.metadata.version("deepspeed")
         raise EngineError(
-            f"{folder} does not fit the model: {error}. It was split with DeepSpeed {found.deepspeed}, and this is "
+            f"{folder} does not fit the model: {error}. It was split with DeepSpeed {layout.deepspeed}, and this is "
             f"{ours}; split the model again"
         ) from error
     return model
 
 
-def _empty(folder: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
-    """The model without weights: each parameter is one number that looks like as many as needed.
+def _build_hollow(folder: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+    """Returns the model without weights: each parameter is a view of one number, of the right shape.
 
-    Not of the device "meta", which AutoTP would fill with memory for all of them.
+    They are not on the device "meta", for which AutoTP would allocate all the memory.
     """
-    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = build_empty(read_config(str(folder)), dtype, **chosen)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = build_empty(read_config(str(folder)), dtype, **attention)
     made: dict[int, nn.Parameter] = {}
+    # Warning: the parameters of a model of Transformers are replaced by views of one number, here, and by tensors of
+    # the files, or by `Int8Weight`, which is a module, in `_fill`. torch's `_parameters` is changed by hand, since
+    # `setattr` refuses a module where a parameter was. A version of torch that keeps parameters elsewhere computes with
+    # those views: zeros.
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                one = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(one, requires_grad=False))
+                hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(hollow, requires_grad=False))
     return model.eval()
 
 
@@ -173,7 +195,7 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                made[id(parameter)] = _weight(f"{path}.{name}".lstrip("."), parameter, tensors)
+                made[id(parameter)] = _make_weight(f"{path}.{name}".lstrip("."), parameter, tensors)
             del module._parameters[name]
             setattr(module, name, made[id(parameter)])
         for name, buffer in list(module._buffers.items()):
@@ -181,7 +203,7 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
                 module._buffers[name] = tensors[f"{path}.{name}".lstrip(".")]
 
 
-def _weight(path: str, parameter: nn.Parameter, tensors: dict[str, torch.Tensor]) -> nn.Module | nn.Parameter:
+def _make_weight(path: str, parameter: nn.Parameter, tensors: dict[str, torch.Tensor]) -> nn.Module | nn.Parameter:
     made: nn.Module | nn.Parameter
     if f"{path}.values" in tensors:
         made = Int8Weight(tensors[f"{path}.values"], tensors[f"{path}.scales"])

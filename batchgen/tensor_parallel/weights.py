@@ -7,7 +7,7 @@ import json
 import mmap
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,15 +27,15 @@ _MADV_DONTNEED = 4  # see madvise(2)
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def mapped(folder: str, attn_implementation: str | None) -> Any:
-    """The whole model on the CPU, its weights mapped files of which nothing has been read.
+def map_model(folder: str, attn_implementation: str | None) -> Any:
+    """Returns the whole model on the CPU; its weights are mapped files of which nothing has been read.
 
     In any other type than the files' own, Transformers would copy all of it.
 
     Raises:
         EngineError: as `loading.load`.
     """
-    arguments = {"dtype": stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
+    arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
     model = loading.load(folder, arguments, filled=False)
     _check_unpacked(folder, model)
     return model
@@ -55,22 +55,22 @@ def _check_unpacked(folder: str, model: nn.Module) -> None:
             )
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The floating type that most bytes of the weights in `folder` have.
+def find_stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the floating type that most bytes of the weights in `folder` have.
 
     Raises:
         EngineError: the files cannot be read, or hold none.
     """
     sizes: Counter[torch.dtype] = Counter()
-    for dtype, size in _stored(folder):
+    for dtype, size in _list_stored(folder):
         sizes[dtype] += size
     if not sizes:
         raise EngineError(f"the weights in {folder} are of no floating type; this engine does not read packed ones")
     return sizes.most_common(1)[0][0]
 
 
-def _stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
-    """Type and bytes of each floating tensor in the files of `folder`; only what describes them is read."""
+def _list_stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
+    """Yields type and bytes of each floating tensor in the files of `folder`; only their headers are read."""
     tables = sorted(folder.glob("*.safetensors"))
     for path in tables:
         try:
@@ -94,8 +94,8 @@ def _stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
                 yield tensor.dtype, tensor.nbytes
 
 
-def bring(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtype, *, eight_bits: bool) -> int:
-    """Copies the parameters of `model`, views of files in `folder`, to `device`, one by one; gives their bytes there.
+def copy_weights(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtype, *, eight_bits: bool) -> int:
+    """Copies the parameters of `model`, views of files in `folder`, to `device`, one by one; returns their bytes there.
 
     Each is read, put into type `dtype` and, with `eight_bits`, rounded before the next: besides what it keeps, a rank
     needs host memory for a few parameters of its own share.
@@ -103,8 +103,8 @@ def bring(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtyp
     Args:
         dtype: of parameters that are of the files' own type; others were given theirs by Transformers on purpose.
     """
-    maps, hollow = _Maps(Path(folder)), loading.hollow(Path(folder))
-    kept = _kept_exact(model)
+    maps, hollow = _MappedFiles(Path(folder)), loading.hollow(Path(folder))
+    is_kept_exact = _find_kept_exact(model)
     homes: dict[int, list[tuple[nn.Module, str, str]]] = {}
     sources: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
@@ -117,9 +117,9 @@ def bring(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtyp
         stored[parameter.dtype] += parameter.numel()
     own = stored.most_common(1)[0][0]
 
-    def copied(key: int) -> torch.Tensor | Int8Weight:
+    def copy(key: int) -> torch.Tensor | Int8Weight:
         source = sources[key].data
-        exact = any(kept(path) for *_, path in homes[key])
+        exact = any(is_kept_exact(path) for *_, path in homes[key])
         target = dtype if source.dtype == own and not exact else source.dtype
         if hollow is None:
             here = source.to(device, copy=True)
@@ -132,8 +132,12 @@ def bring(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtyp
         return here.to(target)
 
     size = 0
+    # Warning: from here on the modules of Transformers and DeepSpeed hold other objects than they were made with: a
+    # parameter may have become an `Int8Weight`, which is a module. `_parameters` is changed by hand, since `setattr`
+    # refuses a module where a parameter was. If a new version of torch keeps parameters elsewhere, the old ones, which
+    # are views of files, stay in use: the text is right, and memory is not what was planned.
     with ThreadPoolExecutor(_READERS) as readers, torch.no_grad():
-        for key, made in zip(homes, readers.map(copied, list(homes)), strict=True):
+        for key, made in zip(homes, readers.map(copy, list(homes)), strict=True):
             size += _put(made, homes[key])
             sources[key].data = torch.empty(0)
     for module in model.modules():
@@ -144,7 +148,7 @@ def bring(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtyp
 
 
 def _put(made: torch.Tensor | Int8Weight, homes: list[tuple[nn.Module, str, str]]) -> int:
-    """Puts a parameter into the modules that share it; its bytes."""
+    """Puts a parameter into the modules that share it; returns its bytes."""
     shared: nn.Module | nn.Parameter
     if isinstance(made, Int8Weight):
         shared, size = made, made.values.nbytes + made.scales.nbytes
@@ -157,7 +161,7 @@ def _put(made: torch.Tensor | Int8Weight, homes: list[tuple[nn.Module, str, str]
 
 
 def _takes_8_bits(module: nn.Module) -> bool:
-    """Whether `module` is a matrix product or a table of rows. Routers of experts are neither: they stay exact."""
+    """Returns whether `module` is a linear layer or an embedding. Routers of experts are neither: they stay exact."""
     from deepspeed.module_inject.layers import TensorParallel_Layer
 
     weight = module._parameters["weight"]
@@ -165,15 +169,15 @@ def _takes_8_bits(module: nn.Module) -> bool:
     return matrix and isinstance(module, (nn.Linear, nn.Embedding, TensorParallel_Layer))
 
 
-def _kept_exact(model: Any) -> Any:
-    """Whether a parameter's path is one that Transformers keeps in float32, whatever type the model has."""
+def _find_kept_exact(model: Any) -> Callable[[str], bool]:
+    """Returns whether a parameter's path is one that Transformers keeps in float32, whatever type the model has."""
     names = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
     names += getattr(model, "_keep_in_fp32_modules", None) or ()
     pattern = re.compile(rf"(^|\.)({'|'.join(map(re.escape, names))})(\.|$)") if names else None
     return lambda path: pattern is not None and pattern.search(path) is not None
 
 
-class _Maps:
+class _MappedFiles:
     """Where this process has mapped the files of a folder.
 
     Pages that were read count as this process's memory until the kernel needs room, or until they are forgotten.

@@ -1,4 +1,4 @@
-"""What rows and OpenAI lines may not ask for, and templates that fail, never end or make too much."""
+"""What rows and OpenAI lines may not ask for, and templates that fail, and rows that ask a template for too much."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchgen.requests.sandbox import MOST_STEPS, MOST_TEXT
+from batchgen.requests.sandbox import MAX_CHARACTERS
 from tests.bad_input.command import answered, call, lines
 
 # What a row sets, and the sentence behind "line N of a.jsonl: "; None where it is good.
@@ -139,30 +139,20 @@ def test_every_openai_line_is_answered_in_its_place(shape: str, tmp_path: Path) 
     assert "line 44 of a.jsonl is not valid JSON: an object has the key" in json.dumps(answers[-1])
 
 
-STEPS = f"it takes more than {MOST_STEPS} steps for this row"
-TEXT = f"it makes a text of more than {MOST_TEXT} characters"
+TEXT = f"it makes a text of more than {MAX_CHARACTERS} characters"
 
-# A template, and what becomes of {"prompt":"p","n":3,"list":[1,2],"none":null}.
+# A template, and what becomes of {"prompt":"p","n":3,"many":10**9,"list":[1,2],"none":null}.
 TEMPLATES = [
     ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
-    ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", STEPS),
-    ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}", STEPS),
-    ("{% for a in list recursive %}{% if loop.depth < 25 %}{{ loop(list) }}{% endif %}{% endfor %}", STEPS),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
     ("{% block a %}{{ self.a() }}{% endblock %}", "maximum recursion depth exceeded"),
     ("{% for i in range(99999) %}{{ 'x' * 20000 }}{% endfor %}", TEXT),
-    ("{{ prompt * 10**10 }}", TEXT),
-    ("{{ [0] * n * 10**9 }}", TEXT),
-    ("{% set a = namespace(t=prompt) %}{% for i in range(60) %}{% set a.t = a.t ~ a.t %}{% endfor %}", TEXT),
-    ("{% set a = namespace(t=prompt) %}{% for i in range(60) %}{% set a.t = a.t + a.t %}{% endfor %}", TEXT),
-    ("{{ n ** 10000000 }}", "a power has more than 10000 bits"),
-    ("{{ prompt|center(10**9) }}", "it fills a text up to more than 1000000 characters"),
-    ("{{ prompt|indent(width=10**9) }}", "it fills a text up to more than 1000000 characters"),
-    ("{{ prompt.ljust(10**9) }}", "it fills a text up to more than 1000000 characters"),
-    ("{{ '%999999999d' % n }}", "a format may not have a width of 7 digits"),
-    ("{{ '%*d' % (10**9, n) }}", "a format may not have a width of 7 digits, or of *"),
-    ("{{ '%.999999999f'|format(n) }}", "a format may not have a width of 7 digits"),
-    ("{{ '{:>999999999}'.format(n) }}", "a format may not have a width of 7 digits"),
+    ("{{ prompt * many }}", TEXT),
+    ("{{ [0] * n * many }}", TEXT),
+    ("{{ n ** many }}", "a power has more than 10000 bits"),
+    ("{{ prompt|center(many) }}", "it fills a text up to more than 1000000 characters"),
+    ("{{ prompt|indent(width=many) }}", "it fills a text up to more than 1000000 characters"),
+    ("{{ prompt.ljust(many) }}", "it fills a text up to more than 1000000 characters"),
     ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
     ("{{ '{0.__class__}'.format(prompt) }}", "access to attribute '__class__' of 'str' object is unsafe"),
     ("{{ list.append(3) }}", "access to attribute 'append' of 'list' object is unsafe"),
@@ -177,10 +167,10 @@ TEMPLATES = [
 
 
 @pytest.mark.parametrize(("template", "sentence"), TEMPLATES, ids=lambda value: str(value)[:40])
-def test_a_template_that_fails_or_never_ends_is_an_error_row(
+def test_a_template_that_fails_or_a_row_that_asks_it_for_too_much_is_an_error_row(
     template: str, sentence: str | None, tmp_path: Path
 ) -> None:
-    row = {"id": "a", "prompt": "p", "n": 3, "list": [1, 2], "none": None}
+    row = {"id": "a", "prompt": "p", "n": 3, "many": 10**9, "list": [1, 2], "none": None}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n{\n")
     ended = call(tmp_path, "run", "a.jsonl", "-o", "out", "--engine", "echo", "--template", template)
     assert ended.code == 3, ended.err

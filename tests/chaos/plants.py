@@ -37,16 +37,16 @@ PLANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     ),
     "nothing-synced": (
         "checkpoint/files.py",
-        (("    os.fsync(descriptor)\n\n\ndef sync_folder", "\n\ndef sync_folder"),),
-    ),
-    "names-not-synced": (
-        "checkpoint/files.py",
         (
             (
-                "    descriptor = os.open(folder, os.O_RDONLY)\n",
-                "    return\n    descriptor = os.open(folder, os.O_RDONLY)\n",
+                "        view = view[os.write(descriptor, view) :]\n    os.fsync(descriptor)\n",
+                "        view = view[os.write(descriptor, view) :]\n",
             ),
         ),
+    ),
+    "names-not-synced": (
+        "files.py",
+        (("        _sync(folder)\n", "        pass\n"),),
     ),
     "trust-tail": (
         "checkpoint/records.py",
@@ -67,7 +67,7 @@ PLANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         "checkpoint/manifest.py",
         (
             ('str(one["digest"])', '""'),
-            ('    if "input" in known and ', "    if False and "),
+            ('    if "input" in recorded and ', "    if False and "),
             ("    if differing:\n", "    if False:\n"),
         ),
     ),

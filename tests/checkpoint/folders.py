@@ -8,7 +8,8 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from batchgen.checkpoint import Attempt, RunFolder, Writer, attempts, write_atomic
+from batchgen.checkpoint import Attempt, RunFolder, Writer, attempts
+from batchgen.files import write_atomic
 from batchgen.requests.output import renderer
 from batchgen.types import Batch, Generation, RowError
 from batchgen.world import World

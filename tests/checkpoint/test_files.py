@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.checkpoint import CheckpointError, read_json, write_atomic
-from batchgen.checkpoint.files import append, make_exclusive, sync_folder
+from batchgen.checkpoint import CheckpointError, read_json
+from batchgen.checkpoint.files import append, make_exclusive
+from batchgen.files import sync_folder, write_atomic
 from tests.checkpoint.folders import output, start
 
 RACE = """

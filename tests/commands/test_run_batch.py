@@ -16,7 +16,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
-from batchgen.commands import _transfer, run_batch
+from batchgen.commands import run_batch
+from batchgen.runs import transfer
 from tests.bad_input.command import call as fork
 from tests.commands.starts import Started, batchgen, call, found, read_rows, recorded, step, until, write_rows
 
@@ -208,7 +209,7 @@ def test_a_table_of_requests_is_read_as_before(tmp_path: Path) -> None:
     assert (ended.code, [line["custom_id"] for line in read_rows(tmp_path / "out")]) == (0, ["a"]), ended.err
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf\n", gzip.compress(b"\n")])
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf\n", gzip.compress(b"\n", mtime=0)])
 def test_an_empty_file_has_an_empty_file_of_answers(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(content)
     (tmp_path / "out").write_bytes(b"from before")
@@ -348,7 +349,7 @@ def test_url_that_cannot_be_read_is_exit_4(tmp_path: Path, store: Store) -> None
 
 
 def test_put_is_tried_again(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_transfer, "_PUT_WAIT_SECONDS", 0)
+    monkeypatch.setattr(transfer, "_BACKOFF_SECONDS", 0)
     (tmp_path / "answers").write_bytes(b"all answers")
     store.failures = 4
     run_batch._deliver(tmp_path / "answers", store.url("/out"))

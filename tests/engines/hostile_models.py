@@ -50,11 +50,11 @@ def plan(model: str) -> None:
 
 def split(model: str) -> None:
     source = ResolvedModel(Path(model), "hostile", "")
-    split_files.make(source, Path(model).with_name(f"{Path(model).name}-split"), 1, "float32", lambda said: None)
+    split_files.write_split(source, Path(model).with_name(f"{Path(model).name}-split"), 1, "float32", lambda said: None)
 
 
 def read_split(model: str) -> None:
-    split_files._empty(Path(model), torch.float32, None)
+    split_files._build_hollow(Path(model), torch.float32, None)
 
 
 WAYS: dict[str, Callable[[str], None]] = {

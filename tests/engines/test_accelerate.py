@@ -92,7 +92,7 @@ def test_weights_are_loaded_in_the_dtype_that_is_given(tmp_path: Path, asked: st
     folder = models.save(tmp_path / "bf16", lambda n: models.llama(n).to(torch.bfloat16))
     with load(folder, dtype=asked) as engine:
         assert engine._batches is not None
-        assert engine._batches._model.dtype == loaded
+        assert engine._batches.loaded.model.dtype == loaded
         assert len(generate(engine)) == 6
 
 
@@ -101,7 +101,7 @@ def test_quantized_weights_load_and_generate(tmp_path: Path, dtype: str) -> None
     folder = models.save(tmp_path / "llama", lambda n: models.llama(n, hidden_size=64, intermediate_size=128))
     with load(folder, "device_map=cpu", dtype=dtype) as engine:
         assert engine._batches is not None
-        kinds = {p.dtype for p in engine._batches._model.model.layers.parameters()}
+        kinds = {p.dtype for p in engine._batches.loaded.model.model.layers.parameters()}
         assert kinds & {torch.int8, torch.uint8}
         assert all(g.text and g.generated_tokens for g in generate(engine))
 
@@ -109,7 +109,7 @@ def test_quantized_weights_load_and_generate(tmp_path: Path, dtype: str) -> None
 def test_weights_spilled_to_a_disk_give_the_same_tokens(tiny_llama: Path, expected: list[Generation]) -> None:
     with load(tiny_llama, "max_memory=cpu=60KB") as engine:
         assert engine._batches is not None
-        assert "disk" in engine._batches._model.hf_device_map.values()
+        assert "disk" in engine._batches.loaded.model.hf_device_map.values()
         assert engine._spill is not None
         spill = Path(engine._spill.name)
         assert spill.is_dir()
@@ -167,7 +167,7 @@ def test_ranks_share_the_cores_unless_someone_has_decided(
 def test_a_closed_engine_holds_no_weights(tiny_llama: Path) -> None:
     engine = load(tiny_llama, "max_memory=cpu=60KB")
     assert engine._batches is not None
-    model = weakref.ref(engine._batches._model)
+    model = weakref.ref(engine._batches.loaded.model)
     assert list(engine.generate(iter(prompts(1)), lambda: False))
     assert model() is not None
     engine.close()

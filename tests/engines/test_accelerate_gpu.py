@@ -40,7 +40,7 @@ def test_a_batch_on_the_gpu_gives_the_tokens_of_one_prompt_at_a_time(build: obje
     for prompt, generation, tokens in zip(prompts, generations, expected, strict=True):
         text = model.tokenizer.decode(tokens)
         assert generation.text == (text.partition("\x00")[0] if prompt.params.stop else text)
-    assert model.counted == sum(g.generated_tokens for g in generations)
+    assert model.signs.generated_tokens == sum(g.generated_tokens for g in generations)
 
 
 def test_a_seed_gives_the_same_text_on_the_gpu_and_on_the_cpu(tiny_llama: Path) -> None:
@@ -71,7 +71,7 @@ def test_running_out_of_gpu_memory_halves_the_batch(tmp_path: Path, limited_memo
     generations: list[Generation] = [g for batch in model.run(prompts) for g in batch.generations]
     assert [g.index for g in generations] == list(range(1024))
     assert [(g.index, g.error.type) for g in generations if g.error] == [(100, "out_of_memory")]
-    assert (model.batches._limits.most(11) or 512) < 512, "short prompts never ran out"
+    assert (model.batches._sizer.limits.max_rows(11) or 512) < 512, "short prompts never ran out"
 
 
 def test_a_rank_without_a_gpu_of_its_own_number_is_told(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from batchgen import Host, Recipe, RunSettings, run
-from batchgen.generation.sampling import choose
+from batchgen.generation.sampling import SamplingTensors, sample
 from batchgen.requests.prompts import PromptReader
 from batchgen.types import Prompt, Row, Shard
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
@@ -50,7 +50,7 @@ def steady(model: Model, prompt: Prompt) -> list[int]:
             settings = [[numbers.random()], [params.temperature], [params.top_p]]
             drawn, temperature, top_p = torch.tensor(settings, dtype=torch.float64).expand(3, len(tried))
             top_k = torch.tensor([params.top_k]).expand(len(tried))
-            chosen = choose(tried, drawn, temperature, top_k=top_k, most_k=params.top_k, top_p=top_p)
+            chosen = sample(tried, drawn, SamplingTensors(temperature, top_k, params.top_k, top_p))
         if len(set(chosen.tolist())) > 1:
             break
         tokens.append(int(chosen[0]))

@@ -92,12 +92,12 @@ import os
 if os.environ.get("RANK") == "1":
     import time
     from batchgen.runs import schedule
-    from batchgen.tensor_parallel import share
-    bring, open_rows = share.bring, schedule.open_rows
+    from batchgen.tensor_parallel import shard
+    copy_weights, open_rows = shard.copy_weights, schedule.open_rows
     def slowly(*arguments, **options):
         time.sleep(6)
-        return bring(*arguments, **options)
-    share.bring = slowly
+        return copy_weights(*arguments, **options)
+    shard.copy_weights = slowly
     schedule.open_rows = lambda *arguments: (row for row in open_rows(*arguments) if row != 3)
 """
 

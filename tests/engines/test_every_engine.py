@@ -16,7 +16,11 @@ from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
 from batchgen.world import World
 
-FILES = sorted(path.stem for path in Path(next(iter(__path__))).glob("*.py") if path.stem != "__init__")
+FOLDER = Path(next(iter(__path__)))
+FILES = sorted(
+    [path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__"]
+    + [path.parent.name for path in FOLDER.glob("*/engine.py")]
+)
 
 
 @pytest.fixture(params=[name.replace("_", "-") for name in FILES])

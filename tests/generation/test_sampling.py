@@ -10,7 +10,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from batchgen.generation.finite import NotFinite
-from batchgen.generation.sampling import Sampler, _keep_nucleus, choose
+from batchgen.generation.sampling import Sampler, SamplingTensors, _keep_nucleus, sample
 from batchgen.generation.stopping import Stopper, StopTexts, cut
 from batchgen.types import Prompt, SamplingParams
 from tests.tiny_models import END, END_OF_TURN, byte_tokenizer
@@ -28,14 +28,9 @@ def test_tokens_come_as_often_as_the_softmax_says() -> None:
     temperature = 0.7
     draws = 40_000
     uniform = torch.rand(draws, dtype=torch.float64)
-    tokens = choose(
-        logits.expand(draws, -1),
-        uniform,
-        torch.full((draws,), temperature, dtype=torch.float64),
-        top_k=torch.zeros(draws, dtype=torch.long),
-        most_k=0,
-        top_p=None,
-    )
+    temperatures = torch.full((draws,), temperature, dtype=torch.float64)
+    params = SamplingTensors(temperatures, torch.zeros(draws, dtype=torch.long), 0, None)
+    tokens = sample(logits.expand(draws, -1), uniform, params)
     expected = (logits.double() / temperature).softmax(-1) * draws
     squared = (torch.bincount(tokens, minlength=20) - expected) ** 2 / expected
     # The chi-square distribution with 19 degrees of freedom is above 43.8 once in a thousand.
@@ -54,14 +49,9 @@ def test_exactly_the_tokens_are_kept_that_transformers_keeps(top_k: int, top_p: 
     kept = set(warped[0].isfinite().nonzero().flatten().tolist())
     draws = 20_000
     uniform = torch.linspace(0, 1, draws + 1, dtype=torch.float64)[:-1]
-    tokens = choose(
-        logits.expand(draws, -1),
-        uniform,
-        torch.full((draws,), 1.5, dtype=torch.float64),
-        top_k=torch.full((draws,), top_k),
-        most_k=top_k,
-        top_p=torch.full((draws,), top_p, dtype=torch.float64),
-    )
+    temperatures, nuclei = (torch.full((draws,), number, dtype=torch.float64) for number in (1.5, top_p))
+    params = SamplingTensors(temperatures, torch.full((draws,), top_k), top_k, nuclei)
+    tokens = sample(logits.expand(draws, -1), uniform, params)
     assert set(tokens.tolist()) == kept
     shares = torch.bincount(tokens, minlength=30) / draws
     assert torch.allclose(shares, warped[0].softmax(-1), atol=2 / draws)
@@ -94,13 +84,10 @@ def test_a_few_candidates_hold_the_same_nucleus_as_the_whole_vocabulary(
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 def test_a_token_of_probability_zero_is_never_chosen(uniform: float) -> None:
     logits = torch.tensor([[-torch.inf, 2.0, -torch.inf, 1.0, -torch.inf]])
-    tokens = choose(
+    tokens = sample(
         logits,
         torch.tensor([uniform], dtype=torch.float64),
-        torch.tensor([1.0], dtype=torch.float64),
-        top_k=torch.tensor([0]),
-        most_k=0,
-        top_p=None,
+        SamplingTensors(torch.tensor([1.0], dtype=torch.float64), torch.tensor([0]), 0, None),
     )
     assert tokens.item() in (1, 3)
 
@@ -164,7 +151,7 @@ class Feed:
         not_finite = NotFinite()
         not_finite.rows = torch.zeros(len(prompts), dtype=torch.bool)
         count = self.counted.append
-        self.stopper = Stopper(prompts, [END, END_OF_TURN], texts, not_finite, device=CPU, stop=stop, count=count)
+        self.stopper = Stopper(prompts, texts, not_finite, device=CPU, stop=stop, count=count)
         self.tokenizer = tokenizer
 
     def rows(self, rows: Sequence[Sequence[int]]) -> None:
@@ -249,12 +236,9 @@ def test_probabilities_of_a_large_vocabulary_add_up() -> None:
     """float32 sums over 250,000 equal tokens would be off by many tokens."""
     size = 250_880
     wanted = torch.tensor([0, 1, 125_000, size - 1])
-    tokens = choose(
+    tokens = sample(
         torch.zeros(4, size),
         (wanted.double() + 0.5) / size,
-        torch.ones(4, dtype=torch.float64),
-        top_k=torch.zeros(4, dtype=torch.long),
-        most_k=0,
-        top_p=None,
+        SamplingTensors(torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.long), 0, None),
     )
     assert tokens.tolist() == wanted.tolist()

@@ -118,7 +118,8 @@ def test_rounding_beyond_the_usual_is_measured_on_the_model(smollm2: Path) -> No
     setup = Setup(str(smollm2), "int8", 2, World(), selftest=False)
     with Accelerate(setup, Accelerate.Options()) as engine:
         assert engine._batches is not None
-        model, device, tokenizer = engine._batches._model, engine._batches._device, engine._batches._tokenizer
+        loaded = engine._batches.loaded
+        model, device, tokenizer = loaded.model, loaded.device, loaded.tokenizer
         [tokens] = tokenizer.tokenize(["My favourite things are"], special=True)
         prompt = replace(random_prompts(1)[0], tokens=tokens)
         [logits] = selftest.logits_of(model, prompt.tokens, [0], device)

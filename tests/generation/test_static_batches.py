@@ -43,7 +43,7 @@ def test_a_batch_of_mixed_lengths_gives_the_tokens_of_one_prompt_at_a_time(
 ) -> None:
     model: Model = request.getfixturevalue(name)
     prompts = random_prompts(20)
-    counted = model.counted
+    counted = model.signs.generated_tokens
     generations = model.texts(prompts)
     expected = {prompt.id: model.alone(prompt) for prompt in prompts}
     assert len({token for tokens in expected.values() for token in tokens}) > 50, "the model repeats itself"
@@ -52,7 +52,7 @@ def test_a_batch_of_mixed_lengths_gives_the_tokens_of_one_prompt_at_a_time(
         assert (generation.text, generation.generated_tokens) == (model.tokenizer.decode(tokens), len(tokens))
         assert generation.finish_reason == ("stop" if tokens[-1] == models.END else "length")
         assert (generation.prompt_tokens, generation.columns) == (len(prompt.tokens), prompt.columns)
-    assert model.counted - counted == sum(map(len, expected.values()))
+    assert model.signs.generated_tokens - counted == sum(map(len, expected.values()))
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_bloom"])
@@ -199,11 +199,11 @@ def test_a_stop_request_leaves_within_a_decode_step_and_yields_nothing_unfinishe
     prompts = random_prompts(12, max_new_tokens=400)
     prompts = [dataclasses.replace(p, params=SamplingParams(400, temperature=1.0)) for p in prompts]
     finished = []
-    for batch in model.batches.run(iter(prompts), lambda: model.counted > 1700):
+    for batch in model.batches.run(iter(prompts), lambda: model.signs.generated_tokens > 1700):
         finished.append(batch)
-        assert model.counted == sum(g.generated_tokens for b in finished for g in b.generations)
+        assert model.signs.generated_tokens == sum(g.generated_tokens for b in finished for g in b.generations)
     assert len(finished) < 3
-    assert model.counted <= 1700 + 4
+    assert model.signs.generated_tokens <= 1700 + 4
 
 
 def test_a_stop_request_before_the_first_batch_pulls_nothing(llama: Model) -> None:

@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from batchgen import RunSettings
-from batchgen.checkpoint import DifferentRun, RunFolder, read_json, to_json, write_atomic
+from batchgen.checkpoint import DifferentRun, RunFolder, read_json, to_json
 from batchgen.commands import main
 from batchgen.engine import EngineError
+from batchgen.files import write_atomic
 from batchgen.models.generation_config import with_authors_sampling
 from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe

@@ -36,7 +36,7 @@ def test_sizes_are_those_of_the_loaded_model(model: str, request: pytest.Fixture
     folder: Path = request.getfixturevalue(model)
     real = AutoModelForCausalLM.from_pretrained(folder)
     found = list_parameters(AutoConfig.from_pretrained(folder), torch.float32)
-    assert {name: parameter.numel for name, parameter in found.of.items()} == {
+    assert {name: parameter.numel for name, parameter in found.by_name.items()} == {
         name: value.numel() for name, value in real.named_parameters(remove_duplicate=False)
     }
     assert found.read_bytes == sum(value.numel() * 4 for value in real.parameters())
@@ -44,16 +44,16 @@ def test_sizes_are_those_of_the_loaded_model(model: str, request: pytest.Fixture
 
 def test_a_tied_head_is_sharded_before_it_is_tied_and_read_once(tiny_bloom: Path) -> None:
     found = list_parameters(AutoConfig.from_pretrained(tiny_bloom), torch.float32)
-    assert found.of["lm_head.weight"].tied
-    assert found.shard_bytes(1) == found.read_bytes + 4 * found.of["lm_head.weight"].numel
+    assert found.by_name["lm_head.weight"].tied
+    assert found.shard_bytes(1) == found.read_bytes + 4 * found.by_name["lm_head.weight"].numel
 
 
 def test_shards_are_padded_so_that_all_ranks_have_as_much() -> None:
     found = list_parameters(LlamaConfig(vocab_size=10, hidden_size=6, intermediate_size=7, num_hidden_layers=1,
                                    num_attention_heads=2), torch.float32)  # fmt: skip
-    assert found.of["model.layers.0.mlp.up_proj.weight"].numel == 42
+    assert found.by_name["model.layers.0.mlp.up_proj.weight"].numel == 42
     assert 11 in found.shards(4)  # 42 / 4, rounded up
-    assert found.shard_bytes(4) == 4 * sum(-(-p.numel // 4) for p in found.of.values())
+    assert found.shard_bytes(4) == 4 * sum(-(-p.numel // 4) for p in found.by_name.values())
 
 
 def test_experts_that_the_model_keeps_in_one_tensor_count_as_one() -> None:
@@ -61,7 +61,7 @@ def test_experts_that_the_model_keeps_in_one_tensor_count_as_one() -> None:
                            num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)  # fmt: skip
     found = list_parameters(config, torch.float32)
     assert found.largest == 4 * 2 * 32 * 16  # gate and up of four experts; a file may hold eight matrices
-    assert found.most_at_once(1, 4 * 600) == 2  # that one, and down: 4 x 32 x 16 elements
+    assert found.max_at_once(1, 4 * 600) == 2  # that one, and down: 4 x 32 x 16 elements
 
 
 def llama(**settings: Any) -> Parameters:
@@ -71,22 +71,22 @@ def llama(**settings: Any) -> Parameters:
 
 
 def test_as_many_parameters_are_needed_at_once_as_a_module_and_those_around_it_have() -> None:
-    assert llama().most_at_once(1, MIB) == 1  # a matrix; norms are too small to count
+    assert llama().max_at_once(1, MIB) == 1  # a matrix; norms are too small to count
     # The embedding may be kept until the head needs it.
-    assert llama(tie_word_embeddings=True).most_at_once(1, MIB) == 2
+    assert llama(tie_word_embeddings=True).max_at_once(1, MIB) == 2
 
 
 def test_a_whole_layer_is_needed_at_once() -> None:
-    assert llama().most_at_once(1, MIB, whole_layers=True) == 7
-    assert llama(tie_word_embeddings=True).most_at_once(1, MIB, whole_layers=True) == 8
+    assert llama().max_at_once(1, MIB, whole_layers=True) == 7
+    assert llama(tie_word_embeddings=True).max_at_once(1, MIB, whole_layers=True) == 8
     bloom = list_parameters(BLOOM, torch.bfloat16)
-    assert bloom.most_at_once(8, MIB, whole_layers=True) == 5  # four matrices and the tied embedding
+    assert bloom.max_at_once(8, MIB, whole_layers=True) == 5  # four matrices and the tied embedding
 
 
 def test_what_each_rank_has_too_little_of_does_not_count() -> None:
     # Of 16 MiB for a square of 2048, 4 heads of 8 leave 4 MiB for each of keys and values.
     grouped = llama(num_key_value_heads=2)
-    counts = [grouped.most_at_once(ranks, MIB, whole_layers=True) for ranks in (1, 4, 5, 16, 17, 32, 33)]
+    counts = [grouped.max_at_once(ranks, MIB, whole_layers=True) for ranks in (1, 4, 5, 16, 17, 32, 33)]
     assert counts == [7, 7, 5, 5, 3, 3, 0]
 
 
@@ -94,8 +94,8 @@ def test_a_matrix_counts_however_much_larger_the_embedding_is() -> None:
     # Keys and values of Gemma 3 1B are a thousandth of its embedding, and swapped in float32.
     config = Gemma3TextConfig(vocab_size=262_144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=2,
                               num_attention_heads=4, num_key_value_heads=1, head_dim=256)  # fmt: skip
-    assert list_parameters(config, torch.float32).most_at_once(1, MIB, whole_layers=True) == 7 + 1
-    assert list_parameters(config, torch.bfloat16).most_at_once(1, MIB, whole_layers=True) == 5 + 1
+    assert list_parameters(config, torch.float32).max_at_once(1, MIB, whole_layers=True) == 7 + 1
+    assert list_parameters(config, torch.bfloat16).max_at_once(1, MIB, whole_layers=True) == 5 + 1
 
 
 def test_a_model_that_continues_no_text_is_refused() -> None:

@@ -96,7 +96,7 @@ def test_rounded_weights_of_a_hollow_model_are_filled_too(dtype: str, tmp_path: 
     folder = shapes.make(str(tmp_path / "config.json"), torch.bfloat16, tmp_path / "model")
     with Accelerate(Setup(str(folder), dtype, 1, World()), Accelerate.Options()) as engine:
         assert engine._batches is not None
-        weight = engine._batches._model.model.layers[1].mlp.down_proj.weight
+        weight = engine._batches.loaded.model.model.layers[1].mlp.down_proj.weight
         if dtype == "int8":
             values = weight.data.float() * weight.SCB[:, None] / 127
         else:

@@ -114,7 +114,7 @@ def test_engines_agree_on_what_auto_is(
     machine(speeds)
     kind = find(name)
     with kind(Setup(str(folder), "auto", 4, World()), kind.Options()) as engine:
-        model = engine._model if name == "paged" else engine._batches._model  # type: ignore[attr-defined]
+        model = engine._model if name == "paged" else engine._batches.loaded.model  # type: ignore[attr-defined]
         assert model.dtype == expected
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import Host, Recipe, RunSettings, SamplingParams, Status, run
+from batchgen import Host, Recipe, RunSettings, SamplingParams, Status, checkpoint, run
 from batchgen.checkpoint import RunFolder
 from batchgen.formats import Changed
 from batchgen.formats.input import Input
@@ -219,3 +219,32 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_input_alone(
     status = start([path], out)
     assert (status.state, status.good, len(status.attempts)) == ("finished", 12, 2)
     assert [row["id"] for row in read_rows(out / "generations.jsonl")] == [f"prompts.jsonl:{n}" for n in range(1, 13)]
+
+
+BEFORE_THE_ROOMS = Path(__file__).parents[1] / "checkpoint" / "left_before_the_rooms"
+
+# A run folder as the version left it that had all modules at the top of the package: how it stands, before and after
+# one more start with its input.
+LEFT: dict[str, tuple[str, tuple[int, int, int], tuple[int, int, int]]] = {
+    "finished": ("prompts.jsonl", (12, 0, 0), (12, 0, 0)),
+    "half_done": ("prompts.jsonl", (3, 0, 9), (12, 0, 0)),
+    "with_errors": ("faulty.jsonl", (10, 2, 0), (10, 2, 0)),
+    "with_shards": ("prompts.jsonl", (8, 0, 4), (12, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_a_run_of_the_version_before_goes_on(left: str, tmp_path: Path) -> None:
+    name, before, after = LEFT[left]
+    out = Path(shutil.copytree(BEFORE_THE_ROOMS / left, tmp_path / "out"))
+    recorded = {path: path.read_bytes() for path in out.glob("*-[0-9]*-[0-9]*.jsonl")}
+    counts = checkpoint.status(RunFolder(out))
+    assert (counts.good, counts.failed, counts.open) == before
+    status = start([BEFORE_THE_ROOMS / name], out)
+    assert (status.good, status.failed, status.open, status.merged) == (*after, True)
+    lines = [f"{name}:{number}" for number in range(1, 13)]
+    failed = [row["id"] for row in read_rows(out / "errors.jsonl")]
+    assert failed == (["bad-3", "bad-7"] if left == "with_errors" else [])
+    ids = [row["id"] for row in read_rows(out / "generations.jsonl")]
+    assert ids == [failed[[3, 7].index(n)] if failed and n in (3, 7) else line for n, line in enumerate(lines)]
+    assert {path: path.read_bytes() for path in recorded} == recorded, "what was finished is generated once"

@@ -26,8 +26,8 @@ each row alone, token for token.
   holds rows of equal length, which is slower where few rows have the same length.
 * **sees**: the kind takes pictures too. Its language part answers rows of text.
 
-More than one rank for a model (`--tp`) is a question of its own: README.md, "Engines". `--engine auto` takes none of
-the engines that say no here.
+More than one rank for a model (`--tp`) is a question of its own: see [Several GPUs](gpus.md#tensor-parallelism).
+`--engine auto` takes none of the engines that say no here.
 """
 
 

@@ -102,7 +102,7 @@ def main(kinds: list[str]) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     dist.init_process_group("gloo")
-    process_group.without_shared_memory()
+    process_group.disable_shared_memory_all_reduce()
     found = {kind: compared(kind) for kind in kinds or SHAPES}
     if dist.get_rank() == 0:
         sys.stdout.write(f"\n{json.dumps(found)}\n")

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from batchgen.engine import EngineError
 from batchgen.models import ModelError, ResolvedModel, resolve, split_folder
 from batchgen.models.int8 import Int8Weight
-from batchgen.tensor_parallel import bring, make, mapped, process_group, read, split
-from batchgen.tensor_parallel.weights import stored_dtype
+from batchgen.tensor_parallel import copy_weights, map_model, process_group, read_split, split, write_split
+from batchgen.tensor_parallel.weights import find_stored_dtype
 from tests import tiny_models as models
 
 CPU = torch.device("cpu")
@@ -44,14 +44,14 @@ def test_a_share_is_all_that_is_read_or_held(large: Path) -> None:
     # What loading and splitting import and allocate for good is there before the measurement.
     for measured in (False, True):
         before = resident()
-        with process_group.pretending(1, 4):
-            model = mapped(str(large), None)
+        with process_group.fake_group(1, 4):
+            model = map_model(str(large), None)
             whole = size(model)
             group = torch.distributed.group.WORLD
             assert group is not None
             split(model, group)
             views = resident()
-            bring(model, str(large), CPU, torch.float32, eight_bits=False)
+            copy_weights(model, str(large), CPU, torch.float32, eight_bits=False)
         after = resident()
         share = size(model)
         assert whole > 70e6
@@ -65,13 +65,13 @@ def test_a_share_is_all_that_is_read_or_held(large: Path) -> None:
 
 def test_the_type_is_that_of_the_files_and_of_most_bytes(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 3, dtype=torch.bfloat16), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
-    assert stored_dtype(tmp_path) == torch.bfloat16
+    assert find_stored_dtype(tmp_path) == torch.bfloat16
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(EngineError, match="cannot be read as safetensors"):
-        stored_dtype(tmp_path)
+        find_stored_dtype(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(3, dtype=torch.float16), "n": 1}, tmp_path / "pytorch_model.bin")
-    assert stored_dtype(tmp_path) == torch.float16
+    assert find_stored_dtype(tmp_path) == torch.float16
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -83,15 +83,15 @@ def test_packed_weights_are_refused_and_not_read_without_their_scales(
     shutil.copytree(tiny_llama, tmp_path / "packed")
     packed.save_pretrained(tmp_path / "packed")
     with pytest.raises(EngineError, match=r"packed \(quantization_config in config.json; model\..* is of u?int8\)"):
-        mapped(str(tmp_path / "packed"), None)
+        map_model(str(tmp_path / "packed"), None)
     with pytest.raises(EngineError, match="ranks that share a model do not read"):
-        make(resolve(str(tmp_path / "packed"), tmp_path, print), tmp_path / "split", 2, "auto", print)
+        write_split(resolve(str(tmp_path / "packed"), tmp_path, print), tmp_path / "split", 2, "auto", print)
     assert not (tmp_path / "split").exists()
 
 
 def test_another_type_is_made_on_the_way_and_tied_weights_stay_tied(tiny_bloom: Path) -> None:
-    model = mapped(str(tiny_bloom), None)
-    bring(model, str(tiny_bloom), CPU, torch.bfloat16, eight_bits=False)
+    model = map_model(str(tiny_bloom), None)
+    copy_weights(model, str(tiny_bloom), CPU, torch.bfloat16, eight_bits=False)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
     expected = load_file(tiny_bloom / "model.safetensors")["transformer.word_embeddings.weight"]
@@ -99,8 +99,8 @@ def test_another_type_is_made_on_the_way_and_tied_weights_stay_tied(tiny_bloom: 
 
 
 def test_8_bits_replace_matrices_and_tables_alone(tiny_bloom: Path) -> None:
-    model = mapped(str(tiny_bloom), None)
-    bring(model, str(tiny_bloom), CPU, torch.float32, eight_bits=True)
+    model = map_model(str(tiny_bloom), None)
+    copy_weights(model, str(tiny_bloom), CPU, torch.float32, eight_bits=True)
     assert isinstance(model.lm_head.weight, Int8Weight)
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
     assert all(parameter.dim() == 1 for parameter in model.parameters())  # norms and biases
@@ -112,19 +112,19 @@ def resolved(folder: Path) -> ResolvedModel:
 
 def test_files_by_rank_hold_the_same_shares_and_name_their_origin(large: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    out = make(resolved(large), tmp_path / "parts", 2, "bfloat16", said.append)
+    out = write_split(resolved(large), tmp_path / "parts", 2, "bfloat16", said.append)
     assert [line.partition(":")[0] for line in said] == ["rank 0 of 2", "rank 1 of 2"]
     assert resolved(out).revision == resolved(large).revision
     found = split_folder.read(out)
     assert found is not None
     for rank in range(2):
-        with process_group.pretending(rank, 2):
+        with process_group.fake_group(rank, 2):
             group = torch.distributed.group.WORLD
             assert group is not None
-            model = mapped(str(large), None)
+            model = map_model(str(large), None)
             split(model, group)
-            bring(model, str(large), CPU, torch.bfloat16, eight_bits=False)
-            again = read(out, found, group, CPU, None)
+            copy_weights(model, str(large), CPU, torch.bfloat16, eight_bits=False)
+            again = read_split(out, found, group, CPU, None)
         assert not again.training
         expected, got = dict(model.named_parameters()), dict(again.named_parameters())
         assert expected.keys() == got.keys()
@@ -132,30 +132,30 @@ def test_files_by_rank_hold_the_same_shares_and_name_their_origin(large: Path, t
         for name, buffer in model.named_buffers():  # rotary frequencies, which no checkpoint has
             assert torch.equal(buffer, again.get_buffer(name))
     with pytest.raises(EngineError, match="parts exists; choose another folder"):
-        make(resolved(large), out, 2, "auto", said.append)
+        write_split(resolved(large), out, 2, "auto", said.append)
     with pytest.raises(EngineError, match="is split already"):
-        make(resolved(out), tmp_path / "more", 2, "auto", said.append)
+        write_split(resolved(out), tmp_path / "more", 2, "auto", said.append)
 
 
 def test_broken_files_by_rank_are_sentences(tiny_bloom: Path, tmp_path: Path) -> None:
-    out = make(resolved(tiny_bloom), tmp_path / "parts", 2, "float32", lambda sentence: None)
+    out = write_split(resolved(tiny_bloom), tmp_path / "parts", 2, "float32", lambda sentence: None)
     found = split_folder.read(out)
     assert found is not None
     [name] = found.files[0]
     tensors = load_file(out / name)
     tensors["transformer.word_embeddings.weight"] = tensors["transformer.word_embeddings.weight"][:-1].clone()
     save_file(tensors, out / name)
-    with process_group.pretending(0, 2):
+    with process_group.fake_group(0, 2):
         group = torch.distributed.group.WORLD
         assert group is not None
         with pytest.raises(EngineError, match=r"does not fit the model: .*weight is \[.*split the model again"):
-            read(out, found, group, CPU, None)
+            read_split(out, found, group, CPU, None)
     (out / name).write_bytes(b"nothing")
-    with process_group.pretending(0, 2):
+    with process_group.fake_group(0, 2):
         group = torch.distributed.group.WORLD
         assert group is not None
         with pytest.raises(EngineError, match="cannot be read"):
-            read(out, found, group, CPU, None)
+            read_split(out, found, group, CPU, None)
     (out / name).unlink()
     with pytest.raises(ModelError, match=f"is not whole: {name} is missing"):
         resolved(out)
@@ -166,5 +166,5 @@ def test_broken_files_by_rank_are_sentences(tiny_bloom: Path, tmp_path: Path) ->
 
 def test_a_model_that_cannot_be_split_leaves_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="tp can be 1 to 2"):
-        make(resolved(tiny_llama), tmp_path / "parts", 4, "auto", lambda sentence: None)
+        write_split(resolved(tiny_llama), tmp_path / "parts", 4, "auto", lambda sentence: None)
     assert not list(tmp_path.iterdir())

@@ -21,8 +21,10 @@ _READ_SECONDS = 1.0  # the sample is read again and again for so long, at least 
 _PAGE = 4096  # bytes; O_DIRECT wants sizes and places in whole blocks of the disk
 
 
-def read_bandwidth(folder: Path, *, block_bytes: int, threads: int = 8, sample_bytes: int = _SAMPLE) -> float:
-    """Bytes/s that this host reads from `folder`: a sample of random bytes, written once and read past the page cache.
+def measure_read_bandwidth(folder: Path, *, block_bytes: int, threads: int = 8, sample_bytes: int = _SAMPLE) -> float:
+    """Measures the bytes/s that this host reads from `folder`, by a sample of random bytes.
+
+    The sample is written once and read past the page cache.
 
     `threads` reads of `block_bytes` are under way at a time, as DeepSpeed has them for one shard. Called by one process
     of the host with nothing else reading, it is what the host's ranks share. A sample this small can come from a disk's
@@ -34,16 +36,16 @@ def read_bandwidth(folder: Path, *, block_bytes: int, threads: int = 8, sample_b
     block = min(max(block_bytes, _PAGE), sample_bytes) // _PAGE * _PAGE
     try:
         with tempfile.NamedTemporaryFile(prefix=".batchgen-", dir=folder) as file:
-            blocks = _write(file.name, block, max(1, sample_bytes // block))
-            return _read(file.name, block, blocks, threads)
+            blocks = _write_sample(file.name, block, max(1, sample_bytes // block))
+            return _read_sample(file.name, block, blocks, threads)
     except OSError as error:
         raise EngineError(f"cannot measure how fast {folder} is: {error.strerror}") from error
 
 
-def _write(path: str, block: int, blocks: int) -> int:
-    """Writes up to `blocks` blocks of random bytes, which no disk compresses; gives how many."""
+def _write_sample(path: str, block: int, blocks: int) -> int:
+    """Writes up to `blocks` blocks of random bytes, which no disk can compress; returns how many it has written."""
     begin = time.perf_counter()
-    with _opened(path, os.O_WRONLY) as file, mmap.mmap(-1, block) as buffer:
+    with _open_direct(path, os.O_WRONLY) as file, mmap.mmap(-1, block) as buffer:
         for written in range(blocks):
             if written and time.perf_counter() - begin > _WRITE_SECONDS:
                 return written
@@ -54,8 +56,8 @@ def _write(path: str, block: int, blocks: int) -> int:
     return blocks
 
 
-def _read(path: str, block: int, blocks: int, threads: int) -> float:
-    with _opened(path, os.O_RDONLY) as file, ThreadPoolExecutor(threads) as pool:
+def _read_sample(path: str, block: int, blocks: int, threads: int) -> float:
+    with _open_direct(path, os.O_RDONLY) as file, ThreadPoolExecutor(threads) as pool:
         buffers = [mmap.mmap(-1, block) for _ in range(threads)]
 
         def read_part(first: int) -> None:
@@ -72,7 +74,7 @@ def _read(path: str, block: int, blocks: int, threads: int) -> float:
 
 
 @contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
+def _open_direct(path: str, flags: int) -> Iterator[int]:
     file = os.open(path, flags | os.O_DIRECT)
     try:
         yield file
@@ -80,8 +82,10 @@ def _opened(path: str, flags: int) -> Iterator[int]:
         os.close(file)
 
 
-def copy_bandwidth(device: torch.device, *, pinned: bool, sample_bytes: int = _SAMPLE) -> float | None:
-    """Bytes/s from host memory to this GPU, over its own link; None: `device` is no GPU, and nothing is copied.
+def measure_copy_bandwidth(device: torch.device, *, pinned: bool, sample_bytes: int = _SAMPLE) -> float | None:
+    """Measures the bytes/s from host memory to this GPU, over its own link.
+
+    Returns None where `device` is no GPU, since nothing is copied then.
 
     Ranks that share a host's memory can each get less than this when all of them copy.
     """
@@ -100,8 +104,8 @@ def copy_bandwidth(device: torch.device, *, pinned: bool, sample_bytes: int = _S
     return copies * sample_bytes / (time.perf_counter() - begin)
 
 
-def share_of_bound(seconds_per_step: float, weight_bytes: int, bandwidth: float) -> float:
-    """How much of what the path can do a step has used, 0 to 1: (weight_bytes / bandwidth) / seconds_per_step.
+def compute_share_of_bound(seconds_per_step: float, weight_bytes: int, bandwidth: float) -> float:
+    """Returns the part of the bandwidth that a step has used, 0 to 1: (weight_bytes / bandwidth) / seconds_per_step.
 
     A forward brings every weight in once, so a decode step takes at least weight_bytes / bandwidth, whatever the batch.
     Above 1: the bandwidth was measured too low, or some weights were still there from the step before.

@@ -86,7 +86,7 @@ def check_locked_memory(offload: Offload) -> None:
     Raises:
         EngineError: it may not.
     """
-    limit = lockable_bytes()
+    limit = read_lockable_bytes()
     if limit is None or offload.locked_bytes <= limit:
         if limit is not None:
             _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -99,8 +99,8 @@ def check_locked_memory(offload: Offload) -> None:
     )
 
 
-def lockable_bytes() -> int | None:
-    """What this process may lock: its hard limit; None: any amount."""
+def read_lockable_bytes() -> int | None:
+    """Returns the bytes that this process may lock: its hard limit; None: any amount."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     if int(status["CapEff"], 16) >> _CAP_IPC_LOCK & 1:
         return None

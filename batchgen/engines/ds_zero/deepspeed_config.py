@@ -16,8 +16,8 @@ from batchgen.models.parameters import Parameters
 _EVERYTHING = sys.maxsize  # DeepSpeed's own word for no limit
 
 
-def bucket_sizes(weights: Parameters, hidden: int, *, whole_layers: bool, whole_model: bool) -> dict[str, int]:
-    """DeepSpeed's sizes for a model, in elements, by their names in its section `zero_optimization`.
+def make_bucket_sizes(weights: Parameters, hidden: int, *, whole_layers: bool, whole_model: bool) -> dict[str, int]:
+    """Returns DeepSpeed's sizes for a model, in elements, by their names in its section `zero_optimization`.
 
     The buckets are those of huggingface/transformers-bloom-inference (bloom-ds-zero-inference.py), but with
     `whole_layers` a layer is fetched ahead, and not a matrix: a step is then bound by the way that weights come over.
@@ -40,8 +40,8 @@ def bucket_sizes(weights: Parameters, hidden: int, *, whole_layers: bool, whole_
     }
 
 
-def gathered_bytes(weights: Parameters) -> int:
-    """Most bytes of gathered weights that a rank holds at a time.
+def estimate_gathered_bytes(weights: Parameters) -> int:
+    """Returns the most bytes of gathered weights that a rank holds at a time.
 
     The largest parameter alone (an embedding, the output matrix), and layers: this one, the next one, one on its way,
     and the flat buffer that it arrives in.
@@ -49,8 +49,8 @@ def gathered_bytes(weights: Parameters) -> int:
     return (max(weights.largest, weights.tied) + 4 * weights.largest_layer) * weights.dtype.itemsize
 
 
-def configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """DeepSpeed's configuration of ZeRO stage 3 for inference."""
+def make_configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration of ZeRO stage 3 for inference."""
     stage = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True}
     return {
         "zero_optimization": {**stage, **sizes},
@@ -63,9 +63,14 @@ def configuration(world_size: int, dtype: torch.dtype, sizes: Mapping[str, int])
     }
 
 
-def forward_only(engine: Any) -> None:
-    """Takes from DeepSpeed's engine what only a backward pass needs: wrappers around every tensor that enters or leaves
-    a module, a third of the time of a small step."""
+def remove_backward_hooks(engine: Any) -> None:
+    """Removes from DeepSpeed's engine what only a backward pass needs.
+
+    It wraps every tensor that enters or leaves a module, which is a third of the time of a small step.
+    """
+    # Warning: private lists and a global of DeepSpeed are changed. Without it all is right and slower. A version that
+    # fetches weights in the same hooks would compute with empty weights, and fail; one that has no such list raises
+    # AttributeError here. Nothing of this process can train a model any more.
     for hook in engine.optimizer.backward_hooks:
         hook.remove()
     engine.optimizer.backward_hooks.clear()
@@ -74,8 +79,8 @@ def forward_only(engine: Any) -> None:
     sys.modules["deepspeed.utils.nvtx"].enable_nvtx = False  # type: ignore[attr-defined]
 
 
-def user_configuration(path: str) -> dict[str, Any]:
-    """The user's own DeepSpeed JSON.
+def read_user_configuration(path: str) -> dict[str, Any]:
+    """Reads the user's own DeepSpeed JSON.
 
     Raises:
         EngineError: it cannot be read, or is of another stage.
@@ -89,10 +94,10 @@ def user_configuration(path: str) -> dict[str, Any]:
     return config
 
 
-def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """`ours` with `theirs` over it, section by section."""
+def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Returns `ours` with `theirs` over it, section by section."""
     both_of = dict(ours)
     for name, value in theirs.items():
         both = isinstance(value, dict) and isinstance(ours.get(name), dict)
-        both_of[name] = merged(ours[name], value) if both else value
+        both_of[name] = merge(ours[name], value) if both else value
     return both_of

@@ -50,19 +50,19 @@ def prepare(cache: Path, report: Report) -> None:
     Raises:
         EngineError: libaio, the compiler or the folder is missing, or the build fails.
     """
-    folder = cache / "extensions" / _key()
+    folder = cache / "extensions" / _make_key()
     scripts = sysconfig.get_path("scripts")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
-    with _locked(folder, report):
+    with _lock_folder(folder, report):
         for operation in _OPERATIONS:
             (folder / operation / "lock").unlink(missing_ok=True)
-        with _reporting(f"building DeepSpeed's file reads in {folder}, once", report):
+        with _report_progress(f"building DeepSpeed's file reads in {folder}, once", report):
             _load()
 
 
 def _load() -> None:
-    builder = _builder()
+    builder = _make_builder()
     # Asked by `load` too, but only after it has built the first of the two operations, a minute later.
     if not builder.is_compatible(verbose=False):
         raise EngineError(
@@ -73,10 +73,11 @@ def _load() -> None:
     try:
         builder.load(verbose=False)
     except (RuntimeError, OSError, ImportError) as error:
-        raise EngineError(f"DeepSpeed's file reads (async_io) could not be built:\n{_end_of(str(error))}") from error
+        lines = _find_errors(str(error))
+        raise EngineError(f"DeepSpeed's file reads (async_io) could not be built:\n{lines}") from error
 
 
-def _builder() -> Any:
+def _make_builder() -> Any:
     # Not the one of deepspeed.ops.op_builder: where there is a GPU, that one links with the CUDA toolkit, which few
     # nodes have, though all that it does is to read files into host memory.
     from deepspeed.ops.op_builder.cpu.async_io import AsyncIOBuilder
@@ -97,14 +98,14 @@ def _builder() -> Any:
     return PlainAsyncIO()
 
 
-def _end_of(output: str) -> str:
+def _find_errors(output: str) -> str:
     """The lines that say what went wrong: the compiler's first errors, or the last lines."""
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line.lower() or "cannot find" in line]
     return "\n".join(errors[:_LINES] or lines[-_LINES:])
 
 
-def _key() -> str:
+def _make_key() -> str:
     """Names all that a build depends on, the files of this environment and the C library among it."""
     versions = f"torch{torch.__version__}-deepspeed{importlib.metadata.version('deepspeed')}"
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
@@ -113,7 +114,7 @@ def _key() -> str:
 
 
 @contextmanager
-def _locked(folder: Path, report: Report) -> Iterator[None]:
+def _lock_folder(folder: Path, report: Report) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / ".building").open("a")
@@ -142,7 +143,7 @@ def _locked(folder: Path, report: Report) -> Iterator[None]:
 
 
 @contextmanager
-def _reporting(what: str, report: Report) -> Iterator[None]:
+def _report_progress(what: str, report: Report) -> Iterator[None]:
     """Says every 10 s that it is still going on."""
     ended = threading.Event()
     begin = time.monotonic()

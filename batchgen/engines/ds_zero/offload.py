@@ -45,59 +45,69 @@ class Offload:
     read_bytes: int = 0  # of the files, what a forward reads: a tied parameter is in two of them, and read from one
 
 
-def cpu(parameters: Parameters, ranks: int, *, pin_memory: bool) -> Offload:
-    """All shards in host memory. `pin_memory` makes copies to a GPU two to three times as fast, and cannot be paged
-    out; without a GPU it has no effect."""
+@dataclass(frozen=True, slots=True)
+class NvmeSettings:
+    """How weights are read from files.
+
+    Raises:
+        EngineError: a setting is out of range.
+    """
+
+    pin_memory: bool  # of the small shards, which stay in host memory
+    whole_layers: bool = False  # all parameters of a layer are read at once
+    lockable_bytes: int | None = None  # that this rank may lock; None: any amount
+    block_bytes: int | None = None  # of a read; None: as `_choose_block_bytes` has it
+    queue_depth: int = _QUEUE_DEPTH  # reads that wait at a time
+    threads: int = _THREADS  # that read
+    buffer_count: int | None = None  # None: as many as can be locked, up to 5, but at least what a forward needs
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.queue_depth < 1:
+            raise EngineError("threads and queue depth of an NVMe offload must be 1 or more")
+        if self.block_bytes is not None and self.block_bytes < 1:
+            raise EngineError(f"the block size of an NVMe offload must be 1 byte or more, not {self.block_bytes}")
+
+
+def plan_cpu(parameters: Parameters, ranks: int, *, pin_memory: bool) -> Offload:
+    """Plans an offload of all shards to host memory.
+
+    Args:
+        parameters: as ZeRO will shard them.
+        ranks: of the whole world.
+        pin_memory: copies to a GPU are two to three times as fast, and the memory cannot be paged out; without a GPU it
+            has no effect.
+    """
     section = {"device": "cpu", "pin_memory": pin_memory}
     return Offload(section, None, parameters.shard_bytes(ranks), 0, 0, 0)
 
 
-def nvme(
-    parameters: Parameters,
-    ranks: int,
-    folder: Path,
-    *,
-    pin_memory: bool,
-    whole_layers: bool = False,
-    lockable_bytes: int | None = None,
-    block_bytes: int | None = None,
-    queue_depth: int = _QUEUE_DEPTH,
-    threads: int = _THREADS,
-    buffer_count: int | None = None,
-) -> Offload:
-    """Shards in files below `folder`, but for the small ones, which stay in host memory.
+def plan_nvme(parameters: Parameters, ranks: int, folder: Path, settings: NvmeSettings) -> Offload:
+    """Plans an offload of shards to files below `folder`, but for the small ones, which stay in host memory.
 
     Args:
         parameters: as ZeRO will shard them.
         ranks: of the whole world.
         folder: this run's own (`SwapFolder.path`); DeepSpeed writes zero_stage_3/…/rankN there.
-        pin_memory, whole_layers: of the small ones; all parameters of a layer are read at once.
-        lockable_bytes: what this rank may lock; as many buffers as fit, up to 5, but at least what a forward needs.
-        block_bytes, queue_depth, threads: of a read; None: the largest power of two, 1 to 16 MiB, with which 99 % of
-            the bytes that can be swapped are.
 
     Raises:
-        EngineError: a setting is out of range.
+        EngineError: queue depth and block size together are more than DeepSpeed can count.
     """
-    if threads < 1 or queue_depth < 1:
-        raise EngineError("threads and queue depth of an NVMe offload must be 1 or more")
-    if block_bytes is not None and block_bytes < 1:
-        raise EngineError(f"the block size of an NVMe offload must be 1 byte or more, not {block_bytes}")
+    threads, queue_depth = settings.threads, settings.queue_depth
     item_bytes = parameters.dtype.itemsize
     shards = [elements * item_bytes for elements in parameters.shards(ranks)]
-    block = block_bytes or _block_bytes(shards)
+    block = settings.block_bytes or _choose_block_bytes(shards)
     if queue_depth * block > _MOST_BYTES_IN_QUEUE:
         raise EngineError(
             f"{queue_depth} blocks of {block} bytes are 2 GiB or more, which DeepSpeed cannot count; choose a smaller "
             "queue depth or block size"
         )
-    least = max(block, _SMALLEST_BLOCK)
-    swapped = [_padded(size, threads) for size in shards if size >= least]
-    kept = sum(size for size in shards if size < least)
-    buffer = _padded(max(shards), threads)
-    needed = parameters.most_at_once(ranks, least, whole_layers=whole_layers)
-    count = buffer_count or _buffers(max(needed, 1), buffer, lockable_bytes)
-    section = {"device": "nvme", "nvme_path": str(folder), "pin_memory": pin_memory}
+    smallest = max(block, _SMALLEST_BLOCK)
+    swapped = [_pad(size, threads) for size in shards if size >= smallest]
+    kept = sum(size for size in shards if size < smallest)
+    buffer = _pad(max(shards), threads)
+    needed = parameters.max_at_once(ranks, smallest, whole_layers=settings.whole_layers)
+    count = settings.buffer_count or _choose_buffer_count(max(needed, 1), buffer, settings.lockable_bytes)
+    section = {"device": "nvme", "nvme_path": str(folder), "pin_memory": settings.pin_memory}
     section |= {"buffer_count": count, "buffer_size": -(-max(shards) // item_bytes)}
     aio = {
         "block_size": block,
@@ -107,12 +117,13 @@ def nvme(
         "overlap_events": True,
     }
     locked = count * buffer
-    both = zip(shards, parameters.of.values(), strict=True)
-    read = sum(_padded(size, threads) for size, parameter in both if size >= least and not parameter.tied)
+    both = zip(shards, parameters.by_name.values(), strict=True)
+    read = sum(_pad(size, threads) for size, parameter in both if size >= smallest and not parameter.tied)
     return Offload(section, aio, kept + locked, locked, sum(swapped), block, read)
 
 
-def _block_bytes(shards: list[int]) -> int:
+def _choose_block_bytes(shards: list[int]) -> int:
+    """Returns the largest power of two, 1 to 16 MiB, with which 99 % of the bytes that can be swapped are swapped."""
     swappable = sum(size for size in shards if size >= _SMALLEST_BLOCK)
     block = _LARGEST_BLOCK
     while block > _SMALLEST_BLOCK and sum(size for size in shards if size >= block) < 0.99 * swappable:
@@ -120,13 +131,13 @@ def _block_bytes(shards: list[int]) -> int:
     return block
 
 
-def _padded(size: int, threads: int) -> int:
+def _pad(size: int, threads: int) -> int:
     unit = _ALIGNED_BYTES * threads
     return -(-size // unit) * unit
 
 
-def _buffers(needed: int, buffer_bytes: int, lockable_bytes: int | None) -> int:
-    """5 as in DeepSpeed, more where one forward needs more at once, fewer where they cannot all be locked."""
+def _choose_buffer_count(needed: int, buffer_bytes: int, lockable_bytes: int | None) -> int:
+    """Returns 5 as DeepSpeed has it, more where a forward needs more at once, fewer where not all can be locked."""
     wanted = max(needed, _BUFFERS)
     if lockable_bytes is None:
         return wanted

@@ -1,12 +1,29 @@
-"""Continuous batching over a paged cache of keys and values, for one stream of prompts.
+"""Continuous batching over a paged KV cache, for one stream of prompts.
 
-prompts → `scheduler` → a step: which tokens, in which pages → `runner` → their next tokens → `scheduler` → rows
+How a step is made, by `loop`, in a thread of its own:
 
-- `pages`: which pages of the cache are free, and which prefixes of prompts lie in some already. Pure.
-- `scheduler`: what each forward computes: one token of every running sequence, and parts of new prompts. Pure.
-- `models`: which models are covered, and how their attention is exchanged for that of
-- `attention`: keys and values into pages, and attention over them; on a GPU by the `kernels`, in Triton.
-- `runner`: the step's arrays on the device, the compiled model, CUDA graphs of pure decode steps.
-- `sampling`: the next token of each row, on the device.
-- `loop`: the thread that keeps a step in flight while the one before it is read.
+1. wait: take the prompts that `engine` has submitted; with nothing else to do, wait for some (`loop`).
+2. plan: preempt if the cache is full, let every running sequence decode a token, admit waiting ones and prefill a chunk
+   of each (`scheduler`; `admission` says who fits, `prefill_budget` how much a step takes, `pages` which pages).
+3. launch: send the step's arrays to the device (`step_buffers`), set the layout, run the model as a CUDA graph
+   (`graphs`), choose the next tokens (`runner`, `sampling`); over several ranks, tell the others first (`lockstep`).
+4. read: wait for the tokens of the step before (`launched_step`), give them to their sequences (`finished_rows`).
+5. finish: hand over the rows that have ended, the first ones after the self-test (`first_rows`); `engine` yields them.
+
+Inside the model, `models` has put `attention` (by `kernels` on a GPU) and `linear` (by `skinny_gemm`) in the place of
+Transformers' own; `layout` tells attention which token belongs where.
+
+Each module imports only modules of the rows below its own:
+
+    engine
+    loop
+    first_rows
+    lockstep   finished_rows
+    runner     scheduler
+    models     sampling   graphs   launched_step   admission   prefill_budget   sizing   peers
+    attention  linear
+    kernels    skinny_gemm
+    layout     step_buffers
+    page_rows  step
+    pages
 """

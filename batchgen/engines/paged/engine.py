@@ -11,29 +11,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
 from batchgen import device, tensor_parallel
-from batchgen.engine import Engine, EngineError, Pace, Placement, Setup, Stream, Tokenizer
-from batchgen.engines.paged import models, pages, sizing
-from batchgen.engines.paged.finished import Finished, generation_of, long_enough
-from batchgen.engines.paged.lockstep import Leader, Peers, follow
-from batchgen.engines.paged.loop import Loop
+from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
+from batchgen.engines.paged import models, sizing
+from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
+from batchgen.engines.paged.first_rows import FirstRows
+from batchgen.engines.paged.lockstep import Follower, Leader
+from batchgen.engines.paged.loop import PROMPTS_AT_ONCE, Loop
+from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.peers import Alone
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.scheduler import Scheduler
-from batchgen.generation import finite, selftest
-from batchgen.generation.stopping import StopTexts
+from batchgen.engines.paged.step import StepLimits
+from batchgen.generation import finite
+from batchgen.generation.selftest import SelfTest
 from batchgen.models import footprint, loading
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
 _YIELD_SECONDS = 1.0
-_FEED = 256  # prompts tokenised and handed in at once
-_WIDEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
-_STEP_OPERATIONS = 20e12  # of a step with parts of prompts: some 30 ms of an H100, which hides the work of the CPU
+_LONGEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
 
 
 class Paged(Engine):
@@ -56,10 +57,10 @@ class Paged(Engine):
     class Options:
         """Settings of engine `paged`."""
 
-        step_tokens: int | None = None  # most tokens of a forward with parts of prompts; None: by the model's size
-        cache_tokens: int | None = None  # of the cache; None: as many as fit
+        step_tokens: int | None = None  # most tokens of a step with prefill chunks; None: by the model's size
+        cache_tokens: int | None = None  # that the KV cache holds; None: as many as fit
         expected_share: float | None = None  # of its max_new_tokens that a row generates; None: learnt as rows end
-        tp: int | None = None  # ranks that share a model; None: each has a whole one
+        tp: int | None = None  # ranks that hold one model together; None: each has a whole one
         timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
 
         def __post_init__(self) -> None:
@@ -89,19 +90,17 @@ class Paged(Engine):
         return tensor_parallel.stream_of(world, options.tp or 1)
 
     def __init__(self, setup: Setup, options: Options) -> None:
+        self._setup, self._options = setup, options
         self._loop: Loop | None = None
         self._runner: Runner | None = None
-        self._group: tensor_parallel.Group | None = None
-        self._peers: Peers | None = None
+        self._group: tensor_parallel.Group | None = None  # of ranks that hold the model together; None: this one alone
         self._tokenizer = HfTokenizer(setup.model)
         models.check(self._tokenizer.config)
         loading.prepare_transformers()
-        self._check = setup.selftest
-        self._make_ready = partial(self._make, setup, options)
         self.calls_together = self.will_call_together(options)
         if self.calls_together:
             try:
-                self._join(setup, options)
+                self._load_shard()
             except BaseException:
                 self.close()
                 raise
@@ -110,68 +109,70 @@ class Paged(Engine):
         loading.check_weights(setup.model)
         self._device = loading.device_of(setup.world)
         if self._device.type == "cuda":
-            self._load(setup)
+            self._load()
             return
         # The threads that compute for this one end with it. More than cores would not wait awake for the next product.
         with ThreadPoolExecutor(1) as apart:
-            apart.submit(self._load, setup).result()
+            apart.submit(self._load).result()
 
-    def _load(self, setup: Setup) -> None:
-        dtype = loading.floating_dtype(setup.dtype, self._tokenizer.config)
-        self._model = loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
-        self._ready()
+    def _load(self) -> None:
+        """Loads the whole model on this rank's device."""
+        dtype = loading.floating_dtype(self._setup.dtype, self._tokenizer.config)
+        self._model = loading.load(self._setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
+        self._make_ready()
 
-    def _join(self, setup: Setup, options: Options) -> None:
-        """This rank's share of the model, and the others of its group."""
-        world, config = setup.world, self._tokenizer.config
-        loading.floating_dtype(setup.dtype, config)
-        self.signs.awaited_ranks = those = tensor_parallel.ranks_of_group(world, options.tp)
-        tensor_parallel.check_split(config, len(those), evenly=True)
-        self._group = group = tensor_parallel.Group.meet(world, those, options.timeout_seconds)
-        self._device = group.device
-        self._model = tensor_parallel.load(setup, config, group)
-        tensor_parallel.plain(self._model, group.model)
-        place = world.rank - those.start
-        self._peers = Peers(place, len(those), group.tell, group.told, group.any_rank, group.least, group.tokens)
+    def _load_shard(self) -> None:
+        """Joins the group of this rank, and loads its shard of the model."""
+        world, config = self._setup.world, self._tokenizer.config
+        loading.floating_dtype(self._setup.dtype, config)
+        self.signs.awaited_ranks = ranks = tensor_parallel.ranks_of_group(world, self._options.tp)
+        tensor_parallel.check_split(config, len(ranks), evenly=True)
+        self._group = tensor_parallel.Group.meet(world, ranks, self._options.timeout_seconds)
+        self._device = self._group.device
+        self._model = tensor_parallel.load_shard(self._setup, config, self._group)
+        tensor_parallel.use_plain_layers(self._model, self._group.model)
 
-    def _make(self, setup: Setup, options: Options) -> None:
-        """Runner and scheduler, in the memory that there is."""
-        peers = self._peers or Peers.alone()
-        token = footprint.cache_bytes_per_token(self._tokenizer.config, self._model.dtype.itemsize) // peers.count
-        free = device.free_bytes([self._device], setup.world.local_size)
-        slots = peers.least(setup.batch_size or sizing.slots(free, token, self._device))
-        parameters = peers.least(sum(one.numel() for one in self._model.parameters()))
-        budget = options.step_tokens or min(8192, max(2048, int(_STEP_OPERATIONS / 2 / parameters)))
-        width = min(self._tokenizer.context or _WIDEST, options.cache_tokens or _WIDEST)
-        runner = Runner(
-            self._model,
-            slots=slots,
-            columns=-(-width // pages.SIZE),
-            budget=budget,
-            place=peers.place,
-            ranks=peers.count,
-            agreed=peers.tokens,
-        )
+    def _make_ready(self) -> Runner:
+        """The runner; ranks of a group make it at the same time, with collectives that may take long."""
+        if self._runner is None:
+            timeout_seconds, self.signs.timeout_seconds = self.signs.timeout_seconds, None
+            self._runner = self._make_runner(self._group or Alone())
+            self.signs.timeout_seconds = timeout_seconds
+        return self._runner
+
+    def _make_runner(self, peers: Peers) -> Runner:
+        """The runner, with as large a cache as there is memory for."""
+        token_bytes = footprint.cache_bytes_per_token(self._tokenizer.config, self._model.dtype.itemsize) // peers.count
+        free = device.free_bytes([self._device], self._setup.world.local_size)
+        limits = self._choose_limits(peers, free, token_bytes)
+        runner = Runner(self._model, limits, peers)
         if self._device.type == "cuda":
-            free = runner.free_bytes()
+            free = runner.measure_free_bytes()
         else:  # or what all slots can need
-            free = min(free // sizing.SHARE_OF_HOST, slots * width * token)
-        count = peers.least(free // (token * pages.SIZE))
-        if options.cache_tokens is not None:
-            count = min(count, -(-options.cache_tokens // pages.SIZE))
-        count = sizing.after(setup.limits, count)
-        if count < 1:
+            free = min(free // sizing.SHARE_OF_HOST, limits.slots * limits.sequence_tokens * token_bytes)
+        pages = peers.least(free // (token_bytes * PAGE_SIZE))
+        if self._options.cache_tokens is not None:
+            pages = min(pages, -(-self._options.cache_tokens // PAGE_SIZE))
+        pages = sizing.shrink_after(sizing.CacheLesson.read(self._setup.limits), pages)
+        if pages < 1:
             raise EngineError(
                 "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), more "
                 "GPUs for a model (--tp), or --engine accelerate, which can put weights elsewhere"
             )
-        runner.allocate(count)
-        self._runner, self._rows = runner, slots
-        self._schedule = partial(Scheduler, slots=slots, width=width, budget=budget, expected=options.expected_share)
+        runner.allocate(pages)
+        return runner
+
+    def _choose_limits(self, peers: Peers, free: int, token_bytes: int) -> StepLimits:
+        """The limits of steps, in `free` bytes of which a token of the cache takes `token_bytes`."""
+        options = self._options
+        slots = peers.least(self._setup.batch_size or sizing.choose_slots(free, token_bytes, self._device))
+        parameters = peers.least(sum(parameter.numel() for parameter in self._model.parameters()))
+        sequence_tokens = min(self._tokenizer.context or _LONGEST, options.cache_tokens or _LONGEST)
+        return StepLimits(slots, sequence_tokens, options.step_tokens or sizing.choose_step_tokens(parameters))
 
     @property
     def preemptions(self) -> int:
-        """Rows that were put back, since too many had been let in, by the last `generate`."""
+        """How often the last `generate` has preempted a row, since too many had been admitted."""
         return self._scheduler.preemptions
 
     @classmethod
@@ -187,50 +188,34 @@ class Paged(Engine):
     def generate(self, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         if self._model is None:
             raise EngineError("this engine is closed")
-        if self._peers is None or self._group is None:
-            yield from self._plan(self._ready(), prompts, stop, None)
+        if self._group is None:
+            yield from self._lead(prompts, stop, None)
             return
         # Here, where it is watched: another rank may read for much longer, or stand still.
         self._group.await_loaded(stop)
-        if not self._peers.any_rank(stop()):
-            yield from self._together(self._peers, prompts, stop)
+        if not self._group.any_rank(stop()):
+            yield from self._generate_together(self._group, prompts, stop)
         self.signs.timeout_seconds, self.signs.is_waiting = None, True
         self._group.await_others(stop)
 
-    def _together(self, peers: Peers, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
-        runner = self._ready()
-        if peers.place == 0:
-            leader = Leader(runner, peers, self._step, self._hear)
-            yield from self._plan(runner, prompts, lambda: stop() or leader.asked_to_stop, leader)
+    def _generate_together(
+        self, group: tensor_parallel.Group, prompts: Iterator[Prompt], stop: Callable[[], bool]
+    ) -> Iterator[Batch]:
+        runner = self._make_ready()
+        if group.place == 0:
+            leader = Leader(runner, group, self.signs)
+            yield from self._lead(prompts, lambda: stop() or leader.must_stop, leader)
             leader.end()
         else:
-            look = partial(selftest.logits_of, self._model, device=self._device)
-            follow(runner, peers, look, stop, self._step, self._hear)
+            Follower(runner, group, self.signs).follow(stop)
 
-    def _ready(self) -> Runner:
-        """What runs the steps; ranks of a group make it at the same time, with collectives that may take long."""
-        if self._runner is None:
-            patience, self.signs.timeout_seconds = self.signs.timeout_seconds, None
-            self._make_ready()
-            self.signs.timeout_seconds = patience
-        assert self._runner is not None
-        return self._runner
-
-    def _plan(
-        self, runner: Runner, prompts: Iterator[Prompt], stop: Callable[[], bool], leader: Leader | None
-    ) -> Iterator[Batch]:
-        self._scheduler = self._schedule(pages=runner.pages)
-        self._loop = loop = Loop(
-            self._scheduler,
-            runner,
-            device=self._device,
-            end_tokens=frozenset(self._tokenizer.end_tokens),
-            watch=self._watch,
-            check=partial(self._selftests, leader) if self._check else None,
-            enough=lambda rows: len(selftest.choose([row.prompt for row in long_enough(rows)])) == selftest.ROWS,
-            count=self._count,
-            leader=leader,
-        )
+    def _lead(self, prompts: Iterator[Prompt], stop: Callable[[], bool], leader: Leader | None) -> Iterator[Batch]:
+        """Generates on a rank that plans the steps; on its own, or as the leader of others."""
+        runner = self._make_ready()
+        self._scheduler = Scheduler(runner.limits, runner.pages, self._options.expected_share)
+        reader = StepReader(self._scheduler, self._tokenizer, self.signs)
+        first_rows = FirstRows(self._make_selftest(runner, leader), leader) if self._setup.selftest else None
+        self._loop = loop = Loop(self._scheduler, runner, reader, self.signs, first_rows, leader)
         loop.start()
         try:
             yield from self._drive(loop, prompts, stop)
@@ -240,53 +225,35 @@ class Paged(Engine):
         if loop.error is not None:  # at the moment of a stop, perhaps: the other ranks wait inside that step
             raise loop.error
 
+    def _make_selftest(self, runner: Runner, leader: Leader | None) -> SelfTest:
+        decode, slots = self._tokenizer.decode, runner.limits.slots
+        return SelfTest(self._model, self._device, decode, slots, measures=leader is None)
+
     def _drive(self, loop: Loop, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
-        """Feeds the loop and hands over what has finished, about once a second."""
-        ahead = 2 * self._rows + _FEED
-        collected: list[Finished] = []
-        more, handed = True, time.monotonic()
+        """Submits prompts to the loop, and yields what has finished about once a second."""
+        has_more = True
+        collected: list[FinishedRow] = []
+        yielded_at = time.monotonic()
         while not stop():
-            while more and loop.waiting < ahead and not stop():
-                fed = list(islice(prompts, _FEED))
-                loop.give(fed)
-                more = bool(fed)
+            while has_more and loop.needs_prompts and not stop():
+                submitted = list(islice(prompts, PROMPTS_AT_ONCE))
+                loop.submit(submitted)
+                has_more = bool(submitted)
             with loading.refuse_model(self._tokenizer.config, lambda: loop.has_generated):
-                found = loop.finished(timeout=0.05)
-            collected += found or []
-            if collected and (found is None or time.monotonic() - handed >= _YIELD_SECONDS):
-                yield self._batch(collected, loop.most_running)
-                collected, handed = [], time.monotonic()
-            if found is None:
+                finished = loop.collect(timeout=0.05)
+            collected += finished or []
+            if collected and (finished is None or time.monotonic() - yielded_at >= _YIELD_SECONDS):
+                yield self._make_batch(collected, loop.most_running)
+                collected, yielded_at = [], time.monotonic()
+            if finished is None:
                 return
         if collected:
-            yield self._batch(collected, loop.most_running)
+            yield self._make_batch(collected, loop.most_running)
 
-    def _batch(self, rows: list[Finished], at_once: int) -> Batch:
-        generations = [generation_of(row, self._tokenizer, finite.dtype_of(self._model)) for row in rows]
+    def _make_batch(self, rows: list[FinishedRow], at_once: int) -> Batch:
+        dtype = finite.dtype_of(self._model)
+        generations = [row.to_generation(self._tokenizer, dtype) for row in rows]
         return Batch(generations, 0, device.take_peak_bytes([self._device]), at_once=at_once)
-
-    def _selftests(self, leader: Leader | None, rows: list[Finished]) -> None:
-        rows = long_enough(rows) or rows
-        test = selftest.SelfTest(self._model, self._device, self._tokenizer.decode, self._rows, measures=leader is None)
-        for place in selftest.choose([row.prompt for row in rows]):
-            prompt, tokens = rows[place].prompt, rows[place].tokens or []
-            if leader is not None:
-                leader.look(prompt.tokens, tokens)
-            test.check(prompt, tokens)
-
-    def _watch(self, prompt: Prompt) -> StopTexts:
-        return StopTexts.of([prompt], self._tokenizer)
-
-    def _count(self, tokens: int) -> None:
-        self.signs.generated_tokens += tokens
-        if self._peers is None:
-            self._step()
-
-    def _step(self) -> None:
-        self.signs.steps += 1
-
-    def _hear(self) -> None:
-        self.signs.idle_reports += 1
 
     def abandon(self) -> None:
         if self.calls_together:

@@ -1,27 +1,33 @@
-"""Attention over pages on a GPU, in Triton: the same function as `attention.reference`.
+"""Attention over pages on a GPU, in Triton: the same function as `attention.attend_in_torch`.
 
 A decoding sequence is memory: its keys and values are read once, by one program a key head and split, which serves all
-heads of the query that share them. A part of a prompt is arithmetic: one program a block of tokens and head. Scores and
+heads of the query that share them. A prefill chunk is arithmetic: one program a block of tokens and head. Scores and
 sums are float32; products take the model's own type.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.layout import QUERY_BLOCK, AttentionShape, Layout
+from batchgen.engines.paged.pages import PAGE_SIZE
 
-if TYPE_CHECKING:
-    from batchgen.engines.paged.attention import Layout
-
-QUERIES = 64  # tokens of a block of a part, most
 _KEYS = 64  # tokens whose keys a program looks at at once
-_DECODE = {"num_warps": 2, "num_stages": 2}  # of 19 tried; benchmarks/README.md
-_LOG2_E = 1.4426950408889634  # exp2 is the one the hardware has
+_DECODE = {"num_warps": 2, "num_stages": 2}  # the best of 19 that were tried; benchmarks/README.md
+_LOG2_E = 1.4426950408889634  # the hardware computes exp2, so scores are in units of its exponent
+
+
+class _Arguments(NamedTuple):
+    """What the kernels of one call have in common, in the order in which they take it."""
+
+    new: tuple[Any, ...]  # keys and values of the step's tokens, and their strides by token and head
+    cache: tuple[Any, ...]  # the cache, and which of its pages belong to which tokens; ALiBi's slopes
+    strides: tuple[int, ...]  # of the query by token and head; of the cache by half and page; of the block table by row
+    constants: dict[str, Any]
 
 
 def attend(
@@ -30,67 +36,60 @@ def attend(
     value: torch.Tensor,
     cache: torch.Tensor,
     layout: Layout,
-    scale: float,
-    window: int,
-    slopes: torch.Tensor | None,
+    shape: AttentionShape,
 ) -> torch.Tensor:
-    """As `attention.reference`, for heads of up to 256 numbers."""
+    """As `attention.attend_in_torch`, for heads of up to 256 numbers."""
     _, heads, tokens, size = query.shape
     key_heads = key.shape[1]
     out = torch.empty((1, tokens, heads, size), dtype=query.dtype, device=query.device)
-    shared: dict[str, Any] = {
-        "SCALE": scale * _LOG2_E,
+    constants: dict[str, Any] = {
+        "SCALE": shape.scale * _LOG2_E,
         "GROUP": heads // key_heads,
         "SIZE": size,
-        "WIDE": _wide(size),
-        "PAGE": SIZE,
+        "WIDE": _round_up(size),
+        "PAGE": PAGE_SIZE,
         "KEYS": _KEYS,
-        "WINDOW": window,
-        "ALIBI": slopes is not None,
+        "WINDOW": shape.window,
+        "ALIBI": shape.slopes is not None,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     new = (key, value, key.stride(2), key.stride(1), value.stride(2), value.stride(1))
-    common = (cache, layout.table, layout.slots, layout.positions, slopes)
-    assert layout.count is not None
-    strides = (query.stride(2), query.stride(1), cache.stride(0), cache.stride(1), layout.table.stride(0))
+    common = (cache, layout.block_table, layout.slots, layout.positions, shape.slopes)
+    assert layout.decoding_count is not None
+    strides = (query.stride(2), query.stride(1), cache.stride(0), cache.stride(1), layout.block_table.stride(0))
     if layout.decoding:
-        _decode_all(query, out, new, common, strides, layout, key_heads, shared)
-    if layout.blocks is not None:
+        _launch_decode(query, out, layout, _Arguments(new, common, strides, constants))
+    if layout.query_blocks is not None:
         _write[(tokens, key_heads)](
-            *new, *common[:4], *strides[2:], layout.count, SIZE=size, WIDE=_wide(size), PAGE=SIZE, num_warps=1
-        )
-        _prefill[(len(layout.blocks), heads)](
-            query, out, layout.blocks, *common, *strides, heads * size, QUERIES=QUERIES, num_warps=4, **shared
-        )
+            *new, *common[:4], *strides[2:], layout.decoding_count, SIZE=size, WIDE=_round_up(size), PAGE=PAGE_SIZE,
+            num_warps=1,
+        )  # fmt: skip
+        _prefill[(len(layout.query_blocks), heads)](
+            query, out, layout.query_blocks, *common, *strides, heads * size, QUERIES=QUERY_BLOCK, num_warps=4,
+            **constants,
+        )  # fmt: skip
     return out
 
 
-def _decode_all(
-    query: torch.Tensor,
-    out: torch.Tensor,
-    new: tuple[Any, ...],
-    common: tuple[Any, ...],
-    strides: tuple[int, ...],
-    layout: Layout,
-    key_heads: int,
-    shared: dict[str, Any],
-) -> None:
-    rows, splits = layout.decoding, layout.splits
+def _launch_decode(query: torch.Tensor, out: torch.Tensor, layout: Layout, arguments: _Arguments) -> None:
+    """Attention of the tokens that decode, in one kernel, or in one for each part of their keys and one that joins."""
+    new, common, strides, constants = arguments
+    rows, splits, count = layout.decoding, layout.splits, layout.decoding_count
     _, _, heads, size = out.shape
-    grid = (rows, key_heads, splits)
-    options = {**_DECODE, **shared, "ROWS": _wide(shared["GROUP"])}
+    grid = (rows, heads // constants["GROUP"], splits)
+    options = {**_DECODE, **constants, "ROWS": _round_up(constants["GROUP"])}
     if splits == 1:
-        _decode[grid](query, out, out, layout.count, *new, *common, *strides, heads * size, 0, SPLITS=1, **options)
+        _decode[grid](query, out, out, count, *new, *common, *strides, heads * size, 0, SPLITS=1, **options)
         return
-    parts = torch.empty((rows, heads, splits, size), dtype=torch.float32, device=out.device)
+    partial = torch.empty((rows, heads, splits, size), dtype=torch.float32, device=out.device)
     sums = torch.empty((rows, heads, splits), dtype=torch.float32, device=out.device)
     widths = heads * splits * size, heads * splits
-    _decode[grid](query, parts, sums, layout.count, *new, *common, *strides, *widths, SPLITS=splits, **options)
-    _join[(rows, heads)](parts, sums, out, heads * size, SPLITS=splits, SIZE=size, WIDE=_wide(size), num_warps=1)
+    _decode[grid](query, partial, sums, count, *new, *common, *strides, *widths, SPLITS=splits, **options)
+    _join[(rows, heads)](partial, sums, out, heads * size, SPLITS=splits, SIZE=size, WIDE=_round_up(size), num_warps=1)
 
 
-def _wide(size: int) -> int:
-    """What a kernel has in the place of `size`: Triton's ranges are powers of two, and its products take 16 or more."""
+def _round_up(size: int) -> int:
+    """The width of a range that holds `size`: ranges of Triton are powers of two, and its products take 16 or more."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -193,14 +192,14 @@ def _decode(
     each = tl.arange(0, WIDE)
     inside = each < SIZE
     heads = key_head * GROUP + rows
-    mine = rows < GROUP
-    mine_inside = mine[:, None] & inside[None, :]
+    valid = rows < GROUP
+    valid_inside = valid[:, None] & inside[None, :]
     query = tl.load(
-        queries + token * query_token + heads[:, None] * query_head + each[None, :], mask=mine_inside, other=0.0
+        queries + token * query_token + heads[:, None] * query_head + each[None, :], mask=valid_inside, other=0.0
     )
     slope = tl.zeros([ROWS], tl.float32)
     if ALIBI:
-        slope = tl.load(slopes + heads, mask=mine, other=0.0) * 1.4426950408889634
+        slope = tl.load(slopes + heads, mask=valid, other=0.0) * 1.4426950408889634
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, WIDE], tl.float32)
@@ -221,12 +220,12 @@ def _decode(
     result = mixed / tl.where(total > 0, total, 1.0)[:, None]
     if SPLITS == 1:
         to = out + token * out_token + heads[:, None] * SIZE + each[None, :]
-        tl.store(to, result.to(out.dtype.element_ty), mask=mine_inside)
+        tl.store(to, result.to(out.dtype.element_ty), mask=valid_inside)
     else:
         to = out + token * out_token + (heads[:, None] * SPLITS + split) * SIZE + each[None, :]
-        tl.store(to, result, mask=mine_inside)
+        tl.store(to, result, mask=valid_inside)
         weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-        tl.store(sums + token * sums_token + heads * SPLITS + split, weight, mask=mine)
+        tl.store(sums + token * sums_token + heads * SPLITS + split, weight, mask=valid)
 
 
 @triton.jit
@@ -238,8 +237,8 @@ def _join(parts, sums, out, out_token, SPLITS: tl.constexpr, SIZE: tl.constexpr,
     each = tl.arange(0, WIDE)
     inside = each < SIZE
     weight = tl.load(sums + row * SPLITS + splits)
-    most = tl.max(weight, 0)
-    weight = tl.exp2(weight - tl.where(most == float("-inf"), 0.0, most))
+    largest = tl.max(weight, 0)
+    weight = tl.exp2(weight - tl.where(largest == float("-inf"), 0.0, largest))
     part = tl.load(parts + (row * SPLITS + splits)[:, None] * SIZE + each[None, :], mask=inside[None, :])
     total = tl.sum(weight, 0)
     mixed = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
@@ -260,9 +259,9 @@ def _prefill(
         return
     rows = tl.arange(0, QUERIES)
     each = tl.arange(0, WIDE)
-    mine = (rows < count)[:, None] & (each < SIZE)[None, :]
+    valid = (rows < count)[:, None] & (each < SIZE)[None, :]
     query = tl.load(
-        queries + (token + rows)[:, None] * query_token + head * query_head + each[None, :], mask=mine,
+        queries + (token + rows)[:, None] * query_token + head * query_head + each[None, :], mask=valid,
         other=0.0,
     )  # fmt: skip
     place = tl.load(positions + token)
@@ -297,4 +296,4 @@ def _prefill(
         )  # fmt: skip
     to = out + (token + rows)[:, None] * out_token + head * SIZE + each[None, :]
     result = mixed / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(to, result.to(out.dtype.element_ty), mask=mine)
+    tl.store(to, result.to(out.dtype.element_ty), mask=valid)

@@ -1,146 +1,127 @@
-"""One model over several ranks: the first plans and reads; the others make the same steps as it tells them to."""
+"""One model over several ranks: the first one leads, and the others make the same steps as it tells them to.
+
+The leader alone has prompts, plans steps and reads tokens. Before each step it tells the others what to compute, so
+that all ranks make the same forwards in the same order.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from batchgen import device
-from batchgen.engine import OutOfStep
-from batchgen.engines.paged.flight import Flight
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engine import Peers, SignsOfLife
+from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.runner import Runner
+from batchgen.engines.paged.sizing import CacheLesson
 from batchgen.engines.paged.step import Step
+from batchgen.generation import selftest
 from batchgen.types import Tokens
 
-_WORD_SECONDS = 1.0
+_SILENT_SECONDS = 1.0  # at most, of a leader with nothing to do
 
 
-@dataclass(frozen=True)
-class Peers:
-    """Ranks with a share of each layer. All of them make each of the calls of both kinds, in the same order."""
+class _Message(IntEnum):
+    """What the leader tells the others begins with one of these numbers."""
 
-    place: int  # of this rank among them; 0: it plans
-    count: int
-    tell: Callable[[NDArray[np.int64]], None]  # the others; of the first rank
-    told: Callable[[], NDArray[np.int64]]  # what it tells; of the others
-    any_rank: Callable[[bool], bool]  # whether it is true on one of them
-    least: Callable[[int], int]  # the smallest of their numbers
-    tokens: Callable[[torch.Tensor], torch.Tensor]  # puts the first rank's in their place
-
-    @classmethod
-    def alone(cls) -> Peers:
-        """A rank that has nobody to tell anything."""
-
-        def same(what: Any) -> Any:
-            return what
-
-        return cls(0, 1, tell=same, told=lambda: np.array([_Word.END]), any_rank=same, least=same, tokens=same)
-
-
-class _Word(IntEnum):
-    """What the first rank tells begins with one of these."""
-
-    ASK = 0  # whether one of them wants to stop
+    ASK_TO_STOP = 0  # whether one of them was asked to stop
     END = 1
     STEP = 2  # a packed `Step` follows
-    LOOK = 3  # at the first tokens of a row, which takes a forward: those of its prompt, counted, and generated ones
-
-
-def no_memory(pages: int) -> OutOfStep:
-    """What ends the attempt when one of the ranks had no memory beside a cache of so many pages.
-
-    The limit that is recorded of it has the size of that cache as its length, below which the next attempt begins.
-    """
-    error = OutOfStep("out of memory in a step that several ranks take together")
-    error.length, error.rows = pages * SIZE, 2
-    return error
+    SELF_TEST = 3  # of a row: how many tokens its prompt has, these tokens, and those that were generated
 
 
 class Leader:
-    """A runner whose steps the other ranks make, too.
+    """Makes the other ranks make the steps of this one.
 
     Args:
-        count: is called when the others are about to be told to do something.
-        hear: is called when they have answered, and there is nothing to do.
+        runner: of this rank.
+        peers: the ranks that hold the model together with this one, which is their first.
+        signs: count a step when the others are about to be told something, so that a leader which does not come to that
+            has counted less than those that wait for it; and an idle report when they have answered.
     """
 
-    def __init__(self, runner: Runner, peers: Peers, count: Callable[[], None], hear: Callable[[], None]) -> None:
-        self._runner, self._peers, self._count, self._hear = runner, peers, count, hear
-        self._spoke = time.monotonic()
-        self.asked_to_stop = False  # one of the others was
+    def __init__(self, runner: Runner, peers: Peers, signs: SignsOfLife) -> None:
+        self._runner, self._peers, self._signs = runner, peers, signs
+        self._asked_at = time.monotonic()
+        self.must_stop = False  # another rank was asked to stop
 
-    def launch(self, step: Step) -> Flight:
+    def launch(self, step: Step) -> LaunchedStep:
         """Starts a step, on all ranks."""
-        self._tell(_Word.STEP, step.packed())
+        self._tell(_Message.STEP, step.pack())
         return self._runner.launch(step)
 
-    def breathe(self) -> None:
-        """About once a second asks whether another rank was asked to stop, so that those hear from this one."""
-        if time.monotonic() - self._spoke > _WORD_SECONDS:
-            self._peers.tell(np.array([_Word.ASK]))
-            self.asked_to_stop |= self._peers.any_rank(False)
-            self._spoke = time.monotonic()
-            self._hear()
+    def ask_to_stop(self) -> None:
+        """About once a second, asks whether another rank was asked to stop; so they hear that this one is alive."""
+        if time.monotonic() - self._asked_at > _SILENT_SECONDS:
+            self._peers.tell(np.array([_Message.ASK_TO_STOP]))
+            self.must_stop |= self._peers.any_rank(False)
+            self._asked_at = time.monotonic()
+            self._signs.idle_reports += 1
 
-    def look(self, prompt: Tokens, tokens: Tokens) -> None:
-        """The others are about to look at those tokens, and so should this one."""
-        self._tell(_Word.LOOK, np.array([len(prompt), *prompt, *tokens]))
+    def announce_self_test(self, prompt: Tokens, tokens: Tokens) -> None:
+        """The others take part in the forward of a self-test, which this rank makes next."""
+        self._tell(_Message.SELF_TEST, np.array([len(prompt), *prompt, *tokens]))
 
     def end(self) -> None:
-        """The others leave `follow`."""
-        self._tell(_Word.END)
+        """There are no more steps: the others leave `Follower.follow`."""
+        self._tell(_Message.END)
 
-    def _tell(self, word: _Word, numbers: NDArray[np.int64] | None = None) -> None:
-        self._count()
-        self._peers.tell(np.array([word]) if numbers is None else np.concatenate([[word], numbers]))
+    def _tell(self, message: _Message, numbers: NDArray[np.int64] | None = None) -> None:
+        self._signs.steps += 1
+        self._peers.tell(np.array([message]) if numbers is None else np.concatenate([[message], numbers]))
 
 
-def follow(
-    runner: Runner,
-    peers: Peers,
-    look: Callable[[Tokens, Tokens], object],
-    stop: Callable[[], bool],
-    count: Callable[[], None],
-    hear: Callable[[], None],
-) -> None:
-    """Makes the steps that the first rank tells, until it says that there are no more.
+class Follower:
+    """Makes the steps that the leader tells this rank to make.
 
     Args:
-        look: makes the forward of the first rank's look at a row, given the tokens of its prompt and generated ones.
-        stop: whether this rank was asked to stop; the first one is told.
-        count: is called when this rank is ready to be told what to do. So whoever does not come to that, the first rank
-            included, has counted less than the others that wait for it.
-        hear: is called when the first rank has said that there is nothing to do.
-
-    Raises:
-        OutOfStep: this rank has no memory for a step.
+        runner: of this rank.
+        peers: the ranks that hold the model together with this one, which is not their first.
+        signs: count a step when this rank is ready to be told something, so that whoever does not come to that, the
+            leader included, has counted less than the ranks that wait for it; and an idle report when the leader has
+            said that there is nothing to do.
     """
-    before: Flight | None = None
-    count()
-    while (told := peers.told())[0] != _Word.END:
-        if told[0] == _Word.ASK:
-            peers.any_rank(stop())
-            hear()
-            continue
-        try:
-            if told[0] == _Word.LOOK:
-                prompt, tokens = np.split(told[2:], [told[1]])
-                look(prompt.tolist(), tokens.tolist())
-            else:
-                flight = runner.launch(Step.unpacked(told[1:]))
-                if before is not None:
-                    before.wait()  # its arrays are filled again two steps later
-                before = flight
-        except (RuntimeError, MemoryError) as error:
-            if not device.is_out_of_memory(error):
-                raise
-            raise no_memory(runner.pages) from error
-        count()
+
+    def __init__(self, runner: Runner, peers: Peers, signs: SignsOfLife) -> None:
+        self._runner, self._peers, self._signs = runner, peers, signs
+        self._in_flight: LaunchedStep | None = None
+
+    def follow(self, stop: Callable[[], bool]) -> None:
+        """Makes steps until the leader says that there are no more.
+
+        Args:
+            stop: whether this rank was asked to stop; the leader is told.
+
+        Raises:
+            OutOfStep: this rank has no memory for a step.
+        """
+        self._signs.steps += 1
+        while (told := self._peers.told())[0] != _Message.END:
+            if told[0] == _Message.ASK_TO_STOP:
+                self._peers.any_rank(stop())
+                self._signs.idle_reports += 1
+                continue
+            try:
+                if told[0] == _Message.SELF_TEST:
+                    self._take_part_in_self_test(told[1:])
+                else:
+                    self._launch(Step.unpack(told[1:]))
+            except (RuntimeError, MemoryError) as error:
+                if not device.is_out_of_memory(error):
+                    raise
+                raise CacheLesson(self._runner.pages).to_error() from error
+            self._signs.steps += 1
+
+    def _launch(self, step: Step) -> None:
+        launched = self._runner.launch(step)
+        if self._in_flight is not None:
+            self._in_flight.wait()  # its buffers are filled again two steps later
+        self._in_flight = launched
+
+    def _take_part_in_self_test(self, numbers: NDArray[np.int64]) -> None:
+        prompt, tokens = np.split(numbers[1:], [numbers[0]])
+        selftest.logits_of(self._runner.model, prompt.tolist(), tokens.tolist(), device=self._runner.device)

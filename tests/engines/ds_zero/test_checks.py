@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchgen.engine import EngineError
-from batchgen.engines.ds_zero.checks import check_folder, check_host_memory, check_space, lockable_bytes
+from batchgen.engines.ds_zero.checks import check_folder, check_host_memory, check_space, read_lockable_bytes
 from batchgen.engines.ds_zero.offload import Offload
 
 TB = 10**12
@@ -18,12 +18,13 @@ TB = 10**12
 _LOCK = """
 import os, resource, sys
 from batchgen.engine import EngineError
-from batchgen.offload import Offload, check_locked_memory
-from batchgen.engines.ds_zero.checks import lockable_bytes
+from batchgen.engines.ds_zero.checks import check_locked_memory
+from batchgen.engines.ds_zero.offload import Offload
+from batchgen.engines.ds_zero.checks import read_lockable_bytes
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 8_000_000))
 if os.geteuid() == 0:
     os.setgid(65534), os.setuid(65534)
-print(lockable_bytes())
+print(read_lockable_bytes())
 check_locked_memory(Offload({}, {}, 0, 7_000_000, 0, 0))
 print(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
 try:
@@ -78,5 +79,5 @@ def test_what_may_be_locked_is_the_hard_limit_and_a_lower_soft_one_is_raised() -
 
 
 def test_there_is_a_limit_or_there_is_none() -> None:
-    limit = lockable_bytes()
+    limit = read_lockable_bytes()
     assert limit is None or limit > 0

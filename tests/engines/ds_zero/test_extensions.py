@@ -88,7 +88,7 @@ def test_one_process_builds_and_another_waits_and_says_so(tmp_path: Path, monkey
         waiting.set()
 
     def wait() -> None:
-        with extensions._locked(tmp_path, report):
+        with extensions._lock_folder(tmp_path, report):
             entered.set()
 
     try:
@@ -109,7 +109,7 @@ def test_one_process_builds_and_another_waits_and_says_so(tmp_path: Path, monkey
 def test_a_long_build_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extensions, "_LINE_SECONDS", 0.01)
     spoken = threading.Event()
-    with extensions._reporting("building it", lambda line: spoken.set()):
+    with extensions._report_progress("building it", lambda line: spoken.set()):
         assert spoken.wait(30)
 
 
@@ -119,7 +119,7 @@ def test_locks_of_a_killed_build_hold_nobody_up() -> None:
     cache = cache_folder(os.environ)  # the user's own, so that it is built once on a machine
     command = [sys.executable, "-c", _PREPARE, str(cache)]
     subprocess.run(command, check=True)
-    built = cache / "extensions" / extensions._key()
+    built = cache / "extensions" / extensions._make_key()
     for operation in ("pin_memory", "async_io"):
         (built / operation / "lock").touch()
     for process in [subprocess.Popen(command) for _ in range(2)]:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from batchgen.engine import OutOfStep
-from batchgen.engines.ds_zero import gather
-from batchgen.engines.ds_zero.gather import Gathered
+from batchgen.engines.ds_zero.decoder_layers import are_layers_listed, find_layers
+from batchgen.engines.ds_zero.gather import LayerGatherer, raise_out_of_step
 from tests import tiny_models as models
 
 IDS = torch.arange(4, 24)[None]
@@ -54,10 +54,10 @@ def logits(model: Any) -> torch.Tensor:
 
 def test_a_model_says_the_same_at_its_first_and_later_forwards(model: Any) -> None:
     made = sharded(model)
-    layers = gather.layers(made)
-    assert gather.lists_layers(made.config)
+    layers = find_layers(made)
+    assert are_layers_listed(made.config)
     assert len(layers) == 5
-    gathered = Gathered(made, layers, torch.device("cpu"), host=True)
+    gathered = LayerGatherer(made, layers, torch.device("cpu"), host=True)
     for _ in range(3):
         assert torch.equal(logits(made), logits(model))
     gathered.close()
@@ -65,9 +65,9 @@ def test_a_model_says_the_same_at_its_first_and_later_forwards(model: Any) -> No
 
 def test_between_forwards_the_layers_hold_nothing_and_a_tied_embedding_stays(model: Any) -> None:
     made = sharded(model)
-    gathered = Gathered(made, gather.layers(made), torch.device("cpu"), host=True)
+    gathered = LayerGatherer(made, find_layers(made), torch.device("cpu"), host=True)
     logits(made)
-    assert all(one.numel() == 0 for layer in gather.layers(made) for one in layer.parameters())
+    assert all(one.numel() == 0 for layer in find_layers(made) for one in layer.parameters())
     tied = made.get_input_embeddings().weight is made.get_output_embeddings().weight
     assert (made.get_input_embeddings().weight.numel() > 0) == tied
     gathered.close()
@@ -75,7 +75,7 @@ def test_between_forwards_the_layers_hold_nothing_and_a_tied_embedding_stays(mod
 
 def test_one_rank_alone_has_all_in_its_place(model: Any) -> None:
     made = sharded(model)
-    gathered = Gathered(made, gather.layers(made), torch.device("cpu"))
+    gathered = LayerGatherer(made, find_layers(made), torch.device("cpu"))
     assert not any(module._forward_pre_hooks for module in made.modules())
     assert torch.equal(logits(made), logits(model))
     assert gathered.elements == sum(one.numel() for one in model.parameters())
@@ -88,7 +88,7 @@ def test_a_weight_of_another_type_or_of_two_layers_keeps_its_type_and_its_ties()
     plain.model.layers[1].input_layernorm.weight.data = torch.rand(32).to(torch.bfloat16)
     plain.model.layers[2].mlp.up_proj.weight = plain.model.layers[0].mlp.up_proj.weight
     made = sharded(plain)
-    gathered = Gathered(made, gather.layers(made), torch.device("cpu"), host=True)
+    gathered = LayerGatherer(made, find_layers(made), torch.device("cpu"), host=True)
     for _ in range(2):
         assert torch.equal(logits(made), logits(plain))
     assert made.model.layers[1].input_layernorm.weight.dtype == torch.bfloat16
@@ -96,15 +96,15 @@ def test_a_weight_of_another_type_or_of_two_layers_keeps_its_type_and_its_ties()
 
 
 def test_a_kind_of_model_that_is_not_known_lists_no_layers() -> None:
-    assert not gather.lists_layers(PretrainedConfig())
+    assert not are_layers_listed(PretrainedConfig())
 
 
 def test_whoever_reads_a_weight_out_of_turn_fails() -> None:
     made = sharded(models.llama(300))
-    gathered = Gathered(made, gather.layers(made), torch.device("cpu"), host=True)
+    gathered = LayerGatherer(made, find_layers(made), torch.device("cpu"), host=True)
     logits(made)
     with pytest.raises(RuntimeError):
-        gather.layers(made)[0].self_attn.o_proj(torch.ones(1, 32))
+        find_layers(made)[0].self_attn.o_proj(torch.ones(1, 32))
     gathered.close()
 
 
@@ -113,7 +113,7 @@ def test_a_forward_that_takes_another_way_gets_the_weights_that_it_asks_for() ->
     plain = copy.deepcopy(made)
     made.dtype, made.get_input_embeddings, made.get_output_embeddings = torch.float32, lambda: None, lambda: None
     made = sharded(made)
-    gathered = Gathered(made, list(made), torch.device("cpu"), host=True)
+    gathered = LayerGatherer(made, list(made), torch.device("cpu"), host=True)
     inputs = torch.randn(2, 8)
     for way in (range(7), range(6, -1, -1), (0, 3, 1, 4, 2), range(7)):
         found = expected = inputs
@@ -128,4 +128,4 @@ def test_out_of_memory_inside_a_forward_is_everybodys() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with pytest.raises(OutOfStep, match="inside a forward that the ranks make together"):
-        gather.fatal_if_out_of_memory(forward)()
+        raise_out_of_step(forward)()

@@ -10,7 +10,7 @@ import torch
 from transformers import BloomConfig, LlamaConfig
 
 from batchgen.engine import EngineError
-from batchgen.engines.ds_zero.offload import Offload, cpu, nvme
+from batchgen.engines.ds_zero.offload import NvmeSettings, Offload, plan_cpu, plan_nvme
 from batchgen.models.parameters import Parameters, list_parameters
 
 MIB = 1 << 20
@@ -23,7 +23,7 @@ def bloom_7b() -> Parameters:
 
 
 def planned(sizes: Parameters, ranks: int = 1, **settings: int) -> Offload:
-    return nvme(sizes, ranks, FOLDER, pin_memory=True, **settings)
+    return plan_nvme(sizes, ranks, FOLDER, NvmeSettings(pin_memory=True, **settings))
 
 
 def test_a_buffer_holds_a_ranks_shard_of_the_largest_parameter(bloom_7b: Parameters) -> None:
@@ -46,7 +46,7 @@ def test_what_is_in_files_and_what_stays_in_memory_is_everything(bloom_7b: Param
     for ranks in (1, 2, 8, 64):
         plan = planned(bloom_7b, ranks)
         whole = plan.file_bytes + plan.host_bytes - plan.locked_bytes
-        padding = len(bloom_7b.of) * 8 * 1024
+        padding = len(bloom_7b.by_name) * 8 * 1024
         assert bloom_7b.shard_bytes(ranks) <= whole <= bloom_7b.shard_bytes(ranks) + padding
 
 
@@ -64,7 +64,8 @@ def test_there_are_buffers_for_a_whole_layer_and_what_is_tied_and_no_fewer_are_l
     )
 
     def count(sizes: Parameters, ranks: int, lockable_bytes: int | None) -> Any:
-        plan = nvme(sizes, ranks, FOLDER, pin_memory=False, whole_layers=True, lockable_bytes=lockable_bytes)
+        settings = NvmeSettings(pin_memory=False, whole_layers=True, lockable_bytes=lockable_bytes)
+        plan = plan_nvme(sizes, ranks, FOLDER, settings)
         return plan.offload_param["buffer_count"]
 
     for lockable_bytes in (None, 0, 1 << 40):
@@ -83,11 +84,11 @@ def test_the_settings_are_deepspeeds_own(bloom_7b: Parameters) -> None:
     assert (section.device, section.nvme_path, section.pin_memory) == ("nvme", FOLDER, True)
     assert plan.aio is not None
     assert get_aio_config({"aio": plan.aio}) == {**plan.aio, "use_gds": False}
-    assert DeepSpeedZeroOffloadParamConfig(**cpu(bloom_7b, 2, pin_memory=False).offload_param).device == "cpu"
+    assert DeepSpeedZeroOffloadParamConfig(**plan_cpu(bloom_7b, 2, pin_memory=False).offload_param).device == "cpu"
 
 
 def test_on_the_cpu_every_shard_is_in_memory(bloom_7b: Parameters) -> None:
-    plan = cpu(bloom_7b, 4, pin_memory=True)
+    plan = plan_cpu(bloom_7b, 4, pin_memory=True)
     assert (plan.host_bytes, plan.locked_bytes, plan.file_bytes) == (bloom_7b.shard_bytes(4), 0, 0)
     assert plan.aio is None
 

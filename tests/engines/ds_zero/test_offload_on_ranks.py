@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from batchgen.engines.ds_zero.quantization import quantization_section, quantized
+from batchgen.engines.ds_zero.quantization import make_quantization_section, plan_quantized
 from batchgen.models.parameters import list_parameters
 from tests import tiny_models as models
 from tests.engines import engine_rank
@@ -33,7 +33,7 @@ def test_quantised_weights_give_the_text_of_the_same_weights_rounded(
 
     folder = request.getfixturevalue(name)
     assert bits in (4, 8)
-    settings = quantization_section(bits, 16)
+    settings = make_quantization_section(bits, 16)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"weight_quantization": settings}))
 
@@ -52,4 +52,4 @@ def test_quantised_weights_give_the_text_of_the_same_weights_rounded(
     assert texts == {count: expected(model, count) for count in SETS}
     assert texts[SETS[-1]] != exact  # lossy, as is said
     sizes = list_parameters(AutoConfig.from_pretrained(folder), torch.float32)
-    assert quantized(sizes, bits, 16).read_bytes < sizes.read_bytes / (1.8 if bits == 8 else 2.4)
+    assert plan_quantized(sizes, bits, 16).read_bytes < sizes.read_bytes / (1.8 if bits == 8 else 2.4)

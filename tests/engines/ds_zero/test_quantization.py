@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from batchgen.engine import EngineError
-from batchgen.engines.ds_zero.quantization import Bits, check_quantization, quantization_section, quantized
+from batchgen.engines.ds_zero.quantization import Bits, check_quantization, make_quantization_section, plan_quantized
 from batchgen.models.parameters import list_parameters
 from tests import tiny_models as models
 
@@ -17,7 +17,7 @@ from tests import tiny_models as models
 def test_the_settings_are_deepspeeds_own() -> None:
     from deepspeed.inference.config import WeightQuantConfig
 
-    given = quantization_section(4, 32)
+    given = make_quantization_section(4, 32)
     assert given == {"quantized_initialization": {"num_bits": 4, "group_size": 32, "group_dim": 1, "symmetric": False}}
     assert WeightQuantConfig(**given).quantized_initialization == given["quantized_initialization"]
 
@@ -30,17 +30,17 @@ def test_sizes_are_those_that_deepspeed_stores(
     from deepspeed.inference.quantization.utils import _quantize_param
 
     plain = list_parameters(AutoConfig.from_pretrained(tiny_llama), dtype)
-    small = quantized(plain, bits, group_size)
-    settings = quantization_section(bits, group_size)["quantized_initialization"]
-    for name, parameter in plain.of.items():
+    small = plan_quantized(plain, bits, group_size)
+    settings = make_quantization_section(bits, group_size)["quantized_initialization"]
+    for name, parameter in plain.by_name.items():
         if not parameter.quantizable:
-            assert small.of[name] == parameter
+            assert small.by_name[name] == parameter
             continue
         weight = torch.nn.Parameter(torch.rand(parameter.shape, dtype=dtype), requires_grad=False)
         _quantize_param(weight, settings)
-        assert small.of[name].numel == weight.numel(), name
-    assert any("norm" in name and not parameter.quantizable for name, parameter in plain.of.items())
-    assert any(parameter.quantizable for parameter in plain.of.values())
+        assert small.by_name[name].numel == weight.numel(), name
+    assert any("norm" in name and not parameter.quantizable for name, parameter in plain.by_name.items())
+    assert any(parameter.quantizable for parameter in plain.by_name.values())
 
 
 def test_a_group_that_does_not_divide_a_weight_is_refused_with_one_that_does(tiny_llama: Path) -> None:
@@ -69,6 +69,6 @@ def test_weights_saved_in_another_type_than_the_runs_are_refused(tiny_llama: Pat
 
 def test_other_numbers_of_bits_are_refused() -> None:
     with pytest.raises(EngineError, match="4 or 8 bits, not to 3"):
-        quantization_section(3)  # type: ignore[arg-type]
+        make_quantization_section(3)  # type: ignore[arg-type]
     with pytest.raises(EngineError, match="1 or more, not 0"):
-        quantization_section(4, 0)
+        make_quantization_section(4, 0)

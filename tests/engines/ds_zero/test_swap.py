@@ -14,7 +14,7 @@ from batchgen.engines.ds_zero.swap import SwapFolder
 _RANK = """
 import sys, time
 from pathlib import Path
-from batchgen.offload import SwapFolder
+from batchgen.engines.ds_zero.swap import SwapFolder
 swap = SwapFolder(Path(sys.argv[1]), "run", 1)
 swap.open()
 print("open", flush=True)

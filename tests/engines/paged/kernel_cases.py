@@ -31,7 +31,7 @@ def attentions(device: str) -> Iterator[tuple[str, bool]]:
     for number, dtype in enumerate(shapes):
         for heads, key_heads, size in shapes[dtype]:
             for window, alibi, splits in _KINDS:
-                of = with_stale_cache(case(heads, key_heads, size, dtype, window=window, alibi=alibi, seed=number))
+                of = with_stale_cache(case((heads, key_heads, size), dtype, window=window, alibi=alibi, seed=number))
                 if splits == 1:  # a token in the middle of a block, one at the beginning of another
                     of = with_broken_token(with_broken_token(of, 1, 20, torch.nan), 3, 64, torch.inf)
                 output, cache = errors(of, device, splits)
@@ -39,8 +39,8 @@ def attentions(device: str) -> Iterator[tuple[str, bool]]:
                 yield f"{what}: {output:.1e}, cache {cache:.1e}", output < TOLERANCES[dtype] and cache == 0
 
 
-def products(device: str) -> Iterator[tuple[str, bool]]:
-    """As `attentions`, of few tokens and a layer's weights."""
+def linear_layers(device: str) -> Iterator[tuple[str, bool]]:
+    """As `attentions`, of the products of few tokens and a linear layer's weights."""
     from batchgen.engines.paged import skinny_gemm
 
     source = torch.Generator().manual_seed(0)
@@ -57,7 +57,7 @@ def products(device: str) -> Iterator[tuple[str, bool]]:
                 expected = F.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
                 moved = inputs.to(device), weight.to(device), None if bias is None else bias.to(device)
                 with poisoned():
-                    out = skinny_gemm.product(*moved).cpu().double()
+                    out = skinny_gemm.multiply(*moved).cpu().double()
                 error = ((out - expected).norm() / expected.norm()).item()
                 yield f"{dtype} {tokens}x{depth}x{columns} bias={biased}: {error:.1e}", error < TOLERANCES[dtype]
 
@@ -65,7 +65,7 @@ def products(device: str) -> Iterator[tuple[str, bool]]:
 def main(device: str) -> None:
     """Writes a line a case; the last one says whether all are right."""
     wrong = 0
-    for cases in (products, attentions):
+    for cases in (linear_layers, attentions):
         for line, right in cases(device):
             wrong += not right
             sys.stdout.write(f"{line} {'' if right else 'WRONG'}\n")

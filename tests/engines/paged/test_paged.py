@@ -14,6 +14,8 @@ from batchgen.engine import EngineError, Setup
 from batchgen.engines import parse_options
 from batchgen.engines.accelerate import Accelerate
 from batchgen.engines.paged.engine import Paged
+from batchgen.engines.paged.finished_rows import FinishedRow
+from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.loop import Loop
 from batchgen.types import Batch, Generation, Prompt, SamplingParams
 from batchgen.world import World
@@ -30,9 +32,9 @@ def load(model: Path, *settings: str, batch_size: int | None = None, selftest: b
 
 
 def texts(engine: Paged | Accelerate, prompts: Sequence[Prompt]) -> dict[str, Generation]:
-    found = [g for batch in engine.generate(iter(prompts), lambda: False) for g in batch.generations]
-    assert len(found) == len(prompts)
-    return {generation.id: generation for generation in found}
+    generations = [g for batch in engine.generate(iter(prompts), lambda: False) for g in batch.generations]
+    assert len(generations) == len(prompts)
+    return {generation.id: generation for generation in generations}
 
 
 def prompts(count: int = 50) -> list[Prompt]:
@@ -60,20 +62,20 @@ def test_the_tokens_are_those_of_generate(kind: Path) -> None:
         (["cache_tokens=256", "expected_share=0.05", "step_tokens=64"], 16),
     ):
         with load(kind, *settings, batch_size=batch_size) as engine:
-            found = texts(engine, rows)
+            generations = texts(engine, rows)
             assert (engine.preemptions > 0) == (len(settings) == 3)
         for row in rows:
-            assert found[row.id].generated_tokens == len(alone[row.id])
-            assert found[row.id].text == model.tokenizer.decode(alone[row.id]), (settings, row.id)
+            assert generations[row.id].generated_tokens == len(alone[row.id])
+            assert generations[row.id].text == model.tokenizer.decode(alone[row.id]), (settings, row.id)
 
 
 def test_rows_that_ask_get_the_logprobs_of_the_model_itself(kind: Path) -> None:
     rows = models.asking_prompts(30)
     model = models.Model(kind)
     with load(kind, "cache_tokens=128", "expected_share=0.05", "step_tokens=50") as engine:
-        found = texts(engine, rows)
+        generations = texts(engine, rows)
         assert engine.preemptions > 0
-    model.check_logprobs(rows, found)
+    model.check_logprobs(rows, generations)
 
 
 def test_a_window_that_the_config_names_but_does_not_use_is_none(tmp_path: Path) -> None:
@@ -85,8 +87,8 @@ def test_a_window_that_the_config_names_but_does_not_use_is_none(tmp_path: Path)
     rows = prompts(8)
     model = models.Model(path)
     with load(path) as engine:
-        found = texts(engine, rows)
-    assert {row.id: found[row.id].text for row in rows} == {
+        generations = texts(engine, rows)
+    assert {row.id: generations[row.id].text for row in rows} == {
         row.id: model.tokenizer.decode(model.alone(row)) for row in rows
     }
 
@@ -102,18 +104,18 @@ def test_the_default_model_says_what_it_says_alone(smollm2: Path) -> None:
         for n, (text, tokens) in enumerate(zip(said, model.tokenizer.tokenize(said, special=False), strict=True))
     ]
     with load(smollm2, batch_size=5) as engine:
-        found = texts(engine, rows)
+        generations = texts(engine, rows)
     for row in rows[::3]:
-        assert found[row.id].text == model.tokenizer.decode(model.alone(row))
+        assert generations[row.id].text == model.tokenizer.decode(model.alone(row))
 
 
 def test_sampled_rows_and_stop_texts_are_those_of_another_engine(tiny_llama: Path) -> None:
     rows = prompts(40)
     for number, row in enumerate(rows):
         sampling = {"temperature": 0.8, "top_p": 0.9} if number % 3 == 1 else {"temperature": 1.0, "top_k": 20}
-        chosen = sampling if number % 3 else {}
+        row_sampling = sampling if number % 3 else {}
         stop = ("a", "é") if number % 4 == 0 else ()
-        row.params = SamplingParams(max_new_tokens=5 + number, seed=5, stop=stop, **chosen)  # type: ignore[arg-type]
+        row.params = SamplingParams(max_new_tokens=5 + number, seed=5, stop=stop, **row_sampling)  # type: ignore[arg-type]
     with Accelerate(Setup(str(tiny_llama), "float32", 8, World()), Accelerate.Options()) as other:
         expected = texts(other, rows)
     with load(tiny_llama, "cache_tokens=256", "expected_share=0.05", "step_tokens=50") as engine:
@@ -149,9 +151,9 @@ def test_a_stop_request_leaves_soon_with_what_has_finished(tiny_llama: Path) -> 
 def test_tokens_and_steps_are_counted(tiny_llama: Path) -> None:
     rows = prompts(10)
     with load(tiny_llama) as engine:
-        found = texts(engine, rows)
+        generations = texts(engine, rows)
         # A row's end is seen a step late, and the token of that step counts for nothing.
-        wanted = sum(generation.generated_tokens for generation in found.values())
+        wanted = sum(generation.generated_tokens for generation in generations.values())
         assert engine.signs.generated_tokens == wanted
         assert 0 < engine.signs.steps < wanted
 
@@ -167,12 +169,17 @@ def test_a_model_that_is_not_covered_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_batch_size_is_the_most_at_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    sizes: list[int] = []
     read = Loop._read
-    monkeypatch.setattr(Loop, "_read", lambda loop, flight: (seen.append(len(flight.step.rows)), read(loop, flight)))
+
+    def counted(loop: Loop, launched: LaunchedStep) -> list[FinishedRow]:
+        sizes.append(len(launched.step.rows))
+        return read(loop, launched)
+
+    monkeypatch.setattr(Loop, "_read", counted)
     with load(tiny_llama, batch_size=3) as engine:
         texts(engine, prompts(20))
-    assert max(seen) == 3
+    assert max(sizes) == 3
 
 
 @pytest.mark.slow
@@ -187,8 +194,8 @@ def test_a_killed_run_goes_on_with_other_ranks_and_gives_the_same_text(tiny_llam
         environment={**kill, "PYTHONPATH": str(killing_after(tmp_path, steps=60))},
     )
     assert first.returncode == -9
-    again = runs.run(*runs.command(rows, broken, tiny_llama, *words, "--ranks", "2", engine="paged"))
-    assert again.returncode == 0, again.stderr
+    resumed = runs.run(*runs.command(rows, broken, tiny_llama, *words, "--ranks", "2", engine="paged"))
+    assert resumed.returncode == 0, resumed.stderr
     assert runs.texts(broken) == runs.texts(whole)
     for row, other in zip(runs.read(broken), runs.read(whole), strict=True):
         assert len(row["logprobs"]) == row["generated_tokens"]
@@ -205,11 +212,11 @@ def killing_after(folder: Path, steps: int) -> Path:
         "if os.environ.get('BATCHGEN_TEST_KILL'):\n"
         "    import batchgen.engines.paged.loop as loop\n"
         "    read, count = loop.Loop._read, [0]\n"
-        "    def dying(self, flight):\n"
+        "    def dying(self, launched):\n"
         "        count[0] += 1\n"
         f"        if count[0] > {steps}:\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return read(self, flight)\n"
+        "        return read(self, launched)\n"
         "    loop.Loop._read = dying\n"
     )
     return made

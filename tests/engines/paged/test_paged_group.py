@@ -23,7 +23,7 @@ KINDS = {
     "qwen3": models.qwen3,
     "mistral": models.mistral,
 }
-# A cache in which rows are put back, and steps in which prompts are computed in parts.
+# A cache so small that rows are preempted, and steps so small that prompts are computed in chunks.
 TIGHT = ("tp=2", "cache_tokens=256", "expected_share=0.05", "step_tokens=16")
 
 
@@ -47,17 +47,17 @@ def test_each_kind_of_model_over_two_ranks_says_what_it_says_alone(
     kind: str, folders: dict[str, Path], over_two: Path
 ) -> None:
     expected = zero_matrix.alone(folders[kind], engine_rank.prompts(30))
-    found = engine_rank.texts(over_two / kind)
-    assert found[30] == {index: one.text for index, one in expected.items()}
+    results = engine_rank.texts(over_two / kind)
+    assert results[30] == {index: one.text for index, one in expected.items()}
     zero_matrix.check_logprobs(engine_rank.logprobs(over_two / kind)[30], expected)
 
 
 @pytest.mark.slow
 def test_groups_are_streams_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:
-    found = engine_rank.ranks(4, folders["llama"], ["tp=2"], tmp_path / "ranks", (1, 20), engine="paged")
+    results = engine_rank.ranks(4, folders["llama"], ["tp=2"], tmp_path / "ranks", (1, 20), engine="paged")
     for count in (1, 20):  # of one prompt, the second group has none
         expected = zero_matrix.alone(folders["llama"], engine_rank.prompts(count))
-        assert found[count] == {index: one.text for index, one in expected.items()}
+        assert results[count] == {index: one.text for index, one in expected.items()}
 
 
 @pytest.mark.slow
@@ -83,8 +83,8 @@ FROZEN_LOADING = """
 import os
 if os.environ.get("RANK") == "1":
     import signal
-    from batchgen.tensor_parallel import share
-    share.bring = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGSTOP)
+    from batchgen.tensor_parallel import shard
+    shard.copy_weights = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
@@ -146,12 +146,12 @@ LATE = """
 import os
 if os.environ.get("RANK") == "1":
     import time
-    from batchgen.tensor_parallel import share
-    bring = share.bring
+    from batchgen.tensor_parallel import shard
+    copy_weights = shard.copy_weights
     def slowly(*arguments, **options):
         time.sleep(5)
-        return bring(*arguments, **options)
-    share.bring = slowly
+        return copy_weights(*arguments, **options)
+    shard.copy_weights = slowly
 if os.environ.get("RANK") == "0":
     import time
     from batchgen.checkpoint import Writer

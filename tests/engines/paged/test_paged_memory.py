@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from batchgen.checkpoint import RunFolder
 from batchgen.engine import EngineError, Setup
 from batchgen.engines.paged.engine import Paged
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.sizing import CacheLesson
 from batchgen.generation import selftest
 from batchgen.generation.selftest import SelfTest
 from batchgen.models import footprint
+from batchgen.models.definition.errors import ModelError
 from batchgen.types import Prompt, SamplingParams
 from batchgen.world import World
 from tests import tiny_models as models
@@ -25,8 +28,8 @@ def test_rows_that_do_not_fit_are_failed_rows(tiny_llama: Path) -> None:
     rows = models.random_prompts(6, max_new_tokens=20)
     rows[3].tokens = [models.BEGIN] * 200
     with load(tiny_llama, "cache_tokens=128") as engine:
-        found = texts(engine, rows)
-    failed = [row for row in found.values() if row.error is not None]
+        generations = texts(engine, rows)
+    failed = [row for row in generations.values() if row.error is not None]
     assert [row.id for row in failed] == ["row-3"]
     assert failed[0].error is not None
     assert "200 prompt tokens and up to 20 new ones do not fit" in failed[0].error.message
@@ -50,11 +53,18 @@ def test_each_attempt_of_a_group_begins_below_the_smallest_cache_that_was_too_la
 
     assert pages({}) == 100
     # Nine groups, or shards, may have run out of memory in one attempt, each with a cache of about this size.
-    assert pages({1600 - SIZE * group: 2 for group in range(9)}) == int(92 * 0.85)
+    assert pages({1600 - PAGE_SIZE * group: 2 for group in range(9)}) == int(92 * 0.85)
     assert pages({1600: 2, 800: 2}) == int(50 * 0.85)
-    for small in (SIZE, 25 * SIZE):
+    for small in (PAGE_SIZE, 25 * PAGE_SIZE):
         with pytest.raises(EngineError, match="out of memory in a forward, however small the cache"):
             pages({small: 2})
+
+
+def test_the_lesson_of_a_cache_that_was_too_large_is_read_as_it_was_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    error = CacheLesson(110).to_error()
+    folder.add_limit(1, 0, {}, error.length, error.rows // 2)
+    assert CacheLesson.read(folder.limits({})) == [CacheLesson(110)]
 
 
 @plain_path
@@ -65,24 +75,26 @@ def test_the_cache_takes_memory_as_it_fills(tiny_llama: Path) -> None:
     before = resident()
     with load(tiny_llama, batch_size=4000, selftest=False) as engine:
         assert engine._runner is not None
-        whole = engine._runner.pages * SIZE * footprint.cache_bytes_per_token(config, 4)
+        whole = engine._runner.pages * PAGE_SIZE * footprint.cache_bytes_per_token(config, 4)
         assert whole > 100 << 20
         assert resident() - before < whole / 4
         texts(engine, prompts(30))
         assert resident() - before < whole / 2
 
 
-class OutOfMemory:
-    """Lets a forward fail now and then, as a full GPU does."""
+class FailingForward:
+    """Lets the forwards of these numbers, counted from 1, fail; by default as on a full GPU."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: Sequence[int]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], error: type[RuntimeError] = torch.OutOfMemoryError
+    ) -> None:
         self.count = 0
         embedding = torch.nn.functional.embedding
 
         def full(*arguments: object, **options: object) -> torch.Tensor:
             self.count += 1
             if self.count in calls:
-                raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+                raise error("CUDA out of memory. (injected)" if error is torch.OutOfMemoryError else "no such thing")
             return embedding(*arguments, **options)  # type: ignore[arg-type]
 
         monkeypatch.setattr(torch.nn.functional, "embedding", full)
@@ -98,37 +110,42 @@ def test_out_of_memory_makes_the_cache_smaller_and_changes_no_text(
     with load(tiny_llama, "cache_tokens=2000", selftest=False) as engine:
         expected = texts(engine, rows)
     with load(tiny_llama, "cache_tokens=2000", selftest=False) as engine:
-        OutOfMemory(monkeypatch, calls=(3, 4, 20))
-        found = texts(engine, rows)
+        FailingForward(monkeypatch, calls=(3, 4, 20))
+        generations = texts(engine, rows)
     for row in rows:
-        logprobs, before = found[row.id].logprobs, expected[row.id].logprobs
+        logprobs, before = generations[row.id].logprobs, expected[row.id].logprobs
         assert logprobs == before if before is None else logprobs == pytest.approx(before, abs=1e-4)
-        found[row.id].logprobs = before
-    assert found == expected
+        generations[row.id].logprobs = before
+    assert generations == expected
     cache = r"out of memory in a forward; going on with a cache of (\d+) tokens"
     assert len([record for record in caplog.records if record.getMessage().startswith(cache[:26])]) == 3
 
 
 def test_memory_that_is_never_enough_ends_with_a_sentence(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(tiny_llama, selftest=False) as engine:
-        OutOfMemory(monkeypatch, calls=range(1, 1000))
+        FailingForward(monkeypatch, calls=range(1, 1000))
         with pytest.raises(EngineError, match=r"however small the cache; use --set step_tokens=1024"):
             texts(engine, prompts(4))
 
 
-def test_any_other_error_leaves(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("no such thing")
-
+def test_any_other_error_of_the_first_step_is_the_model_s(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(tiny_llama) as engine:
-        monkeypatch.setattr(torch.nn.functional, "embedding", broken)
-        with pytest.raises(RuntimeError, match="no such thing"):
+        FailingForward(monkeypatch, calls=range(1, 1000), error=RuntimeError)
+        with pytest.raises(ModelError, match=r"cannot generate with the model in .*: RuntimeError: no such thing"):
+            texts(engine, prompts(4))
+
+
+@plain_path
+def test_any_other_error_of_a_later_step_leaves(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(tiny_llama) as engine:
+        FailingForward(monkeypatch, calls=(3,), error=RuntimeError)
+        with pytest.raises(RuntimeError, match=r"^no such thing$"):
             texts(engine, prompts(4))
 
 
 @plain_path
 def test_the_first_rows_are_looked_at_again_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchgen.engines.paged.attention.SIZE", 8)  # keys land in the wrong places of their pages
+    monkeypatch.setattr("batchgen.engines.paged.layout.PAGE_SIZE", 8)  # keys land in the wrong places of their pages
     with load(tiny_llama) as engine, pytest.raises(EngineError, match=r"self-test: .* Batches change the text"):
         texts(engine, prompts(20))
 
@@ -170,6 +187,6 @@ def test_a_cache_that_became_smaller_serves_again(tiny_llama: Path, monkeypatch:
     with load(tiny_llama, "cache_tokens=600", selftest=False) as engine:
         expected = texts(engine, rows)
         with pytest.MonkeyPatch.context() as patch:
-            OutOfMemory(patch, calls=(3,))
+            FailingForward(patch, calls=(3,))
             assert texts(engine, rows) == expected
         assert texts(engine, rows) == expected

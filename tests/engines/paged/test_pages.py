@@ -6,17 +6,17 @@ import random
 
 import pytest
 
-from batchgen.engines.paged.pages import SIZE, Pages
+from batchgen.engines.paged.pages import PAGE_SIZE, Pages
 
-BEGINNING = list(range(100, 100 + 3 * SIZE))
+BEGINNING = list(range(100, 100 + 3 * PAGE_SIZE))
 
 
 def remembered(pages: Pages, tokens: list[int]) -> list[int]:
     """The pages of a prompt of whole pages, computed by itself."""
-    taken = pages.take(len(tokens) // SIZE)
+    taken = pages.take(len(tokens) // PAGE_SIZE)
     node = 0
     for number, page in enumerate(taken):
-        node = pages.remember(node, tokens[number * SIZE : (number + 1) * SIZE], page)
+        node = pages.remember(node, tokens[number * PAGE_SIZE : (number + 1) * PAGE_SIZE], page)
     return taken
 
 
@@ -25,55 +25,55 @@ def test_a_page_has_one_user_until_it_is_given_back() -> None:
     taken = pages.take(3)
     assert sorted(taken) == [0, 1, 2]
     assert pages.available == 0
-    pages.give(taken[:1])
+    pages.give_back(taken[:1])
     assert pages.take(1) == taken[:1]
 
 
 def test_prompts_that_begin_alike_share_full_pages() -> None:
     pages = Pages(8)
     taken = remembered(pages, BEGINNING)
-    found, _ = pages.find([*BEGINNING[: 2 * SIZE], 1, 2, 3])
-    assert found == taken[:2]
-    pages.give(taken)
+    shared, _ = pages.find_prefix([*BEGINNING[: 2 * PAGE_SIZE], 1, 2, 3])
+    assert shared == taken[:2]
+    pages.give_back(taken)
     assert pages.available == 8 - 2  # two still have a user
 
 
 def test_the_last_token_is_always_computed() -> None:
     pages = Pages(8)
     taken = remembered(pages, BEGINNING)
-    assert pages.find(BEGINNING)[0] == taken[:2]
-    assert pages.find([*BEGINNING, 1])[0] == taken
+    assert pages.find_prefix(BEGINNING)[0] == taken[:2]
+    assert pages.find_prefix([*BEGINNING, 1])[0] == taken
 
 
 def test_a_beginning_outlives_its_users_until_the_page_is_needed() -> None:
     pages = Pages(3)
     taken = remembered(pages, BEGINNING)
-    pages.give(taken)
+    pages.give_back(taken)
     assert pages.available == 3
-    found, _ = pages.find([*BEGINNING, 1])
-    assert found == taken
-    pages.give(found)
+    shared, _ = pages.find_prefix([*BEGINNING, 1])
+    assert shared == taken
+    pages.give_back(shared)
     assert pages.take(1) == taken[2:]  # the end is given up before what it continues
-    assert pages.find([*BEGINNING, 1])[0] == taken[:2]
+    assert pages.find_prefix([*BEGINNING, 1])[0] == taken[:2]
 
 
 def test_a_page_that_was_given_up_is_not_found_under_what_it_was() -> None:
     pages = Pages(3)
-    pages.give(remembered(pages, BEGINNING))
-    other = [7] * (3 * SIZE)
+    pages.give_back(remembered(pages, BEGINNING))
+    other = [7] * (3 * PAGE_SIZE)
     remembered(pages, other)
-    assert pages.find([*BEGINNING, 1])[0] == []
-    assert len(pages.find([*other, 1])[0]) == 3
+    assert pages.find_prefix([*BEGINNING, 1])[0] == []
+    assert len(pages.find_prefix([*other, 1])[0]) == 3
 
 
 def test_what_followed_a_beginning_that_was_given_up_does_not_follow_another() -> None:
     pages = Pages(2)
-    first, second = remembered(pages, BEGINNING[: 2 * SIZE])
-    pages.give([first])  # its user has gone on to something else, but somebody still has the second page
+    first, second = remembered(pages, BEGINNING[: 2 * PAGE_SIZE])
+    pages.give_back([first])  # its user has gone on to something else, but somebody still has the second page
     assert pages.take(1) == [first]
-    pages.remember(0, [9] * SIZE, first)
-    assert pages.find([*[9] * SIZE, *BEGINNING[SIZE : 2 * SIZE], 1])[0] == [first]
-    assert second not in pages.find([*BEGINNING, 1])[0]
+    pages.remember(0, [9] * PAGE_SIZE, first)
+    assert pages.find_prefix([*[9] * PAGE_SIZE, *BEGINNING[PAGE_SIZE : 2 * PAGE_SIZE], 1])[0] == [first]
+    assert second not in pages.find_prefix([*BEGINNING, 1])[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -83,19 +83,19 @@ def test_no_page_is_lost_or_given_to_two(seed: int) -> None:
     held: list[tuple[list[int], int]] = []  # pages of a prompt, and how many of them others may have too
     for _ in range(400):
         if held and source.random() < 0.5:
-            pages.give(held.pop(source.randrange(len(held)))[0])
+            pages.give_back(held.pop(source.randrange(len(held)))[0])
             continue
-        tokens = [source.randrange(2) for _ in range(SIZE)] * source.randrange(1, 4) + [5]
-        found, node = pages.find(tokens)
-        if len(tokens) // SIZE - len(found) > pages.available:
-            pages.give(found)
+        tokens = [source.randrange(2) for _ in range(PAGE_SIZE)] * source.randrange(1, 4) + [5]
+        shared, node = pages.find_prefix(tokens)
+        if len(tokens) // PAGE_SIZE - len(shared) > pages.available:
+            pages.give_back(shared)
             continue
-        own = pages.take(len(tokens) // SIZE - len(found))
-        for number, page in enumerate(own, len(found)):
-            node = pages.remember(node, tokens[number * SIZE : (number + 1) * SIZE], page)
+        own = pages.take(len(tokens) // PAGE_SIZE - len(shared))
+        for number, page in enumerate(own, len(shared)):
+            node = pages.remember(node, tokens[number * PAGE_SIZE : (number + 1) * PAGE_SIZE], page)
         elsewhere = {page for others, _ in held for page in others}
         assert elsewhere.isdisjoint(own)
-        held.append((found + own, len(found)))
+        held.append((shared + own, len(shared)))
     for kept, _ in held:
-        pages.give(kept)
+        pages.give_back(kept)
     assert pages.available == 40

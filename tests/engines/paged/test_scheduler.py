@@ -9,9 +9,9 @@ from itertools import accumulate
 import pytest
 
 from batchgen.bench import workloads
-from batchgen.engines.paged.pages import SIZE
+from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.scheduler import Scheduler
-from batchgen.engines.paged.step import Step
+from batchgen.engines.paged.step import Step, StepLimits
 from batchgen.types import Prompt, SamplingParams
 
 
@@ -24,6 +24,12 @@ def prompts(lengths: Sequence[tuple[int, int]], begin: Sequence[int] = ()) -> li
         )
         for number, (length, new) in enumerate(lengths)
     ]
+
+
+def make_scheduler(
+    *, slots: int, pages: int, sequence_tokens: int, step_tokens: int, expected_share: float | None = None
+) -> Scheduler:
+    return Scheduler(StepLimits(slots, sequence_tokens, step_tokens), pages, expected_share)
 
 
 class Machine:
@@ -44,21 +50,21 @@ class Machine:
 
     def run(self) -> None:
         """Until nothing is left, one step always in flight."""
-        flight: tuple[Step, list[int]] | None = None
+        in_flight: tuple[Step, list[int]] | None = None
         while True:
-            if flight is not None and self.scheduler.short_of_pages():
-                self._read(*flight)
-                flight = None
+            if in_flight is not None and self.scheduler.must_preempt():
+                self._read(*in_flight)
+                in_flight = None
             step = self.scheduler.plan()
             following = (step, self._compute(step)) if step is not None else None
-            if flight is not None:
-                self._read(*flight)
-            flight = following
-            if flight is None and not self.scheduler.running and not self.scheduler.waiting:
+            if in_flight is not None:
+                self._read(*in_flight)
+            in_flight = following
+            if in_flight is None and not self.scheduler.running and not self.scheduler.waiting:
                 return
 
     def _compute(self, step: Step) -> list[int]:
-        self._table |= dict(zip(step.table_at.tolist(), step.table_to.tolist(), strict=True))
+        self._table |= dict(zip(step.table_places.tolist(), step.table_pages.tolist(), strict=True))
         self.sizes.append(len(step.slots))
         self.decoding.append(step.decoding)
         self.computed += len(step.slots)
@@ -75,34 +81,34 @@ class Machine:
         for slot, position, _ in tokens:
             for place in range(position + 1):
                 assert self._places[self._at(slot, place)] == self._beginnings[slot][place + 1], (slot, place)
-        chosen = []
+        next_tokens = []
         for row in step.rows.tolist():
             slot, position, _ = tokens[row]
             self._last[slot] = self.next(self._texts[slot][: position + 1])
-            chosen.append(self._last[slot])
-        return chosen
+            next_tokens.append(self._last[slot])
+        return next_tokens
 
     def _text(self, step: Step, slot: int) -> list[int]:
         """Of the sequence whose prompt is computed there."""
-        (sequence,) = [one for one in self.scheduler._prefilling + step.sequences if one.slot == slot]
+        (sequence,) = [each for each in self.scheduler._prefilling + step.sequences if each.slot == slot]
         return sequence.tokens
 
     def _at(self, slot: int, position: int) -> tuple[int, int]:
-        return self._table[slot * self.scheduler.columns + position // SIZE], position % SIZE
+        return self._table[slot * self.scheduler._columns + position // PAGE_SIZE], position % PAGE_SIZE
 
     @staticmethod
     def next(text: Sequence[int]) -> int:
         """The token that follows."""
         return hash(tuple(text[-9:])) % 50
 
-    def _read(self, step: Step, chosen: list[int]) -> None:
-        for sequence, token in zip(step.sequences, chosen, strict=True):
+    def _read(self, step: Step, next_tokens: list[int]) -> None:
+        for sequence, token in zip(step.sequences, next_tokens, strict=True):
             if sequence.slot < 0:
                 continue
             sequence.tokens.append(token)
-            new = sequence.tokens[sequence.begin :]
-            if self._ends(token) or len(new) == sequence.most:
-                self.scheduler.ended(sequence)
+            new = sequence.tokens[sequence.prompt_tokens :]
+            if self._ends(token) or len(new) == sequence.max_new_tokens:
+                self.scheduler.finish(sequence)
                 assert sequence.prompt.index not in self.texts
                 self.texts[sequence.prompt.index] = new
 
@@ -125,28 +131,28 @@ def lengths(seed: int, count: int = 60) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"slots": 64, "pages": 1000, "budget": 256},
-        {"slots": 5, "pages": 1000, "budget": 17},
-        {"slots": 64, "pages": 14, "budget": 64, "expected": 0.05},  # far too hopeful
-        {"slots": 1, "pages": 12, "budget": 8},
+        {"slots": 64, "pages": 1000, "step_tokens": 256},
+        {"slots": 5, "pages": 1000, "step_tokens": 17},
+        {"slots": 64, "pages": 14, "step_tokens": 64, "expected_share": 0.05},  # far too hopeful
+        {"slots": 1, "pages": 12, "step_tokens": 8},
     ],
     ids=["ample", "chunks", "tight", "alone"],
 )
 def test_every_row_is_generated_as_if_it_were_alone(seed: int, sizes: dict[str, int]) -> None:
     rows = prompts(lengths(seed), begin=list(range(seed * 10)))
-    scheduler = Scheduler(width=240, **sizes)  # type: ignore[arg-type]
+    scheduler = make_scheduler(sequence_tokens=240, **sizes)
     machine = Machine(scheduler, ends=lambda token: token == 7)
     scheduler.add(rows[:30])
     scheduler.add(rows[30:])
     machine.run()
     assert machine.texts == {row.index: machine.expected(row) for row in rows}
     assert scheduler._pages.available == sizes["pages"]
-    assert (scheduler.preemptions > 0) == ("expected" in sizes)
+    assert (scheduler.preemptions > 0) == ("expected_share" in sizes)
 
 
 def test_a_forecast_that_holds_needs_no_preemption() -> None:
     rows = prompts(lengths(3))
-    scheduler = Scheduler(slots=64, pages=40, width=240, budget=128, expected=1.0)
+    scheduler = make_scheduler(slots=64, pages=40, sequence_tokens=240, step_tokens=128, expected_share=1.0)
     scheduler.add(rows)
     machine = Machine(scheduler)
     machine.run()
@@ -156,9 +162,9 @@ def test_a_forecast_that_holds_needs_no_preemption() -> None:
 
 
 def test_a_common_beginning_is_computed_once() -> None:
-    begin = list(range(4 * SIZE))
+    begin = list(range(4 * PAGE_SIZE))
     rows = prompts([(5, 3)] * 20, begin=begin)
-    scheduler = Scheduler(slots=32, pages=100, width=240, budget=1000)
+    scheduler = make_scheduler(slots=32, pages=100, sequence_tokens=240, step_tokens=1000)
     scheduler.add(rows)
     machine = Machine(scheduler)
     machine.run()
@@ -166,7 +172,7 @@ def test_a_common_beginning_is_computed_once() -> None:
 
 
 def test_a_step_has_no_more_tokens_than_its_budget() -> None:
-    scheduler = Scheduler(slots=8, pages=200, width=600, budget=50)
+    scheduler = make_scheduler(slots=8, pages=200, sequence_tokens=600, step_tokens=50)
     scheduler.add(prompts([(500, 4), (3, 40), (120, 4)]))
     machine = Machine(scheduler)
     machine.run()
@@ -176,7 +182,7 @@ def test_a_step_has_no_more_tokens_than_its_budget() -> None:
 
 def test_those_with_the_most_to_generate_come_first() -> None:
     rows = prompts([(4, 5), (4, 50), (4, 20)])
-    scheduler = Scheduler(slots=1, pages=100, width=240, budget=64)
+    scheduler = make_scheduler(slots=1, pages=100, sequence_tokens=240, step_tokens=64)
     scheduler.add(rows)
     machine = Machine(scheduler)
     machine.run()
@@ -186,14 +192,14 @@ def test_those_with_the_most_to_generate_come_first() -> None:
 def test_prompts_are_spread_over_the_steps_that_the_longest_row_needs() -> None:
     rows = prompts([(100, 400)] * 10 + [(100, 20)] * 600)
     sizes = {}
-    for known in (False, True):
-        machine = Machine(Scheduler(slots=700, pages=6000, width=512, budget=2048))
+    for spread in (False, True):
+        machine = Machine(make_scheduler(slots=700, pages=6000, sequence_tokens=512, step_tokens=2048))
         machine.scheduler.add(rows)
-        if known:
-            machine.scheduler.complete()
+        if spread:
+            machine.scheduler.spread_prefill()
         machine.run()
         assert sorted(machine.texts) == list(range(len(rows)))
-        sizes[known] = machine.sizes
+        sizes[spread] = machine.sizes
     # Unspread, 30 full steps are followed by hundreds with ten rows in them.
     assert sum(size <= 10 for size in sizes[False]) > 300
     assert sum(size <= 10 for size in sizes[True]) < 280
@@ -203,11 +209,11 @@ def test_prompts_are_spread_over_the_steps_that_the_longest_row_needs() -> None:
 
 def test_prompts_do_not_wait_where_the_cache_is_what_a_job_waits_for() -> None:
     sizes = []
-    for known in (False, True):
-        machine = Machine(Scheduler(slots=700, pages=400, width=512, budget=2048))
+    for spread in (False, True):
+        machine = Machine(make_scheduler(slots=700, pages=400, sequence_tokens=512, step_tokens=2048))
         machine.scheduler.add(prompts([(100, 400)] * 10 + [(100, 20)] * 600))
-        if known:
-            machine.scheduler.complete()
+        if spread:
+            machine.scheduler.spread_prefill()
         machine.run()
         sizes.append(machine.sizes)
     # The last of them do, since a cache that is half empty is not what they wait for.
@@ -216,9 +222,9 @@ def test_prompts_do_not_wait_where_the_cache_is_what_a_job_waits_for() -> None:
 
 
 def test_rows_of_one_length_all_begin_at_once() -> None:
-    machine = Machine(Scheduler(slots=200, pages=2000, width=512, budget=2048))
+    machine = Machine(make_scheduler(slots=200, pages=2000, sequence_tokens=512, step_tokens=2048))
     machine.scheduler.add(prompts([(20, 50)] * 100))
-    machine.scheduler.complete()
+    machine.scheduler.spread_prefill()
     machine.run()
     assert machine.sizes[0] == 2000
     assert len(machine.sizes) == 50
@@ -226,7 +232,7 @@ def test_rows_of_one_length_all_begin_at_once() -> None:
 
 def test_what_rows_generate_is_learnt() -> None:
     def most_at_once(ends: Callable[[int], bool]) -> int:
-        scheduler = Scheduler(slots=256, pages=100, width=1000, budget=256)
+        scheduler = make_scheduler(slots=256, pages=100, sequence_tokens=1000, step_tokens=256)
         scheduler.add(prompts([(3, 400)] * 200))
         machine = Machine(scheduler, ends)
         machine.run()
@@ -238,7 +244,7 @@ def test_what_rows_generate_is_learnt() -> None:
 
 def test_a_restart_with_fewer_pages_computes_again_and_names_what_no_longer_fits() -> None:
     rows = prompts([*lengths(5, 20), (90, 59)])
-    scheduler = Scheduler(slots=32, pages=100, width=240, budget=64)
+    scheduler = make_scheduler(slots=32, pages=100, sequence_tokens=240, step_tokens=64)
     machine = Machine(scheduler)
     scheduler.add(rows)
     for _ in range(8):

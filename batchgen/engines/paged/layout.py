@@ -1,0 +1,104 @@
+"""Where the tokens of a step belong: what attention has to know besides queries, keys and values.
+
+The tokens of all sequences of a step lie in one row, and a model computes them as if they were one sequence. Which
+sequence each belongs to, and which pages that sequence has, does not travel through the model: the runner lays a
+`Layout` out around the forward (`lay_out`), and the attention operator asks for it when it runs (`get_current_layout`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from batchgen.engines.paged.page_rows import ReadRows, WriteRows
+from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.step import Chunk
+
+QUERY_BLOCK = 64
+"""Tokens of a prefill chunk that one program of a kernel computes, at most."""
+
+
+class AttentionShape(NamedTuple):
+    """What tells the attention of one kind of layer from that of another."""
+
+    scale: float  # of the scores
+    window: int  # tokens that each token looks back at, itself included; 0: all of them
+    slopes: torch.Tensor | None  # of ALiBi, [heads], float32; None: there is no bias
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of the current step belong."""
+
+    caches: Sequence[torch.Tensor]  # of each layer, [2 (keys, values), pages, key heads, PAGE_SIZE, head size]
+    block_table: torch.Tensor  # [slots + 1, columns], int32: the pages of the sequence in each slot
+    slots: torch.Tensor  # [tokens], int32: the slot of each token's sequence
+    positions: torch.Tensor  # [tokens], int32: the position in its sequence; below 0: padding
+    decoding: int  # how many of the first tokens decode, one for each sequence; for the kernels, as many or more
+    chunks: Sequence[Chunk] = ()  # all other tokens
+    # The kernels alone use these. A CUDA graph has fixed sizes, so what differs between its replays is on the device.
+    decoding_count: torch.Tensor | None = None  # [1], int32: how many tokens decode
+    query_blocks: torch.Tensor | None = None  # [blocks, 2], int32: first token and number of tokens; 0: an empty block
+    splits: int = 1  # programs that share a decoding sequence
+
+    # Attention in torch alone uses these, which are the same for all layers.
+    @cached_property
+    def has_no_padding(self) -> bool:
+        """Whether every token belongs to a sequence."""
+        return bool((self.positions >= 0).all())
+
+    @cached_property
+    def write_rows(self) -> WriteRows:
+        """Where the keys and values of all tokens go that are not padding."""
+        real = self.positions >= 0
+        positions = self.positions[real].long()
+        pages = self.block_table[self.slots[real].long(), positions // PAGE_SIZE]
+        return WriteRows(pages, positions % PAGE_SIZE, self.caches[0].shape[2])
+
+    @cached_property
+    def read_rows(self) -> ReadRows:
+        """Where the tokens that decode read keys and values."""
+        slots = self.slots[: self.decoding].long()
+        return ReadRows(self.block_table[slots], self.positions[: self.decoding].long(), self.caches[0].shape[2])
+
+
+class _Current(threading.local):
+    layout: Layout | None = None
+
+
+_current = _Current()
+
+
+def get_current_layout() -> Layout | None:
+    """The layout of the forward that this thread runs; None: the model runs by itself."""
+    return _current.layout
+
+
+@contextmanager
+def lay_out(layout: Layout) -> Iterator[None]:
+    """The forwards that this thread runs inside have their tokens laid out like this."""
+    before, _current.layout = _current.layout, layout
+    try:
+        yield
+    finally:
+        _current.layout = before
+
+
+def make_query_blocks(chunks: Sequence[Chunk]) -> torch.Tensor:
+    """The chunks as the kernels take them: [blocks, 2], int32, the first token and the number of tokens of each block.
+
+    Those with the most tokens to look back at come first, so that the last programs to run are short ones.
+    """
+    ordered = sorted(chunks, key=lambda chunk: -chunk.length)
+    blocks = [
+        (chunk.first + begin, min(QUERY_BLOCK, chunk.count - begin))
+        for chunk in ordered
+        for begin in range(0, chunk.count, QUERY_BLOCK)
+    ]
+    return torch.tensor(blocks, dtype=torch.int32)
