@@ -120,7 +120,7 @@ def can_reserve(size: int, device: torch.device) -> bool:
 
 
 def take_peak_bytes(devices: Sequence[torch.device]) -> int:
-    """Most memory in use since the last call: of the fullest GPU; without one, of the process over its life."""
+    """The most memory in use since the last call, on the fullest GPU; without a GPU, of the process over its life."""
     gpus = [device for device in devices if device.type == "cuda"]
     if not gpus:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB

@@ -40,7 +40,7 @@ def check_imports(names: Iterable[str], what: str) -> None:
             raise PackageError(_sentence(what, name, error)) from error
 
 
-def about(error: ImportError) -> str | None:
+def explain_import_error(error: ImportError) -> str | None:
     """The sentence about a failed import of another project's package; None: the import is batchgen's own fault."""
     frames = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     own = max((place for place, name in enumerate(frames) if _top(name) == "batchgen"), default=-1)

@@ -26,7 +26,7 @@ _PATTERNS = (
 )
 
 
-def redacted(text: str, environment: Mapping[str, str]) -> str:
+def redact(text: str, environment: Mapping[str, str]) -> str:
     """`text` without the secrets that `environment` holds, and without what looks like one."""
     secrets = (value for name, value in environment.items() if _NAMES.search(name) and len(value) >= _SHORTEST)
     for secret in sorted(secrets, key=len, reverse=True):

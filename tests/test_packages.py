@@ -43,7 +43,7 @@ Hiding.hidden = "triton"
 try:
     import batchgen.engines.paged.kernels
 except ImportError as error:
-    said.append((4, packages.about(error)))
+    said.append((4, packages.explain_import_error(error)))
 print(json.dumps(said))
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchgen.redaction import redacted
+from batchgen.redaction import redact
 
 ENVIRONMENT = {
     "HF_TOKEN": "my-own-token",
@@ -29,7 +29,7 @@ ENVIRONMENT = {
     ],
 )
 def test_secret_is_hidden(text: str, shown: str) -> None:
-    assert redacted(text, ENVIRONMENT) == shown
+    assert redact(text, ENVIRONMENT) == shown
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_secret_is_hidden(text: str, shown: str) -> None:
     ],
 )
 def test_what_is_none_stays(text: str) -> None:
-    assert redacted(text, ENVIRONMENT) == text
+    assert redact(text, ENVIRONMENT) == text

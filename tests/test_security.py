@@ -25,7 +25,7 @@ from batchgen.files import write_atomic
 from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused
-from batchgen.requests.template import compiled, template_kwargs
+from batchgen.requests.template import compile_template, template_kwargs
 from batchgen.types import Prompt
 from tests.byte_tokenizer import ByteTokenizer, request, rows
 from tests.commands.starts import call, echo, prompts, read_rows, write_rows
@@ -157,7 +157,7 @@ def files(folder: Path) -> set[Path]:
 )
 def test_a_template_reaches_nothing_but_its_row(template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    render = compiled(template)
+    render = compile_template(template)
     with pytest.raises(Refused):
         render({"x": "row"})
     assert not files(tmp_path)

@@ -43,10 +43,10 @@ def _best(work: Callable[[], Any], device: torch.device) -> float:
     times = []
     for _ in range(_TIMES + 1):
         synchronize(device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
         synchronize(device)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
@@ -68,7 +68,7 @@ class Floor:
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, machine: Machine) -> Floor:
-        """For the model with this Transformers config."""
+        """The floor for the model with this Transformers config."""
         weights = list_parameters(config, dtype)
         elements = weights.read_bytes // dtype.itemsize
         text = config.get_text_config()

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from batchgen.checkpoint import read_json, to_json
+from batchgen.checkpoint import check_can_be_folder, read_json, to_json
 from batchgen.files import write_atomic
 from batchgen.types import UserError
 
@@ -73,7 +73,7 @@ class Result:
 
     @property
     def decode_steps(self) -> int:
-        """Of a row, in a cycle, behind its first token; 0 where prefill was not timed by itself."""
+        """The decode steps of a row in a cycle, after its first token; 0 where prefill was not timed by itself."""
         return 0 if self.prefill_seconds is None else self.counted_by_seed // max(self.rows, 1) - 1
 
     @property
@@ -104,7 +104,7 @@ class Folder:
         """Records what is measured, or checks that it is what is measured here already.
 
         Raises:
-            BenchError: it is not.
+            BenchError: it is not. CheckpointError: the folder is a file.
         """
         wanted = json.loads(json.dumps(identity))
 
@@ -116,6 +116,7 @@ class Folder:
                 raise BenchError(f"{self.path} holds another bench: {changes}. Choose another folder with -o")
             return {"asked": wanted}
 
+        check_can_be_folder(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._change(check)

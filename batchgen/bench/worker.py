@@ -172,7 +172,7 @@ class Worker:
         return time.perf_counter() - start, batches
 
     def _fits(self, batches: Sequence[Batch]) -> int | None:
-        """Most rows that were in work together; None: this rank writes nothing, and may be told no more than steps."""
+        """The most rows that were in work together; None: this rank writes nothing, and may only be told the steps."""
         if not self._stream.writes:
             return None
         return max((batch.at_once or len(batch.generations) for batch in batches), default=0)

@@ -10,7 +10,7 @@ from batchgen.checkpoint.attempt import (
     claim,
     join,
 )
-from batchgen.checkpoint.files import CheckpointError, Damaged, DifferentRun, read_json, to_json
+from batchgen.checkpoint.files import CheckpointError, Damaged, DifferentRun, check_can_be_folder, read_json, to_json
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat
 from batchgen.checkpoint.heartbeats import all_heartbeats
@@ -35,6 +35,7 @@ __all__ = [
     "Writer",
     "all_heartbeats",
     "attempts",
+    "check_can_be_folder",
     "check_free",
     "claim",
     "join",

@@ -105,7 +105,7 @@ class Attempt:
 
 def attempts(folder: RunFolder) -> list[Attempt]:
     """All attempts so far, oldest first."""
-    return [latest(folder, number) for number in sorted(_numbers(folder))]
+    return [read_attempt(folder, number) for number in sorted(_numbers(folder))]
 
 
 def _numbers(folder: RunFolder) -> set[int]:
@@ -117,7 +117,7 @@ def _has_files(folder: RunFolder, number: int) -> bool:
     return any(any(place.glob(f"{kind}{number:05d}-*")) for place, kind in ((folder.path, "*-"), (folder.attempts, "")))
 
 
-def latest(folder: RunFolder, number: int) -> Attempt:
+def read_attempt(folder: RunFolder, number: int) -> Attempt:
     """Attempt `number` as its file stands now; of a damaged one, nothing is known but that it was."""
     try:
         claim = read_json(folder.attempts / f"{number:05d}.json")
@@ -148,7 +148,7 @@ def first_live(candidates: Sequence[Attempt], world: World) -> Attempt | None:
     patience = time.monotonic() + limit
     while unsure and time.monotonic() < patience:
         time.sleep(min(1.0, limit / MISSED_HEARTBEATS))
-        unsure = [attempt for attempt in unsure if latest(attempt.folder, attempt.number).ended is None]
+        unsure = [attempt for attempt in unsure if read_attempt(attempt.folder, attempt.number).ended is None]
         for attempt in unsure:
             if attempt.heartbeats() != before[attempt.number]:
                 return attempt
@@ -162,7 +162,7 @@ def check_free(folder: RunFolder, world: World, shard: Shard = WHOLE) -> list[At
         CheckpointError: one is.
     """
     earlier = attempts(folder)
-    candidates = newest([attempt for attempt in earlier if attempt.shard.overlaps(shard)])
+    candidates = list_possibly_live([attempt for attempt in earlier if attempt.shard.overlaps(shard)])
     # Ranks die with their starter, but a moment after it.
     deadline = time.monotonic() + 10.0
     leaving = [attempt for attempt in candidates if exists(attempt.claim) is False]
@@ -178,7 +178,7 @@ def check_free(folder: RunFolder, world: World, shard: Shard = WHOLE) -> list[At
     return earlier
 
 
-def newest(earlier: Sequence[Attempt]) -> list[Attempt]:
+def list_possibly_live(earlier: Sequence[Attempt]) -> list[Attempt]:
     """The attempts among `earlier` (oldest first) that may be live.
 
     A later claim on the same rows proves that an earlier one is dead.
@@ -249,7 +249,7 @@ def join(folder: RunFolder, world: World, patience: float = JOIN_SECONDS) -> Att
         CheckpointError: rank 0 never came.
     """
     if world.attempt is not None:
-        return latest(folder, world.attempt)
+        return read_attempt(folder, world.attempt)
     deadline = time.monotonic() + patience
     of_others: set[int] = set()  # numbers of other launches, of which an array has thousands: read once
     while time.monotonic() < deadline:
@@ -265,7 +265,7 @@ def join(folder: RunFolder, world: World, patience: float = JOIN_SECONDS) -> Att
 def _of_launch(folder: RunFolder, launch: str, of_others: set[int]) -> Attempt | None:
     """The newest attempt of that launch; numbers of others are put into `of_others`, and passed over there."""
     for number in sorted(_numbers(folder) - of_others, reverse=True):
-        attempt = latest(folder, number)
+        attempt = read_attempt(folder, number)
         if attempt.claim.get("launch") == launch:
             return attempt
         of_others.add(number)

@@ -27,10 +27,21 @@ class DifferentRun(CheckpointError):
     """The run folder holds another run; the message names the fields that differ."""
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def cannot_write(folder: Path, error: OSError) -> CheckpointError:
     """`error`, met while a start was being prepared, as a sentence."""
     reason = error.strerror or str(error)
-    return CheckpointError(f"cannot write the run folder {folder}: {reason}. Make room, or choose another with -o")
+    remedy = "Make room, or choose another with -o" if error.errno in _NO_ROOM else "Choose another with -o"
+    return CheckpointError(f"cannot write the run folder {folder}: {reason}. {remedy}")
+
+
+def check_can_be_folder(path: Path) -> None:
+    """Raises CheckpointError if `path`, or what should be a folder above it, is a file."""
+    for folder in (path, *path.parents):
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            raise CheckpointError(f"{folder} is a file, not a folder. Choose another folder with -o")
 
 
 def to_json(value: object) -> bytes:

@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.checkpoint import manifest
-from batchgen.checkpoint.files import CheckpointError, cannot_write, make_exclusive, read_json, to_json
+from batchgen.checkpoint.files import (
+    CheckpointError,
+    cannot_write,
+    check_can_be_folder,
+    make_exclusive,
+    read_json,
+    to_json,
+)
 from batchgen.checkpoint.records import trusted
 from batchgen.files import sync_folder
 from batchgen.formats import Original
@@ -60,7 +67,7 @@ class Done:
         return self.states[row] == FAILED
 
     def part(self, shard: Shard) -> Done:
-        """The same of the shard's rows alone, which lose their numbers: for counting."""
+        """What is finished of the shard's rows alone. They lose their numbers: it is for counting."""
         return replace(self, states=self.states[shard.index :: shard.count])
 
     @property
@@ -111,6 +118,7 @@ class RunFolder:
         Raises:
             CheckpointError: something else is in the way, or there is no permission.
         """
+        check_can_be_folder(self.path)
         needed = (self.input_cache, self.attempts, self.path, *self.path.parents)
         new = [folder for folder in needed if not os.path.exists(folder)]
         try:

@@ -96,7 +96,7 @@ class Places:
                         yield row, text[begin - first : begin - first + length]
 
     def failed(self) -> Iterator[tuple[int, bytes]]:
-        """As `lines`, of the failed rows alone."""
+        """Gives the lines of the failed rows alone, as `lines` does."""
         if FAILED in self.states:
             yield from ((row, line) for row, line in self.lines() if self.states[row] == FAILED)
 

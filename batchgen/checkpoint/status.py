@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from batchgen.checkpoint.attempt import Attempt, attempts, newest
+from batchgen.checkpoint.attempt import Attempt, attempts, list_possibly_live
 from batchgen.checkpoint.files import CheckpointError
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeats import all_heartbeats
@@ -75,7 +75,7 @@ def status(folder: RunFolder, shard: Shard = WHOLE, *, verify: bool = False) -> 
     done = folder.done(int(folder.read_identity()["rows"]), verify=verify)
     part = done.part(shard)
     starts = [attempt for attempt in attempts(folder) if attempt.shard.overlaps(shard)]
-    perhaps = {attempt.number for attempt in newest(starts)}
+    perhaps = {attempt.number for attempt in list_possibly_live(starts)}
     heartbeats = all_heartbeats(folder)
     states = [
         _attempt(

@@ -3,6 +3,7 @@ with _ is no command, but shared by some."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import pkgutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import click
 
-from batchgen.redaction import redacted
+from batchgen.redaction import redact
 from batchgen.types import ExitCode
 
 
@@ -25,7 +26,7 @@ class CommandError(click.ClickException):
     exit_code = ExitCode.CANNOT_RUN
 
     def format_message(self) -> str:
-        return redacted(self.message, os.environ)
+        return redact(self.message, os.environ)
 
 
 class Unfinished(CommandError):
@@ -43,7 +44,7 @@ class _Commands(click.Group):
         except ImportError as error:
             from batchgen import packages
 
-            sentence = packages.about(error)
+            sentence = packages.explain_import_error(error)
             if sentence is None:
                 raise
             raise CommandError(sentence) from error
@@ -149,7 +150,7 @@ def log_to_stderr(rank: int, size: int) -> None:
 
     class Redacted(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            return redacted(super().format(record), os.environ)
+            return redact(super().format(record), os.environ)
 
     who = f"batchgen[{rank}]" if size > 1 else "batchgen"
     handler = logging.StreamHandler(sys.stderr)
@@ -168,3 +169,52 @@ def log_to_stderr(rank: int, size: int) -> None:
     damage.addFilter(is_new)
     if rank > 0 or "BATCHGEN_STARTER" in os.environ:
         damage.setLevel(logging.ERROR)
+    # What is wrong with a column is met by every rank, too, but a rare column by one of them alone.
+    columns = logging.getLogger("batchgen.requests.prompts")
+    columns.addFilter(_WarningsOfColumns())
+    if rank > 0 and _WARNED not in os.environ:  # torchrun or srun has started it
+        columns.setLevel(logging.ERROR)
+
+
+_WARNED = "BATCHGEN_WARNED"  # a folder where the processes of one start mark which warnings have been logged
+
+
+@contextmanager
+def sharing_warnings() -> Iterator[None]:
+    """The processes that are started inside log a warning about a column once, all together with this one."""
+    import tempfile
+
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="batchgen-warned-", ignore_cleanup_errors=True)
+    except OSError:  # no room: each process warns by itself
+        yield
+        return
+    with folder as name:
+        os.environ[_WARNED] = name
+        try:
+            yield
+        finally:
+            del os.environ[_WARNED]
+
+
+class _WarningsOfColumns:
+    """Lets a warning pass that no process of this start has logged; where the row stands makes no difference."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def filter(self, record: Any) -> bool:
+        """Whether `record`, whose first argument is the place of a row, is new."""
+        about = repr((record.msg, record.args[1:]))
+        if about in self._logged:
+            return False
+        self._logged.add(about)
+        if _WARNED in os.environ:
+            try:
+                mark = hashlib.sha256(about.encode("utf-8", "backslashreplace")).hexdigest()
+                (Path(os.environ[_WARNED]) / mark).touch(exist_ok=False)
+            except FileExistsError:
+                return False
+            except OSError:
+                pass  # better twice than never
+        return True

@@ -7,14 +7,15 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from batchgen.commands import CommandError, Unfinished, log_to_stderr, results_only_on_stdout
-from batchgen.redaction import redacted
+from batchgen.commands import CommandError, Unfinished, log_to_stderr, results_only_on_stdout, sharing_warnings
+from batchgen.redaction import redact
 from batchgen.types import ExitCode
 
 if TYPE_CHECKING:
@@ -49,15 +50,16 @@ def carry_out(inputs: Sequence[str], out: str | None, options: Mapping[str, Any]
         # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
         # its time.
         gc.set_threshold(100_000, 50, 100)
-        with results_only_on_stdout():
+        starts_ranks = options["ranks"] > 1 and world.size == 1
+        with results_only_on_stdout(), sharing_warnings() if starts_ranks else nullcontext():
             return flow.run(inputs, out, settings_of(options), host=host_of(options)), world.size == 1
     except flow.MergeError as error:
         raise Unfinished(str(error)) from error
     except (UserError, ImportError) as error:
-        sentence = packages.about(error) if isinstance(error, ImportError) else str(error)
+        sentence = packages.explain_import_error(error) if isinstance(error, ImportError) else str(error)
         if sentence is None:
             _die(error, who)
-        if launcher.tell_starter(redacted(sentence, os.environ), os.environ):
+        if launcher.tell_starter(redact(sentence, os.environ), os.environ):
             sys.exit(CommandError.exit_code)
         raise CommandError(who + sentence) from error
     except (Exception, KeyboardInterrupt) as error:
@@ -93,10 +95,10 @@ def _die(error: BaseException, who: str) -> NoReturn:
 
     is_sentence = isinstance(error, Died)
     if not is_sentence and not isinstance(error, KeyboardInterrupt):
-        click.echo(redacted(f"{who}{traceback.format_exc()}", os.environ), err=True, nl=False)
+        click.echo(redact(f"{who}{traceback.format_exc()}", os.environ), err=True, nl=False)
     first = str(error) if is_sentence else f"{type(error).__name__}: {error}".splitlines()[0][:300]
     why = first + "".join(f", with {note}" for note in getattr(error, "__notes__", ()))
-    if not launcher.tell_starter(redacted(why, os.environ), os.environ):
+    if not launcher.tell_starter(redact(why, os.environ), os.environ):
         if is_sentence:
             _say(who + why)
         _say(f"{who}died. What is recorded is safe; the same command goes on from there")
@@ -105,13 +107,13 @@ def _die(error: BaseException, who: str) -> NoReturn:
 
 def _say(sentence: str) -> None:
     try:
-        click.echo(f"batchgen: {redacted(sentence, os.environ)}", err=True)
+        click.echo(f"batchgen: {redact(sentence, os.environ)}", err=True)
     except OSError:
         # The terminal or the pipe is gone. Click would exit with 1; the exit code shall still say how the run stands.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def about_failures(path: Path) -> str:
+def describe_failures(path: Path) -> str:
     """About the failed rows in `path`: the first of them, and what the same command would do about them all."""
     import json
 
@@ -154,5 +156,5 @@ def conclude(status: Status, speaks: bool) -> None:
         which = "" if status.shard.count == 1 else f"shard {status.shard} "
         _say(f"{which}finished; {counts}")
         if status.failed:
-            _say(about_failures(status.folder / "errors.jsonl"))
+            _say(describe_failures(status.folder / "errors.jsonl"))
     sys.exit(status.exit_code)

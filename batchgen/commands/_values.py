@@ -61,20 +61,20 @@ def stop_texts(context: click.Context, parameter: click.Parameter, texts: tuple[
     for text in texts:
         # Of LaTeX, perhaps. A rank's starter has said it.
         if re.search(r"(?<!\\)(?:\\\\)*\\[ntr][a-z]", text) and "BATCHGEN_STARTER" not in os.environ:
-            read = json.dumps(unescaped(text), ensure_ascii=False)
+            read = json.dumps(unescape(text), ensure_ascii=False)
             click.echo(f"batchgen: --stop {text} is read as {read}; a backslash of its own is written \\\\", err=True)
-    return tuple(map(unescaped, texts))
+    return tuple(map(unescape, texts))
 
 
-def unescaped(text: str) -> str:
+def unescape(text: str) -> str:
     """`text` with \\n, \\t, \\r, \\\\ and \\uXXXX read; any other backslash stands for itself."""
     read = _ESCAPE.sub(lambda match: _ESCAPES[match[1]] if match[1] else chr(int(match[2], 16)), text)
     # Two escapes that are a pair of surrogates are one character.
     return read.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def escaped(text: str) -> str:
-    """What `unescaped` reads as `text`."""
+def escape(text: str) -> str:
+    """Writes `text` so that `unescape` reads it."""
     return re.sub(r"[\n\t\r\\]", lambda match: f"\\{_LETTERS[match[0]]}", text)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import CommandError, fail, log_to_stderr, results_only_on_stdout
-from batchgen.redaction import redacted
+from batchgen.redaction import redact
 from batchgen.types import ExitCode
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
             jobs,
             options["ranks"],
             str(cache),
-            redacted(shlex.join(["batchgen", *sys.argv[1:]]), os.environ),
+            redact(shlex.join(["batchgen", *sys.argv[1:]]), os.environ),
             {"versions": versions(), "date": time.strftime("%Y-%m-%d")},
         )
         folder.check_or_create(bench.identity(measured, name))

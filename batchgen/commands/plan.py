@@ -14,7 +14,7 @@ import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
 from batchgen.commands._options import sampling_options
-from batchgen.commands._values import escaped, template_text
+from batchgen.commands._values import escape, template_text
 from batchgen.commands.run import recipe_of
 from batchgen.types import FIT, SamplingParams
 
@@ -155,13 +155,18 @@ def _text(
     node: plans.Node,
     options: dict[str, Any],
 ) -> Iterator[str]:
+    from batchgen.planning.hardware import nearest_card
     from batchgen.runs.progress import duration
 
     prompts, new = (sum(length[place] for length in work.lengths) / len(work.lengths) for place in (0, 1))
     yield f"{work.rows:,} rows of {prompts:,.0f} prompt tokens and up to {new:,.0f} new ones, on the average ({note})"
-    yield f"{options['model']} in {options['dtype']} on {node.gpus} GPU(s) of {node.card.memory / 1e9:,.0f} GB"
-    if options["gpu"] is None and options["gpu_memory"] is None:
+    sold = options["gpu_memory"]
+    memory = f"{node.card.memory / 1e9:,.0f} GB" if sold is None else f"{sold:g} GiB"
+    yield f"{options['model']} in {options['dtype']} on {node.gpus} GPU(s) of {memory}"
+    if options["gpu"] is None and sold is None:
         yield "no --gpu was given: an H100 is assumed"
+    elif options["gpu"] is None:
+        yield f"no --gpu was given: the speeds are those of the {nearest_card(sold)}, whose memory is the nearest"
     if not node.card.measured:
         yield "the speeds of this GPU are its maker's, less a tenth: expect less"
     for forecast in forecasts:
@@ -194,7 +199,7 @@ def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any
     given |= {name: value for name in ("prompt_column", "template") if (value := getattr(recipe, name)) is not None}
     if given.get("max_new_tokens") == FIT:
         given["max_new_tokens"] = "fit"
-    for name, value in [*given.items(), *(("stop", escaped(text)) for text in recipe.sampling.stop)]:
+    for name, value in [*given.items(), *(("stop", escape(text)) for text in recipe.sampling.stop)]:
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--logprobs"] if recipe.sampling.logprobs else []
     words += ["--engine", best.engine]

@@ -20,7 +20,7 @@ from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import recipe_of
 from batchgen.files import replacing
-from batchgen.redaction import redacted
+from batchgen.redaction import redact
 from batchgen.runs.transfer import fetch, is_url, put
 from batchgen.types import WHOLE
 
@@ -145,12 +145,12 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     if not status.open and (speaks or status.attempts[-1].ended is not None):
         _deliver(folder / "generations.jsonl", output_file)
         _note_delivered(folder)
-        click.echo(redacted(output_file, os.environ))
+        click.echo(redact(output_file, os.environ))
     conclude(status, speaks)
 
 
 def _carry_out(input_file: str, folder: Path, options: dict[str, Any]) -> tuple[Status, bool] | None:
-    """As `_runs.carry_out`; None if there is no line to answer, and no run that had some."""
+    """Carries the run out, as `_runs.carry_out` does; None if there is no line to answer, and no run that had some."""
     from batchgen.formats import InputError
     from batchgen.formats.input import files_of
     from batchgen.formats.jsonl import is_blank
@@ -176,7 +176,7 @@ def _answer_nothing(output_file: str) -> None:
     if from_environment(os.environ).rank == 0:
         _deliver(Path(os.devnull), output_file)
         click.echo("batchgen: finished; the input has no line, and so has the output", err=True)
-        click.echo(redacted(output_file, os.environ))
+        click.echo(redact(output_file, os.environ))
 
 
 def folder_of(options: dict[str, Any]) -> Path:

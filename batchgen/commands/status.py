@@ -122,5 +122,7 @@ def _of_slurm(
         if which:
             yield f"  {state:7} shards {slurm.ranges(which)} of {len(shards)}"
     retried = [index for index, shard in enumerate(shards) if shard in ("missing", "failed") and index not in busy]
-    if retried and not unsure:
+    if retried and not any(job.shards for job in jobs):  # the shards were started by hand
+        yield f"  again   the same command, with --shard I/{len(shards)} for each I of {slurm.ranges(retried)}"
+    elif retried and not unsure:
         yield from (f"  again   {line}" for line in slurm.retries(jobs, retried))

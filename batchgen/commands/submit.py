@@ -83,6 +83,12 @@ def command(
 
     folder, run_options = parse_run_command(context.obj)
     shards, at_once = array
+    if any(word.partition("=")[0] == "--dry-run" for word in options):
+        raise CommandError("submit has no --dry-run: --print prints the script, and submits nothing")
+    if run_options.get("dry_run"):
+        raise CommandError(
+            "--dry-run generates nothing, so that no job is needed: leave it out, or call `batchgen run --dry-run` here"
+        )
     if shards and "shard" not in run_options:
         raise CommandError("--array splits a run into shards, which `run` knows and `run-batch` does not")
     if shards and run_options.get("shard", WHOLE) != WHOLE:
@@ -94,10 +100,10 @@ def command(
         tasks = slurm.Array(shards, size, at_once)
         requeue = slurm.Requeue(max_requeues, chained=chain is not None)
         script = slurm.make_script(folder, context.obj, given, site, tasks, requeue)
+        _check_there(run_options)
         if only_print:
             click.echo(_bytes(script), nl=False)
             return
-        _check_there(run_options)
         jobs = _submit(folder, script, tasks, chain or 1)
     except UserError as error:
         raise fail(error) from error

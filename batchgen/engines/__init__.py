@@ -43,6 +43,12 @@ def find(name: str) -> type[Engine]:
     return found[0]
 
 
+def name_of(engine: type[Engine]) -> str:
+    """What `--engine` calls it; of a class that is defined elsewhere, its own name."""
+    package, _, rest = engine.__module__.partition(".engines.")
+    return rest.partition(".")[0].replace("_", "-") if package == "batchgen" and rest else engine.__name__
+
+
 def parse_options(engine: type[Engine], settings: Sequence[str]) -> Any:
     """The engine's `Options` from `name=value` settings, each typed by its annotation.
 
@@ -57,7 +63,7 @@ def parse_options(engine: type[Engine], settings: Sequence[str]) -> Any:
             raise EngineError(f"--set takes name=value, not {setting!r}")
         if name not in kinds:
             known = ", ".join(kinds) or "none"
-            raise EngineError(f"this engine has no setting {name!r}. Its settings: {known}")
+            raise EngineError(f"engine {name_of(engine)} has no setting {name!r}. Its settings: {known}")
         values[name] = _typed(name, text, kinds[name])
     return engine.Options(**values)
 

@@ -162,7 +162,7 @@ class Source(ABC):
         return False
 
     def digest(self) -> str:
-        """That of the scan, made again. May raise OSError besides InputError."""
+        """The digest of the scan, made again. May raise OSError besides InputError."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -150,7 +150,10 @@ class Jsonl(Source):
         return [self._of_index(), checksum]
 
     def rows(self, numbers: Iterable[int]) -> Iterator[tuple[int, int, Value]]:
-        """As `Source.rows`, in any order; quick where it ascends. Error rows are `malformed_json` or `wrong_type`."""
+        """Gives rows as `Source.rows` does, but in any order; it is quick where they ascend.
+
+        Error rows are `malformed_json` or `wrong_type`.
+        """
         self.check_unchanged()
         begins, blanks, decode = self._begins, self._blanks, DECODER.raw_decode
         with self._text.open("rb") as file:
@@ -175,7 +178,7 @@ class Jsonl(Source):
                     yield number, line, value
 
     def hashes(self, id_of: Callable[[Value], str | None], prefix: str) -> Iterator[int]:
-        """As `Source.hashes`, without parsing rows that begin with their id: a request's body can be long."""
+        """Gives hashes as `Source.hashes` does. A row that begins with its id is not parsed: its body can be long."""
         begins = self._begins
         with self._text.open("rb") as file:
             for window in self._windows(range(len(self))):

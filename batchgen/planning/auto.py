@@ -38,7 +38,7 @@ class Choice:
     why: str = ""  # it was chosen; "" if it was named
 
     def __str__(self) -> str:
-        """As it could have been typed."""
+        """The engine and its settings as they could have been typed."""
         usual = self.kind.Options()
         given = settings_of(self.options).items()
         changed = [f"--set {name}={value}" for name, value in given if value != getattr(usual, name)]
@@ -175,7 +175,7 @@ class _Search:
         return loading.floating_dtype(self.dtype, config, on_gpu=self.nodes.machine.gpus > 0), bits
 
     def _forecasts(self, model: Model, work: Work, ranks: int) -> list[Forecast]:
-        """Of `ranks` ranks, the best first; only those that need nothing more of the user."""
+        """The forecasts for `ranks` ranks, the best first; only those that need nothing more of the user."""
         from batchgen.planning import forecast
 
         machine, hosts, forecasts = self.nodes.machine, self.nodes.count, []

@@ -1,7 +1,7 @@
 """What fits, how large a batch, how long: from a model's config and the lengths of an input. No weights, no GPU.
 
-Memory is counted as the engines count it (`memory.bytes_per_row`, `zero.gathered_bytes`), and time as `speed` has it.
-Cells of a bench of the same model come before its formulas.
+Memory is counted as the engines count it (`models.footprint`, `Engine.placements`), and time as `speed` has it. Where
+a bench of the same model has measured a step, that is taken instead of the formulas.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Expected:
             place += taken
 
     def _in_flight(self, work: Work) -> Iterator[_Part]:
-        """The same where rows come and go: as many as fit, all of the average length; or all of them, ever fewer."""
+        """A stream's work where rows come and go: as many as fit, of the average length; or all of them, ever fewer."""
         ends = sorted(new for _, new in work.lengths)
         prompt, new = sum(prompt for prompt, _ in work.lengths) / len(ends), sum(ends) / len(ends)
         stream = work.rows / self.placement.streams

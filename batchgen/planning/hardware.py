@@ -56,19 +56,24 @@ def card_of(name: str | None, gigabytes: float | None) -> Card:
     if gigabytes is None:
         return CARDS[name or "H100"]
     size = int(gigabytes * _GIB * _FULL)
-    return replace(CARDS[name] if name is not None else _nearest(CARDS, size), memory=size)
+    return replace(CARDS[name or nearest_card(gigabytes)], memory=size)
+
+
+def nearest_card(gigabytes: float) -> str:
+    """The name of the card whose memory is the nearest to this, as it is sold."""
+    return _nearest(CARDS, int(gigabytes * _GIB * _FULL))
 
 
 def recognise_card(device: str, size: int) -> Card:
     """The card that torch calls `device`, like "NVIDIA A100-SXM4-80GB", and that has `size` bytes; one that is not
     known counts as the one with the nearest memory."""
     named = {name: card for name, card in CARDS.items() if re.search(rf"\b{name.partition('-')[0]}\b", device)}
-    card = _nearest(named or CARDS, size)
+    card = CARDS[_nearest(named or CARDS, size)]
     return replace(card, memory=size, measured=card.measured and bool(named))
 
 
-def _nearest(cards: Mapping[str, Card], size: int) -> Card:
-    return min(cards.values(), key=lambda card: abs(math.log(card.memory / size)))
+def _nearest(cards: Mapping[str, Card], size: int) -> str:
+    return min(cards, key=lambda name: abs(math.log(cards[name].memory / size)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,13 +58,13 @@ class Model:
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, bits: Literal[0, 4, 8] = 0) -> Model:
-        """With weights of type `dtype`, or those of matrices rounded to so many bits."""
+        """A model with weights of type `dtype`, or with matrices that are rounded to so many bits."""
         weights = list_parameters(config, dtype)
         return cls(config, dtype, quantization.plan_quantized(weights, bits, _GROUP) if bits else weights)
 
     @property
     def layers(self) -> int:
-        """Of the decoder."""
+        """How many layers the decoder has."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     @property
@@ -73,7 +73,7 @@ class Model:
         return str(self.config.model_type) == "bloom"
 
     def row_bytes(self, prompt: int, new: int, sharing: int) -> int:
-        """Of one row, on each of the devices that share it."""
+        """The bytes of one row, on each of the devices that share it."""
         return footprint.bytes_per_row(
             self.config,
             prompt_tokens=prompt,
@@ -84,13 +84,13 @@ class Model:
         )
 
     def cache_bytes(self) -> int:
-        """Of one token, on all devices together."""
+        """The bytes of one token in the KV cache, on all devices together."""
         return footprint.cache_bytes_per_token(self.config, self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of an engine's way to hold a model on a node."""
+    """How fast an engine is with a model on a node, by the way it holds the model."""
 
     pace: Pace
     placement: Placement

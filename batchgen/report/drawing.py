@@ -144,6 +144,6 @@ SHORT = FuncFormatter(lambda number, _: short(number))
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Of a logarithmic axis, whose own labels are formulas, which no part of the page can show."""
+    """Writes plain numbers on a logarithmic axis: its own labels are formulas, which no part of the page can show."""
     axis.set_major_formatter(SHORT)
     axis.set_minor_formatter(NullFormatter())

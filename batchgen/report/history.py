@@ -43,22 +43,22 @@ class Start:
 
     @property
     def seconds(self) -> float:
-        """From its start to its end."""
+        """The seconds from its start to its end."""
         return max(self.end - self.begin, 0.0)
 
     @property
     def rank_seconds(self) -> float:
-        """Of all its ranks together."""
+        """The seconds of all its ranks together."""
         return self.ranks * self.seconds
 
     @property
     def gpu_seconds(self) -> float:
-        """Of all the GPUs that are recorded of it together; 0 where none is."""
+        """The seconds of all its recorded GPUs together; 0 where none is recorded."""
         return sum(self.devices.values()) * self.seconds
 
 
 def unseen_gpu_seconds(starts: Sequence[Start]) -> float:
-    """Of ranks whose GPUs are not recorded: one each, or as many as those of a like attempt had; 0 where none had one.
+    """The GPU time of ranks whose GPUs are not recorded: of one GPU each, or of as many as a like attempt had.
 
     A rank says what it holds once its model is there, so one that is killed while it loads never does.
     """

@@ -173,7 +173,7 @@ def _bins(values: Floats, count: int) -> list[float]:
 
 
 def _whole_bins(values: Floats, count: int) -> list[float]:
-    """As `_bins`, for whole numbers: as many of them in each bin, or some would stand out for that alone."""
+    """Bins for whole numbers: each has as many of them, or some bins would stand out for that alone."""
     if _wide_range(values):
         return _bins(values, count)
     low, high = float(values.min()), float(values.max())

@@ -18,8 +18,8 @@ from batchgen.requests.openai_keys import SETTINGS, advice, is_neutral
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused, check_encodable, quote, sampling_params
-from batchgen.requests.row_ids import called, endpoint, is_request, may_be_request, read_id, row_id
-from batchgen.requests.template import compiled, conversation, template_kwargs, without_nulls
+from batchgen.requests.row_ids import endpoint, is_request, make_id, may_be_request, read_id, row_id
+from batchgen.requests.template import compile_template, conversation, template_kwargs, without_nulls
 from batchgen.requests.token_limits import TokenLimits
 from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, SamplingParams
 
@@ -34,13 +34,19 @@ class PromptReader:
     Args:
         duplicates: numbers of rows whose id an earlier row has, and that row's place.
         among_requests: the input is an OpenAI batch file, so that a row with a `custom_id` alone is a line of it.
+        warns: log what is ignored in rows; False: another reader of the same rows does.
 
     Raises:
         ValueError: the template is no Jinja template, or the model has no context to fit; a sentence.
     """
 
     def __init__(
-        self, recipe: Recipe, tokenizer: Tokenizer, duplicates: Mapping[int, str], among_requests: bool = False
+        self,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        duplicates: Mapping[int, str],
+        among_requests: bool = False,
+        warns: bool = True,
     ) -> None:
         if recipe.sampling.max_new_tokens == FIT and tokenizer.context is None:
             raise ValueError(
@@ -51,8 +57,9 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._duplicates = duplicates
         self._among_requests = among_requests
+        self._warns = warns
         self._limits = TokenLimits(tokenizer, recipe.truncate, recipe.authors_length)
-        self._render = None if recipe.template is None else compiled(recipe.template)
+        self._render = None if recipe.template is None else compile_template(recipe.template)
         used = re.findall(r"\w+", recipe.template or recipe.prompt_column or "")
         self._settings = SETTINGS.difference(used)
         self._reported: set[tuple[str, str | int]] = set()
@@ -116,7 +123,7 @@ class PromptReader:
             params = sampling_params(params, given, {})
         if not text.isascii():
             check_encodable(text)
-        id = called(row, own, self._recipe.id_prefix)
+        id = make_id(row, own, self._recipe.id_prefix)
         return Prompt(row.index, id, row.line, text, (), params, value), from_chat
 
     def _plain_text(self, row: Row, value: Mapping[str, object]) -> tuple[str, bool]:
@@ -175,7 +182,7 @@ class PromptReader:
             self._say_once(row, "the body's key %s is not known to batchgen and is ignored", key)
 
     def _say_once(self, row: Row, sentence: str, value: str | int, advice: str = "") -> None:
-        if (sentence, value) not in self._reported:
+        if self._warns and (sentence, value) not in self._reported:
             self._reported.add((sentence, value))
             _log.warning(f"%s: {sentence}, here and in all other lines{advice}", _place(row), quote(value))
 
@@ -215,7 +222,7 @@ def _text(columns: Mapping[str, object], column: str | None) -> str:
     if column is None and "messages" in columns:
         raise Refused("missing_prompt", 'the "messages" column is null; give this row messages')
     listed = ", ".join(key if len(key) <= 60 and key.isprintable() else quote(key) for key in list(columns)[:20])
-    raise Refused(
-        "missing_prompt",
-        f'there is no "{name}" column; its columns are {listed or "none"}. Use --prompt-column or --template',
-    )
+    missing, remedy = f'"{name}" column', "Use --prompt-column or --template"
+    if column is None:
+        missing, remedy = 'column "prompt" or "messages"', f"Give it one of them, or use{remedy[3:]}"
+    raise Refused("missing_prompt", f"there is no {missing}; its columns are {listed or 'none'}. {remedy}")

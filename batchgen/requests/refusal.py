@@ -77,7 +77,7 @@ def check_encodable(text: str) -> None:
 
 
 def refuse_lost(letters: str) -> Refused:
-    """Of a prompt with letters that the tokenizer leaves out."""
+    """The refusal of a prompt with letters that the tokenizer leaves out."""
     return Refused(
         "lost_letters",
         f"the model's tokenizer has no token for {quote(letters)} and leaves it out, so that the model would read "

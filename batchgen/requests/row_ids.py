@@ -66,10 +66,10 @@ def own_id(value: Mapping[str, object] | RowError) -> str | None:
 
 def row_id(row: Row, prefix: IdPrefix | None = None) -> str:
     """The row's own id, else one from its file and line."""
-    return called(row, own_id(row.value), prefix)
+    return make_id(row, own_id(row.value), prefix)
 
 
-def called(row: Row, own: str | None, prefix: IdPrefix | None) -> str:
+def make_id(row: Row, own: str | None, prefix: IdPrefix | None) -> str:
     """What a row with the id `own`, or without one, is called."""
     if own is None:
         return place_of(row.source, row.line)

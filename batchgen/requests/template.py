@@ -133,7 +133,7 @@ def template_kwargs(kwargs: object, name: str) -> dict[str, object]:
     return {key: value for key, value in kwargs.items() if value is not None}
 
 
-def compiled(template: str) -> Callable[[Mapping[str, object]], str]:
+def compile_template(template: str) -> Callable[[Mapping[str, object]], str]:
     """The Jinja template as a function of a row's columns, which raises `Refused`.
 
     A column that is missing is an error, and so is one that would be written "None". `sandbox` says what else a row may

@@ -19,7 +19,7 @@ from batchgen import checkpoint
 from batchgen.checkpoint import Attempt, CheckpointError, Done, RunFolder, Status, merge_with, write_lines
 from batchgen.engine import Died
 from batchgen.formats.input import Input
-from batchgen.redaction import redacted
+from batchgen.redaction import redact
 from batchgen.runs import launcher
 from batchgen.runs.begin import begin, join
 from batchgen.runs.manifest import provenance
@@ -177,7 +177,7 @@ class _Start:
         except BaseException as error:
             if self._role.is_single_process:
                 reason = f"failed: {type(error).__name__}: {error}"
-                self._end_attempt(redacted(reason, self._host.environment))
+                self._end_attempt(redact(reason, self._host.environment))
             raise
 
     def _end_attempt(self, how: str) -> None:

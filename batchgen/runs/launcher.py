@@ -194,7 +194,7 @@ def _death(number: int, rank: Rank, attempt: Attempt | None) -> str:
 
 
 def _ended_for_standing(ranks: list[Rank], attempt: Attempt, watched: Ranks, seconds: float) -> list[Rank]:
-    """Those that could not watch themselves, and now are killed."""
+    """Kills the ranks that stand still and cannot watch themselves, and gives them."""
     standing = watched.standing([number for number, rank in enumerate(ranks) if rank.poll() is None])
     if standing and not report(attempt, stalled(attempt, seconds, standing)):
         with suppress(subprocess.TimeoutExpired):

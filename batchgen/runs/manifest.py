@@ -11,7 +11,7 @@ import socket
 import sys
 
 from batchgen import engines
-from batchgen.redaction import redacted
+from batchgen.redaction import redact
 from batchgen.runs.prepare import Ready
 from batchgen.runs.role import Role
 from batchgen.types import FIT, Generation, SamplingParams
@@ -64,7 +64,7 @@ def provenance(ready: Ready, role: Role) -> dict[str, object]:
     return {
         "model": ready.model.name,
         "model_folder": str(ready.model.folder),
-        "input_files": [redacted(str(source.path.absolute()), environment) for source in ready.source.sources],
+        "input_files": [redact(str(source.path.absolute()), environment) for source in ready.source.sources],
         "engine": ready.engine,
         "settings": engines.settings_of(ready.options),
         "engine_reason": ready.choice.why,
@@ -75,12 +75,12 @@ def provenance(ready: Ready, role: Role) -> dict[str, object]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions(),
-        "command": [redacted(word, environment) for word in sys.argv],
+        "command": [redact(word, environment) for word in sys.argv],
     }
 
 
 def versions() -> dict[str, str]:
-    """Of batchgen and the packages that decide what a model says and how fast."""
+    """The versions of batchgen and of the packages that decide what a model says and how fast."""
     versions = {}
     for name in _PACKAGES:
         try:

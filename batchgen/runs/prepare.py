@@ -201,22 +201,24 @@ def sample(
     Rows that cannot become a prompt are left out.
 
     Args:
-        most: rows to draw; None: all.
+        max_rows: how many rows to draw; None: all.
 
     Raises:
         InputError: a sentence.
     """
     with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
         source = Input.open(inputs, Path(scratch), scan=True)
-        prompts, count = _draw(source, recipe, tokenizer, max_rows)
+        prompts, count = _draw(source, recipe, tokenizer, max_rows, warns=True)
     return prompts, count, len(source)
 
 
-def _draw(source: Input, recipe: Recipe, tokenizer: Tokenizer, max_rows: int | None) -> tuple[list[Prompt], int]:
+def _draw(
+    source: Input, recipe: Recipe, tokenizer: Tokenizer, max_rows: int | None, *, warns: bool
+) -> tuple[list[Prompt], int]:
     count = len(source) if max_rows is None else min(max_rows, len(source))
     drawn = sorted(random.Random(1).sample(range(len(source)), count))
     try:
-        reader = PromptReader(recipe, tokenizer, {})
+        reader = PromptReader(recipe, tokenizer, {}, warns=warns)
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
     parts = (reader.read(list(source.rows(window))) for window in windows(drawn, source.bytes_of))
@@ -225,7 +227,7 @@ def _draw(source: Input, recipe: Recipe, tokenizer: Tokenizer, max_rows: int | N
 
 def _lengths(source: Input, recipe: Recipe, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], int]:
     """Prompt and new tokens of rows drawn from the input, and how many rows they stand for."""
-    prompts, count = _draw(source, recipe, tokenizer, _SAMPLE)
+    prompts, count = _draw(source, recipe, tokenizer, _SAMPLE, warns=False)  # the reader of all rows does
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in prompts]
     return lengths, round(len(source) * len(prompts) / max(count, 1))
 

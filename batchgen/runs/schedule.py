@@ -22,7 +22,7 @@ def shard(rows: int, stream: Stream, whole: Shard = WHOLE) -> range:
 
 
 def open_rows(rows: range, is_good: Callable[[int], bool]) -> Iterator[int]:
-    """Those of `rows` that have no generation yet, ascending. Rows that have failed are open again."""
+    """The numbers among `rows` that have no generation yet, ascending. Rows that have failed are open again."""
     return (row for row in rows if not is_good(row))
 
 

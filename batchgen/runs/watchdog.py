@@ -29,7 +29,7 @@ _GRACE_SECONDS = 30.0  # for a rank that is asked to end because of another one
 
 
 class Still:
-    """For how long a count has not changed, as seen by one who looks every `pause` seconds.
+    """Measures for how long a count has not changed, as seen by one who looks every `pause` seconds.
 
     Time in which the one who looks was itself stopped does not count: Slurm suspends whole jobs, and lets them go on.
     """

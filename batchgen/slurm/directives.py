@@ -45,7 +45,7 @@ class Directive:
 
     @property
     def word(self) -> str:
-        """As on a command line, unquoted."""
+        """The option as on a command line, unquoted."""
         dashes = "-" if len(self.name) == 1 else "--"
         joint = " " if len(self.name) == 1 else "="
         return f"{dashes}{self.name}" if self.value is None else f"{dashes}{self.name}{joint}{self.value}"
@@ -84,12 +84,13 @@ def parse(words: Sequence[str]) -> list[Directive]:
             directives[-1] = Directive(directives[-1].name, word)
         else:
             raise SlurmError(f"{word!r} is no option of sbatch. Options of sbatch come first, then --, then run …")
-    return [usable(directive) for directive in directives]
+    return [make_usable(directive) for directive in directives]
 
 
-def usable(directive: Directive) -> Directive:
-    """As a job can have it. A warning signal goes to the batch process, which passes it on; without B: it would kill
-    the tasks' shells.
+def make_usable(directive: Directive) -> Directive:
+    """The directive as a job can have it.
+
+    A warning signal goes to the batch process, which passes it on; without B: it would kill the tasks' shells.
 
     Raises:
         SlurmError: it contradicts what a run needs.
@@ -108,6 +109,6 @@ def usable(directive: Directive) -> Directive:
     return Directive("signal", f"{reserved}B:{match[2]}")
 
 
-def merged(*lists: Iterable[Directive]) -> list[Directive]:
+def merge_directives(*lists: Iterable[Directive]) -> list[Directive]:
     """All of them, a later one in the place of an earlier one of its name."""
     return list({directive.name: directive for directives in lists for directive in directives}.values())

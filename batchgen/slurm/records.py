@@ -93,5 +93,5 @@ def note_unwritten(run: Path, task: str, unwritten: bool) -> None:
 
 
 def is_unwritten(run: Path, task: str) -> bool:
-    """As `note_unwritten` has kept it."""
+    """Whether `note_unwritten` has noted it."""
     return (_folder(run) / f"{task}.unwritten").exists()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from batchgen.slurm.directives import Directive, merged
+from batchgen.slurm.directives import Directive, merge_directives
 from batchgen.slurm.records import Job, log_pattern
 from batchgen.slurm.site import Site
 
@@ -80,10 +80,10 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def retries(jobs: Sequence[Job], shards: Sequence[int]) -> list[str]:
-    """The commands that do `shards` again: one for each array that they were in."""
+    """The commands that do `shards` again: one for each array that they were in, of which there is at least one."""
     offsets = {job.offset: job for job in jobs if job.shards}  # of arrays of the same shards, the newest
     lines = []
-    for offset in sorted(offsets) or [0]:
+    for offset in sorted(offsets):
         after = min((other for other in offsets if other > offset), default=None)
         indices = [shard - offset for shard in shards if shard >= offset and (after is None or shard < after)]
         if indices:
@@ -120,7 +120,7 @@ def make_script(
     given = [*site.directives, *typed]
     if [directive.name for directive in given if directive.name in _REQUEUE][-1:] == ["no-requeue"]:
         max_requeues = 0
-    given = merged(directive for directive in given if directive.name not in _REQUEUE)
+    given = merge_directives(directive for directive in given if directive.name not in _REQUEUE)
     ours = [
         Directive("job-name", run.absolute().name),
         Directive("chdir", str(Path.cwd())),
@@ -134,7 +134,7 @@ def make_script(
     shard = ["--shard", SHARD % array.shards] if array.shards else []
     return Script(
         title=["Written by `batchgen submit`. It can be edited, and submitted again as it stands, with sbatch."],
-        directives=merged(ours, given, _one_task_a_gpu(given)),
+        directives=merge_directives(ours, given, _one_task_a_gpu(given)),
         setup=[*(f"module load {shlex.quote(module)}" for module in site.modules), *site.setup],
         batchgen=f"{shlex.quote(sys.executable)} -m batchgen",
         supervise=["--chained"] if requeue.chained else [f"--max-requeues={max_requeues}"],

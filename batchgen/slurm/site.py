@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchgen.slurm.directives import Directive, merged, usable
+from batchgen.slurm.directives import Directive, make_usable, merge_directives
 from batchgen.slurm.queue import SlurmError
 
 _LISTS = ("modules", "setup", "srun")
@@ -56,8 +56,8 @@ def load(environment: Mapping[str, str], working: Path) -> Site:
             if name not in left_out
         ]
         try:
-            directives = merged(
-                (directive for directive in directives if directive.name not in left_out), map(usable, given)
+            directives = merge_directives(
+                (directive for directive in directives if directive.name not in left_out), map(make_usable, given)
             )
         except SlurmError as error:
             raise SlurmError(f"{path}: {error}") from error

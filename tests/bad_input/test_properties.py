@@ -22,7 +22,7 @@ from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused
 from batchgen.requests.row_ids import own_id
-from batchgen.requests.template import compiled
+from batchgen.requests.template import compile_template
 from batchgen.types import Generation, Row, RowError, SamplingParams
 from tests import mutations
 from tests.requests.test_prompts_of_any_row import JSON, NAMES
@@ -167,7 +167,7 @@ def test_any_template_is_refused_or_renders_or_refuses_rows(template: str, rows:
 def rendered(template: str, rows: list[Mapping[str, object]]) -> list[str] | str:
     """What becomes of each row, or why the template is none."""
     try:
-        render = compiled(template)
+        render = compile_template(template)
     except ValueError as error:
         return sentence(error, "--template ")
     found = []

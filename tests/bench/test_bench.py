@@ -145,11 +145,12 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
     ("words", "sentence"),
     [
         (["--engines", "fast"], "there is no engine"),
-        (["--engines", "accelerate:no=1"], "has no setting 'no'"),
+        (["--engines", "accelerate:no=1"], "engine accelerate has no setting 'no'"),
         (["--random-weights", "gpt-5"], "there is no shape gpt-5"),
         (["--random-weights", "x", "--model", "y"], "name two models"),
         (["--mixed", "3", "--input", "p"], "name different jobs"),
         (["compare", "a", "b"], "a is not a bench folder"),
+        (["--engines", "echo", "-o", "tiny.json"], "tiny.json is a file, not a folder. Choose another folder with -o"),
     ],
 )
 def test_what_cannot_be_measured_is_a_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:

@@ -309,8 +309,9 @@ except DifferentRun:
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write the run folder .*file/run: Not a directory"):
-        RunFolder(tmp_path / "file" / "run").make()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(CheckpointError, match=r"/file is a file, not a folder\. Choose another folder with -o"):
+            RunFolder(place).make()
 
 
 def test_no_room_for_the_first_file_is_a_sentence(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from batchgen.checkpoint import (
     status,
     write_lines,
 )
-from batchgen.checkpoint.attempt import newest
+from batchgen.checkpoint.attempt import list_possibly_live
 from batchgen.types import Shard
 from batchgen.world import World
 from tests.checkpoint.folders import batch, commit, died, edit, elsewhere, made
@@ -123,7 +123,7 @@ def test_an_attempt_may_be_live_unless_a_later_one_that_may_be_has_rows_of_it(sh
     for number in reversed(range(len(shards))):
         if not any(shards[number].overlaps(shards[later]) for later in expected):
             expected.append(number)
-    assert [one.number for one in newest(known)] == sorted(expected)
+    assert [one.number for one in list_possibly_live(known)] == sorted(expected)
 
 
 def test_heartbeats_of_all_attempts_are_those_of_each(tmp_path: Path) -> None:

@@ -53,3 +53,19 @@ def test_the_default_model_is_found_by_its_name(
     (place / "manifest.json").write_text(json.dumps({"sizes": {}}))
     monkeypatch.setenv("BATCHGEN_CACHE", str(tmp_path / "cache"))
     assert suggested("--model", models.DEFAULT)[1:3] == ["--model", models.DEFAULT]
+
+
+def plan(*words: str) -> str:
+    done = CliRunner().invoke(main, ["plan", "p.jsonl", "--model", "bloom-560m", *words])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_memory_is_shown_as_it_was_given_and_a_gpu_that_was_not_named_is_said(prompts: Path) -> None:
+    assert "on 1 GPU(s) of 80 GiB\n" in plan("--gpu-memory", "80", "--gpu", "H100")
+    for size, name in (("80", "H100"), ("39.5", "A100-40"), ("200", "H200")):
+        text = plan("--gpu-memory", size)
+        assert f"on 1 GPU(s) of {size} GiB\n" in text
+        assert f"no --gpu was given: the speeds are those of the {name}, whose memory is the nearest\n" in text
+    assert "no --gpu was given: an H100 is assumed\n" in plan()
+    assert "no --gpu was given" not in plan("--gpu", "V100")

@@ -249,3 +249,22 @@ def test_under_torchrun_none_is_started_and_the_last_rank_merges(tmp_path: Path,
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
     assert texts(tmp_path / "out") == WANTED
     assert len(heartbeats(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("auto", 1), ("echo", 2), ("auto", 2)])
+def test_that_a_column_is_ignored_is_said_once_a_run(tmp_path: Path, tiny_llama: Path, engine: str, ranks: int) -> None:
+    lines = [{**row, "max_tokens": 5} for row in prompts(12)] + [{"prompt": "x", "system": "y"}]
+    rows = write_rows(tmp_path / "p.jsonl", lines)
+    words = ["--engine", engine, "--model", tiny_llama, "--max-new-tokens", 2, "--ranks", ranks]
+    ended = call(tmp_path, "run", rows, "-o", "out", *words)
+    assert ended.code == 0, ended.err
+    for column in ("max_tokens", "system"):
+        assert ended.err.count(f'the column "{column}" is carried along and changes no text') == 1, ended.err
+
+
+def test_under_srun_rank_0_says_for_all_that_a_column_is_ignored(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "p.jsonl", [{**row, "max_tokens": 5} for row in prompts(8)])
+    first, second = under_srun(tmp_path, *echo(rows, "-o", "out"))
+    assert (first.code, second.code) == (0, 0)
+    sentence = 'the column "max_tokens" is carried along and changes no text'
+    assert (first.err.count(sentence), second.err.count(sentence)) == (1, 0)

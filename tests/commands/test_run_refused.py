@@ -22,7 +22,7 @@ def rows(tmp_path: Path) -> Path:
         (["nothing-*.jsonl"], "no file matches nothing-*.jsonl"),
         (["notes.txt"], "notes.txt is of no known format"),
         (["prompts.jsonl", "prompts.jsonl"], "named twice"),
-        (["prompts.jsonl", "--set", "speed=3"], "this engine has no setting 'speed'. Its settings: seconds"),
+        (["prompts.jsonl", "--set", "speed=3"], "engine echo has no setting 'speed'. Its settings: seconds"),
         (["prompts.jsonl", "--set", "seconds=soon"], "--set seconds=soon: must be float"),
         (["prompts.jsonl", "--set", "seconds=nan"], "--set seconds must be a number, 0 or more"),
         (["prompts.jsonl", "--set", "seconds"], "--set takes name=value, not 'seconds'"),
@@ -30,8 +30,11 @@ def rows(tmp_path: Path) -> Path:
         (["prompts.jsonl", "--template", "x", "--prompt-column", "y"], "exclude each other"),
         (["prompts.jsonl", "--max-new-tokens", "0"], "max_new_tokens must be a whole number, 1 or more"),
         (["prompts.jsonl", "--top-p", "2"], "top_p must be a number above 0 and at most 1"),
-        (["prompts.jsonl", "-o", "notes.txt"], "cannot write the run folder notes.txt"),
-        (["prompts.jsonl", "-o", "notes.txt/below"], "cannot write the run folder notes.txt/below"),
+        (["prompts.jsonl", "-o", "notes.txt"], "notes.txt is a file, not a folder. Choose another folder with -o"),
+        (
+            ["prompts.jsonl", "-o", "notes.txt/below"],
+            "notes.txt is a file, not a folder. Choose another folder with -o",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from batchgen.commands._runs import about_failures
+from batchgen.commands._runs import describe_failures
 from batchgen.requests.output import renderer
 from batchgen.types import MACHINE_ERRORS, Generation, RowError
 from tests.commands.starts import call, echo, prompts, write_rows
@@ -36,7 +36,7 @@ def test_a_failure_is_tried_again_only_where_another_start_may_succeed(
     path = tmp_path / "errors.jsonl"
 
     def said(*types: str) -> str:
-        return about_failures(failed(types, path, shape, is_answers))
+        return describe_failures(failed(types, path, shape, is_answers))
 
     begin = f"what failed is in {path}, first: "
     mend = "The input itself is wrong there: mend these rows, and give them a run of their own"

@@ -77,3 +77,11 @@ def test_what_is_no_run_is_exit_4(tmp_path: Path, rows: Path, command: str, name
     assert (ended.code, ended.out) == (4, "")
     assert sentence in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_shards_that_slurm_did_not_start_are_done_by_the_command_that_did_them(tmp_path: Path, rows: Path) -> None:
+    assert call(tmp_path, *echo(rows, "-o", "out"), "--shard", "1/4").code == 0
+    said = call(tmp_path, "status", "out").out
+    assert "  missing shards 0,2-3 of 4\n" in said
+    assert said.endswith("  again   the same command, with --shard I/4 for each I of 0,2-3\n")
+    assert "sbatch" not in said

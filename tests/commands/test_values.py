@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.commands import main
-from batchgen.commands._values import escaped, unescaped
+from batchgen.commands._values import escape, unescape
 from batchgen.commands.run import command
 
 
@@ -42,7 +42,7 @@ def test_escapes_of_a_stop_text_are_read(written: str, meant: str) -> None:
 
 @given(st.text())
 def test_what_is_escaped_is_read_back(text: str) -> None:
-    assert unescaped(escaped(text)) == text
+    assert unescape(escape(text)) == text
 
 
 def test_a_stop_text_that_may_be_meant_otherwise_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchgen.engine import Engine, EngineError, Stream
-from batchgen.engines import __path__, _typed, parse_options, settings_of
+from batchgen.engines import __path__, _typed, name_of, parse_options, settings_of
 from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
 from batchgen.world import World
@@ -77,7 +77,7 @@ def test_unknown_setting_lists_the_known_ones(kind: type[Engine]) -> None:
     known = ", ".join(setting.name for setting in dataclasses.fields(kind.Options)) or "none"
     with pytest.raises(EngineError) as raised:
         parse_options(kind, ["no_such=1"])
-    assert str(raised.value) == f"this engine has no setting 'no_such'. Its settings: {known}"
+    assert str(raised.value) == f"engine {name_of(kind)} has no setting 'no_such'. Its settings: {known}"
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

@@ -84,11 +84,14 @@ def test_row_that_could_not_be_read_keeps_its_error() -> None:
 def test_missing_prompt_names_the_columns_there_are() -> None:
     assert error({"a": 1, "b": 2}) == RowError(
         "missing_prompt",
-        'line 3 of prompts.jsonl: there is no "prompt" column; its columns are a, b. Use --prompt-column or --template',
+        'line 3 of prompts.jsonl: there is no column "prompt" or "messages"; its columns are a, b. '
+        "Give it one of them, or use --prompt-column or --template",
         3,
     )
     assert "its columns are none" in error({}).message
     assert 'the "prompt" column is null' in error({"prompt": None}).message
+    named = error({"a": 1}, Recipe(prompt_column="b")).message
+    assert named.endswith('there is no "b" column; its columns are a. Use --prompt-column or --template')
 
 
 def test_prompt_of_another_type_is_an_error() -> None:
@@ -340,7 +343,7 @@ def test_among_requests_a_row_with_a_custom_id_alone_is_one() -> None:
     assert (failed.id, failed.request) == ("t", line)
     assert failed.error is not None
     assert "method, url and body are missing" in failed.error.message
-    assert 'there is no "prompt" column' in error(line).message
+    assert 'there is no column "prompt" or "messages"' in error(line).message
     line = {"custom_id": "c", "prompt": "x"}
     [plain] = PromptReader(Recipe(), ByteTokenizer(), {}, among_requests=True).read(rows(line))
     assert isinstance(plain, Prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from batchgen.requests.refusal import Refused
-from batchgen.requests.template import compiled, conversation, template_kwargs, without_nulls
+from batchgen.requests.template import compile_template, conversation, template_kwargs, without_nulls
 
 
 def test_parts_of_a_message_stay_parts_and_nulls_are_left_out() -> None:
@@ -98,7 +98,7 @@ def test_null_variables_are_left_out() -> None:
     ],
 )
 def test_template_that_fails_is_refused(template: str, complaint: str) -> None:
-    render = compiled(template)
+    render = compile_template(template)
     with pytest.raises(Refused, match=r"^the template failed: ") as caught:
         render({"a": "x", "n": 0, "nothing": None})
     assert caught.value.type == "template"
@@ -106,11 +106,11 @@ def test_template_that_fails_is_refused(template: str, complaint: str) -> None:
 
 
 def test_template_may_ask_whether_a_column_is_there() -> None:
-    render = compiled("{% if nothing %}{{ nothing }}{% endif %}{{ missing is defined }}")
+    render = compile_template("{% if nothing %}{{ nothing }}{% endif %}{{ missing is defined }}")
     assert render({"nothing": None}) == "False"
 
 
 @pytest.mark.parametrize("template", ["x\n{% if %}", "x\n{{ a | nofilter }}"])
 def test_text_that_is_no_template_is_refused_at_once(template: str) -> None:
     with pytest.raises(ValueError, match="--template is no Jinja template: line 2: "):
-        compiled(template)
+        compile_template(template)

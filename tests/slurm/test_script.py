@@ -78,6 +78,12 @@ def test_what_is_typed_comes_before_the_working_folder_and_that_before_the_home(
     ("words", "sentence"),
     [
         (["--wrap=x", *RUN], "sbatch's own --wrap cannot be used here: the command stands behind --"),
+        (["--dry-run", *RUN], "submit has no --dry-run: --print prints the script, and submits nothing"),
+        (["--dry-run=yes", "--print", *RUN], "submit has no --dry-run: --print prints the script, and submits nothing"),
+        ([*RUN, "--dry-run"], "--dry-run generates nothing, so that no job is needed: leave it out, or call"),
+        (["--print", "--", "run", "none.jsonl", "-o", "out"], "there is no file none.jsonl"),
+        (["--print", *RUN, "--model", "./none"], "./none"),
+        (["--print", "--", "run-batch", "-i", "none.jsonl", "-o", "b.jsonl"], "there is no file none.jsonl"),
         (["3", *RUN], "'3' is no option of sbatch"),
         (["--print"], "there is no command behind --: it must be -- run …"),
         (["--print", "--", "status", "out"], "status makes no run"),
@@ -131,7 +137,7 @@ def test_shards_are_tried_again_in_the_arrays_that_they_were_in() -> None:
         "sbatch --array=3,7 '/a b.sbatch'",
         "sbatch --array=0-1 '/a b.sbatch' 8",
     ]
-    assert slurm.retries([], [3]) == ["sbatch --array=3 JOB.sbatch"]
+    assert slurm.retries([slurm.Job("1", 0, "", 4, 0)], [3]) == ["sbatch --array=3 JOB.sbatch"]
 
 
 @pytest.mark.slow
