@@ -71,10 +71,10 @@ def host_free_bytes(
 
     Beyond a cgroup's limit there is no error to learn from: the kernel kills the process.
     """
-    left = _meminfo(meminfo, "MemAvailable")
-    for most, used in _cgroup_limits(membership, cgroups):
-        left = min(left, most - used)
-    return max(left, 0)
+    available = _meminfo(meminfo, "MemAvailable")
+    for limit, used in _cgroup_limits(membership, cgroups):
+        available = min(available, limit - used)
+    return max(available, 0)
 
 
 def host_bytes(
@@ -83,7 +83,7 @@ def host_bytes(
     cgroups: Path = Path("/sys/fs/cgroup"),
 ) -> int:
     """Memory that this host has, or that the job's cgroup (version 2) may have, whichever is less; used or not."""
-    return min([_meminfo(meminfo, "MemTotal"), *(most for most, _ in _cgroup_limits(membership, cgroups))])
+    return min([_meminfo(meminfo, "MemTotal"), *(limit for limit, _ in _cgroup_limits(membership, cgroups))])
 
 
 def _meminfo(meminfo: Path, name: str) -> int:
@@ -92,14 +92,14 @@ def _meminfo(meminfo: Path, name: str) -> int:
 
 
 def _cgroup_limits(membership: Path, cgroups: Path) -> Iterator[tuple[int, int]]:
-    """Bytes that may be used and are, of each cgroup that this process is in."""
+    """The limit and the use in bytes of each cgroup that this process is in."""
     for line in membership.read_text().splitlines() if membership.exists() else []:
         number, _, path = line.split(":", 2)
         own = cgroups / path.lstrip("/")
         for folder in (own, *own.parents) if number == "0" else ():
-            limit, used = folder / "memory.max", folder / "memory.current"
-            if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
-                yield int(most), int(used.read_text()) - _page_cache(folder / "memory.stat")
+            limit_file, used = folder / "memory.max", folder / "memory.current"
+            if limit_file.exists() and used.exists() and (limit := limit_file.read_text().strip()) != "max":
+                yield int(limit), int(used.read_text()) - _page_cache(folder / "memory.stat")
 
 
 def _page_cache(statistics: Path) -> int:
@@ -142,8 +142,8 @@ _LEAST_ROUNDS, _SECONDS = 5, 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Products:
-    """What products reach on one core."""
+class MatmulSpeed:
+    """How fast one core multiplies matrices."""
 
     operations: float  # operations/s of a product with the rows of a decode step
     bandwidth: float  # bytes/s of weights, in a product with one row
@@ -151,42 +151,42 @@ class Products:
 
 def is_fast_in(dtype: torch.dtype) -> bool:
     """Whether products of this type take no longer than those of float32."""
-    return measure_products(dtype).operations >= measure_products(torch.float32).operations
+    return measure_matmul(dtype).operations >= measure_matmul(torch.float32).operations
 
 
 @lru_cache
-def measure_products(dtype: torch.dtype) -> Products:
-    """The best of some rounds of products of this type, in some 50 ms.
+def measure_matmul(dtype: torch.dtype) -> MatmulSpeed:
+    """Measures matrix products of this type for about 50 ms, and gives the best round.
 
-    On one core: several wait for each other, and where others work too, that is what would be measured.
+    It uses one core: several cores wait for each other, and beside other work that wait is what would be measured.
     """
     # The threads that compute for a thread end with it, and are not in the way of those that compute for an engine.
     with ThreadPoolExecutor(1) as apart:
         return apart.submit(_measure, dtype).result()
 
 
-def _measure(dtype: torch.dtype) -> Products:
+def _measure(dtype: torch.dtype) -> MatmulSpeed:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
             weights = [torch.ones(_COLUMNS, _DEPTH, dtype=dtype) for _ in range(_MATRICES)]
-            many, one = (torch.ones(rows, _DEPTH, dtype=dtype) for rows in (_ROWS, 1))
-            for rows in (many, one):  # the library prepares its kernels at the first call
+            many, single = (torch.ones(rows, _DEPTH, dtype=dtype) for rows in (_ROWS, 1))
+            for rows in (many, single):  # the library prepares its kernels at the first call
                 _time(rows, weights[:1])
             seconds: list[tuple[float, float]] = []
-            begun = time.perf_counter()
-            while len(seconds) < _LEAST_ROUNDS or time.perf_counter() - begun < _SECONDS:
-                seconds.append((_time(many, weights), _time(one, weights)))
+            start = time.perf_counter()
+            while len(seconds) < _LEAST_ROUNDS or time.perf_counter() - start < _SECONDS:
+                seconds.append((_time(many, weights), _time(single, weights)))
     finally:
         torch.set_num_threads(threads)
     step, row = (min(times) for times in zip(*seconds, strict=True))
     size = _DEPTH * _COLUMNS * _MATRICES
-    return Products(2 * _ROWS * size / step, size * dtype.itemsize / row)
+    return MatmulSpeed(2 * _ROWS * size / step, size * dtype.itemsize / row)
 
 
 def _time(rows: torch.Tensor, weights: list[torch.Tensor]) -> float:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for weight in weights:
         torch.nn.functional.linear(rows, weight)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start

@@ -56,9 +56,9 @@ def _top(module: str) -> str:
 def _sentence(what: str, name: str, error: Exception | None) -> str:
     if error is None or (isinstance(error, ModuleNotFoundError) and error.name == name):
         return f"{what} needs the package {name}, which is not installed here. Install it: pip install {name}"
-    said = " ".join(str(error).split())[:300].rstrip(".")
+    reason = " ".join(str(error).split())[:300].rstrip(".")
     return (
-        f"{what} needs the package {name}, which cannot be imported ({type(error).__name__}: {said}). "
+        f"{what} needs the package {name}, which cannot be imported ({type(error).__name__}: {reason}). "
         f"Install it anew: pip install --force-reinstall {name}"
     )
 

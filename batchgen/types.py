@@ -63,10 +63,10 @@ class Shard:
         Raises:
             ValueError: it is not written like 3/8.
         """
-        found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
-        if found is None:
+        match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+        if match is None:
             raise ValueError(f"{text!r} is no shard: write it like 3/8, the first of 8 being 0/8")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(match[1]), int(match[2]))
 
     def split(self, index: int, count: int) -> Shard:
         """Part `index` of `count` of this one."""

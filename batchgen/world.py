@@ -166,10 +166,10 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
     text = environment["SLURM_STEP_TASKS_PER_NODE"]
     node = _number(environment, "SLURM_NODEID") if "SLURM_NODEID" in environment else 0
     for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
             raise WorldError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, not a list like 4(x2),3")
-        node -= int(found[2] or 1)
+        node -= int(match[2] or 1)
         if node < 0:
-            return int(found[1])
+            return int(match[1])
     raise WorldError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}: it does not say how many tasks this node has")

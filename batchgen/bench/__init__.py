@@ -1,4 +1,4 @@
-"""The bench: the seed's two tables and jobs of unequal lengths, for any engine and model, on this machine.
+"""The bench: an article's two tables and jobs of unequal lengths, for any engine and model, on this machine.
 
 One process group a system and a kind of work, so that what dies is a cell and not the end; a bench goes on with the
 cells that it lacks. `compare` puts two of them beside each other.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batchgen import engines
-from batchgen.bench.results import BenchError, Folder, Result
+from batchgen.bench.results import ARTICLE_JOB, BenchError, Folder, Result
 from batchgen.runs import launcher
 from batchgen.runs.stop import Stop
 from batchgen.types import ExitCode
@@ -65,14 +65,14 @@ class Bench:
     systems: Sequence[System]
     model: str  # a folder
     dtype: str
-    batches: Sequence[int]  # of the seed's batches; empty: none
+    batches: Sequence[int]  # the batch sizes of the article's table; empty: it is not measured
     tokens: int = 100
     cycles: int = 5
     jobs: Sequence[Job] = ()
     ranks: int = 1
     cache: str = ""
     command: str = ""  # as it was typed
-    facts: Mapping[str, object] = field(default_factory=dict)  # to be kept with what it finds: versions, date
+    provenance: Mapping[str, object] = field(default_factory=dict)  # kept with the results: versions and date
 
 
 def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop) -> list[Result]:
@@ -83,11 +83,19 @@ def run(bench: Bench, folder: Folder, environment: Mapping[str, str], stop: Stop
     """
     launch = _Launch(bench, folder, environment, stop)
     for system in bench.systems:
-        known = [one for one in folder.results() if (one.system, one.ranks) == (system.text, bench.ranks)]
-        settled = {(one.job, one.batch) for one in known if one.outcome in ("ok", "oom")}  # a crash may not come again
-        lost = [one.batch for one in known if one.job == "seed" and one.outcome == "oom" and one.batch is not None]
+        measured = [
+            result for result in folder.results() if (result.system, result.ranks) == (system.text, bench.ranks)
+        ]
+        settled = {
+            (result.job, result.batch) for result in measured if result.outcome in ("ok", "oom")
+        }  # a crash may not come again
+        lost = [
+            result.batch
+            for result in measured
+            if result.job == ARTICLE_JOB and result.outcome == "oom" and result.batch is not None
+        ]
         least = min(lost, default=math.inf)
-        batches = [one for one in bench.batches if ("seed", one) not in settled and one < least]
+        batches = [batch for batch in bench.batches if (ARTICLE_JOB, batch) not in settled and batch < least]
         jobs = [job for job in bench.jobs if (job.name, None) not in settled]
         for some, others in ((batches, []), ([], jobs)):
             if (some or others) and not stop():
@@ -124,7 +132,7 @@ class _Launch:
                 "jobs": {job.name: [[list(ids), new] for ids, new in job.rows] for job in jobs},
                 "folder": scratch,
                 "cache": self.bench.cache,
-                "machine": self.folder.known().get("machine", {}).get("name"),
+                "machine": self.folder.read_manifest().get("machine", {}).get("name"),
             }
             path = Path(scratch, "task.json")
             path.write_text(json.dumps(task), encoding="utf-8")
@@ -132,11 +140,11 @@ class _Launch:
             codes = launcher.start_ranks(None, command, self.bench.ranks, self.stop, self.environment)
             if self.stop.signal is None:
                 self.stop.reason = None  # that a rank died is a finding
-            found = [_lines(Path(scratch, f"rank-{rank}.jsonl")) for rank in range(self.bench.ranks)]
-        _describe(self.bench, self.folder, found)
-        cells: list[tuple[str, int | None]] = [("seed", batch) for batch in batches]
+            lines_by_rank = [_lines(Path(scratch, f"rank-{rank}.jsonl")) for rank in range(self.bench.ranks)]
+        _describe(self.bench, self.folder, lines_by_rank)
+        cells: list[tuple[str, int | None]] = [(ARTICLE_JOB, batch) for batch in batches]
         cells += [(job.name, None) for job in jobs]
-        for result in _cells(system, self.bench.ranks, cells, found, codes):
+        for result in _cells(system, self.bench.ranks, cells, lines_by_rank, codes):
             # What is missing because we have ended the ranks is no finding.
             if result.outcome == "ok" or not self.stop():
                 yield result
@@ -148,14 +156,14 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _describe(bench: Bench, folder: Folder, found: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+def _describe(bench: Bench, folder: Folder, lines_by_rank: Sequence[Sequence[Mapping[str, Any]]]) -> None:
     """What has measured these, and where."""
-    lines = [line for lines in found for line in lines]
-    facts = dict(bench.facts)
+    lines = [line for lines in lines_by_rank for line in lines]
+    provenance = dict(bench.provenance)
     for name, bandwidth, arithmetic in [line["machine"] for line in lines if "machine" in line][:1]:
-        facts["machine"] = {"name": name, "bytes_per_second": bandwidth, "operations_per_second": arithmetic}
+        provenance["machine"] = {"name": name, "bytes_per_second": bandwidth, "operations_per_second": arithmetic}
     if any("outcome" in line for line in lines):
-        folder.describe(facts)
+        folder.describe(provenance)
         folder.remember(bench.command)
 
 
@@ -163,14 +171,14 @@ def _cells(
     system: System,
     ranks: int,
     cells: Sequence[tuple[str, int | None]],
-    found: Sequence[Sequence[Mapping[str, Any]]],
+    lines_by_rank: Sequence[Sequence[Mapping[str, Any]]],
     codes: Sequence[int],
 ) -> Iterable[Result]:
     """A result a cell: the slowest rank's seconds, all streams' tokens. The first that is missing they died of.
 
     A rank that has refused to go on leaves no such cell: nothing was found out about it.
     """
-    loads = [line for lines in found for line in lines if "load_seconds" in line]
+    loads = [line for lines in lines_by_rank for line in lines if "load_seconds" in line]
     for job, batch in cells:
         general: dict[str, Any] = {
             "system": system.text,
@@ -180,19 +188,21 @@ def _cells(
             "load_seconds": max((line["load_seconds"] for line in loads), default=None),
             "streams": loads[0]["streams"] if loads else 0,
         }
-        mine = [[line for line in each if (line.get("job"), line.get("batch")) == (job, batch)] for each in found]
-        lines = [of_rank[-1] for of_rank in mine if of_rank]
+        of_cell = [
+            [line for line in each if (line.get("job"), line.get("batch")) == (job, batch)] for each in lines_by_rank
+        ]
+        lines = [of_rank[-1] for of_rank in of_cell if of_rank]
         if len(lines) < ranks:
             if ExitCode.CANNOT_RUN in codes:
                 return
             # A rank that is killed for memory says nothing; one that has said that it has none may end in any way.
-            said = any(line["outcome"] == "oom" for line in lines)
+            has_reported = any(line["outcome"] == "oom" for line in lines)
             killed = any(code in (ExitCode.RESUMABLE, -9, 137) for code in codes)
-            yield Result(outcome="oom" if said or killed else f"exit code {_cause(codes)}", **general)
+            yield Result(outcome="oom" if has_reported or killed else f"exit code {_cause(codes)}", **general)
             return
         if any(line["outcome"] != "ok" for line in lines):
-            known = [line["fits"] for line in lines if line["fits"] is not None]
-            yield Result(outcome="oom", fits=min(known, default=None), **general)
+            fits = [line["fits"] for line in lines if line["fits"] is not None]
+            yield Result(outcome="oom", fits=min(fits, default=None), **general)
             return
         yield _together(lines, general)
 
@@ -205,7 +215,7 @@ def _cause(codes: Sequence[int]) -> int:
 
 
 def _together(lines: Sequence[Mapping[str, Any]], general: Mapping[str, Any]) -> Result:
-    def most(name: str) -> Any:
+    def largest(name: str) -> Any:
         return max((line[name] for line in lines if line.get(name) is not None), default=None)
 
     def total(name: str) -> int:
@@ -215,19 +225,19 @@ def _together(lines: Sequence[Mapping[str, Any]], general: Mapping[str, Any]) ->
     return Result(
         outcome="ok",
         rows=total("rows"),
-        fits=most("fits"),
+        fits=largest("fits"),
         generated=total("generated"),
         counted_by_seed=total("counted_by_seed"),
         seconds=[max(cycle) for cycle in cycles],
-        prefill_seconds=most("prefill_seconds"),
-        floor_seconds=most("floor_seconds"),
-        device_bytes=most("device_bytes"),
-        host_bytes=most("host_bytes"),
+        prefill_seconds=largest("prefill_seconds"),
+        floor_seconds=largest("floor_seconds"),
+        device_bytes=largest("device_bytes"),
+        host_bytes=largest("host_bytes"),
         **general,
     )
 
 
-def asked(bench: Bench, model: str) -> dict[str, Any]:
-    """What two starts of one bench must have in common; systems, batches, ranks and jobs may be added."""
+def identity(bench: Bench, model: str) -> dict[str, Any]:
+    """What two starts of one bench must have in common; systems, batch sizes, ranks and jobs may be added."""
     common = {"dtype": bench.dtype, "tokens": bench.tokens, "cycles": bench.cycles}
     return common | {"model": model}

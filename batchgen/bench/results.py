@@ -1,4 +1,4 @@
-"""What a bench has found, in a folder that it can go on with.
+"""The results of a bench, in a folder that a later start can go on with.
 
 In the folder:
 
@@ -22,7 +22,10 @@ from batchgen.checkpoint import read_json, to_json
 from batchgen.files import write_atomic
 from batchgen.types import UserError
 
-CountMode = Literal["generated", "seed"]
+ARTICLE = "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate"
+ARTICLE_JOB = "seed"  # what results.jsonl calls a cell of the article's table
+
+CountMode = Literal["generated", "seed"]  # "seed": as the article counts
 
 
 class BenchError(UserError):
@@ -41,7 +44,7 @@ class Result:
 
     system: str  # an engine and its settings, as typed
     ranks: int
-    job: str  # "seed", or what `job_name` says
+    job: str  # ARTICLE_JOB, or what `job_name` says
     batch: int | None  # rows of a stream at once; None: the engine's choice
     # "ok"; "oom", also where it had to be done in smaller batches, unless the engine's pace is continuous: then that is
     # "ok", and `fits` says so; else what went wrong.
@@ -51,7 +54,7 @@ class Result:
     rows: int = 0  # of all streams
     fits: int | None = None  # rows of the largest batch: most of a stream in work at once; None: unknown
     generated: int = 0  # tokens of one cycle and all streams, up to and with the end of sequence
-    counted_by_seed: int = 0  # the same as the seed counts: padding behind a row's end is generated
+    counted_by_seed: int = 0  # as the article counts: with the padding behind a row's end
     seconds: list[float] = field(default_factory=list)  # of each cycle, tokenising and decoding included
     prefill_seconds: float | None = None
     floor_seconds: float | None = None  # what a cycle takes at least on this machine
@@ -87,7 +90,7 @@ class Result:
         return self.tokens(mode) / self.median
 
     def milliseconds(self, mode: CountMode = "generated") -> float:
-        """Milliseconds a token: the seed's figure."""
+        """Milliseconds of a token: the figure of the article's table."""
         return 1000 * self.median / self.tokens(mode)
 
 
@@ -97,16 +100,16 @@ class Folder:
 
     path: Path
 
-    def ask(self, asked: Mapping[str, Any]) -> None:
+    def check_or_create(self, identity: Mapping[str, Any]) -> None:
         """Records what is measured, or checks that it is what is measured here already.
 
         Raises:
             BenchError: it is not.
         """
-        wanted = json.loads(json.dumps(asked))
+        wanted = json.loads(json.dumps(identity))
 
-        def checked(known: Mapping[str, Any]) -> Mapping[str, Any]:
-            before = known.get("asked", wanted)
+        def check(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+            before = recorded.get("asked", wanted)
             differing = [name for name in {**before, **wanted} if before.get(name) != wanted.get(name)]
             if differing:
                 changes = "; ".join(f"{name} was {before.get(name)}, now {wanted.get(name)}" for name in differing)
@@ -115,21 +118,21 @@ class Folder:
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._change(checked)
+            self._change(check)
         except OSError as error:
             raise BenchError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def describe(self, facts: Mapping[str, Any]) -> None:
+    def describe(self, provenance: Mapping[str, Any]) -> None:
         """Records what it ran on."""
-        self._change(lambda known: facts)
+        self._change(lambda recorded: provenance)
 
     def remember(self, command: str) -> None:
         """Records a command that has added to it."""
 
-        def added(known: Mapping[str, Any]) -> Mapping[str, Any]:
-            return {"commands": [*(one for one in known.get("commands", []) if one != command), command]}
+        def add_command(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {"commands": [*(other for other in recorded.get("commands", []) if other != command), command]}
 
-        self._change(added)
+        self._change(add_command)
 
     def _change(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
         """Other benches, on other GPUs of this host, may add to the same folder meanwhile."""
@@ -137,12 +140,12 @@ class Folder:
         folder = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)
-            known = read_json(path) if path.exists() else {}
-            write_atomic(path, to_json({**known, **change(known)}))
+            recorded = read_json(path) if path.exists() else {}
+            write_atomic(path, to_json({**recorded, **change(recorded)}))
         finally:
             os.close(folder)
 
-    def known(self) -> dict[str, Any]:
+    def read_manifest(self) -> dict[str, Any]:
         """What is measured, and on what.
 
         Raises:
@@ -153,13 +156,13 @@ class Folder:
     def results(self) -> list[Result]:
         """All cells so far; of one that was measured twice, the last."""
         path = self.path / "results.jsonl"
-        found: dict[tuple[object, ...], Result] = {}
-        names = {one.name for one in fields(Result)}
+        results: dict[tuple[object, ...], Result] = {}
+        names = {column.name for column in fields(Result)}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             values = json.loads(line)
             result = Result(**{name: value for name, value in values.items() if name in names})
-            found[result.key] = result
-        return list(found.values())
+            results[result.key] = result
+        return list(results.values())
 
     def add(self, result: Result) -> None:
         """Keeps a cell."""

@@ -17,7 +17,7 @@ import torch
 from batchgen import device, engines
 from batchgen.bench import workloads
 from batchgen.bench.machine import Floor, measure, synchronize
-from batchgen.bench.results import BenchError
+from batchgen.bench.results import ARTICLE_JOB, BenchError
 from batchgen.engine import Engine, OutOfStep, Setup
 from batchgen.models import loading
 from batchgen.types import Batch, Prompt, SamplingParams
@@ -36,8 +36,8 @@ class Task:
     settings: list[str]
     model: str
     dtype: str
-    batches: list[int]  # of the seed's
-    tokens: int  # new ones of the seed's rows
+    batches: list[int]  # the batch sizes of the article's table
+    tokens: int  # new tokens of each row of that table
     cycles: int
     jobs: dict[str, list[tuple[list[int], int]]]  # token ids and new tokens of each row, by name
     folder: str  # of this task alone: what each rank has found, and their barriers
@@ -65,34 +65,34 @@ class Worker:
 
     def work(self) -> None:
         """Loads the engine, then measures cell after cell; what is found is written at once."""
-        floor = self._floor()
+        floor = self._find_floor()
         task = self._task
-        begun = time.perf_counter()
-        most = max(task.batches) if task.batches else None
+        start = time.perf_counter()
+        max_batch = max(task.batches) if task.batches else None
         setup = Setup(
-            task.model, task.dtype, most, self._world, selftest=False, run=task.folder, cache=task.cache, limits={}
+            task.model, task.dtype, max_batch, self._world, selftest=False, run=task.folder, cache=task.cache, limits={}
         )
         with self._kind(setup, self._options) as made:
-            self._timed(made, list)  # ranks that share a model make what is left when all of them are there
-            self._say({"load_seconds": time.perf_counter() - begun, "streams": self._stream.count})
+            self._time(made, list)  # ranks that share a model make what is left when all of them are there
+            self._write_line({"load_seconds": time.perf_counter() - start, "streams": self._stream.count})
             for rows in task.batches:
-                with self._saying("seed", rows):
-                    if not self._seeds_batch(made, rows, floor):
+                with self._reporting_oom(ARTICLE_JOB, rows):
+                    if not self._measure_batch(made, rows, floor):
                         return
             for name, job in task.jobs.items():
-                with self._saying(name, None):
-                    self._job(made, name, job)
+                with self._reporting_oom(name, None):
+                    self._measure_job(made, name, job)
 
     @contextmanager
-    def _saying(self, job: str, batch: int | None) -> Iterator[None]:
+    def _reporting_oom(self, job: str, batch: int | None) -> Iterator[None]:
         """Says at once if this rank has no memory: those that wait for it may die of that before it has ended."""
         try:
             yield
         except OutOfStep:
-            self._say({"job": job, "batch": batch, "outcome": "oom", "fits": self._fits([])})
+            self._write_line({"job": job, "batch": batch, "outcome": "oom", "fits": self._fits([])})
             raise
 
-    def _floor(self) -> Floor | None:
+    def _find_floor(self) -> Floor | None:
         config = getattr(self._tokenizer, "config", None)
         if config is None:  # echo
             return None
@@ -106,32 +106,39 @@ class Worker:
                 f"{machine.name}: they do not belong into one table. Choose another folder with -o"
             )
         device.release()
-        self._say({"machine": [machine.name, machine.bandwidth, machine.arithmetic]})
+        self._write_line({"machine": [machine.name, machine.bandwidth, machine.arithmetic]})
         return Floor.of(config, dtype, machine)
 
-    def _seeds_batch(self, made: Engine, rows: int, floor: Floor | None) -> bool:
+    def _measure_batch(self, made: Engine, rows: int, floor: Floor | None) -> bool:
         """Measures a batch size; False if it does not fit."""
         tokens = self._task.tokens
-        _, batches = self._timed(made, self._batch(rows, tokens))  # the warm-up
+        _, batches = self._time(made, self._batch(rows, tokens))  # the warm-up
         fits = self._fits(batches)
         refused = any(g.error is not None for batch in batches for g in batch.generations)
         # Where rows leave one by one, others take their place before all have come: `fits` says what was in work.
         enough = fits is None or fits >= rows or self._kind.pace.continuous
-        if not self._all(enough and not refused):
-            self._say({"job": "seed", "batch": rows, "outcome": "oom", "fits": self._fits([] if refused else batches)})
+        if not self._is_true_on_all(enough and not refused):
+            self._write_line(
+                {"job": ARTICLE_JOB, "batch": rows, "outcome": "oom", "fits": self._fits([] if refused else batches)}
+            )
             return False
-        prefill = min(self._timed(made, self._batch(rows, 1))[0] for _ in range(2))
+        prefill = min(self._time(made, self._batch(rows, 1))[0] for _ in range(2))
         seconds = []
         for _ in range(self._task.cycles):
-            spent, batches = self._timed(made, self._batch(rows, tokens))
+            spent, batches = self._time(made, self._batch(rows, tokens))
             seconds.append(spent)
-        found = self._found(batches) | {"job": "seed", "batch": rows, "fits": fits, "prefill_seconds": prefill}
+        values = self._summarise(batches) | {
+            "job": ARTICLE_JOB,
+            "batch": rows,
+            "fits": fits,
+            "prefill_seconds": prefill,
+        }
         if floor is not None:
             prompts = self._batch(rows, tokens)()
             longest = max(len(prompt.tokens) for prompt in prompts)
             least = floor.prefill(rows, longest) + floor.decode(rows, longest, tokens - 1)
-            found["floor_seconds"] = least * (self._stream.count / self._world.size)
-        self._say(found | {"seconds": seconds})
+            values["floor_seconds"] = least * (self._stream.count / self._world.size)
+        self._write_line(values | {"seconds": seconds})
         return True
 
     def _batch(self, rows: int, tokens: int) -> Callable[[], list[Prompt]]:
@@ -140,29 +147,29 @@ class Worker:
 
         return lambda: workloads.batch(tokenize, rows, tokens)
 
-    def _job(self, made: Engine, name: str, rows: list[tuple[list[int], int]]) -> None:
+    def _measure_job(self, made: Engine, name: str, rows: list[tuple[list[int], int]]) -> None:
         rows = rows[self._stream.index :: self._stream.count]
         rows.sort(key=lambda row: (row[1], len(row[0])), reverse=True)  # as a run has them
         prompts = [workloads.prompt(n, ids, SamplingParams(max_new_tokens=new)) for n, (ids, new) in enumerate(rows)]
         seconds: list[float] = []
         warm = False
-        while not seconds or (len(seconds) < self._task.cycles and self._all(sum(seconds) < _JOB_SECONDS)):
-            spent, batches = self._timed(made, lambda: prompts)
+        while not seconds or (len(seconds) < self._task.cycles and self._is_true_on_all(sum(seconds) < _JOB_SECONDS)):
+            spent, batches = self._time(made, lambda: prompts)
             # The first time, an engine may still compile or record what it needs for the sizes that come up.
-            warm, counts = True, warm or not self._all(spent < _LONG_SECONDS)
+            warm, counts = True, warm or not self._is_true_on_all(spent < _LONG_SECONDS)
             if counts:
                 seconds.append(spent)
-                found = self._found(batches) | {"fits": self._fits(batches)}
-                self._say(found | {"job": name, "batch": None, "seconds": seconds})
+                values = self._summarise(batches) | {"fits": self._fits(batches)}
+                self._write_line(values | {"job": name, "batch": None, "seconds": seconds})
 
-    def _timed(self, made: Engine, prompts: Callable[[], list[Prompt]]) -> tuple[float, list[Batch]]:
+    def _time(self, made: Engine, prompts: Callable[[], list[Prompt]]) -> tuple[float, list[Batch]]:
         """Seconds from the texts to the texts, all ranks having begun at once."""
-        self._all(True)
+        self._is_true_on_all(True)
         synchronize(self._device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         batches = list(made.generate(iter(prompts()), lambda: False))
         synchronize(self._device)
-        return time.perf_counter() - begun, batches
+        return time.perf_counter() - start, batches
 
     def _fits(self, batches: Sequence[Batch]) -> int | None:
         """Most rows that were in work together; None: this rank writes nothing, and may be told no more than steps."""
@@ -170,10 +177,10 @@ class Worker:
             return None
         return max((batch.at_once or len(batch.generations) for batch in batches), default=0)
 
-    def _found(self, batches: Sequence[Batch]) -> dict[str, Any]:
+    def _summarise(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """What this rank's stream has generated, and the memory it took for it."""
-        mine = batches if self._stream.writes else []
-        lengths = [[generation.generated_tokens for generation in batch.generations] for batch in mine]
+        own = batches if self._stream.writes else []
+        lengths = [[generation.generated_tokens for generation in batch.generations] for batch in own]
         peaks = [batch.peak_memory_bytes or 0 for batch in batches]
         return {
             "outcome": "ok",
@@ -184,22 +191,22 @@ class Worker:
             "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts it in KiB
         }
 
-    def _all(self, mine: bool) -> bool:
+    def _is_true_on_all(self, answer: bool) -> bool:
         """Whether it is true on every rank; waits for all of them. Through files: not all engines have a group."""
         self._barriers += 1
         world, folder = self._world, Path(self._task.folder)
-        (folder / f"barrier-{self._barriers}-{world.rank}-{mine}").touch()
+        (folder / f"barrier-{self._barriers}-{world.rank}-{answer}").touch()
         waits = [folder / f"barrier-{self._barriers}-{rank}-" for rank in range(world.size)]
-        said: dict[Path, bool] = {}
+        answers: dict[Path, bool] = {}
         deadline = time.monotonic() + _BARRIER_SECONDS
-        while len(said) < world.size:
+        while len(answers) < world.size:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the other ranks have not come to barrier {self._barriers}")
             every = product(waits, (True, False))
-            said |= {path: word for path, word in every if Path(f"{path}{word}").exists()}
+            answers |= {path: word for path, word in every if Path(f"{path}{word}").exists()}
             time.sleep(0.001)
-        return all(said.values())
+        return all(answers.values())
 
-    def _say(self, found: dict[str, Any]) -> None:
+    def _write_line(self, values: dict[str, Any]) -> None:
         with (Path(self._task.folder) / f"rank-{self._world.rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+            file.write(json.dumps(values) + "\n")

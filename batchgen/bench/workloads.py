@@ -1,7 +1,7 @@
-"""What is measured: the seed's batches, and jobs of unequal lengths. Pure but for the tokenizer.
+"""What is measured: the batches of an article, and jobs of unequal lengths. Pure but for the tokenizer.
 
-The seed is "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate": eight short sentences, repeated up to the
-batch size, and 100 new tokens for each row, greedy.
+The article is "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate". It repeats eight short sentences up to
+the batch size, and continues each row greedily by 100 new tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SENTENCES = (
 
 
 def batch(tokenize: Callable[[Sequence[str]], list[Tokens]], rows: int, new_tokens: int) -> list[Prompt]:
-    """The seed's batch of `rows` rows, tokenised anew at each call, as the seed times it."""
+    """The article's batch of `rows` rows, tokenised anew at each call, since the article times that, too."""
     params = SamplingParams(max_new_tokens=new_tokens)
     texts = list(islice(cycle(SENTENCES), rows))
     return [prompt(number, ids, params) for number, ids in enumerate(tokenize(texts))]
@@ -41,12 +41,12 @@ def mixed(rows: int, vocabulary: int, prompt_tokens: tuple[int, int], new_tokens
         new_tokens: the fewest and the most; log-normal between them, which are two standard deviations from the middle.
     """
     choose = random.Random(1)
-    fewest, most = new_tokens
-    middle, spread = (math.log(fewest) + math.log(most)) / 2, (math.log(most) - math.log(fewest)) / 4
+    shortest, longest = new_tokens
+    middle, spread = (math.log(shortest) + math.log(longest)) / 2, (math.log(longest) - math.log(shortest)) / 4
     made = []
     for number in range(rows):
         length = choose.randint(*prompt_tokens)
-        new = int(min(most, max(fewest, round(choose.lognormvariate(middle, spread)))))
+        new = int(min(longest, max(shortest, round(choose.lognormvariate(middle, spread)))))
         ids = [choose.randrange(4, min(vocabulary, 32_000)) for _ in range(length)]
         made.append(prompt(number, ids, SamplingParams(max_new_tokens=new)))
     return made

@@ -1,4 +1,4 @@
-"""The run folder: what was asked, who works on it, what is finished, and the output files made from that."""
+"""The run folder: what the run is, who works on it, which rows are finished, and the output files made of them."""
 
 from batchgen.checkpoint.attempt import (
     FINAL,
@@ -10,10 +10,10 @@ from batchgen.checkpoint.attempt import (
     claim,
     join,
 )
-from batchgen.checkpoint.beats import all_heartbeats
 from batchgen.checkpoint.files import CheckpointError, Damaged, DifferentRun, read_json, to_json
 from batchgen.checkpoint.folder import Done, RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat
+from batchgen.checkpoint.heartbeats import all_heartbeats
 from batchgen.checkpoint.merge import Places, merge_with, write_lines
 from batchgen.checkpoint.records import Writer
 from batchgen.checkpoint.status import AttemptStatus, Status, status

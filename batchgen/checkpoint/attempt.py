@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchgen.checkpoint.beats import beats_of, has_numbers
 from batchgen.checkpoint.files import CheckpointError, Damaged, cannot_write, make_exclusive, read_json, to_json
 from batchgen.checkpoint.folder import RunFolder
+from batchgen.checkpoint.heartbeats import has_numbers, read_heartbeats
 from batchgen.checkpoint.process import exists, myself
 from batchgen.files import write_atomic
 from batchgen.types import WHOLE, Shard
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # A heartbeat that has not moved for this many intervals is that of a dead process. NFS may show a file of another host
 # up to 60 s late (its default acregmax, acdirmax), so with the default interval of 5 s the limit is 90 s.
-MISSED_BEATS = 18
+MISSED_HEARTBEATS = 18
 HEARTBEAT_SECONDS = 5.0
 
 # The ranks of one start may come minutes apart: a slow node imports torch from a slow file system.
@@ -65,7 +65,7 @@ class Attempt:
     @property
     def limit(self) -> float:
         """Seconds without a heartbeat after which another host may take the attempt for dead."""
-        return MISSED_BEATS * float(self.claim.get("heartbeat_seconds", HEARTBEAT_SECONDS))
+        return MISSED_HEARTBEATS * float(self.claim.get("heartbeat_seconds", HEARTBEAT_SECONDS))
 
     @property
     def where(self) -> str:
@@ -76,7 +76,7 @@ class Attempt:
 
     def heartbeats(self) -> dict[int, dict[str, Any]]:
         """The last heartbeat of every rank."""
-        return beats_of(self.folder.attempts.glob(f"{self.number:05d}-*.json"))
+        return read_heartbeats(self.folder.attempts.glob(f"{self.number:05d}-*.json"))
 
     def end(self, how: str) -> None:
         """Records that the attempt is over. Only its own process calls this."""
@@ -93,10 +93,10 @@ class Attempt:
 
     def is_here(self) -> bool | None:
         """Whether one of its processes exists, as far as this host can tell; None if one works where we cannot look."""
-        beats = self.heartbeats().values()
-        working = [beat for beat in beats if beat.get("state") not in FINAL]
-        # With its claim damaged, the ranks are all that is known of it; one that has ended may be merging.
-        processes = (self.claim, *working) if self.claim or not beats else beats
+        heartbeats = self.heartbeats().values()
+        working = [heartbeat for heartbeat in heartbeats if heartbeat.get("state") not in FINAL]
+        # If the claim is damaged, only the ranks tell of the attempt; a rank that has ended may be merging.
+        processes = (self.claim, *working) if self.claim or not heartbeats else heartbeats
         seen = [exists(process) for process in processes]
         if True in seen:
             return True
@@ -128,7 +128,10 @@ def latest(folder: RunFolder, number: int) -> Attempt:
 
 
 def first_live(candidates: Sequence[Attempt], world: World) -> Attempt | None:
-    """One of `candidates` that still works. Takes up to their `limit` seconds if processes are on other hosts."""
+    """An attempt among `candidates` that still works.
+
+    This takes up to their `limit` seconds if their processes are on other hosts.
+    """
     unsure = []
     for attempt in candidates:
         seems = attempt.seems_live(world)
@@ -144,8 +147,8 @@ def first_live(candidates: Sequence[Attempt], world: World) -> Attempt | None:
     before = {attempt.number: attempt.heartbeats() for attempt in unsure}
     patience = time.monotonic() + limit
     while unsure and time.monotonic() < patience:
-        time.sleep(min(1.0, limit / MISSED_BEATS))
-        unsure = [one for one in unsure if latest(one.folder, one.number).ended is None]
+        time.sleep(min(1.0, limit / MISSED_HEARTBEATS))
+        unsure = [attempt for attempt in unsure if latest(attempt.folder, attempt.number).ended is None]
         for attempt in unsure:
             if attempt.heartbeats() != before[attempt.number]:
                 return attempt
@@ -158,8 +161,8 @@ def check_free(folder: RunFolder, world: World, shard: Shard = WHOLE) -> list[At
     Raises:
         CheckpointError: one is.
     """
-    known = attempts(folder)
-    candidates = newest([attempt for attempt in known if attempt.shard.overlaps(shard)])
+    earlier = attempts(folder)
+    candidates = newest([attempt for attempt in earlier if attempt.shard.overlaps(shard)])
     # Ranks die with their starter, but a moment after it.
     deadline = time.monotonic() + 10.0
     leaving = [attempt for attempt in candidates if exists(attempt.claim) is False]
@@ -172,26 +175,29 @@ def check_free(folder: RunFolder, world: World, shard: Shard = WHOLE) -> list[At
             f"{folder.path} is in use: {live.where}{which} works on it. "
             "Wait for it, stop it, or choose another folder with -o"
         )
-    return known
+    return earlier
 
 
-def newest(known: Sequence[Attempt]) -> list[Attempt]:
-    """Those of `known`, oldest first, that may be live: a later claim on the same rows proves an earlier one dead."""
-    found: list[Attempt] = []
+def newest(earlier: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts among `earlier` (oldest first) that may be live.
+
+    A later claim on the same rows proves that an earlier one is dead.
+    """
+    newest_first: list[Attempt] = []
     later: dict[int, set[int]] = {}  # indices by count, since shards of one count overlap only if they are the same
-    for attempt in reversed(known):
+    for attempt in reversed(earlier):
         shard = attempt.shard
         others = (Shard(index, count) for count, some in later.items() if count != shard.count for index in some)
         if shard.index not in later.get(shard.count, ()) and not any(map(shard.overlaps, others)):
-            found.append(attempt)
+            newest_first.append(attempt)
             later.setdefault(shard.count, set()).add(shard.index)
-    return found[::-1]
+    return newest_first[::-1]
 
 
 def claim(
     folder: RunFolder,
     world: World,
-    facts: Mapping[str, object],
+    provenance: Mapping[str, object],
     heartbeat_seconds: float,
     checked: Sequence[Attempt] | None = None,
     shard: Shard = WHOLE,
@@ -199,16 +205,17 @@ def claim(
     """Takes the rows of `shard` in the run folder for a new attempt.
 
     Args:
+        provenance: what this start runs on; it is only recorded, in the claim.
         checked: what `check_free` has given this start, so that a dead attempt of another host is not waited for twice.
 
     Raises:
         CheckpointError: another attempt is live, or the folder cannot be written.
     """
-    known = check_free(folder, world, shard) if checked is None else list(checked)
+    earlier = check_free(folder, world, shard) if checked is None else list(checked)
     while True:
-        number = known[-1].number + 1 if known else 1
-        left = _has_files(folder, number)
-        made: dict[str, Any] = {
+        number = earlier[-1].number + 1 if earlier else 1
+        has_files = _has_files(folder, number)
+        content: dict[str, Any] = {
             "started": time.time(),
             **myself(),
             "job": world.job,
@@ -216,20 +223,20 @@ def claim(
             "launch": world.launch,
             "heartbeat_seconds": heartbeat_seconds,
             "shard": str(shard),
-            **facts,
+            **provenance,
             # An attempt writes to files of its own alone. These numbers are claimed too: nobody else can have them.
-            "ended": "not begun: files of this number are there, whose claim is gone" if left else None,
+            "ended": "not begun: files of this number are there, whose claim is gone" if has_files else None,
         }
         try:
-            if make_exclusive(folder.attempts / f"{number:05d}.json", to_json(made)):
-                if not left:
-                    return Attempt(folder, number, made)
-                known = [*known, Attempt(folder, number, made)]
+            if make_exclusive(folder.attempts / f"{number:05d}.json", to_json(content)):
+                if not has_files:
+                    return Attempt(folder, number, content)
+                earlier = [*earlier, Attempt(folder, number, content)]
                 continue
         except OSError as error:
             raise cannot_write(folder.path, error) from error
         time.sleep(0.1)  # NFS may list the other's claim only seconds later
-        known = check_free(folder, world, shard)
+        earlier = check_free(folder, world, shard)
 
 
 def join(folder: RunFolder, world: World, patience: float = JOIN_SECONDS) -> Attempt:
@@ -246,9 +253,9 @@ def join(folder: RunFolder, world: World, patience: float = JOIN_SECONDS) -> Att
     deadline = time.monotonic() + patience
     of_others: set[int] = set()  # numbers of other launches, of which an array has thousands: read once
     while time.monotonic() < deadline:
-        found = _of_launch(folder, world.launch, of_others)
-        if found is not None and _expects(found, world):
-            return found
+        attempt = _of_launch(folder, world.launch, of_others)
+        if attempt is not None and _expects(attempt, world):
+            return attempt
         time.sleep(0.2)
     raise CheckpointError(
         f"rank {world.rank} waited {patience:.0f} s for rank 0 to claim {folder.path}; look into rank 0's log"
@@ -266,10 +273,10 @@ def _of_launch(folder: RunFolder, launch: str, of_others: set[int]) -> Attempt |
 
 
 def _expects(attempt: Attempt, world: World) -> bool:
-    beats = attempt.heartbeats()
-    if attempt.ended is not None or world.rank in beats:
+    heartbeats = attempt.heartbeats()
+    if attempt.ended is not None or world.rank in heartbeats:
         return False
     # With few rows, rank 0 is through before others have started.
-    if any(beat.get("state") in ("finished", "stopped") for beat in beats.values()):
+    if any(heartbeat.get("state") in ("finished", "stopped") for heartbeat in heartbeats.values()):
         return True
     return first_live([attempt], world) is not None

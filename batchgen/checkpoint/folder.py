@@ -201,14 +201,14 @@ class RunFolder:
         return int(read_json(self.path / manifest.NAME)["created"])
 
     def limits(self, conditions: Mapping[str, object]) -> dict[int, int]:
-        """Most rows of a batch by its length, as attempts under the same `conditions` have found by dying of it."""
-        found: dict[int, int] = {}
+        """The most rows that a batch may have, by its length, as attempts under the same `conditions` have learned."""
+        limits: dict[int, int] = {}
         for path in sorted(self.path.glob("limits-*.json")):
             limit = read_json(path)
             if limit["conditions"] == json.loads(json.dumps(conditions)):
                 length, rows = int(limit["length"]), int(limit["rows"])
-                found[length] = min(rows, found.get(length, rows))
-        return found
+                limits[length] = min(rows, limits.get(length, rows))
+        return limits
 
     def add_limit(self, attempt: int, rank: int, conditions: Mapping[str, object], length: int, rows: int) -> None:
         """Records that, from `length` tokens up, a batch may have no more than `rows` rows."""
@@ -226,11 +226,11 @@ class RunFolder:
     def merged(self) -> bool:
         """Whether the output files are there, and have all that is recorded."""
         try:
-            known = read_json(self.path / "merged.json")
+            recorded = read_json(self.path / "merged.json")
         except CheckpointError:
             return False
-        there = all((self.path / name).exists() for name in known.get("generations", [""]))
-        return there and known.get("batches") == self.batches()
+        there = all((self.path / name).exists() for name in recorded.get("generations", [""]))
+        return there and recorded.get("batches") == self.batches()
 
     def batches(self) -> dict[str, int]:
         """The size in bytes of each file of batch records: it grows with every batch."""

@@ -23,32 +23,32 @@ class Heartbeat:
         self._seconds = float(attempt.claim.get("heartbeat_seconds", HEARTBEAT_SECONDS))
         self._count = count  # rows, tokens and state of this rank, from another thread
         self._ended = threading.Event()
-        self._beats = 0
+        self._writes = 0
         self._process = myself()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        self.beat()
+        self.write()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        self.beat()
+        self.write()
 
-    def beat(self) -> None:
+    def write(self) -> None:
         """Writes the heartbeat now."""
         with self._lock:
-            self._beats += 1
-            beat = {"beat": self._beats, "time": time.time(), **self._process, **self._count()}
+            self._writes += 1
+            content = {"beat": self._writes, "time": time.time(), **self._process, **self._count()}
             try:
-                write_atomic(self._path, json.dumps(beat).encode(), durable=False)
+                write_atomic(self._path, json.dumps(content).encode(), durable=False)
             except OSError as error:
                 # A full disk stops the run at its next commit; that sentence is the one to read.
                 logger.warning("cannot write the heartbeat %s: %s", self._path, error)
 
     def _run(self) -> None:
         while not self._ended.wait(self._seconds):
-            self.beat()
+            self.write()

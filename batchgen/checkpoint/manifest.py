@@ -80,7 +80,7 @@ def read_originals(path: Path) -> list[Original] | None:
     content = read_json(path)
     try:
         if "inputs" in content:
-            return [Original(str(one["name"]), str(one["digest"])) for one in content["inputs"]]
+            return [Original(str(entry["name"]), str(entry["digest"])) for entry in content["inputs"]]
         # Of an older version, which recorded where the files lay and one digest of all of them.
         files = content["first_start"]["input_files"]
         return [Original(name, "") for name in names_of([Path(file) for file in files])]

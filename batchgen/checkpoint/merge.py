@@ -76,13 +76,13 @@ class Places:
                 files[row], begins[row], lengths[row] = number, begin, length
             begin += length
 
-    def lines(self, chosen: Sequence[int] | None = None) -> Iterator[tuple[int, bytes]]:
+    def lines(self, rows: Sequence[int] | None = None) -> Iterator[tuple[int, bytes]]:
         """Row number and line (newline included) of every row that has one, in input order.
 
         Args:
             chosen: these rows alone, in ascending order.
         """
-        numbers = range(len(self.states)) if chosen is None else chosen
+        numbers = range(len(self.states)) if rows is None else rows
         with closing(_Files(self.files)) as files:
             for start in range(0, len(numbers), _BLOCK):
                 rows = [row for row in numbers[start : start + _BLOCK] if self.states[row] != OPEN]
@@ -159,7 +159,7 @@ def merge_with(write: Callable[[Path, Lines], None], folder: RunFolder, rows: in
     """
     batches = folder.batches()  # before they are read: what comes meanwhile is not merged
     # Those of other formats are as good as this one, or say what is no longer so.
-    names = {one for one in GENERATIONS if (folder.path / one).exists()} | {name}
+    names = {other for other in GENERATIONS if (folder.path / other).exists()} | {name}
     kept = sorted(names) if folder.merged() else [name]
     places = Places.find(folder, rows)
     output = folder.path / name

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batchgen.checkpoint.attempt import Attempt, attempts, newest
-from batchgen.checkpoint.beats import all_heartbeats
 from batchgen.checkpoint.files import CheckpointError
 from batchgen.checkpoint.folder import Done, RunFolder
+from batchgen.checkpoint.heartbeats import all_heartbeats
 from batchgen.types import WHOLE, ExitCode, Shard
 
 State = Literal["new", "running", "stopped", "finished"]
@@ -76,18 +76,21 @@ def status(folder: RunFolder, shard: Shard = WHOLE, *, verify: bool = False) -> 
     part = done.part(shard)
     starts = [attempt for attempt in attempts(folder) if attempt.shard.overlaps(shard)]
     perhaps = {attempt.number for attempt in newest(starts)}
-    beats = all_heartbeats(folder)
-    known = [
+    heartbeats = all_heartbeats(folder)
+    states = [
         _attempt(
-            one, list(beats.get(one.number, {}).values()), done.attempt_tokens.get(one.number, 0), one.number in perhaps
+            start,
+            list(heartbeats.get(start.number, {}).values()),
+            done.attempt_tokens.get(start.number, 0),
+            start.number in perhaps,
         )
-        for one in starts
+        for start in starts
     ]
-    works = [one for one, state in zip(starts, known, strict=True) if state.live]
+    works = [start for start, state in zip(starts, states, strict=True) if state.live]
     merged = folder.merged()
     ended: State = "finished" if merged and not part.open else "stopped" if starts else "new"
-    # Of those that work together; else of the last one.
-    tokens_per_second = sum(_rate(one, done.attempt_tokens.get(one.number, 0)) for one in works or starts[-1:])
+    # The speed of the attempts that work now; if none works, the speed of the last one.
+    tokens_per_second = sum(_rate(start, done.attempt_tokens.get(start.number, 0)) for start in works or starts[-1:])
     eta = _eta(done, tokens_per_second) if works else None
     return Status(
         folder=folder.path,
@@ -103,28 +106,28 @@ def status(folder: RunFolder, shard: Shard = WHOLE, *, verify: bool = False) -> 
         merged=merged,
         tokens_per_second=round(tokens_per_second, 2),
         eta_seconds=None if eta is None else round(eta, 1),
-        attempts=known,
-        shards=_shards(done, known),
+        attempts=states,
+        shards=_shards(done, states),
     )
 
 
-def _shards(done: Done, known: list[AttemptStatus]) -> list[ShardState]:
+def _shards(done: Done, states: list[AttemptStatus]) -> list[ShardState]:
     """State of each shard of the last start that had a part of the rows."""
-    count = next((Shard.parse(one.shard).count for one in reversed(known) if one.shard != str(WHOLE)), 0)
-    mine: dict[int, bool] = {}  # whether somebody works on it, by the index of a shard that has been begun
-    for one in known:
-        shard = Shard.parse(one.shard)
+    count = next((Shard.parse(state.shard).count for state in reversed(states) if state.shard != str(WHOLE)), 0)
+    is_worked_on: dict[int, bool] = {}  # by the index of each shard that an attempt has begun
+    for state in states:
+        shard = Shard.parse(state.shard)
         if shard.count == count:
-            mine[shard.index] = mine.get(shard.index, False) or one.live
-    states: list[ShardState] = []
+            is_worked_on[shard.index] = is_worked_on.get(shard.index, False) or state.live
+    names: list[ShardState] = []
     for index in range(count):
         if not done.part(Shard(index, count)).open:
-            states.append("finished")
-        elif index not in mine:
-            states.append("missing")
+            names.append("finished")
+        elif index not in is_worked_on:
+            names.append("missing")
         else:
-            states.append("running" if mine[index] else "failed")
-    return states
+            names.append("running" if is_worked_on[index] else "failed")
+    return names
 
 
 def _eta(done: Done, tokens_per_second: float) -> float | None:
@@ -134,34 +137,37 @@ def _eta(done: Done, tokens_per_second: float) -> float | None:
     return done.open * (done.generated_tokens / settled) / tokens_per_second
 
 
-def _attempt(attempt: Attempt, beats: list[dict[str, Any]], committed: int, perhaps_live: bool) -> AttemptStatus:
-    generated = max(sum(int(beat.get("generated_tokens", 0)) for beat in beats), committed)
+def _attempt(attempt: Attempt, heartbeats: list[dict[str, Any]], committed: int, perhaps_live: bool) -> AttemptStatus:
+    generated = max(sum(int(heartbeat.get("generated_tokens", 0)) for heartbeat in heartbeats), committed)
     return AttemptStatus(
         number=attempt.number,
         where=attempt.where,
         shard=str(attempt.shard),
         started=float(attempt.claim.get("started", 0.0)),
         ended=attempt.ended,
-        live=perhaps_live and attempt.ended is None and _beats(attempt, beats),
-        ranks=len(beats),
+        live=perhaps_live and attempt.ended is None and _shows_life(attempt, heartbeats),
+        ranks=len(heartbeats),
         generated_tokens=generated,
         lost_tokens=generated - committed,
     )
 
 
-def _beats(attempt: Attempt, beats: list[dict[str, Any]]) -> bool:
+def _shows_life(attempt: Attempt, heartbeats: list[dict[str, Any]]) -> bool:
     here = attempt.is_here()
     if here is not None:
         return here
-    last = max([float(beat.get("time", 0.0)) for beat in beats], default=float(attempt.claim.get("started", 0.0)))
+    last = max(
+        [float(heartbeat.get("time", 0.0)) for heartbeat in heartbeats],
+        default=float(attempt.claim.get("started", 0.0)),
+    )
     return time.time() - last < attempt.limit
 
 
 def _rate(attempt: Attempt, committed: int) -> float:
     """Recorded tokens a second of wall time since the first rank was ready."""
-    beats = attempt.heartbeats().values()
-    ready = [float(beat["ready"]) for beat in beats if beat.get("ready")]
+    heartbeats = attempt.heartbeats().values()
+    ready = [float(heartbeat["ready"]) for heartbeat in heartbeats if heartbeat.get("ready")]
     if not ready:
         return 0.0
-    last = max(float(beat["time"]) for beat in beats)
+    last = max(float(heartbeat["time"]) for heartbeat in heartbeats)
     return committed / (last - min(ready)) if last > min(ready) else 0.0

@@ -65,7 +65,7 @@ class _Commands(click.Group):
             formatter.write_dl([(name, _SUMMARIES.get(name, "")) for name in self.list_commands(context)])
 
 
-def asked_of(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+def parse_run_command(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     """The run folder and the options of `run …` or `run-batch …`, which are checked on the way.
 
     Raises:
@@ -84,7 +84,7 @@ def asked_of(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 # What `--help` says of each command without importing it; a test compares these with the commands' own help.
 _SUMMARIES = {
-    "bench": "Measure engines on this machine, by the seed's table and by jobs of unequal lengths.",
+    "bench": "Measure engines on this machine, by an article's table and by jobs of unequal lengths.",
     "cancel": "Cancel the Slurm jobs of a run; what is finished stays.",
     "job": "Carry a command out as the batch process of a Slurm job, requeued until it is done.",
     "merge": "Write the output files of a run folder again, or of an unfinished run.",
@@ -119,7 +119,8 @@ def generation_config_option(default: str) -> Callable[[Callable[..., Any]], Cal
         metavar="auto|none|FOLDER",
         default=default,
         show_default=True,
-        help="Sample as the model's author recommends, by generation_config.json, where neither row nor flag says how.",
+        help="Sample as the model's author recommends in generation_config.json, where neither the row nor an option "
+        "says how.",
     )
 
 
@@ -155,12 +156,12 @@ def log_to_stderr(rank: int, size: int) -> None:
     handler.setFormatter(Redacted(f"{who}: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("batchgen").setLevel(logging.INFO)
-    said: set[str] = set()
+    logged: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        text, count = record.getMessage(), len(said)
-        said.add(text)
-        return len(said) > count
+        text, count = record.getMessage(), len(logged)
+        logged.add(text)
+        return len(logged) > count
 
     # What is damaged in the run folder is met by every rank, and by this process each time it looks.
     damage = logging.getLogger("batchgen.checkpoint.records")

@@ -117,21 +117,21 @@ def about_failures(path: Path) -> str:
 
     from batchgen.requests.output import failure_of, may_succeed
 
-    said = f"what failed is in {path}"
+    sentence = f"what failed is in {path}"
     try:
         with path.open(encoding="utf-8") as file:
             rows = map(json.loads, file)
             first = next(rows)
-            again = [may_succeed(first), *map(may_succeed, rows)]
+            retried = [may_succeed(first), *map(may_succeed, rows)]
     except (OSError, ValueError, StopIteration):
-        return said
+        return sentence
     message = str((failure_of(first) or {}).get("message") or "")[:300].rstrip(".")
-    said += f", first: {message}" if message else ""
-    if not any(again):
-        return f"{said}. The input itself is wrong there: mend these rows, and give them a run of their own"
-    if all(again):
-        return f"{said}. The same command tries all of them again"
-    return f"{said}. The same command tries {sum(again)} of them again; the input is wrong in the others"
+    sentence += f", first: {message}" if message else ""
+    if not any(retried):
+        return f"{sentence}. The input itself is wrong there: mend these rows, and give them a run of their own"
+    if all(retried):
+        return f"{sentence}. The same command tries all of them again"
+    return f"{sentence}. The same command tries {sum(retried)} of them again; the input is wrong in the others"
 
 
 def conclude(status: Status, speaks: bool) -> None:
@@ -144,12 +144,12 @@ def conclude(status: Status, speaks: bool) -> None:
     counts = f"{status.good} of {status.rows} rows good, {status.failed} failed, {status.open} open"
     if status.open:
         why = last or "ended"
-        again = "The same command goes on from there"
+        advice = "The same command goes on from there"
         if TOO_MANY_FAILED in why:
-            again = "The same command with a higher --max-error-rate goes on from there"
+            advice = "The same command with a higher --max-error-rate goes on from there"
         elif why.startswith(CANNOT_WRITE):
-            again = "Nothing recorded is lost; make room, and the same command goes on from there"
-        _say(f"{why}; {counts}. {again}")
+            advice = "Nothing recorded is lost; make room, and the same command goes on from there"
+        _say(f"{why}; {counts}. {advice}")
     else:
         which = "" if status.shard.count == 1 else f"shard {status.shard} "
         _say(f"{which}finished; {counts}")

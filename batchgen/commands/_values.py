@@ -68,14 +68,14 @@ def stop_texts(context: click.Context, parameter: click.Parameter, texts: tuple[
 
 def unescaped(text: str) -> str:
     """`text` with \\n, \\t, \\r, \\\\ and \\uXXXX read; any other backslash stands for itself."""
-    read = _ESCAPE.sub(lambda found: _ESCAPES[found[1]] if found[1] else chr(int(found[2], 16)), text)
+    read = _ESCAPE.sub(lambda match: _ESCAPES[match[1]] if match[1] else chr(int(match[2], 16)), text)
     # Two escapes that are a pair of surrogates are one character.
     return read.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def escaped(text: str) -> str:
     """What `unescaped` reads as `text`."""
-    return re.sub(r"[\n\t\r\\]", lambda found: f"\\{_LETTERS[found[0]]}", text)
+    return re.sub(r"[\n\t\r\\]", lambda match: f"\\{_LETTERS[match[0]]}", text)
 
 
 id_prefix = click.option(

@@ -184,11 +184,11 @@ class RunBatch(click.Command):
     """Click reads our own flags, in any of vLLM's spellings; the others are judged."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        options = [one for one in self.params if isinstance(one, click.Option)]
+        options = [option for option in self.params if isinstance(option, click.Option)]
         words, foreign = _separate(args, options, ctx.help_option_names)
         super().parse_args(ctx, words)
         if not ctx.resilient_parsing:
-            names = {name for one in options for name in (*one.opts, *one.secondary_opts)}
+            names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
             ctx.args = _judge(foreign, ctx.params.get("model"), names)
         return ctx.args
 
@@ -197,8 +197,10 @@ def _separate(
     args: Sequence[str], options: Sequence[click.Option], helps: Sequence[str]
 ) -> tuple[list[str], list[Foreign]]:
     """The words for Click, and the other flags with the words behind each."""
-    valued = {name for one in options if not one.is_flag for name in one.opts}
-    plain = {name for one in options if one.is_flag for name in (*one.opts, *one.secondary_opts)} | set(helps)
+    valued = {name for option in options if not option.is_flag for name in option.opts}
+    plain = {name for option in options if option.is_flag for name in (*option.opts, *option.secondary_opts)} | set(
+        helps
+    )
     own: list[str] = []
     foreign: list[Foreign] = []
     values = own  # where a word goes that is no flag
@@ -221,9 +223,9 @@ def _separate(
         else:
             foreign.append(Foreign(word.partition("=")[0], name, key, [] if value is None else [value]))
             values = foreign[-1].values
-    objects = {name for one in options if one.metavar == "JSON" for name in one.opts}
-    return [*_joined([one for one in foreign if one.name in objects]), *own], [
-        one for one in foreign if one.name not in objects
+    objects = {name for option in options if option.metavar == "JSON" for name in option.opts}
+    return [*_joined([option for option in foreign if option.name in objects]), *own], [
+        option for option in foreign if option.name not in objects
     ]
 
 

@@ -19,7 +19,7 @@ from batchgen.types import ExitCode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_BATCHES = "1,8,16,32,64,128,256,512"  # the seed's
+_BATCHES = "1,8,16,32,64,128,256,512"  # the columns of the article's table
 _MIXED_PROMPT, _MIXED_NEW = (32, 512), (16, 512)  # tokens, the fewest and the most
 
 
@@ -33,54 +33,95 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> l
     return numbers
 
 
+_count_mode = click.option(
+    "--count-mode",
+    type=click.Choice(["generated", "seed"]),
+    default="generated",
+    show_default=True,
+    help="Which tokens count: those up to a row's end, or, as in the article (seed), the padding after it, too.",
+)
+
+
 @click.group("bench", invoke_without_command=True)
-@click.option("-o", "--out", default="bench", show_default=True, metavar="FOLDER", help="Where results are kept.")
+@click.option(
+    "-o", "--out", default="bench", show_default=True, metavar="FOLDER", help="The folder where the results are kept."
+)
 @click.option(
     "--engines",
     default="accelerate",
     show_default=True,
     metavar="E,…",
-    help="Engines with settings: ds-zero:offload=cpu, accelerate:dtype=int8.",
+    help="The engines to measure, with their settings, like accelerate,paged or accelerate:dtype=int8.",
 )
-@click.option("--model", metavar="MODEL", help="As of `run`.")
+@click.option("--model", metavar="MODEL", help="The model, as for `run`.")
 @click.option(
-    "--random-weights", metavar="SHAPE", help="Instead of --model: a config.json, or a name, made on the spot."
+    "--random-weights",
+    metavar="SHAPE",
+    help="Measure a model of random weights instead of --model; SHAPE is a config.json or the name of a shape.",
 )
 @click.option(
-    "--dtype", default="auto", show_default=True, help="Of the weights; of random ones, bfloat16 unless given."
-)
-@click.option(
-    "--batch-sizes", default=_BATCHES, show_default=True, callback=_numbers, metavar="N,…", help="The seed's."
-)
-@click.option("--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="New ones of each row.")
-@click.option(
-    "--cycles", type=click.IntRange(min=1), default=5, show_default=True, help="Timed; of jobs within a minute."
-)
-@click.option("--mixed", default="", callback=_numbers, metavar="ROWS,…", help="Also jobs of unequal lengths.")
-@click.option("--input", "input_file", metavar="INPUT", help="Also a job of your own prompts.")
-@click.option("--sample", type=click.IntRange(min=1), metavar="ROWS", help="Of the input, drawn once and for all.")
-@click.option(
-    "--count-mode",
-    type=click.Choice(["generated", "seed"]),
-    default="generated",
+    "--dtype",
+    default="auto",
     show_default=True,
-    help="The seed counts padding behind a row's end as generated.",
+    help="The number type of the weights; for random weights, auto is bfloat16.",
 )
 @click.option(
-    "--ranks", "--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one a GPU."
+    "--batch-sizes",
+    default=_BATCHES,
+    show_default=True,
+    callback=_numbers,
+    metavar="N,…",
+    help="The batch sizes of the article's table.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="How many new tokens each row of the table has.",
+)
+@click.option(
+    "--cycles",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="How often a cell is timed; a job is not timed again after a minute.",
+)
+@click.option(
+    "--mixed",
+    default="",
+    callback=_numbers,
+    metavar="ROWS,…",
+    help="Measure jobs of so many rows of unequal lengths, too.",
+)
+@click.option("--input", "input_file", metavar="INPUT", help="Measure a job of your own prompts, too.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    metavar="ROWS",
+    help="How many rows of the input the job has; they are drawn once and for all.",
+)
+@_count_mode
+@click.option(
+    "--ranks",
+    "--gpus",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many processes to start, one for each GPU.",
 )
 @click.pass_context
 def command(context: click.Context, /, **options: Any) -> None:
-    """Measure engines on this machine, by the seed's table and by jobs of unequal lengths.
+    """Measure engines on this machine, by an article's table and by jobs of unequal lengths.
 
-    Load seconds, milliseconds a token over batch sizes, memory, and the share of what the machine allows at most.
+    The article is "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate". Its table has the milliseconds of a
+    token by batch size: eight short sentences are repeated up to the batch size and continued greedily, and the time of
+    tokenising and decoding is included. Here it also has the seconds until the model is loaded, the memory, and the
+    share of what the machine allows at most.
 
-    What is measured is kept, and the same command goes on with what is missing; an engine, a batch size or a number of
-    ranks may be added. The path of the tables is printed. Shapes with a name: bloom-560m, bloom-7b1, bloom-176b,
-    llama-8b, llama-70b, qwen3-0.6b.
-
-    The conventions are those of "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate": eight short sentences
-    repeated up to the batch size, greedy, tokenising and decoding included.
+    The results are kept, and the same command goes on with what is missing; an engine, a batch size or a number of
+    ranks may be added. The path of the tables is printed. The shapes with a name are bloom-560m, bloom-7b1, bloom-176b,
+    llama-8b, llama-70b and qwen3-0.6b.
     """
     if context.invoked_subcommand is not None:
         return
@@ -115,7 +156,7 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(prefix="batchgen-shape-") as scratch:
         model, name = _model(options, dtype, Path(scratch))
         jobs = _jobs(options, model, systems)
-        asked = bench.Bench(
+        measured = bench.Bench(
             systems,
             str(model),
             dtype,
@@ -128,8 +169,8 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
             redacted(shlex.join(["batchgen", *sys.argv[1:]]), os.environ),
             {"versions": versions(), "date": time.strftime("%Y-%m-%d")},
         )
-        folder.ask(bench.asked(asked, name))
-        bench.run(asked, folder, os.environ, stop)
+        folder.check_or_create(bench.identity(measured, name))
+        bench.run(measured, folder, os.environ, stop)
 
 
 def _model(options: dict[str, Any], dtype: str, scratch: Path) -> tuple[Path, str]:
@@ -162,10 +203,10 @@ def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[
     if options["mixed"] and options["input_file"]:
         raise CommandError("--mixed and --input name different jobs; leave one of them out")
     tokenizer = engines.find(systems[0].engine).tokenizer(str(model))
-    found = []
+    drawn = []
     for count in options["mixed"]:
         prompts = workloads.mixed(count, tokenizer.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
-        found.append(("mixed", prompts))
+        drawn.append(("mixed", prompts))
     if options["input_file"]:
         from batchgen.requests.recipe import Recipe
         from batchgen.runs.prepare import sample
@@ -173,41 +214,44 @@ def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[
         prompts, _, _ = sample([options["input_file"]], Recipe(), tokenizer, options["sample"])
         if not prompts:
             raise CommandError(f"no row of {options['input_file']} can become a prompt")
-        found.append((Path(options["input_file"]).name, prompts))
-    rows = [(name, [(one.tokens, one.params.max_new_tokens) for one in prompts]) for name, prompts in found]
-    return [Job(job_name(name, those), those) for name, those in rows]
+        drawn.append((Path(options["input_file"]).name, prompts))
+    rows = [(name, [(prompt.tokens, prompt.params.max_new_tokens) for prompt in prompts]) for name, prompts in drawn]
+    return [Job(job_name(name, lengths), lengths) for name, lengths in rows]
 
 
 @command.command("show")
-@click.argument("one", metavar="FOLDER")
-@click.option("--count-mode", type=click.Choice(["generated", "seed"]), default="generated", show_default=True)
-def show(one: str, count_mode: Any) -> None:
-    """Print the tables of a bench, and write them and the plot again."""
+@click.argument("folder", metavar="FOLDER")
+@_count_mode
+def show(folder: str, count_mode: Any) -> None:
+    """Print the tables of a bench, and write them again."""
     from batchgen.bench import tables
     from batchgen.bench.results import Folder
     from batchgen.types import UserError
 
     try:
-        path = tables.write(Folder(Path(one)), count_mode)
+        path = tables.write(Folder(Path(folder)), count_mode)
     except UserError as error:
         raise fail(error) from error
     click.echo(path.read_text(encoding="utf-8"), nl=False)
 
 
 @command.command("compare")
-@click.argument("one", metavar="A")
-@click.argument("other", metavar="B")
-@click.option("--count-mode", type=click.Choice(["generated", "seed"]), default="generated", show_default=True)
-def compare(one: str, other: str, count_mode: Any) -> None:
-    """Put two benches beside each other: tokens a second of each cell, and B by A."""
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@_count_mode
+def compare(first: str, second: str, count_mode: Any) -> None:
+    """Compare two benches cell by cell.
+
+    The table has the tokens per second of A and of B, and how many times faster B is.
+    """
     from batchgen.bench import tables
     from batchgen.bench.results import Folder
     from batchgen.types import UserError
 
-    folders = Folder(Path(one)), Folder(Path(other))
+    folders = Folder(Path(first)), Folder(Path(second))
     try:
         for folder in folders:
-            folder.known()
+            folder.read_manifest()
         click.echo(tables.compare(*folders, count_mode))
     except UserError as error:
         raise fail(error) from error

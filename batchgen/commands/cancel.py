@@ -27,10 +27,10 @@ def command(run: str) -> None:
     try:
         if not folder.is_dir():
             raise CommandError(f"there is no run folder {folder}")
-        known = slurm.jobs(folder)
-        if not known:
+        jobs = slurm.jobs(folder)
+        if not jobs:
             raise CommandError(f"{folder} knows of no Slurm job. A run that was started by hand is stopped with Ctrl-C")
-        tasks = _tasks(folder, known)
+        tasks = _tasks(folder, jobs)
         # Those that follow in a chain first, or they would begin as soon as the one before them ends.
         ends = list(dict.fromkeys(task.job for task in reversed(tasks) if task.works or task.waits))
         if not ends:
@@ -43,11 +43,11 @@ def command(run: str) -> None:
         click.echo(job)
 
 
-def _tasks(folder: Path, known: list[Job]) -> list[Task]:
+def _tasks(folder: Path, jobs: list[Job]) -> list[Task]:
     from batchgen import slurm
 
     try:
-        return [task for job in known for task in slurm.tasks(job.number)]
+        return [task for job in jobs for task in slurm.tasks(job.number)]
     except slurm.SlurmError as error:
-        numbers = ", ".join(job.number for job in known)
+        numbers = ", ".join(job.number for job in jobs)
         raise CommandError(f"{error}. Nothing was cancelled: jobs of {folder} may be running ({numbers})") from error

@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 import click
 
-from batchgen.commands import CommandError, asked_of, fail, log_to_stderr
+from batchgen.commands import CommandError, fail, log_to_stderr, parse_run_command
 from batchgen.slurm import MAX_REQUEUES
 
 
@@ -18,17 +18,22 @@ from batchgen.slurm import MAX_REQUEUES
     type=click.IntRange(min=0),
     default=MAX_REQUEUES,
     show_default=True,
-    help="How often it may begin again.",
+    help="How often the job may begin again.",
 )
-@click.option("--chained", is_flag=True, help="Others follow by dependency: do not requeue; end well if all is done.")
+@click.option(
+    "--chained",
+    is_flag=True,
+    help="Other jobs follow by dependency: do not requeue this one, and end well if all is done.",
+)
 @click.argument("words", nargs=-1, required=True, metavar="-- COMMAND…")
 def command(words: tuple[str, ...], max_requeues: int, chained: bool) -> None:
     """Carry a command out as the batch process of a Slurm job, requeued until it is done.
 
     COMMAND is `srun … batchgen run …`. At Slurm's warning (--signal=B:USR2@120) the ranks record what is finished and
-    end, and the job is requeued. It is not requeued if no row is open, if this start has finished no row, or too often.
+    end, and the job is requeued. It is not requeued if no row is open, if this start has finished no row, or if
+    it was requeued too often.
 
-    Exit codes: those of `run`; 4 also where another start would not help.
+    The exit codes are those of `run`; 4 also means that another start would not help.
     """
     from batchgen.slurm import Supervisor
     from batchgen.types import WHOLE, UserError
@@ -39,8 +44,8 @@ def command(words: tuple[str, ...], max_requeues: int, chained: bool) -> None:
     if run is None:
         raise CommandError("the command must call batchgen: srun … batchgen run …")
     try:
-        folder, asked = asked_of(words[run:])
-        code = Supervisor(folder, asked.get("shard", WHOLE), os.environ, max_requeues, chained).carry_out(words)
+        folder, options = parse_run_command(words[run:])
+        code = Supervisor(folder, options.get("shard", WHOLE), os.environ, max_requeues, chained).carry_out(words)
     except UserError as error:
         raise fail(error) from error
     sys.exit(code)

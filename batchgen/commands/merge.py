@@ -23,10 +23,10 @@ def command(run: str, output_format: str) -> None:
 
     folder = RunFolder(Path(run))
     try:
-        found = status(folder, verify=True)
+        state = status(folder, verify=True)
         path = flow.merge(folder, None, output_format)  # type: ignore[arg-type]  # the choices are those of OutputFormat
     except (CheckpointError, OSError) as error:
         raise fail(error) from error
-    if found.open:
-        click.echo(f"batchgen: {found.open} of {found.rows} rows are open and left out", err=True)
+    if state.open:
+        click.echo(f"batchgen: {state.open} of {state.rows} rows are open and left out", err=True)
     click.echo(path)

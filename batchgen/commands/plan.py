@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
+from batchgen.commands._options import sampling_options
 from batchgen.commands._values import escaped, template_text
-from batchgen.commands.run import recipe_of, sampling_options
+from batchgen.commands.run import recipe_of
 from batchgen.types import FIT, SamplingParams
 
 if TYPE_CHECKING:
@@ -31,30 +32,43 @@ _BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
 @click.command("plan")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT…")
 @click.option(
-    "--model", required=True, metavar="MODEL|SHAPE", help="As of `run`; a config.json; or a name like llama-70b."
+    "--model",
+    required=True,
+    metavar="MODEL|SHAPE",
+    help="The model, as for `run`; or a config.json; or the name of a shape, like llama-70b.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="bfloat16",
     show_default=True,
-    help="Of the weights.",
+    help="The number type of the weights.",
 )
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Of one node.")
-@click.option("--gpu", metavar="NAME", help="H100, H200, A100-80, A100-40, A6000, L40S or V100.")
-@click.option("--gpu-memory", type=click.FloatRange(min=1), metavar="GB", help="Of each, as it is sold.")
-@click.option("--host-memory", type=click.FloatRange(min=1), metavar="GB", help="Of the node.")
-@click.option("--bench", "bench_folder", metavar="FOLDER", help="Of `batchgen bench`, of this model on such a GPU.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many GPUs one node has.")
+@click.option("--gpu", metavar="NAME", help="The kind of GPU: H100, H200, A100-80, A100-40, A6000, L40S or V100.")
+@click.option(
+    "--gpu-memory", type=click.FloatRange(min=1), metavar="GIB", help="The memory of each GPU as it is sold, in GiB."
+)
+@click.option("--host-memory", type=click.FloatRange(min=1), metavar="GB", help="The host memory of the node, in GB.")
+@click.option(
+    "--bench",
+    "bench_folder",
+    metavar="FOLDER",
+    help="A folder of `batchgen bench` that was measured with this model on such a GPU.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @sampling_options
-@click.option("--prompt-column", metavar="NAME", help="As of `run`.")
-@click.option("--template", metavar="TEXT|@FILE", callback=template_text, help="As of `run`.")
+@click.option("--prompt-column", metavar="NAME", help="The column that holds the prompt, as for `run`.")
+@click.option(
+    "--template", metavar="TEXT|@FILE", callback=template_text, help="A template of the prompt, as for `run`."
+)
 def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what fits, how large a batch and how long, before any weight is loaded.
 
-    For each engine: whether the model fits, the largest batch of the longest rows, the memory it takes, tokens a second
-    and the time of the whole input if every row generates as much as it may. Needs no GPU and no weights: a model's
-    config, or a shape with a name (bloom-560m, bloom-7b1, bloom-176b, llama-8b, llama-70b, qwen3-0.6b).
+    For each engine it says whether the model fits, how large a batch of the longest rows can be, what memory it takes,
+    how many tokens are generated in a second, and how long the whole input takes if every row generates as much as it
+    may. It needs no GPU and no weights, only a model's config or the name of a shape (bloom-560m, bloom-7b1,
+    bloom-176b, llama-8b, llama-70b, qwen3-0.6b).
     """
     from batchgen.types import UserError
 
@@ -62,14 +76,14 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     recipe = options["recipe"] = recipe_of(options)
     try:
         with results_only_on_stdout():
-            work, note, found, node = _planned(inputs, recipe, options)
+            work, note, forecasts, node = _planned(inputs, recipe, options)
     except UserError as error:
         raise fail(error) from error
     if as_json:
-        values = [dataclasses.asdict(one) for one in found]
+        values = [dataclasses.asdict(forecast) for forecast in forecasts]
         click.echo(json.dumps({"rows": work.rows, "lengths": note, "forecasts": values}, indent=1))
     else:
-        click.echo("\n".join(_text(inputs, work, note, found, node, options)))
+        click.echo("\n".join(_text(inputs, work, note, forecasts, node, options)))
 
 
 def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any:
@@ -103,7 +117,7 @@ def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plan
     if not prompts:
         raise forecast.PlanError("no row of the input can become a prompt; batchgen run --dry-run says why")
     scale = 1 if folder is not None else _BYTES_PER_TOKEN
-    lengths = [(-(-len(one.tokens) // scale), one.params.max_new_tokens) for one in prompts]
+    lengths = [(-(-len(prompt.tokens) // scale), prompt.params.max_new_tokens) for prompt in prompts]
     note = (
         "as the model's tokenizer has them" if folder is not None else "estimated at 4 bytes a token: no tokenizer here"
     )
@@ -119,50 +133,50 @@ def _measured(name: str | None, options: dict[str, Any]) -> dict[str, dict[int, 
     from batchgen.bench.results import Folder
 
     folder = Folder(Path(name))
-    asked = folder.known()["asked"]
-    model, dtype = str(asked["model"]).removeprefix("random weights of "), asked["dtype"]
+    identity = folder.read_manifest()["asked"]
+    model, dtype = str(identity["model"]).removeprefix("random weights of "), identity["dtype"]
     if Path(model).name != Path(options["model"]).name or dtype not in ("auto", options["dtype"]):
         logger.warning(
             "%s was measured with %s in %s, and this forecast is for %s in %s: its steps are taken as they are",
             name, model, dtype, options["model"], options["dtype"],
         )  # fmt: skip
-    found: dict[str, dict[int, float]] = {}
-    for one in folder.results():
-        if one.outcome == "ok" and one.ranks == options["gpus"] and one.batch and one.decode_steps > 0:
-            found.setdefault(one.system, {})[one.batch] = one.step_seconds
-    return found
+    step_seconds: dict[str, dict[int, float]] = {}
+    for result in folder.results():
+        if result.outcome == "ok" and result.ranks == options["gpus"] and result.batch and result.decode_steps > 0:
+            step_seconds.setdefault(result.system, {})[result.batch] = result.step_seconds
+    return step_seconds
 
 
 def _text(
     inputs: Sequence[str],
     work: plans.Work,
     note: str,
-    found: Sequence[plans.Forecast],
+    forecasts: Sequence[plans.Forecast],
     node: plans.Node,
     options: dict[str, Any],
 ) -> Iterator[str]:
     from batchgen.runs.progress import duration
 
-    prompts, new = (sum(one[place] for one in work.lengths) / len(work.lengths) for place in (0, 1))
+    prompts, new = (sum(length[place] for length in work.lengths) / len(work.lengths) for place in (0, 1))
     yield f"{work.rows:,} rows of {prompts:,.0f} prompt tokens and up to {new:,.0f} new ones, on the average ({note})"
     yield f"{options['model']} in {options['dtype']} on {node.gpus} GPU(s) of {node.card.memory / 1e9:,.0f} GB"
     if options["gpu"] is None and options["gpu_memory"] is None:
         yield "no --gpu was given: an H100 is assumed"
     if not node.card.measured:
         yield "the speeds of this GPU are its maker's, less a tenth: expect less"
-    for one in found:
-        place = one.placement
-        name = " ".join([one.engine, *place.settings]) + f", {place.ranks} rank(s)"
-        if one.why_not:
-            yield f"  {name}: does not fit: {one.why_not}"
+    for forecast in forecasts:
+        place = forecast.placement
+        name = " ".join([forecast.engine, *place.settings]) + f", {place.ranks} rank(s)"
+        if forecast.why_not:
+            yield f"  {name}: does not fit: {forecast.why_not}"
             continue
         where = f", {place.host / 1e9:,.0f} GB of host memory" if place.host else ""
         where += f", {place.disk / 1e9:,.0f} GB of disk" if place.disk else ""
-        speed = f"{one.tokens_per_second:,.0f} tokens/s, {duration(one.seconds)}, most of it {one.bound}"
-        size = f"{one.device_bytes / 1e9:,.1f} GB a GPU{where}"
-        yield f"  {name}, {place.streams} stream(s): batches of up to {one.batch} rows, {speed}; {size}"
-    if found and not found[0].why_not:
-        yield f"the fastest that fits: {_command(inputs, found[0], options)}"
+        speed = f"{forecast.tokens_per_second:,.0f} tokens/s, {duration(forecast.seconds)}, most of it {forecast.bound}"
+        size = f"{forecast.device_bytes / 1e9:,.1f} GB a GPU{where}"
+        yield f"  {name}, {place.streams} stream(s): batches of up to {forecast.batch} rows, {speed}; {size}"
+    if forecasts and not forecasts[0].why_not:
+        yield f"the fastest that fits: {_command(inputs, forecasts[0], options)}"
     else:
         yield "nothing fits: more GPUs, GPUs with more memory, or shorter rows"
 

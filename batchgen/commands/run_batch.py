@@ -14,10 +14,11 @@ import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
+from batchgen.commands._options import engine_options, sampling_options
 from batchgen.commands._runs import carry_out, conclude
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
-from batchgen.commands.run import engine_options, recipe_of, sampling_options
+from batchgen.commands.run import recipe_of
 from batchgen.files import replacing
 from batchgen.redaction import redacted
 from batchgen.runs.transfer import fetch, is_url, put
@@ -41,22 +42,31 @@ _RUN_FILES = (
 
 @click.command("run-batch", cls=RunBatch)
 @click.option(
-    "-i", "--input-file", required=True, metavar="FILE|URL", help="OpenAI batch lines; http(s) is read with GET."
+    "-i",
+    "--input-file",
+    required=True,
+    metavar="FILE|URL",
+    help="The file of OpenAI batch lines; an http(s) address is read with GET.",
 )
 @click.option(
     "-o",
     "--output-file",
     required=True,
     metavar="FILE|URL",
-    help="One answer a line, in input order; http(s) is written with PUT.",
+    help="The file of answers, one for each line and in the same order; an http(s) address is written with PUT.",
 )
-@click.option("--model", metavar="MODEL", help="As for `run`.")
-@click.option("--revision", metavar="REVISION", help="Of a hub model.")
+@click.option("--model", metavar="MODEL", help="The model, as for `run`.")
+@click.option("--revision", metavar="REVISION", help="The revision of a model of the hub.")
 @click.option(
-    "--served-model-name", metavar="NAME", help="The model that lines name; the value of --model unless given."
+    "--served-model-name",
+    metavar="NAME",
+    help="The model that the lines name; unless it is given, the value of --model.",
 )
 @click.option(
-    "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16, int8, nf4; also half, float."
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="The number type of the weights: auto, float32, bfloat16, float16, int8, nf4, half or float.",
 )
 @click.option(
     "--default-chat-template-kwargs",
@@ -64,20 +74,22 @@ _RUN_FILES = (
     "chat_template_kwargs",
     metavar="JSON",
     callback=json_object,
-    help="Passed to the model's chat template; a line's own win.",
+    help="Variables that are passed to the model's chat template, as a JSON object; a line's own win.",
 )
-@click.option("--max-num-seqs", type=click.IntRange(min=1), metavar="N", help="vLLM's name of --batch-size.")
+@click.option(
+    "--max-num-seqs", type=click.IntRange(min=1), metavar="N", help="The name that vLLM gives to --batch-size."
+)
 @click.option(
     "--error-format",
     type=click.Choice(["vllm", "openai"]),
     default="vllm",
     show_default=True,
-    help="Shape of the answers to lines that fail.",
+    help="The shape of the answers to lines that fail.",
 )
 @click.option(
     "--run-folder",
     metavar="RUN",
-    help="Where the run is kept; beside the output file, with .run behind its name, unless given.",
+    help="The run folder; unless it is given, it lies beside the output file and has .run behind that file's name.",
 )
 @engine_options
 @sampling_options
@@ -239,13 +251,13 @@ def _is_finished_run_of_another_job(folder: Path, error: CommandError) -> bool:
 
 def _discard(folder: Path) -> None:
     """Removes a finished run. Whatever ends this in the middle, the next start goes on with it."""
-    begun = folder / _DISCARDING
-    begun.touch()
+    marker = folder / _DISCARDING
+    marker.touch()
     for pattern in _RUN_FILES:
         for path in folder.glob(pattern):
             if path.is_file():
                 path.unlink(missing_ok=True)
-    begun.unlink()
+    marker.unlink()
 
 
 def _deliver(generations: Path, output: str) -> None:

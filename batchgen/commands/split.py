@@ -15,22 +15,24 @@ from batchgen.types import UserError
 @click.command("split")
 @click.argument("model")
 @click.argument("out", metavar="OUT")
-@click.option("--tp", type=click.IntRange(min=2), required=True, metavar="N", help="Ranks that will share the model.")
+@click.option(
+    "--tp", type=click.IntRange(min=2), required=True, metavar="N", help="How many ranks will share the model."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
     default="auto",
     show_default=True,
-    help="Of the weights; int8 loses precision.",
+    help="The number type of the weights; int8 loses precision.",
 )
 def command(model: str, out: str, tp: int, dtype: str) -> None:
     """Write MODEL into the folder OUT, split over N ranks; print its path.
 
-    `batchgen run --model OUT --tp N` reads it, with engine ds-inference or paged. Not needed for speed on a local disk:
-    each rank reads only its own part of an ordinary model, too. On a parallel file system that is many small reads, and
-    here it is few large ones. A run that was begun with MODEL goes on with OUT.
+    `batchgen run --model OUT --tp N` reads it, with engine ds-inference or paged. A local disk does not need this: each
+    rank reads only its own part of an ordinary model, too. On a parallel file system those are many small reads, and of
+    a split model they are few large ones. A run that was begun with MODEL goes on with OUT.
 
-    Needs memory for one rank's share, and no GPU.
+    The command needs memory for one rank's share, and no GPU.
     """
     log_to_stderr(0, 1)
     try:

@@ -24,13 +24,17 @@ _SHOWN = 10  # attempts that a person wants to see
 
 @click.command("status")
 @click.argument("run", metavar="RUN")
-@click.option("--json", "as_json", is_flag=True, help="For programs: every figure.")
-@click.option("--exit-code", is_flag=True, help="Exit as `run` would: 0 good, 3 some rows failed, 75 rows are open.")
+@click.option("--json", "as_json", is_flag=True, help="Print every figure as JSON, for programs.")
+@click.option(
+    "--exit-code",
+    is_flag=True,
+    help="Exit with the code of `run`: 0 if all rows are good, 3 if some have failed, 75 if some are open.",
+)
 def command(run: str, as_json: bool, exit_code: bool) -> None:
     """Say how far a run is, from its files and from Slurm's queue.
 
-    Safe at any time and from any host: it only reads. Of a job array it says which shards are missing, running or
-    failed, and, where the queue can be read, the command that does those again.
+    It is safe at any time and from any host, since it only reads. Of a run in shards it says which shards are missing,
+    running or failed, and what does those again.
     """
     from batchgen import slurm
     from batchgen.checkpoint import RunFolder, status
@@ -40,44 +44,44 @@ def command(run: str, as_json: bool, exit_code: bool) -> None:
     try:
         jobs = slurm.jobs(folder)
         queued, unread = _queue(jobs)
-        begun = (folder / "run.json").exists() or not jobs  # a job may wait for hours before it makes that file
-        found = status(RunFolder(folder)) if begun else None
+        has_begun = (folder / "run.json").exists() or not jobs  # a job may wait for hours before it makes that file
+        state = status(RunFolder(folder)) if has_begun else None
     except (UserError, OSError) as error:
         raise fail(error) from error
     if as_json:
-        values = {} if found is None else {**dataclasses.asdict(found), "exit_code": found.exit_code}
+        values = {} if state is None else {**dataclasses.asdict(state), "exit_code": state.exit_code}
         values |= {"folder": str(folder), "jobs": [dataclasses.asdict(task) for _, task in queued]}
         values["queue_error"] = unread
-        values["shard"] = None if found is None else str(found.shard)
+        values["shard"] = None if state is None else str(state.shard)
         click.echo(json.dumps(values, indent=1))
     else:
-        click.echo("\n".join([*_lines(folder, found), *_of_slurm(folder, jobs, queued, unread, found)]))
-    sys.exit((ExitCode.RESUMABLE if found is None else found.exit_code) if exit_code else 0)
+        click.echo("\n".join([*_lines(folder, state), *_of_slurm(folder, jobs, queued, unread, state)]))
+    sys.exit((ExitCode.RESUMABLE if state is None else state.exit_code) if exit_code else 0)
 
 
-def _lines(folder: Path, found: Status | None) -> Iterator[str]:
+def _lines(folder: Path, run: Status | None) -> Iterator[str]:
     from batchgen.runs.progress import duration
 
-    if found is None:
+    if run is None:
         yield f"{folder}: no job of it has begun"
         return
-    yield f"{found.folder}: {found.state}"
-    yield f"  rows    {found.good} good, {found.failed} failed, {found.open} open, of {found.rows}"
-    yield f"  tokens  {found.generated_tokens:,} generated from {found.prompt_tokens:,} in {found.batches} batches"
-    if found.tokens_per_second:
-        last = "now" if found.state == "running" else "in the last attempt"
-        yield f"  speed   {found.tokens_per_second:,.0f} tokens/s {last}"
-    if found.eta_seconds is not None:
-        yield f"  left    about {duration(found.eta_seconds)}"
-    if not found.open and not found.merged:
-        yield f"  all rows are done, but not merged: batchgen merge {found.folder}"
-    if len(found.attempts) > _SHOWN:
-        yield f"  {len(found.attempts) - _SHOWN} earlier attempts, and then"
-    for attempt in found.attempts[-_SHOWN:]:
-        state = attempt.ended or ("works" if attempt.live else "died")
+    yield f"{run.folder}: {run.state}"
+    yield f"  rows    {run.good} good, {run.failed} failed, {run.open} open, of {run.rows}"
+    yield f"  tokens  {run.generated_tokens:,} generated from {run.prompt_tokens:,} in {run.batches} batches"
+    if run.tokens_per_second:
+        last = "now" if run.state == "running" else "in the last attempt"
+        yield f"  speed   {run.tokens_per_second:,.0f} tokens/s {last}"
+    if run.eta_seconds is not None:
+        yield f"  left    about {duration(run.eta_seconds)}"
+    if not run.open and not run.merged:
+        yield f"  all rows are done, but not merged: batchgen merge {run.folder}"
+    if len(run.attempts) > _SHOWN:
+        yield f"  {len(run.attempts) - _SHOWN} earlier attempts, and then"
+    for attempt in run.attempts[-_SHOWN:]:
+        how = attempt.ended or ("works" if attempt.live else "died")
         lost = f", {attempt.lost_tokens:,} tokens lost" if attempt.lost_tokens and not attempt.live else ""
         shard = "" if attempt.shard == "0/1" else f"shard {attempt.shard}, "
-        yield f"  {attempt.where}, {shard}{attempt.ranks} rank(s): {state}{lost}"
+        yield f"  {attempt.where}, {shard}{attempt.ranks} rank(s): {how}{lost}"
 
 
 def _queue(jobs: list[Job]) -> tuple[list[tuple[Job, Task]], str | None]:
@@ -91,7 +95,7 @@ def _queue(jobs: list[Job]) -> tuple[list[tuple[Job, Task]], str | None]:
 
 
 def _of_slurm(
-    folder: Path, jobs: list[Job], queued: list[tuple[Job, Task]], unread: str | None, found: Status | None
+    folder: Path, jobs: list[Job], queued: list[tuple[Job, Task]], unread: str | None, run: Status | None
 ) -> Iterator[str]:
     """The jobs that are in the queue or have given up, and what is to be done about shards."""
     from batchgen import slurm
@@ -105,7 +109,7 @@ def _of_slurm(
             yield f"  job     {task.name}: {end[0]}: {end[1]}"
         elif job is jobs[-1] and task.state not in ("COMPLETED", slurm.GONE):
             yield f"  job     {task.name}: {task.state}"
-    shards = list(found.shards) if found is not None else []
+    shards = list(run.shards) if run is not None else []
     shards = shards or ["missing"] * max((job.shards for job in jobs), default=0)
     if not shards:
         return
@@ -114,9 +118,9 @@ def _of_slurm(
     # A task that may run must not be submitted again. In the accounting, those that wait have no index of their own.
     unsure = unread is not None or any(task.index is None for job, task in in_queue if job.shards)
     for state in ("missing", "running", "failed"):
-        which = [index for index, one in enumerate(shards) if one == state]
+        which = [index for index, shard in enumerate(shards) if shard == state]
         if which:
             yield f"  {state:7} shards {slurm.ranges(which)} of {len(shards)}"
-    again = [index for index, one in enumerate(shards) if one in ("missing", "failed") and index not in busy]
-    if again and not unsure:
-        yield from (f"  again   {line}" for line in slurm.retries(jobs, again))
+    retried = [index for index, shard in enumerate(shards) if shard in ("missing", "failed") and index not in busy]
+    if retried and not unsure:
+        yield from (f"  again   {line}" for line in slurm.retries(jobs, retried))

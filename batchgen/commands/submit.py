@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.commands import CommandError, asked_of, fail
+from batchgen.commands import CommandError, fail, parse_run_command
 from batchgen.slurm import MAX_REQUEUES
 
 if TYPE_CHECKING:
@@ -29,27 +29,35 @@ class _Submit(click.Command):
 
 
 def _array(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)(?:%(\d+))?", "0" if text is None else text, re.ASCII)
-    if found is None or (text is not None and int(found[1]) < 2):
+    match = re.fullmatch(r"(\d+)(?:%(\d+))?", "0" if text is None else text, re.ASCII)
+    if match is None or (text is not None and int(match[1]) < 2):
         raise click.BadParameter("must be the number of shards, 2 or more, like 8, or 8%4 for at most 4 at a time")
-    return int(found[1]), int(found[2] or 0)
+    return int(match[1]), int(match[2] or 0)
 
 
 # Click would see -h in sbatch's -Ahpc, too; as a word of its own it is dealt with above.
 @click.command(
     "submit", cls=_Submit, context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]}
 )
-@click.option("--print", "only_print", is_flag=True, help="Print the script; write and submit nothing.")
+@click.option("--print", "only_print", is_flag=True, help="Print the script; write no file and submit no job.")
 @click.option(
-    "--array", metavar="N[%M]", callback=_array, help="N jobs side by side, a shard each; at most M at a time."
+    "--array",
+    metavar="N[%M]",
+    callback=_array,
+    help="Submit N jobs side by side, one for each shard; at most M run at a time.",
 )
-@click.option("--chain", type=click.IntRange(min=2), metavar="N", help="N jobs, one after the other, none requeued.")
+@click.option(
+    "--chain",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Submit N jobs that run one after the other; none is requeued.",
+)
 @click.option(
     "--max-requeues",
     type=click.IntRange(min=0),
     default=MAX_REQUEUES,
     show_default=True,
-    help="How often it may begin again.",
+    help="How often the job may begin again.",
 )
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[SBATCH OPTIONS] -- run …")
 @click.pass_context
@@ -65,18 +73,19 @@ def command(
 
     Options of sbatch come first, then --, then the command: batchgen submit --gpus-per-node=4 --time=4:00:00 -- run
     prompts.jsonl -o out. The script is out.sbatch, beside the run folder. The job begins again by itself after its time
-    limit, a preemption or a lost node, until no row is open. Defaults of a site: ~/.config/batchgen/slurm.toml.
+    limit, a preemption or a lost node, until no row is open. The defaults of a site stand in
+    ~/.config/batchgen/slurm.toml.
 
-    --chain is for clusters where a job cannot requeue itself, for want of `scontrol` in its container.
+    --chain is for clusters where a job cannot requeue itself, since `scontrol` is not in its container.
     """
     from batchgen import slurm
     from batchgen.types import WHOLE, UserError
 
-    folder, asked = asked_of(context.obj)
+    folder, run_options = parse_run_command(context.obj)
     shards, at_once = array
-    if shards and "shard" not in asked:
+    if shards and "shard" not in run_options:
         raise CommandError("--array splits a run into shards, which `run` knows and `run-batch` does not")
-    if shards and asked.get("shard", WHOLE) != WHOLE:
+    if shards and run_options.get("shard", WHOLE) != WHOLE:
         raise CommandError("--array gives each job its --shard: leave that one out")
     try:
         size = min(shards, slurm.largest_array() or shards) if shards else 0
@@ -88,7 +97,7 @@ def command(
         if only_print:
             click.echo(_bytes(script), nl=False)
             return
-        _check_there(asked)
+        _check_there(run_options)
         jobs = _submit(folder, script, tasks, chain or 1)
     except UserError as error:
         raise fail(error) from error
@@ -96,19 +105,19 @@ def command(
         click.echo(job)
 
 
-def _check_there(asked: dict[str, Any]) -> None:
+def _check_there(run_options: dict[str, Any]) -> None:
     """Whether input and model are on this machine, as far as they are files, by the options of `run` or `run-batch`."""
     from batchgen import models
     from batchgen.commands.run_batch import model_of
     from batchgen.runs.prepare import check_there
     from batchgen.runs.transfer import is_url
 
-    if "inputs" in asked:
-        check_there(asked["inputs"], asked["model"])
-    elif is_url(asked["input_file"]):  # fetched when the job begins
-        models.check_there(model_of(asked))
+    if "inputs" in run_options:
+        check_there(run_options["inputs"], run_options["model"])
+    elif is_url(run_options["input_file"]):  # fetched when the job begins
+        models.check_there(model_of(run_options))
     else:
-        check_there([asked["input_file"]], model_of(asked), lines=True)
+        check_there([run_options["input_file"]], model_of(run_options), lines=True)
 
 
 def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]:

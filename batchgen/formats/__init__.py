@@ -101,16 +101,18 @@ class Source(ABC):
                 into.mkdir(parents=True, exist_ok=True)
                 self._scan(into)
                 return
-            left = self._record.read_bytes()
+            recorded = self._record.read_bytes()
         except OSError as error:
             raise InputError(f"cannot read or write {error.filename or path}: {error.strerror or error}") from error
         try:
-            found, *values, self.name = json.loads(left)
+            recorded_name, *values, self.name = json.loads(recorded)
             self.scanned = Scan(*values)
         except (ValueError, TypeError) as error:
             raise InputError(f"{self._record} is damaged. Delete it and start again") from error
-        if found != name:
-            raise InputError(f"file {number + 1} of the input is {name} now, but was {found} when the run started")
+        if recorded_name != name:
+            raise InputError(
+                f"file {number + 1} of the input is {name} now, but was {recorded_name} when the run started"
+            )
         self.check_unchanged()
 
     def _scan(self, into: Path) -> None:
@@ -182,8 +184,8 @@ class Source(ABC):
         self._stamps = stamps
 
     def _stamp(self) -> list[tuple[int, int]]:
-        found = [] if self.unpacked else [file.stat() for file in self.files()]
-        return [(one.st_ino, one.st_mtime_ns) for one in found]
+        stats = [] if self.unpacked else [file.stat() for file in self.files()]
+        return [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
     @abstractmethod
     def scan(self) -> Scan:

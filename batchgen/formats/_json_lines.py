@@ -38,12 +38,12 @@ def _whole(text: str) -> int:
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"an object has the key {json.dumps(twice[:60])} twice, and only one can be meant")
-    return found
+    return values
 
 
 DECODER = json.JSONDecoder(

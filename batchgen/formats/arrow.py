@@ -41,7 +41,7 @@ class Arrow(Source):
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
-        with self._opened() as reader:
+        with self._open_table() as reader:
             check_names(reader.schema)
         rows = sum(block.rows for block in self.blocks())
         self._check_whole()
@@ -58,12 +58,12 @@ class Arrow(Source):
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""
-        with self._opened() as reader:
+        with self._open_table() as reader:
             return reader.schema
 
     def blocks(self) -> Iterator[Block]:
         """The record batches. Those of a stream are read one after the other; of the file kind, as they are wanted."""
-        with self._opened() as reader:
+        with self._open_table() as reader:
             if not hasattr(reader, "get_batch"):
                 yield from blocks_of(reader)
                 return
@@ -75,7 +75,7 @@ class Arrow(Source):
                 yield Block(self._lengths[number], partial(map, reader.get_batch, [number]))
 
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _open_table(self) -> Iterator[Any]:
         with self._mapped() as (file, is_file_kind), _KINDS[is_file_kind](file) as reader:
             yield reader
 

@@ -67,7 +67,7 @@ class Folder(Source):
         for path in self._files:
             with _mapped(path) as file:
                 check_stream_ends(file)
-        with _opened(self._files[0]) as reader:
+        with _open_table(self._files[0]) as reader:
             check_names(reader.schema)
         rows = sum(block.rows for block in self.blocks())
         return Scan(digest, size, rows)
@@ -83,21 +83,21 @@ class Folder(Source):
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""
-        with _opened(self._files[0]) as reader:
+        with _open_table(self._files[0]) as reader:
             return reader.schema
 
     def blocks(self) -> Iterator[Block]:
         """The record batches of all files."""
         schema = self.schema()
         for path in self._files:
-            with _opened(path) as reader:
+            with _open_table(path) as reader:
                 if not reader.schema.equals(schema):
                     raise InputError(f"{path} has other columns than {self._files[0].name}. Save the dataset again")
                 yield from blocks_of(reader)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open_table(path: Path) -> Iterator[Any]:
     with _mapped(path) as file, pa.ipc.open_stream(file) as reader:
         yield reader
 

@@ -61,10 +61,10 @@ class Input:
         if originals is not None and len(originals) != len(files):
             raise Changed(listed(files))
         place = (into or cache) if scan else None
-        names, known = names_of(files), originals or repeat(None)
+        names, recorded = names_of(files), originals or repeat(None)
         sources = [
             find(path, lines)(path, names[number], cache, number, place, original)
-            for number, (path, original) in enumerate(zip(files, known, strict=False))
+            for number, (path, original) in enumerate(zip(files, recorded, strict=False))
         ]
         return cls(sources, cache, place)
 
@@ -163,10 +163,10 @@ def files_of(paths: Sequence[str]) -> list[Path]:
 
 def _expand(text: str) -> list[Path]:
     """The files that `text` names. What exists is no pattern, whatever characters are in its name."""
-    found = [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
-    if not found:
+    paths = [text] if os.path.exists(text) or not glob.has_magic(text) else sorted(glob.glob(text, recursive=True))
+    if not paths:
         raise InputError(f"no file matches {text}")
-    return [Path(path) for path in found]
+    return [Path(path) for path in paths]
 
 
 def listed(files: Sequence[object]) -> str:
@@ -213,15 +213,15 @@ def find(path: Path, lines: bool = False) -> type[Source]:
             f"{path} is neither a file nor a folder, and has no end or can be read only once. Put its rows into a file"
         )
     lines = lines and stat.S_ISREG(kind)
-    known: list[str] = []
+    suffixes: list[str] = []
     if not (lines and begins_as_lines(path)):
         for format in _formats(path):
             if format.accepts(path):
                 return format
-            known += format.suffixes
+            suffixes += format.suffixes
     if lines:
         return next(format for format in _formats(Path(".jsonl")))
-    raise InputError(f"{path} is of no known format: it must be a file that ends in {', '.join(sorted(known))}")
+    raise InputError(f"{path} is of no known format: it must be a file that ends in {', '.join(sorted(suffixes))}")
 
 
 def _formats(path: Path) -> Iterator[type[Source]]:

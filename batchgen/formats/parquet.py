@@ -29,7 +29,7 @@ class Parquet(Source):
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
-        with self._opened() as parquet:
+        with self._open_table() as parquet:
             check_names(parquet.schema_arrow)
             rows = parquet.metadata.num_rows
             self._check_alone()
@@ -50,12 +50,12 @@ class Parquet(Source):
 
     def schema(self) -> pa.Schema:
         """The types of the columns."""
-        with self._opened() as parquet:
+        with self._open_table() as parquet:
             return parquet.schema_arrow
 
     def blocks(self) -> Iterator[Block]:
         """The row groups."""
-        with self._opened() as parquet:
+        with self._open_table() as parquet:
             for number in range(parquet.num_row_groups):
                 group = parquet.metadata.row_group(number)
                 # A row group is often the whole file, so its rows come in batches of a size that fits into memory.
@@ -63,7 +63,7 @@ class Parquet(Source):
                 yield Block(group.num_rows, partial(parquet.iter_batches, rows, row_groups=[number], use_threads=False))
 
     @contextmanager
-    def _opened(self) -> Iterator[pq.ParquetFile]:
+    def _open_table(self) -> Iterator[pq.ParquetFile]:
         try:
             # A buffer instead of pre-buffering: pages are read as they are decoded, not a row group beforehand.
             # Opened by bytes, since a name need not be UTF-8.

@@ -14,7 +14,7 @@ from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.models.generation_config import read_generation_config
-from batchgen.requests.refusal import shown
+from batchgen.requests.refusal import quote
 from batchgen.types import Tokens
 
 # What configs call the longest sequence. BLOOM (ALiBi) has no limit of its own, but may say what it was trained with.
@@ -84,7 +84,7 @@ class HfTokenizer:
         if place is not None:
             raise ValueError(
                 f"the model's chat template leaves out what message {place + 1} of {len(fitted)} says, whose role is "
-                f"{shown(fitted[place].get('role'))}. Give it a role and a place that the template knows"
+                f"{quote(fitted[place].get('role'))}. Give it a role and a place that the template knows"
             )
         return text
 

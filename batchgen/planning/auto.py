@@ -45,7 +45,7 @@ class Choice:
         return " ".join([self.name, *changed])
 
 
-def named(name: str, settings: Sequence[str]) -> Choice:
+def choose_named(name: str, settings: Sequence[str]) -> Choice:
     """The engine that was asked for.
 
     Raises:
@@ -55,13 +55,15 @@ def named(name: str, settings: Sequence[str]) -> Choice:
     return Choice(name, kind, parse_options(kind, settings))
 
 
-def recorded(facts: Mapping[str, Any]) -> Choice:
+def read_recorded_choice(provenance: Mapping[str, Any]) -> Choice:
     """What the process that began the attempt has chosen, from what it has recorded."""
-    kind = find_engine(str(facts["engine"]))
-    return Choice(str(facts["engine"]), kind, kind.Options(**facts["settings"]), str(facts["engine_reason"]))
+    kind = find_engine(str(provenance["engine"]))
+    return Choice(
+        str(provenance["engine"]), kind, kind.Options(**provenance["settings"]), str(provenance["engine_reason"])
+    )
 
 
-def automatic(model: Path, dtype: str, settings: Sequence[str], lengths: Lengths, nodes: Nodes) -> Choice:
+def choose_fastest(model: Path, dtype: str, settings: Sequence[str], lengths: Lengths, nodes: Nodes) -> Choice:
     """The engine that is forecast to be the fastest of those that fit. An engine that needs no model is none of them.
 
     Args:
@@ -77,19 +79,21 @@ def automatic(model: Path, dtype: str, settings: Sequence[str], lengths: Lengths
         group_settings = {kind.group_setting for kind in kinds.values() if kind.group_setting is not None}
         if not group_settings & _names(settings):
             settings = [*(f"{name}={split.ranks}" for name in sorted(group_settings)), *settings]
-    out = {name: why for name, kind in kinds.items() if (why := _why_not(kind, split is not None, dtype, settings))}
-    if len(out) == len(kinds):
+    excluded = {
+        name: why for name, kind in kinds.items() if (why := _why_not(kind, split is not None, dtype, settings))
+    }
+    if len(excluded) == len(kinds):
         raise EngineError(
-            f"no engine can do this: {_grouped(out)}. Change the settings or --dtype; "
+            f"no engine can do this: {_grouped(excluded)}. Change the settings or --dtype; "
             "with an --engine, a wrong setting lists those it has"
         )
-    left = {name: kind for name, kind in kinds.items() if name not in out}
-    first, kind = next(iter(left.items()))
-    if len(left) == 1:
-        return Choice(first, kind, parse_options(kind, settings), f"the only one left ({_grouped(out)})")
-    search = _Search(kind.tokenizer(str(model)), dtype, settings, list(left), nodes)
+    candidates = {name: kind for name, kind in kinds.items() if name not in excluded}
+    first, kind = next(iter(candidates.items()))
+    if len(candidates) == 1:
+        return Choice(first, kind, parse_options(kind, settings), f"the only one left ({_grouped(excluded)})")
+    search = _Search(kind.tokenizer(str(model)), dtype, settings, list(candidates), nodes)
     best, why = search.best(lengths)
-    why += f" (not asked: {_grouped(out)})" if out else ""
+    why += f" (not asked: {_grouped(excluded)})" if excluded else ""
     if best is None:
         return Choice(first, kind, parse_options(kind, settings), why)
     options = parse_options(kinds[best.engine], (*best.placement.settings, *settings))
@@ -100,8 +104,8 @@ def _why_not(kind: type[Engine], split: bool, dtype: str, settings: Sequence[str
     """Why the engine cannot do this on any machine; "" if it can."""
     if split and not kind.reads_split:
         return "no use for files that are split by rank"
-    known = {one.name for one in fields(kind.Options)}
-    unknown = [name for text in settings if (name := text.partition("=")[0]) not in known]
+    names = {option.name for option in fields(kind.Options)}
+    unknown = [name for text in settings if (name := text.partition("=")[0]) not in names]
     if unknown:
         return f"no setting {', '.join(unknown)}"
     if dtype not in kind.dtypes:
@@ -139,21 +143,23 @@ class _Search:
         drawn, rows = lengths(self.tokenizer)
         work = Work(drawn or [(1, 1)], rows or 1)
         model = Model.of(self.tokenizer.config, *self._types())
-        found, note = self._forecasts(model, work, self.nodes.ranks), ""
-        if all(one.why_not for one in found):
+        forecasts, note = self._forecasts(model, work, self.nodes.ranks), ""
+        if all(forecast.why_not for forecast in forecasts):
             # A row that does not fit is an error row, and no reason to refuse the others.
             work = Work([min(work.lengths, key=sum)], work.rows)
-            found, note = self._forecasts(model, work, self.nodes.ranks), ", though the longest rows do not fit"
-        if not found:
+            forecasts, note = self._forecasts(model, work, self.nodes.ranks), ", though the longest rows do not fit"
+        if not forecasts:
             return None, "no engine can be forecast with these settings"
-        good = [one for one in found if not one.why_not]
+        good = [forecast for forecast in forecasts if not forecast.why_not]
         if not good:
-            raise EngineError(self._nothing_fits(model, work, found))
+            raise EngineError(self._nothing_fits(model, work, forecasts))
         fastest, *slower = good
         why = f"{fastest.tokens_per_second:,.0f} tokens/s are forecast{note}"
-        why += "".join(f"; {one.tokens_per_second:,.0f} of {_called(one)}" for one in slower)
-        why += "".join(f"; {_called(one)} does not fit: {one.why_not}" for one in found if one.why_not)
-        others = [name for name in self.engines if name not in {one.engine for one in found}]
+        why += "".join(f"; {forecast.tokens_per_second:,.0f} of {_in_words(forecast)}" for forecast in slower)
+        why += "".join(
+            f"; {_in_words(forecast)} does not fit: {forecast.why_not}" for forecast in forecasts if forecast.why_not
+        )
+        others = [name for name in self.engines if name not in {forecast.engine for forecast in forecasts}]
         if not self.nodes.machine.gpus and others:
             why += f"; made for GPUs, and there is none here: {', '.join(others)}"
         return fastest, why
@@ -172,39 +178,44 @@ class _Search:
         """Of `ranks` ranks, the best first; only those that need nothing more of the user."""
         from batchgen.planning import forecast
 
-        machine, hosts, found = self.nodes.machine, self.nodes.count, []
+        machine, hosts, forecasts = self.nodes.machine, self.nodes.count, []
         # One rank may spread a model over all GPUs that it sees.
         for gpus in {ranks, max(1, machine.gpus)} if ranks == 1 else {ranks}:
             node = forecast.Node(machine.device(model.dtype), gpus, hosts * machine.host_memory, hosts=hosts)
-            there = [
-                one
-                for one in forecast.forecasts(model, work, node, {}, self.engines)
-                if one.placement.ranks == ranks and not one.placement.disk  # whose folder only the user knows
+            candidates = [
+                candidate
+                for candidate in forecast.forecasts(model, work, node, {}, self.engines)
+                if candidate.placement.ranks == ranks
+                and not candidate.placement.disk  # whose folder only the user knows
             ]
-            found += [one for one in there if self._is_asked_for(one, there)] or [
+            forecasts += [candidate for candidate in candidates if self._is_asked_for(candidate, candidates)] or [
                 # Each is one of groups, be they of one rank.
-                one
-                for one in there
-                if not ({find_engine(one.engine).group_setting} | _names(one.placement.settings)) & _names(self.given)
+                candidate
+                for candidate in candidates
+                if not ({find_engine(candidate.engine).group_setting} | _names(candidate.placement.settings))
+                & _names(self.given)
             ]
         if not machine.gpus:  # unless the settings, or the model, ask for one of the others
-            found = [one for one in found if find_engine(one.engine).serves_cpu] or found
-        return sorted(found, key=lambda one: (bool(one.why_not), one.seconds))
+            forecasts = [candidate for candidate in forecasts if find_engine(candidate.engine).serves_cpu] or forecasts
+        return sorted(forecasts, key=lambda candidate: (bool(candidate.why_not), candidate.seconds))
 
-    def _is_asked_for(self, one: Forecast, there: Sequence[Forecast]) -> bool:
+    def _is_asked_for(self, forecast: Forecast, there: Sequence[Forecast]) -> bool:
         """Whether its placement is what the given settings say, of those that the placements differ in."""
         differing = {name for other in there for name in _names(other.placement.settings)}
         # A rank with a whole model names no group in its placement.
-        settings = {f"{find_engine(one.engine).group_setting}={one.placement.sharing}", *one.placement.settings}
+        settings = {
+            f"{find_engine(forecast.engine).group_setting}={forecast.placement.sharing}",
+            *forecast.placement.settings,
+        }
         return {text for text in self.given if _names([text]) <= differing} <= settings
 
-    def _nothing_fits(self, model: Model, work: Work, found: Sequence[Forecast]) -> str:
+    def _nothing_fits(self, model: Model, work: Work, forecasts: Sequence[Forecast]) -> str:
         lines = [f"no engine has room for this model with {self.nodes.ranks} rank(s):"]
-        lines += [f"  {_called(one)}: {one.why_not}" for one in found]
+        lines += [f"  {_in_words(forecast)}: {forecast.why_not}" for forecast in forecasts]
         for ranks in range(self.nodes.ranks + 1, self.nodes.machine.gpus + 1) if self.nodes.count == 1 else ():
-            fit = [one for one in self._forecasts(model, work, ranks) if not one.why_not]
+            fit = [forecast for forecast in self._forecasts(model, work, ranks) if not forecast.why_not]
             if fit:
-                return "\n".join([*lines, f"With --gpus {ranks}, {_called(fit[0])} has."])
+                return "\n".join([*lines, f"With --gpus {ranks}, {_in_words(fit[0])} has."])
         lines.append(
             "Use more GPUs, a smaller --dtype, or let the weights wait on a local disk: --offload nvme=FOLDER. "
             "An --engine that is named is tried all the same"
@@ -216,5 +227,5 @@ def _names(settings: Iterable[str]) -> set[str]:
     return {text.partition("=")[0] for text in settings}
 
 
-def _called(one: Forecast) -> str:
-    return " ".join([one.engine, *one.placement.settings])
+def _in_words(forecast: Forecast) -> str:
+    return " ".join([forecast.engine, *forecast.placement.settings])

@@ -78,7 +78,7 @@ def forecasts(
             with a rank on each GPU.
         engines: those that matter; None: all.
     """
-    found = []
+    results = []
     for name in engine_names() if engines is None else engines:
         kind = find_engine(name)
         # Of a bench that says nothing of groups.
@@ -87,9 +87,9 @@ def forecasts(
             system = ":".join([name, *placement.settings])
             short = name if placement.sharing > 1 and placement.streams == usual else system
             # What one rank does over all GPUs is not what a rank on each does.
-            known = (measured.get(system) or measured.get(short) or {}) if placement.ranks == node.gpus else {}
-            found.append(Expected(kind.pace, placement, model, node, known).forecast(name, work))
-    return sorted(found, key=lambda one: (bool(one.why_not), one.seconds, -one.batch))
+            step_seconds = (measured.get(system) or measured.get(short) or {}) if placement.ranks == node.gpus else {}
+            results.append(Expected(kind.pace, placement, model, node, step_seconds).forecast(name, work))
+    return sorted(results, key=lambda forecast: (bool(forecast.why_not), forecast.seconds, -forecast.batch))
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Expected:
     placement: Placement
     model: Model
     node: Node
-    known: Mapping[int, float]  # measured seconds of a step by rows
+    step_seconds: Mapping[int, float]  # measured seconds of a step by rows
 
     def forecast(self, name: str, work: Work) -> Forecast:
         """What is expected for this work."""
@@ -115,11 +115,11 @@ class Expected:
             spent = part.times * (part.steps * step + self._speed.prefill(part.prompts))
             seconds += spent
             bounds[bound] = bounds.get(bound, 0.0) + spent
-        batch = self.most(longest)
+        batch = self.find_largest_batch(longest)
         size = self._fixed + batch * self._row_bytes(longest)
         speed = sum(new for _, new in work.lengths) * work.rows / len(work.lengths) / seconds
         bound = max(bounds, key=lambda bound: bounds[bound])
-        return Forecast(name, placement, "", batch, size, speed, seconds, bound, bool(self.known))
+        return Forecast(name, placement, "", batch, size, speed, seconds, bound, bool(self.step_seconds))
 
     def _why_not(self, longest: tuple[int, int]) -> str:
         placement, node = self.placement, self.node
@@ -127,9 +127,9 @@ class Expected:
             return f"{placement.sharing} ranks would share each step over the network between hosts"
         if self._fixed > node.room:
             return f"{_gb(self._fixed)} of weights are more than the {_gb(node.room)} of a {node.device}"
-        if self.most(longest) == 0:
-            left, row = _gb(node.room - self._fixed), _gb(self._row_bytes(longest))
-            return f"beside {_gb(self._fixed)} of weights, {left} are left, and a row takes {row}"
+        if self.find_largest_batch(longest) == 0:
+            free, row = _gb(node.room - self._fixed), _gb(self._row_bytes(longest))
+            return f"beside {_gb(self._fixed)} of weights, {free} are left, and a row takes {row}"
         if node.host_memory is not None and placement.host > node.host_memory:
             return f"{_gb(placement.host)} of weights are more than the host's memory"
         return ""
@@ -142,11 +142,11 @@ class Expected:
     def _row_bytes(self, length: tuple[int, int]) -> int:
         return self.model.row_bytes(*length, self.placement.sharing)
 
-    def most(self, length: tuple[int, int]) -> int:
+    def find_largest_batch(self, length: tuple[int, int]) -> int:
         """Rows of that length, in prompt and new tokens, that fit."""
         return max(0, self.node.room - self._fixed) // self._row_bytes(length)
 
-    def _chosen(self, length: tuple[int, int]) -> int:
+    def _rows_of_batch(self, length: tuple[int, int]) -> int:
         """Rows of that length that a run takes where no batch size is given."""
         device = torch.device("cuda" if self.node.card.gpu else "cpu")
         free = self.node.room - self._fixed
@@ -154,16 +154,16 @@ class Expected:
 
     def _batches(self, work: Work) -> Iterator[_Part]:
         """A stream's batches as `StaticBatches.pull` makes them, like lengths together."""
-        ordered = sorted(work.lengths, key=lambda one: (one[1], one[0]), reverse=True)
+        ordered = sorted(work.lengths, key=lambda length: (length[1], length[0]), reverse=True)
         each = work.rows / len(ordered) / self.placement.streams  # rows of a stream that one of these stands for
         place = 0
         while place < len(ordered):
             prompt, new = ordered[place]
             taken = 1
-            rows = self._chosen((prompt, new))
+            rows = self._rows_of_batch((prompt, new))
             while place + taken < len(ordered) and (taken + 1) * each <= rows:
                 longer = max(prompt, ordered[place + taken][0])
-                if longer > prompt and (taken + 1) * each > (rows := self._chosen((longer, new))):
+                if longer > prompt and (taken + 1) * each > (rows := self._rows_of_batch((longer, new))):
                     break
                 prompt, taken = longer, taken + 1
             inside = taken * each
@@ -176,7 +176,9 @@ class Expected:
         ends = sorted(new for _, new in work.lengths)
         prompt, new = sum(prompt for prompt, _ in work.lengths) / len(ends), sum(ends) / len(ends)
         stream = work.rows / self.placement.streams
-        fit = self.most((round(prompt), max(1, round(new / 2))))  # a row in flight has half of its new tokens
+        fit = self.find_largest_batch(
+            (round(prompt), max(1, round(new / 2)))
+        )  # a row in flight has half of its new tokens
         if 0 < fit < stream:
             yield _Part(1.0, fit, prompt + new / 2, stream * new / fit, stream * prompt)
             return
@@ -190,8 +192,8 @@ class Expected:
 
     def step(self, rows: int, context: float) -> tuple[float, str]:
         """Seconds of a decode step of so many rows of `context` tokens, and what most of it goes to."""
-        if self.known:
-            return _between(self.known, rows), "what was measured"
+        if self.step_seconds:
+            return _between(self.step_seconds, rows), "what was measured"
         return self._speed.step(rows, context)
 
     @property
@@ -199,17 +201,17 @@ class Expected:
         return Speed(self.pace, self.placement, self.model, self.node)
 
 
-def _between(known: Mapping[int, float], rows: int) -> float:
+def _between(step_seconds: Mapping[int, float], rows: int) -> float:
     """Seconds of a step of `rows` rows, between the nearest that were measured; beyond the last in proportion."""
-    batches = sorted(known)
+    batches = sorted(step_seconds)
     place = bisect_left(batches, rows)
     if place == len(batches):
-        return known[batches[-1]] * rows / batches[-1]
+        return step_seconds[batches[-1]] * rows / batches[-1]
     if place == 0:
-        return known[batches[0]]
+        return step_seconds[batches[0]]
     (low, high), *_ = [pair for pair in pairwise(batches) if pair[1] == batches[place]]
     share = (rows - low) / (high - low)
-    return known[low] + share * (known[high] - known[low])
+    return step_seconds[low] + share * (step_seconds[high] - step_seconds[low])
 
 
 def _gb(size: int) -> str:

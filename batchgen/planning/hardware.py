@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from batchgen.device import cores, host_bytes, measure_products
+from batchgen.device import cores, host_bytes, measure_matmul
 from batchgen.types import UserError
 
 _GIB = 1 << 30
@@ -59,7 +59,7 @@ def card_of(name: str | None, gigabytes: float | None) -> Card:
     return replace(CARDS[name] if name is not None else _nearest(CARDS, size), memory=size)
 
 
-def recognised(device: str, size: int) -> Card:
+def recognise_card(device: str, size: int) -> Card:
     """The card that torch calls `device`, like "NVIDIA A100-SXM4-80GB", and that has `size` bytes; one that is not
     known counts as the one with the nearest memory."""
     named = {name: card for name, card in CARDS.items() if re.search(rf"\b{name.partition('-')[0]}\b", device)}
@@ -86,15 +86,15 @@ class Machine:
         size = host_bytes()
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus:
-            found = torch.cuda.get_device_properties(0)
-            return cls(recognised(found.name, found.total_memory), gpus, size)
+            properties = torch.cuda.get_device_properties(0)
+            return cls(recognise_card(properties.name, properties.total_memory), gpus, size)
         return cls(None, 0, size, local_size)
 
     def device(self, dtype: torch.dtype) -> Card:
         """What a rank computes numbers of this type on: a GPU, or its share of the host, which is measured."""
         if self.card is not None:
             return self.card
-        reached, count = measure_products(dtype), cores()
+        reached, count = measure_matmul(dtype), cores()
         speed = reached.bandwidth * min(count, _FEEDING_CORES) / self.local_size
         operations = reached.operations * count / self.local_size
         size = self.host_memory // self.local_size

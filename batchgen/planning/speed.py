@@ -115,23 +115,23 @@ class Speed:
             work = max(work, pace.host_layer_seconds) + (_HOST_SUMS if together > 1 else 0.0)
         times = {
             "overhead of the layers": work * self.model.layers,
-            "products and cache": max(read, self._products(rows)) + cache + self._sums(rows),
+            "products and cache": max(read, self._matmul_seconds(rows)) + cache + self._sums(rows),
             f"weights from the {placement.path}": moved,
         }
-        bound = max(times, key=lambda one: times[one])
+        bound = max(times, key=lambda part: times[part])
         overlap = _OVERLAP if card.gpu else 1.0
         return sum(seconds**overlap for seconds in times.values()) ** (1 / overlap), bound
 
     def prefill(self, tokens: float) -> float:
         """Seconds of so many tokens of prompts."""
-        return self._products(tokens) + self._sums(tokens)
+        return self._matmul_seconds(tokens) + self._sums(tokens)
 
     @property
     def _together(self) -> int:
         """Devices that compute a layer at once."""
         return 1 if self.placement.in_turn else self.placement.sharing
 
-    def _products(self, tokens: float) -> float:
+    def _matmul_seconds(self, tokens: float) -> float:
         """Seconds of all matrix products over so many tokens."""
         operations = 2 * self.model.weights.read_bytes / self.model.dtype.itemsize * tokens
         return operations / self._together / (_PRODUCTS * self.node.card.operations)

@@ -13,7 +13,7 @@ from batchgen.checkpoint import CheckpointError, Places, RunFolder, read_json, s
 from batchgen.files import write_atomic
 from batchgen.report.batches import Batches, Clock, speed
 from batchgen.report.history import starts
-from batchgen.report.page import Found, render
+from batchgen.report.page import Report, render
 from batchgen.report.plots import NAMES, draw
 from batchgen.report.rows import gather
 
@@ -51,15 +51,15 @@ def write(
         CheckpointError: it is no run folder, or the report cannot be written there.
     """
     state = status(folder)
-    known = read_json(folder.path / "run.json")
+    manifest = read_json(folder.path / "run.json")
     batches = Batches.read(folder)
     history = starts(folder, state.attempts, batches.table)
-    clock = Clock.of([(one.begin, one.end) for one in history])
+    clock = Clock.of([(start.begin, start.end) for start in history])
     places = Places.find(folder, state.rows)
     read = gather(places, batches, folder.read_identity().get("prompt_column"), rows or _MEASURED, text_characters)
-    found = Found(state, known, history, clock, speed(batches.table, clock), read, text_characters, rows > 0, jobs)
-    drawn = list(draw(batches.table, clock, found.speed, history, read))
-    text = render(found, drawn).encode("utf-8", "replace")  # half of a surrogate pair is no character
+    report = Report(state, manifest, history, clock, speed(batches.table, clock), read, text_characters, rows > 0, jobs)
+    drawn = list(draw(batches.table, clock, report.speed, history, read))
+    text = render(report, drawn).encode("utf-8", "replace")  # half of a surrogate pair is no character
     try:
         plots.mkdir(parents=True, exist_ok=True)
         images = {plot.name: plot.png for plot in drawn}

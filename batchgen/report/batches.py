@@ -48,13 +48,13 @@ class Batches:
 
     def seconds_of(self, path: Path, begins: Sequence[int]) -> Floats:
         """Seconds of the batch that holds the line at each of `begins` in the generations file `path`."""
-        mine = self.table[self.table["file"] == self.files.index(path)] if path in self.files else self.table[:0]
-        if not len(mine):
+        in_file = self.table[self.table["file"] == self.files.index(path)] if path in self.files else self.table[:0]
+        if not len(in_file):
             return np.full(len(begins), np.nan)
-        mine = mine[np.argsort(mine["begin"])]
-        where = np.searchsorted(mine["begin"], np.asarray(begins), side="right") - 1
-        found: Floats = mine["seconds"][np.maximum(where, 0)]
-        return found
+        in_file = in_file[np.argsort(in_file["begin"])]
+        where = np.searchsorted(in_file["begin"], np.asarray(begins), side="right") - 1
+        seconds: Floats = in_file["seconds"][np.maximum(where, 0)]
+        return seconds
 
 
 def _entries(folder: RunFolder, files: list[Path]) -> Iterator[tuple[object, ...]]:
@@ -96,13 +96,13 @@ class Clock:
                 spans[-1] = (spans[-1][0], max(spans[-1][1], end))
             else:
                 spans.append((begin, end))
-        most = _GAP * sum(end - begin for begin, end in spans)
+        longest_pause = _GAP * sum(end - begin for begin, end in spans)
         starts: list[float] = []
         for number, (begin, _) in enumerate(spans):
             before = 0.0
             if number:
                 last = spans[number - 1]
-                before = starts[-1] + last[1] - last[0] + min(begin - last[1], most)
+                before = starts[-1] + last[1] - last[0] + min(begin - last[1], longest_pause)
             starts.append(before)
         return cls(spans, starts)
 
@@ -119,11 +119,11 @@ class Clock:
     @property
     def pauses(self) -> list[tuple[float, float, float]]:
         """Begin and end of each pause on the axis, and its real seconds."""
-        found = []
+        pauses = []
         for number, ((_, end), (begin, _)) in enumerate(zip(self.spans, self.spans[1:], strict=False)):
-            left = self.starts[number] + self.spans[number][1] - self.spans[number][0]
-            found.append((left, self.starts[number + 1], begin - end))
-        return found
+            begin_on_axis = self.starts[number] + self.spans[number][1] - self.spans[number][0]
+            pauses.append((begin_on_axis, self.starts[number + 1], begin - end))
+        return pauses
 
     @property
     def worked(self) -> float:
@@ -203,7 +203,7 @@ class Band:
     low: Floats  # the tenth part is below
     middle: Floats
     high: Floats  # the tenth part is above
-    most: Floats
+    highest: Floats
 
 
 def band(at: Floats, values: Floats, steps: int = 120) -> Band:

@@ -62,57 +62,64 @@ def unseen_gpu_seconds(starts: Sequence[Start]) -> float:
 
     A rank says what it holds once its model is there, so one that is killed while it loads never does.
     """
-    known: dict[tuple[str, int], int] = {}  # GPUs a rank, by engine and ranks
-    for one in starts:
-        if one.devices and not one.unseen:
-            known[one.engine, one.ranks] = max(sum(one.devices.values()) // one.ranks, 1)
-    if not any(one.devices for one in starts):
+    gpus_per_rank: dict[tuple[str, int], int] = {}  # GPUs a rank, by engine and ranks
+    for start in starts:
+        if start.devices and not start.unseen:
+            gpus_per_rank[start.engine, start.ranks] = max(sum(start.devices.values()) // start.ranks, 1)
+    if not any(start.devices for start in starts):
         return 0.0
-    return sum(one.unseen * known.get((one.engine, one.ranks), 1) * one.seconds for one in starts)
+    return sum(start.unseen * gpus_per_rank.get((start.engine, start.ranks), 1) * start.seconds for start in starts)
 
 
-def starts(folder: RunFolder, known: Sequence[AttemptStatus], table: Table) -> list[Start]:
+def starts(folder: RunFolder, states: Sequence[AttemptStatus], table: Table) -> list[Start]:
     """The attempts as a person wants to see them, oldest first; one of which no file tells the time is left out.
 
     Args:
         known: what `status` says of each that has a claim.
         table: the recorded batches.
     """
-    states = {one.number: one for one in known}
-    claims, beats = {one.number: one for one in attempts(folder)}, all_heartbeats(folder)
+    by_number = {state.number: state for state in states}
+    claims, heartbeats = {attempt.number: attempt for attempt in attempts(folder)}, all_heartbeats(folder)
     # Where a claim is gone, its attempt's heartbeats and batches still tell of it.
-    numbers = sorted({*claims, *beats, *table["attempt"].tolist()})
+    numbers = sorted({*claims, *heartbeats, *table["attempt"].tolist()})
     now = time.time()
     order = table[np.argsort(table["attempt"], kind="stable")]
     ends = np.searchsorted(order["attempt"], [[number, number + 1] for number in numbers]).reshape(-1, 2)
-    found = [
+    entries = [
         _start(
             claims.get(number, Attempt(folder, number, {})),
-            beats.get(number, {}),
-            states.get(number),
+            heartbeats.get(number, {}),
+            by_number.get(number),
             order[first:last],
             now,
         )
         for number, (first, last) in zip(numbers, ends, strict=True)
     ]
-    return [one for one in found if one is not None]
+    return [start for start in entries if start is not None]
 
 
 def _start(
-    attempt: Attempt, beats: Mapping[int, Mapping[str, Any]], state: AttemptStatus | None, mine: Table, now: float
+    attempt: Attempt,
+    heartbeats: Mapping[int, Mapping[str, Any]],
+    state: AttemptStatus | None,
+    batches: Table,
+    now: float,
 ) -> Start | None:
     claim = attempt.claim
     live = state is not None and state.live
-    begin = _begin(claim, beats, mine)
+    begin = _begin(claim, heartbeats, batches)
     if begin is None:
         return None
-    seen = [float(beat.get("time", 0.0)) for beat in beats.values()]
+    seen = [float(heartbeat.get("time", 0.0)) for heartbeat in heartbeats.values()]
     end = now if live else float(claim.get("ended_at") or max([begin, *seen]))
-    end = max(end, float(mine["finished"].max(initial=begin)))
-    loading, idle = _waits(beats, mine, begin, end)
-    hosts = {str(claim.get("host", "")): None, **{str(beat.get("host", "")): None for beat in beats.values()}}
-    devices = Counter(str(name) for beat in beats.values() for name in beat.get("devices", ()))
-    size, ranks = claim.get("batch_size"), max(len(beats), int(claim.get("ranks", 1)))
+    end = max(end, float(batches["finished"].max(initial=begin)))
+    loading, idle = _waits(heartbeats, batches, begin, end)
+    hosts = {
+        str(claim.get("host", "")): None,
+        **{str(heartbeat.get("host", "")): None for heartbeat in heartbeats.values()},
+    }
+    devices = Counter(str(name) for heartbeat in heartbeats.values() for name in heartbeat.get("devices", ()))
+    size, ranks = claim.get("batch_size"), max(len(heartbeats), int(claim.get("ranks", 1)))
     died = "died" if claim else "not known: its claim is damaged or gone"
     return Start(
         number=attempt.number,
@@ -123,7 +130,7 @@ def _start(
         batch_size=int(size) if isinstance(size, int) else None,
         ranks=ranks,
         devices=devices,
-        unseen=ranks - sum(bool(beat.get("ready")) for beat in beats.values()),
+        unseen=ranks - sum(bool(heartbeat.get("ready")) for heartbeat in heartbeats.values()),
         hosts=[host for host in hosts if host],
         job=str(claim.get("job") or ""),
         begin=begin,
@@ -133,34 +140,39 @@ def _start(
         orderly=live or attempt.ended is not None,
         loading=loading,
         idle=idle,
-        rows=int(mine["rows"].sum()),
-        failed=int(mine["failed"].sum()),
-        generated_tokens=int(mine["generated_tokens"].sum()),
+        rows=int(batches["rows"].sum()),
+        failed=int(batches["failed"].sum()),
+        generated_tokens=int(batches["generated_tokens"].sum()),
         lost_tokens=0 if state is None or live else state.lost_tokens,
     )
 
 
-def _begin(claim: Mapping[str, Any], beats: Mapping[int, Mapping[str, Any]], mine: Table) -> float | None:
+def _begin(claim: Mapping[str, Any], heartbeats: Mapping[int, Mapping[str, Any]], batches: Table) -> float | None:
     """The earliest moment that is known of an attempt: its claim may be damaged, or made again later."""
-    moments = [claim.get("started"), *(beat.get("ready") or beat.get("time") for beat in beats.values())]
-    moments += (mine["finished"] - mine["seconds"]).tolist()
-    return min((float(one) for one in moments if one), default=None)
+    moments = [
+        claim.get("started"),
+        *(heartbeat.get("ready") or heartbeat.get("time") for heartbeat in heartbeats.values()),
+    ]
+    moments += (batches["finished"] - batches["seconds"]).tolist()
+    return min((float(moment) for moment in moments if moment), default=None)
 
 
-def _waits(beats: Mapping[int, Mapping[str, Any]], mine: Table, begin: float, end: float) -> tuple[float, float]:
+def _waits(
+    heartbeats: Mapping[int, Mapping[str, Any]], batches: Table, begin: float, end: float
+) -> tuple[float, float]:
     """Rank-seconds of loading, and behind each rank's last recorded batch.
 
     Only one rank of a stream writes its batches: they count for all of that stream.
     """
-    streams = {rank: beat.get("stream", rank) for rank, beat in beats.items()}
+    streams = {rank: heartbeat.get("stream", rank) for rank, heartbeat in heartbeats.items()}
     last: dict[object, float] = {}
-    for rank in set(mine["rank"].tolist()):
-        finished = float(mine["finished"][mine["rank"] == rank].max())
+    for rank in set(batches["rank"].tolist()):
+        finished = float(batches["finished"][batches["rank"] == rank].max())
         stream = streams.get(rank, rank)
         last[stream] = max(finished, last.get(stream, 0.0))
     loading = idle = 0.0
-    for rank, beat in beats.items():
-        ready = min(max(float(beat.get("ready") or end), begin), end)
+    for rank, heartbeat in heartbeats.items():
+        ready = min(max(float(heartbeat.get("ready") or end), begin), end)
         loading += ready - begin
         idle += end - min(max(last.get(streams[rank], ready), ready), end)
     return loading, idle

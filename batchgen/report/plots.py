@@ -113,11 +113,11 @@ def _mark_starts(drawn: Axes, clock: Clock, starts: Sequence[Start], top: float)
     if len(starts) == 1:
         return
     last = -np.inf
-    for one, at in zip(starts, clock.at(np.array([one.begin for one in starts])), strict=True):
+    for start, at in zip(starts, clock.at(np.array([start.begin for start in starts])), strict=True):
         if len(starts) <= 200:
             drawn.axvline(at, color=SOFT, linewidth=0.8, linestyle=(0, (1, 2)))
-        if at - last >= 0.007 * clock.end * (1 + len(str(one.number))):
-            _write(drawn, float(at), top, str(one.number), (3, -2), color=SOFT, va="top")
+        if at - last >= 0.007 * clock.end * (1 + len(str(start.number))):
+            _write(drawn, float(at), top, str(start.number), (3, -2), color=SOFT, va="top")
             last = float(at)
 
 
@@ -128,20 +128,20 @@ def _latency(table: Table, clock: Clock) -> Plot:
         size = 9 if len(table) > 200 else 18
         over.scatter(at, seconds, s=size, color=BLUE, alpha=0.55, linewidths=0, clip_on=False)
     else:
-        found = band(at, seconds)
-        over.fill_between(found.at, found.low, found.high, color=BLUE, alpha=0.25, linewidth=0)
-        over.plot(found.at, found.middle, color=BLUE)
-        over.scatter(found.at, found.most, s=5, color=SOFT, linewidths=0)
-    most = float(seconds.max(initial=0.0))
+        quantiles = band(at, seconds)
+        over.fill_between(quantiles.at, quantiles.low, quantiles.high, color=BLUE, alpha=0.25, linewidth=0)
+        over.plot(quantiles.at, quantiles.middle, color=BLUE)
+        over.scatter(quantiles.at, quantiles.highest, s=5, color=SOFT, linewidths=0)
+    longest = float(seconds.max(initial=0.0))
     spread.hist(
         seconds, bins=_bins(seconds, min(30, 8 + len(seconds) // 10)), color=BLUE, orientation="horizontal", alpha=0.8
     )
-    for one in (over, spread):
+    for plot in (over, spread):
         if _wide_range(seconds):
-            one.set_yscale("log")
-            plain_numbers(one.yaxis)
+            plot.set_yscale("log")
+            plain_numbers(plot.yaxis)
         else:
-            one.set_ylim(0, most * 1.05 or 1)
+            plot.set_ylim(0, longest * 1.05 or 1)
     over.set_ylabel("seconds a batch")
     spread.set_xlabel("batches")
     spread.tick_params(labelleft=False)
@@ -184,7 +184,7 @@ def _whole_bins(values: Floats, count: int) -> list[float]:
 def _lengths(rows: Rows) -> Plot:
     good = ~np.array(rows.failed)
     both = axes(2, height=2.7)
-    said = []
+    parts = []
     for drawn, name, lengths, colour in zip(
         both, ("prompt", "output"), (rows.prompt_tokens, rows.generated_tokens), (TEAL, BLUE), strict=True
     ):
@@ -197,47 +197,47 @@ def _lengths(rows: Rows) -> Plot:
             drawn.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             if np.ptp(values) < 4:
                 drawn.set_xlim(values.min() - 2.5, values.max() + 2.5)
-        middle, high, most = np.quantile(values, [0.5, 0.95, 1.0])
+        middle, high, longest = np.quantile(values, [0.5, 0.95, 1.0])
         drawn.axvline(middle, color=INK, linewidth=1)
-        drawn.set_title(f"{name}: median {middle:,.0f}, longest {most:,.0f}")
+        drawn.set_title(f"{name}: median {middle:,.0f}, longest {longest:,.0f}")
         drawn.set_xlabel(f"tokens of the {name}")
         drawn.xaxis.set_major_formatter(SHORT)
         drawn.yaxis.set_major_formatter(SHORT)
         drawn.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        said.append(f"{name}s have {middle:,.0f} tokens in the middle, {high:,.0f} at the 95th percentile")
+        parts.append(f"{name}s have {middle:,.0f} tokens in the middle, {high:,.0f} at the 95th percentile")
     both[0].set_ylabel("rows")
     cut = sum(ending == "length" for ending in rows.endings)
     share = percent(cut, int(good.sum()))
     which = "good rows" if int(good.sum()) == rows.good else f"sampled good rows of {counted(rows.good)}"
-    caption = f"Of {counted(int(good.sum()))} {which}, {'; '.join(said)}. {share} ended at their limit of new tokens."
+    caption = f"Of {counted(int(good.sum()))} {which}, {'; '.join(parts)}. {share} ended at their limit of new tokens."
     return finished("lengths", "Lengths", caption, both[0])
 
 
 def _padding(table: Table, starts: Sequence[Start]) -> Plot:
     """Real and padded token positions, an attempt or, where there are many, an engine a bar."""
     labels: dict[str, Table] = {}
-    names = {one.number: f"attempt {one.number}, {one.engine or '?'}" for one in starts}
+    names = {start.number: f"attempt {start.number}, {start.engine or '?'}" for start in starts}
     if len(names) > _BARS:
-        names = {one.number: one.engine for one in starts}
+        names = {start.number: start.engine for start in starts}
     for label in dict.fromkeys(names.values()):
-        mine = table[np.isin(table["attempt"], [number for number, name in names.items() if name == label])]
-        if len(mine):
-            labels[label] = mine
+        batches = table[np.isin(table["attempt"], [number for number, name in names.items() if name == label])]
+        if len(batches):
+            labels[label] = batches
     (drawn,) = axes(height=max(2.0, 0.75 + 0.28 * len(labels)))
     parts = (
         ("prompt", "prompt_tokens", TEAL),
         ("generated", "generated_tokens", BLUE),
         ("padding", "padded_tokens", ORANGE),
     )
-    left = np.zeros(len(labels))
+    stacked = np.zeros(len(labels))
     for name, field, colour in parts:
-        values = np.array([mine[field].sum() for mine in labels.values()], dtype=np.float64)
-        drawn.barh(list(labels), values, left=left, color=colour, label=name, height=0.62)
-        left = left + values
-    for at, mine in enumerate(labels.values()):
-        share = percent(mine["padded_tokens"].sum(), left[at])
-        _write(drawn, left[at], at, f"{share} padding", (6, 0), color=SOFT, va="center")
-    drawn.set_xlim(0, left.max() * 1.3 or 1)
+        values = np.array([batches[field].sum() for batches in labels.values()], dtype=np.float64)
+        drawn.barh(list(labels), values, left=stacked, color=colour, label=name, height=0.62)
+        stacked = stacked + values
+    for at, batches in enumerate(labels.values()):
+        share = percent(batches["padded_tokens"].sum(), stacked[at])
+        _write(drawn, stacked[at], at, f"{share} padding", (6, 0), color=SOFT, va="center")
+    drawn.set_xlim(0, stacked.max() * 1.3 or 1)
     rows_of_bars(drawn, len(labels))
     drawn.xaxis.set_major_formatter(SHORT)
     drawn.set_xlabel("token positions computed")
@@ -255,19 +255,20 @@ def _memory(table: Table, clock: Clock) -> Plot:
     ranks = sorted(set(there["rank"].tolist()))
     if len(ranks) <= _LINES:
         for rank, colour in zip(ranks, SERIES, strict=False):
-            mine = there[there["rank"] == rank]
-            at, values = clock.at(mine["finished"]), mine["peak_memory"]
-            if len(mine) > _DOTS:
-                found = band(at, values, 300)
-                at, values = found.at, found.most
-            breaks = np.searchsorted(at, [left for left, _, _ in clock.pauses], side="right")
+            batches = there[there["rank"] == rank]
+            at, values = clock.at(batches["finished"]), batches["peak_memory"]
+            if len(batches) > _DOTS:
+                spread = band(at, values, 300)
+                at, values = spread.at, spread.highest
+            breaks = np.searchsorted(at, [begin for begin, _, _ in clock.pauses], side="right")
             at, values = np.insert(at, breaks, np.nan), np.insert(values, breaks, np.nan)
-            look: Any = {"markersize": 3 if len(mine) <= _FEW else 0, "clip_on": False}  # no line shows one point alone
+            size = 3 if len(batches) <= _FEW else 0  # no line shows one point alone
+            look: Any = {"markersize": size, "clip_on": False}
             drawn.plot(at, values / 1e9, "o-", color=colour, label=f"rank {rank}", drawstyle="steps-pre", **look)
     else:
-        found = band(clock.at(there["finished"]), there["peak_memory"])
-        drawn.fill_between(found.at, found.low / 1e9, found.most / 1e9, color=BLUE, alpha=0.25, linewidth=0)
-        drawn.plot(found.at, found.middle / 1e9, color=BLUE, label=f"median of {len(ranks)} ranks")
+        spread = band(clock.at(there["finished"]), there["peak_memory"])
+        drawn.fill_between(spread.at, spread.low / 1e9, spread.highest / 1e9, color=BLUE, alpha=0.25, linewidth=0)
+        drawn.plot(spread.at, spread.middle / 1e9, color=BLUE, label=f"median of {len(ranks)} ranks")
     drawn.set_ylim(0, float(there["peak_memory"].max()) * 1.15 / 1e9)
     drawn.set_ylabel("GB at the peak of a batch")
     drawn.figure.legend(loc="outside upper right", ncols=3, handlelength=1.2)

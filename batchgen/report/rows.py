@@ -23,7 +23,7 @@ _ENDINGS = ("stop", "length")
 
 
 @dataclass(slots=True)
-class Shown:
+class TableRow:
     """What one line of a generations file says."""
 
     id: str
@@ -36,14 +36,17 @@ class Shown:
     columns: str  # the row's other columns as JSON, or ""
 
 
-def choose(states: bytearray, most: int) -> list[int]:
-    """Failed rows and good ones, `most` of each, in ascending order; where there are more, a uniform sample."""
-    chosen: list[int] = []
+def choose(states: bytearray, max_rows: int) -> list[int]:
+    """The failed and the good rows that the table has, in ascending order.
+
+    It has `max_rows` of each; where there are more, they are a uniform sample.
+    """
+    numbers: list[int] = []
     draw = random.Random(0)  # the same page again from the same folder
     for state in (FAILED, GOOD):
         rows = _rows_in(states, state)
-        chosen += (rows if len(rows) <= most else rows[draw.sample(range(len(rows)), most)]).tolist()
-    return sorted(chosen)
+        numbers += (rows if len(rows) <= max_rows else rows[draw.sample(range(len(rows)), max_rows)]).tolist()
+    return sorted(numbers)
 
 
 def _rows_in(states: bytearray, state: int) -> NDArray[np.int64]:
@@ -51,7 +54,7 @@ def _rows_in(states: bytearray, state: int) -> NDArray[np.int64]:
     return np.flatnonzero(np.frombuffer(states, dtype=np.uint8) == state).astype(np.int64, copy=False)
 
 
-def read(line: bytes, prompt_column: str | None) -> Shown:
+def read(line: bytes, prompt_column: str | None) -> TableRow:
     """What `line` says: a plain row, or OpenAI's answer to a request.
 
     Args:
@@ -61,11 +64,11 @@ def read(line: bytes, prompt_column: str | None) -> Shown:
     return _plain(row, prompt_column) if "finish_reason" in row else _answer(row)
 
 
-def _plain(row: dict[str, Any], prompt_column: str | None) -> Shown:
+def _plain(row: dict[str, Any], prompt_column: str | None) -> TableRow:
     own = {name: value for name, value in row.items() if name not in RESULT and name != LOGPROBS}
     name = next((name for name in _names(prompt_column) if name in own), None)
     error = row["error"]
-    return Shown(
+    return TableRow(
         id=str(row["id"]),
         prompt="" if name is None else _conversation(own.pop(name)),
         text=row["text"] or "" if error is None else str(error["message"]),
@@ -95,7 +98,7 @@ def _conversation(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _answer(row: dict[str, Any]) -> Shown:
+def _answer(row: dict[str, Any]) -> TableRow:
     body = (row.get("response") or {}).get("body") or {}
     failure = failure_of(row)
     usage = body.get("usage") or {}
@@ -105,7 +108,7 @@ def _answer(row: dict[str, Any]) -> Shown:
     if failure is not None:
         text = failure.get("message")
         ending = next((failure[name] for name in ("code", "type") if isinstance(failure.get(name), str)), "error")
-    return Shown(
+    return TableRow(
         id=str(row.get("custom_id")),
         prompt="",
         text=str(text or ""),
@@ -132,7 +135,7 @@ class Kind:
 class Rows:
     """Figures of the rows that were read, and their texts packed."""
 
-    shown: list[int] = field(default_factory=list)  # row numbers, ascending
+    row_numbers: list[int] = field(default_factory=list)  # ascending
     ids: list[str] = field(default_factory=list)
     endings: list[str] = field(default_factory=list)
     failed: list[bool] = field(default_factory=list)
@@ -153,7 +156,7 @@ class Rows:
             {
                 "chunk": _CHUNK,
                 "names": names,
-                "row": self.shown,
+                "row": self.row_numbers,
                 "id": self.ids,
                 "ending": [numbers[ending] for ending in self.endings],
                 "failed": [int(failed) for failed in self.failed],
@@ -164,32 +167,32 @@ class Rows:
         )
 
 
-def gather(places: Places, batches: Batches, prompt_column: str | None, most: int, characters: int) -> Rows:
-    """Reads the rows that `choose` chooses, and of all failed ones the kind.
+def gather(places: Places, batches: Batches, prompt_column: str | None, max_rows: int, characters: int) -> Rows:
+    """Reads the rows that `choose` gives, and the kind of error of every failed row.
 
     Args:
-        most: rows of each state in the table.
-        characters: of a text that the table keeps.
+        max_rows: the most rows of each state that the table has.
+        characters: the most characters of a text that the table keeps.
     """
     rows, block = Rows(good=places.states.count(GOOD)), []
-    for row, line in places.lines(choose(places.states, most)):
-        shown = read(line, prompt_column)
-        rows.shown.append(row)
-        rows.ids.append(shown.id)
-        rows.endings.append(shown.ending)
-        rows.failed.append(shown.failed)
-        rows.prompt_tokens.append(shown.prompt_tokens)
-        rows.generated_tokens.append(shown.generated_tokens)
-        rows.without_prompt += not shown.prompt
-        texts = [_cut(text, characters) for text in (shown.prompt, shown.text, shown.columns)]
-        rows.cut += any(left for _, left in texts)
+    for row, line in places.lines(choose(places.states, max_rows)):
+        values = read(line, prompt_column)
+        rows.row_numbers.append(row)
+        rows.ids.append(values.id)
+        rows.endings.append(values.ending)
+        rows.failed.append(values.failed)
+        rows.prompt_tokens.append(values.prompt_tokens)
+        rows.generated_tokens.append(values.generated_tokens)
+        rows.without_prompt += not values.prompt
+        texts = [_cut(text, characters) for text in (values.prompt, values.text, values.columns)]
+        rows.cut += any(is_cut for _, is_cut in texts)
         block.append([part for pair in texts for part in pair])
         if len(block) == _CHUNK:
             rows.chunks.append(_packed(block))
             block = []
     if block:
         rows.chunks.append(_packed(block))
-    rows.seconds = _seconds(places, batches, rows.shown)
+    rows.seconds = _seconds(places, batches, rows.row_numbers)
     rows.kinds = _kinds(places, prompt_column)
     return rows
 
@@ -208,21 +211,21 @@ def _seconds(places: Places, batches: Batches, rows: Sequence[int]) -> list[floa
     by_file: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
         by_file.setdefault(places.file[row], []).append(number)
-    found: list[float | None] = [None] * len(rows)
+    seconds_of_row: list[float | None] = [None] * len(rows)
     for file, numbers in by_file.items():
         seconds = batches.seconds_of(places.files[file], [places.begin[rows[number]] for number in numbers])
         for number, value in zip(numbers, seconds.tolist(), strict=True):
-            found[number] = round(value, 3) if value == value else None
-    return found
+            seconds_of_row[number] = round(value, 3) if value == value else None
+    return seconds_of_row
 
 
 def _kinds(places: Places, prompt_column: str | None) -> list[Kind]:
-    found: dict[str, Kind] = {}
+    kinds: dict[str, Kind] = {}
     for row, line in places.lines(_rows_in(places.states, FAILED).tolist()):
-        shown = read(line, prompt_column)
-        kind = found.setdefault(shown.ending, Kind(shown.ending, 0, row, shown.id, shown.text))
+        values = read(line, prompt_column)
+        kind = kinds.setdefault(values.ending, Kind(values.ending, 0, row, values.id, values.text))
         kind.count += 1
-    return sorted(found.values(), key=lambda kind: -kind.count)
+    return sorted(kinds.values(), key=lambda kind: -kind.count)
 
 
 def endings(rows: Rows) -> Mapping[str, int]:

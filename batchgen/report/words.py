@@ -40,16 +40,16 @@ def rate(number: float) -> str:
     return counted(number) if number >= 9.95 or not number else f"{number:.2g}"
 
 
-def plural(number: int, one: str, many: str = "") -> str:
+def plural(number: int, singular: str, plural_form: str = "") -> str:
     """A count with its noun."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+    return f"{number:,} {singular if number == 1 else plural_form or singular + 's'}"
 
 
 def percent(part: float, whole: float) -> str:
     """A share; below one in a hundred with more digits, so that it is not taken for none."""
     share = 100 * part / whole if whole else 0.0
-    shown = f"{share:.0f}" if share >= 9.5 or not share else f"{share:.2g}"
-    return f"{shown}\N{NO-BREAK SPACE}%"
+    number = f"{share:.0f}" if share >= 9.5 or not share else f"{share:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"
 
 
 def size_of(size: float) -> str:

@@ -20,7 +20,7 @@ from batchgen.requests import openai_completions, openai_logprobs, openai_respon
 from batchgen.requests.openai_completions import COMPLETIONS
 from batchgen.requests.openai_keys import ENDPOINTS, SAMPLING, check_keys
 from batchgen.requests.openai_responses import RESPONSES
-from batchgen.requests.refusal import Refused, shown
+from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.row_ids import endpoint, own_id
 from batchgen.requests.template import conversation, template_kwargs
 from batchgen.types import MACHINE_ERRORS, Generation, RowError
@@ -52,20 +52,20 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
     """
     custom_id, method, url, body = (line.get(name) for name in ("custom_id", "method", "url", "body"))
     if not isinstance(custom_id, str) or not custom_id:
-        raise Refused("wrong_type", f"custom_id must be a text that is not empty, not {shown(custom_id)}")
+        raise Refused("wrong_type", f"custom_id must be a text that is not empty, not {quote(custom_id)}")
     missing = [name for name in ("method", "url", "body") if line.get(name) is None]
     if len(missing) > 1:
         listed = f"{', '.join(missing[:-1])} and {missing[-1]}"
         raise Refused("wrong_type", f"{listed} are missing: a line needs custom_id, method, url and body")
     if method != "POST":
-        raise Refused("wrong_type", f'method must be "POST", not {shown(method)}')
+        raise Refused("wrong_type", f'method must be "POST", not {quote(method)}')
     if not isinstance(url, str):
-        raise Refused("wrong_type", f"url must be a text, not {shown(url)}")
+        raise Refused("wrong_type", f"url must be a text, not {quote(url)}")
     url, written = endpoint(url), url
     if url not in ENDPOINTS:
         raise Refused("unsupported_url", _unsupported(written))
     if not isinstance(body, Mapping):
-        raise Refused("wrong_type", f"body must be an object, not {shown(body)}")
+        raise Refused("wrong_type", f"body must be an object, not {quote(body)}")
     if body.get("stream") not in (None, False):
         raise Refused("stream", _STREAMED)
     _check_model(body.get("model"), model)
@@ -91,11 +91,11 @@ def _unsupported(url: str) -> str:
 
 def _check_model(named: object, model: str | None) -> None:
     if named is not None and not isinstance(named, str):
-        raise Refused("wrong_type", f"body.model must be a text, not {shown(named)}")
+        raise Refused("wrong_type", f"body.model must be a text, not {quote(named)}")
     if model is not None and named is not None and named != model:
         raise Refused(
             "model_not_found",
-            f"body.model is {shown(named)}, but this run's model is {shown(model)}: write that into the body, "
+            f"body.model is {quote(named)}, but this run's model is {quote(model)}: write that into the body, "
             "or give the name that the lines use with --served-model-name",
         )
 
@@ -110,16 +110,16 @@ def _sampling(body: Mapping[str, object], url: str) -> tuple[dict[str, object], 
         if name in sampling and sampling[name] != value:
             raise Refused(
                 "wrong_type",
-                f"body.{key} is {shown(value)} but {spelled[name]} is {shown(sampling[name])}; give one of them",
+                f"body.{key} is {quote(value)} but {spelled[name]} is {quote(sampling[name])}; give one of them",
             )
         # -1 is vLLM's "off".
         sampling[name] = 0 if name == "top_k" and value == -1 else value
         spelled[name] = f"body.{key}"
-    asked = openai_logprobs.asked(body.get("logprobs"), url != COMPLETIONS)
+    wants_logprobs = openai_logprobs.read_logprobs_option(body.get("logprobs"), url != COMPLETIONS)
     if url == RESPONSES and openai_responses.includes_logprobs(body):
-        asked = True
-    if asked is not None:
-        sampling["logprobs"] = asked
+        wants_logprobs = True
+    if wants_logprobs is not None:
+        sampling["logprobs"] = wants_logprobs
     return sampling, spelled
 
 
@@ -136,7 +136,7 @@ def _completion_prompt(prompt: object) -> tuple[str | None, Sequence[int] | None
         return prompt, None
     if isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt):
         return None, prompt
-    raise Refused("wrong_type", f"body.prompt must be a text or a list of token ids, not {shown(prompt)}")
+    raise Refused("wrong_type", f"body.prompt must be a text or a list of token ids, not {quote(prompt)}")
 
 
 # HTTP's answer to each type of `RowError` that is not the request's fault, or not only a bad request.
@@ -214,5 +214,5 @@ def _failure(generation: Generation, error: RowError, status: int, shape: Shape)
 
 def _parameter(error: RowError) -> str | None:
     """The key of the body that a sentence of `parse` names, right after the place."""
-    found = re.search(r": body\.(\w+)", error.message)
-    return found[1] if found else None
+    match = re.search(r": body\.(\w+)", error.message)
+    return match[1] if match else None

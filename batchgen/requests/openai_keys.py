@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from batchgen.requests import openai_responses
 from batchgen.requests.openai_completions import CHAT, COMPLETIONS
 from batchgen.requests.openai_responses import RESPONSES
-from batchgen.requests.refusal import Refused, shown
+from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.template import without_null_keys
 from batchgen.types import PARAMS
 
@@ -161,9 +161,9 @@ def check_keys(body: Mapping[str, object], endpoint: str) -> list[str]:
         if neutral is None:
             unknown.append(key)
         elif value not in neutral and without_null_keys(value) not in neutral:
-            allowed = " or ".join([*(json.dumps(one) for one in neutral), "left out"])
+            allowed = " or ".join([*(json.dumps(accepted) for accepted in neutral), "left out"])
             instead = f"; {_INSTEAD[key]}" if key in _INSTEAD else ""
             # A list or an object is shown by its type alone, and [] is a list, too.
-            given = "" if isinstance(value, list | dict) else f", not {shown(value)}"
+            given = "" if isinstance(value, list | dict) else f", not {quote(value)}"
             raise Refused("unknown_parameter", f"body.{key} is not supported: it must be {allowed}{given}{instead}")
     return unknown

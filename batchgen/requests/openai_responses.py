@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from batchgen.requests import openai_logprobs
-from batchgen.requests.refusal import Refused, shown
+from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.template import why_no_text
 from batchgen.types import Generation
 
@@ -45,29 +45,29 @@ def conversation_of(body: Mapping[str, object]) -> list[dict[str, object]]:
     """
     instructions, given = body.get("instructions"), body.get("input")
     if instructions is not None and not isinstance(instructions, str):
-        raise Refused("wrong_type", f"body.instructions must be a text, not {shown(instructions)}")
+        raise Refused("wrong_type", f"body.instructions must be a text, not {quote(instructions)}")
     first: list[dict[str, object]] = [] if instructions is None else [{"role": "system", "content": instructions}]
     if given is None:
         raise Refused("missing_prompt", "body.input is missing")
     if isinstance(given, str):
         return [*first, {"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
-        raise Refused("wrong_type", f"body.input must be a text or a list of messages, not {shown(given)}")
+        raise Refused("wrong_type", f"body.input must be a text or a list of messages, not {quote(given)}")
     return [*first, *(_message(item, f"body.input[{number}]") for number, item in enumerate(given))]
 
 
 def _message(item: object, name: str) -> dict[str, object]:
     if not isinstance(item, Mapping):
-        raise Refused("wrong_type", f"{name} must be an object with role and content, not {shown(item)}")
+        raise Refused("wrong_type", f"{name} must be an object with role and content, not {quote(item)}")
     kind, role, content = item.get("type"), item.get("role"), item.get("content")
     if kind not in (None, "message"):
-        raise Refused("unknown_parameter", f'{name}: only items of type "message" are supported, not {shown(kind)}')
+        raise Refused("unknown_parameter", f'{name}: only items of type "message" are supported, not {quote(kind)}')
     if role not in _ROLES:
-        raise Refused("wrong_type", f"{name}: role must be one of {', '.join(_ROLES)}, not {shown(role)}")
+        raise Refused("wrong_type", f"{name}: role must be one of {', '.join(_ROLES)}, not {quote(role)}")
     if isinstance(content, str):
         return {"role": role, "content": content}
     if not isinstance(content, list):
-        raise Refused("wrong_type", f"{name}: content must be a text or a list of text parts, not {shown(content)}")
+        raise Refused("wrong_type", f"{name}: content must be a text or a list of text parts, not {quote(content)}")
     return {"role": role, "content": [_part(part, name) for part in content]}
 
 
@@ -88,15 +88,15 @@ def includes_logprobs(body: Mapping[str, object]) -> bool:
     if not isinstance(include, list) or any(each != _LOGPROBS for each in include):
         raise Refused(
             "unknown_parameter",
-            f"body.include is not supported: it must be [], [{shown(_LOGPROBS)}] or left out, not {_first(include)}",
+            f"body.include is not supported: it must be [], [{quote(_LOGPROBS)}] or left out, not {_first(include)}",
         )
     return bool(include)
 
 
 def _first(include: object) -> str:
     if not isinstance(include, list):
-        return shown(include)
-    return shown(next(each for each in include if each != _LOGPROBS))
+        return quote(include)
+    return quote(next(each for each in include if each != _LOGPROBS))
 
 
 def response(generation: Generation, digest: str, model: str, created: int) -> dict[str, object]:
@@ -107,7 +107,7 @@ def response(generation: Generation, digest: str, model: str, created: int) -> d
         created: Unix time in whole seconds.
     """
     body = (generation.request or {}).get("body")
-    asked = body if isinstance(body, Mapping) else {}
+    settings = body if isinstance(body, Mapping) else {}
     cut_off = generation.finish_reason == "length"
     status = "incomplete" if cut_off else "completed"
     text: dict[str, object] = {"type": "output_text", "text": generation.text, "annotations": []}
@@ -121,18 +121,18 @@ def response(generation: Generation, digest: str, model: str, created: int) -> d
         "status": status,
         "error": None,
         "incomplete_details": {"reason": "max_output_tokens"} if cut_off else None,
-        "instructions": asked.get("instructions"),
-        "max_output_tokens": asked.get("max_output_tokens"),
-        "metadata": asked.get("metadata") or {},
+        "instructions": settings.get("instructions"),
+        "max_output_tokens": settings.get("max_output_tokens"),
+        "metadata": settings.get("metadata") or {},
         "model": model,
         "output": [message],
         "parallel_tool_calls": True,
         "previous_response_id": None,
-        "temperature": asked.get("temperature"),
+        "temperature": settings.get("temperature"),
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",
         "tools": [],
-        "top_p": asked.get("top_p"),
+        "top_p": settings.get("top_p"),
         "truncation": "disabled",
         "usage": _usage(generation),
     }

@@ -17,7 +17,7 @@ from batchgen.requests import openai
 from batchgen.requests.openai_keys import SETTINGS, advice, is_neutral
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.recipe import Recipe
-from batchgen.requests.refusal import Refused, check_encodable, sampling_params, shown
+from batchgen.requests.refusal import Refused, check_encodable, quote, sampling_params
 from batchgen.requests.row_ids import called, endpoint, is_request, may_be_request, read_id, row_id
 from batchgen.requests.template import compiled, conversation, template_kwargs, without_nulls
 from batchgen.requests.token_limits import TokenLimits
@@ -25,7 +25,7 @@ from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, Sampl
 
 _log = logging.getLogger(__name__)
 
-_DEFAULT_MOST = SamplingParams().max_new_tokens
+_DEFAULT_LIMIT = SamplingParams().max_new_tokens
 
 
 class PromptReader:
@@ -94,7 +94,7 @@ class PromptReader:
         return self._among_requests and not is_plain and may_be_request(value)
 
     def _repeated(self, row: Row, first: str) -> Refused:
-        sentence = f"the id {shown(self._id(row))} is that of {first}"
+        sentence = f"the id {quote(self._id(row))} is that of {first}"
         if self._recipe.id_prefix is None and not first.endswith(f" of {row.source}"):
             sentence += ". With --id-prefix file, each id has the name of its file in front"
         return Refused("duplicate_id", sentence)
@@ -145,10 +145,13 @@ class PromptReader:
         """The prompt, and whether its text is from a chat template; None if it brought its tokens along."""
         request = openai.parse({**value, "body": _given(row, value.get("body"))}, self._recipe.model)
         self._report(row, request.ignored)
-        if "max_new_tokens" not in request.sampling and (most := self._recipe.sampling.max_new_tokens) == _DEFAULT_MOST:
+        if (
+            "max_new_tokens" not in request.sampling
+            and (limit := self._recipe.sampling.max_new_tokens) == _DEFAULT_LIMIT
+        ):
             remedy = ". --max-new-tokens fit lets it go as far as the model's context"
-            limit = "max_output_tokens" if endpoint(str(value.get("url"))) == RESPONSES else "max_tokens"
-            self._say_once(row, f"the body sets no {limit}: its answer ends after %s tokens", most, remedy)
+            key = "max_output_tokens" if endpoint(str(value.get("url"))) == RESPONSES else "max_tokens"
+            self._say_once(row, f"the body sets no {key}: its answer ends after %s tokens", limit, remedy)
         if "temperature" not in request.sampling and not self._recipe.knows_temperature:
             self._say_once(
                 row, "neither the body nor generation_config.json sets %s: its answer is greedy", "temperature"
@@ -174,7 +177,7 @@ class PromptReader:
     def _say_once(self, row: Row, sentence: str, value: str | int, advice: str = "") -> None:
         if (sentence, value) not in self._reported:
             self._reported.add((sentence, value))
-            _log.warning(f"%s: {sentence}, here and in all other lines{advice}", _place(row), shown(value))
+            _log.warning(f"%s: {sentence}, here and in all other lines{advice}", _place(row), quote(value))
 
     def _limited(self, row: Row, prompt: Prompt) -> Prompt | Generation:
         """`prompt`, which has its tokens now, or why it cannot be generated from."""
@@ -205,13 +208,13 @@ def _text(columns: Mapping[str, object], column: str | None) -> str:
     if isinstance(text, str):
         return text
     if text is not None:
-        raise Refused("wrong_type", f'the "{name}" column must hold a text, not {shown(text)}')
+        raise Refused("wrong_type", f'the "{name}" column must hold a text, not {quote(text)}')
     if name in columns:
         what = "messages" if name == "messages" else "a text"
         raise Refused("missing_prompt", f'the "{name}" column is null; give this row {what}')
     if column is None and "messages" in columns:
         raise Refused("missing_prompt", 'the "messages" column is null; give this row messages')
-    listed = ", ".join(key if len(key) <= 60 and key.isprintable() else shown(key) for key in list(columns)[:20])
+    listed = ", ".join(key if len(key) <= 60 and key.isprintable() else quote(key) for key in list(columns)[:20])
     raise Refused(
         "missing_prompt",
         f'there is no "{name}" column; its columns are {listed or "none"}. Use --prompt-column or --template',

@@ -19,8 +19,8 @@ class Refused(Exception):
         self.message = message
 
 
-def shown(value: object) -> str:
-    """A JSON value as a sentence shows it: short, whatever it holds."""
+def quote(value: object) -> str:
+    """Quotes a JSON value for a sentence: short, whatever the value holds."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -52,7 +52,7 @@ def sampling_params(default: SamplingParams, given: Mapping[str, object], spelle
         # The rule begins with the field's name.
         name, _, rule = str(error).partition(" ")
         message = f"{spelled.get(name, name)} {rule}"
-        raise Refused("wrong_type", f"{message}, not {shown(given[name])}" if name in given else message) from None
+        raise Refused("wrong_type", f"{message}, not {quote(given[name])}" if name in given else message) from None
 
 
 def _typed(name: str, value: object) -> object:
@@ -80,6 +80,6 @@ def refuse_lost(letters: str) -> Refused:
     """Of a prompt with letters that the tokenizer leaves out."""
     return Refused(
         "lost_letters",
-        f"the model's tokenizer has no token for {shown(letters)} and leaves it out, so that the model would read "
+        f"the model's tokenizer has no token for {quote(letters)} and leaves it out, so that the model would read "
         "another text. Change the prompt, or copy the model again if its tokenizer.json is damaged",
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from batchgen.formats import place_of
-from batchgen.requests.refusal import Refused, shown
+from batchgen.requests.refusal import Refused, quote
 from batchgen.types import Row, RowError
 
 IdPrefix = Literal["file"]
@@ -95,7 +95,7 @@ def read_id(columns: Mapping[str, object]) -> str | None:
         return own
     number = _decimal(own)
     if number is None:
-        raise Refused("wrong_type", f"{name} must be a text that is not empty or a whole number, not {shown(own)}")
+        raise Refused("wrong_type", f"{name} must be a text that is not empty or a whole number, not {quote(own)}")
     return number
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from batchgen.requests.refusal import Refused, shown
+from batchgen.requests.refusal import Refused, quote
 
 # What other kinds of parts hold, in the words of OpenAI's requests and of Transformers' templates.
 _SEEN_OR_HEARD = {
@@ -29,16 +29,16 @@ def conversation(messages: object, name: str, *, whole: bool) -> list[dict[str, 
     if messages is None:
         raise Refused("missing_prompt", f"{name} is missing")
     if not isinstance(messages, list) or not messages:
-        raise Refused("wrong_type", f"{name} must be a list of messages, not {shown(messages)}")
+        raise Refused("wrong_type", f"{name} must be a list of messages, not {quote(messages)}")
     return [_message(message, f"{name}[{number}]", whole) for number, message in enumerate(messages)]
 
 
 def _message(message: object, name: str, whole: bool) -> dict[str, object]:
     if not isinstance(message, Mapping):
-        raise Refused("wrong_type", f"{name} must be an object with role and content, not {shown(message)}")
+        raise Refused("wrong_type", f"{name} must be an object with role and content, not {quote(message)}")
     given = _given(message)
     if not isinstance(given.get("role"), str):
-        raise Refused("wrong_type", f"{name}: role must be a text, not {shown(given.get('role'))}")
+        raise Refused("wrong_type", f"{name}: role must be a text, not {quote(given.get('role'))}")
     if not whole:
         for key in ("tool_calls", "function_call", "audio"):
             if given.get(key):
@@ -71,7 +71,7 @@ def _content(content: object, name: str) -> str | list[dict[str, object]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise Refused("wrong_type", f"{name}: content must be a text or a list of text parts, not {shown(content)}")
+        raise Refused("wrong_type", f"{name}: content must be a text or a list of text parts, not {quote(content)}")
     parts = []
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -82,11 +82,11 @@ def _content(content: object, name: str) -> str | list[dict[str, object]]:
 
 def why_no_text(part: object, kind: str = "text") -> str:
     """The end of a sentence about a part of a content that is none of type `kind` with a text."""
-    found = part.get("type") if isinstance(part, Mapping) else part
-    if isinstance(part, Mapping) and found == kind:
-        return f'the text of a part of type "{kind}" must be a text, not {shown(part.get("text"))}'
-    other = _SEEN_OR_HEARD.get(found) if isinstance(found, str) else None
-    return f'content may hold parts of type "{kind}" only, not {shown(found)}' + (
+    part_type = part.get("type") if isinstance(part, Mapping) else part
+    if isinstance(part, Mapping) and part_type == kind:
+        return f'the text of a part of type "{kind}" must be a text, not {quote(part.get("text"))}'
+    other = _SEEN_OR_HEARD.get(part_type) if isinstance(part_type, str) else None
+    return f'content may hold parts of type "{kind}" only, not {quote(part_type)}' + (
         f": {other} not supported yet" if other else ""
     )
 
@@ -126,10 +126,10 @@ def template_kwargs(kwargs: object, name: str) -> dict[str, object]:
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping):
-        raise Refused("wrong_type", f"{name} must be an object, not {shown(kwargs)}")
+        raise Refused("wrong_type", f"{name} must be an object, not {quote(kwargs)}")
     for key in kwargs:
         if not isinstance(key, str) or key in _RESERVED_KWARGS:
-            raise Refused("unknown_parameter", f"{name} may not set {shown(key)}: it is no variable of a chat template")
+            raise Refused("unknown_parameter", f"{name} may not set {quote(key)}: it is no variable of a chat template")
     return {key: value for key, value in kwargs.items() if value is not None}
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from batchgen.engine import Tokenizer
-from batchgen.requests.refusal import Refused, refuse_lost, shown
+from batchgen.requests.refusal import Refused, quote, refuse_lost
 from batchgen.types import FIT, Prompt, Tokens
 
 
@@ -55,9 +55,9 @@ class TokenLimits:
         if size is None or (largest := max(prompt.tokens)) < size:
             return
         if not prompt.text:  # the row brought the ids themselves
-            raise Refused("wrong_type", f"body.prompt has token {shown(largest)}, but the model has {size} tokens")
+            raise Refused("wrong_type", f"body.prompt has token {quote(largest)}, but the model has {size} tokens")
         name = self._tokenizer.token_name(largest)
-        called = "" if name is None else f" ({shown(name)})"
+        called = "" if name is None else f" ({quote(name)})"
         raise Refused("unknown_token", f"the prompt has token {largest}{called}, but the model has {size} tokens")
 
     def _room(self, tokens: Tokens) -> int:
@@ -81,7 +81,7 @@ class TokenLimits:
         if budget >= context:
             raise Refused(
                 "too_long",
-                f"max_new_tokens is {shown(budget)}, but prompt and generation together have a context of {context} "
+                f"max_new_tokens is {quote(budget)}, but prompt and generation together have a context of {context} "
                 "tokens. Lower max_new_tokens",
             )
         frame = self._frame

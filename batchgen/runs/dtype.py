@@ -33,14 +33,14 @@ def find(given: str, folder: RunFolder, model: Path) -> Dtype:
     if given != AUTO:
         return Dtype(given, given)
     if folder.has_manifest():
-        known = str(folder.read_identity().get("dtype", AUTO))
-        return Dtype(known, known)
+        recorded = str(folder.read_identity().get("dtype", AUTO))
+        return Dtype(recorded, recorded)
     split = split_folder.read(model)
     name = split.dtype if split is not None and split.dtype != "int8" else AUTO
     return Dtype(name, "")
 
 
-def settle(found: Dtype, tokenizer: Any, *, say: bool) -> Dtype:
+def settle(given: Dtype, tokenizer: Any, *, say: bool) -> Dtype:
     """The type that is computed in, where `find` has found auto: this machine's choice for the model of `tokenizer`.
 
     A run of version 0.1 has recorded auto itself. It computed in the type of the model's config, and goes on in it.
@@ -49,18 +49,18 @@ def settle(found: Dtype, tokenizer: Any, *, say: bool) -> Dtype:
         say: log it where it is not the type of the model's config.
     """
     config = getattr(tokenizer, "config", None)
-    if found.name != AUTO or config is None:
-        return Dtype(found.name, found.recorded or found.name)
+    if given.name != AUTO or config is None:
+        return Dtype(given.name, given.recorded or given.name)
     from batchgen.models import loading  # imports torch, and an engine without a model needs none
 
     own = loading.own_dtype(config)
-    chosen = own if found.recorded else loading.automatic_dtype(config)
-    if say and chosen != own:
+    dtype = own if given.recorded else loading.automatic_dtype(config)
+    if say and dtype != own:
         logger.info(
             "dtype %s: this machine's processor is slow in the model's own %s, and there is no GPU",
-            loading.name_of(chosen),
+            loading.name_of(dtype),
             loading.name_of(own),
         )
-    name = loading.name_of(chosen)
+    name = loading.name_of(dtype)
     name = name if name in loading.FLOATING else AUTO  # of other types only the engine knows what to do with them
-    return Dtype(name, found.recorded or name)
+    return Dtype(name, given.recorded or name)

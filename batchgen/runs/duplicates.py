@@ -26,20 +26,20 @@ def find_duplicates(source: Input, cache: Path, into: Path | None, prefix: IdPre
     """
     path = cache / "duplicates.json"
     try:
-        known = read_json(path) if path.exists() else {}
+        recorded = read_json(path) if path.exists() else {}
     except Damaged:
-        known = {}
-    wanted, there = [source.digest, prefix], [known.get("input"), known.get("id_prefix")]
-    if there != wanted or known.get("checksum") != _checksum(known.get("rows")):
+        recorded = {}
+    wanted, there = [source.digest, prefix], [recorded.get("input"), recorded.get("id_prefix")]
+    if there != wanted or recorded.get("checksum") != _checksum(recorded.get("rows")):
         if into is None:
             raise CheckpointError(f"{path} is of another input, or damaged; start again")
-        found = {str(row): first for row, first in source.duplicates(own_id, by_file=prefix is not None).items()}
-        known = {"input": source.digest, "id_prefix": prefix, "rows": found, "checksum": _checksum(found)}
+        duplicates = {str(row): first for row, first in source.duplicates(own_id, by_file=prefix is not None).items()}
+        recorded = {"input": source.digest, "id_prefix": prefix, "rows": duplicates, "checksum": _checksum(duplicates)}
         try:
-            write_atomic(into / path.name, to_json(known))
+            write_atomic(into / path.name, to_json(recorded))
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}. Nothing has started") from error
-    return {int(row): str(first) for row, first in known["rows"].items()}
+    return {int(row): str(first) for row, first in recorded["rows"].items()}
 
 
 def _checksum(rows: object) -> int:

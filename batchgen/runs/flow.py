@@ -165,7 +165,7 @@ class _Start:
             raise MergeError(str(error)) from error
 
     def _why_rows_are_open(self, damaged: bool) -> str:
-        reasons = [self._stop.reason, *(beat.get("reason") for beat in self._attempt.heartbeats().values())]
+        reasons = [self._stop.reason, *(heartbeat.get("reason") for heartbeat in self._attempt.heartbeats().values())]
         otherwise = "what was recorded of some rows is damaged" if damaged else "ended with open rows: a rank died"
         return next(filter(None, reasons), otherwise)
 
@@ -176,8 +176,8 @@ class _Start:
             yield
         except BaseException as error:
             if self._role.is_single_process:
-                said = f"failed: {type(error).__name__}: {error}"
-                self._end_attempt(redacted(said, self._host.environment))
+                reason = f"failed: {type(error).__name__}: {error}"
+                self._end_attempt(redacted(reason, self._host.environment))
             raise
 
     def _end_attempt(self, how: str) -> None:

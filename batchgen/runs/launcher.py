@@ -119,8 +119,8 @@ def _each_once(told: Mapping[int, str], count: int) -> str:
     """The sentences of ranks, each with the ranks that it is of; alone, if it is of all that there are."""
     if set(told) == set(range(count)) and len(set(told.values())) == 1:
         return told[0]
-    said = dict.fromkeys(sentence for sentence in told.values() if sentence)
-    return "\n".join(f"{in_words(n for n in told if told[n] == sentence)}: {sentence}" for sentence in said)
+    sentences = dict.fromkeys(sentence for sentence in told.values() if sentence)
+    return "\n".join(f"{in_words(n for n in told if told[n] == sentence)}: {sentence}" for sentence in sentences)
 
 
 def in_words(ranks: Iterable[int]) -> str:
@@ -170,8 +170,8 @@ def _wait(ranks: list[Rank], stop: Stop, attempt: Attempt | None, stall_seconds:
                 if ranks[dead].returncode != ExitCode.CANNOT_RUN or not ranks[dead].told:  # else it is said at the end
                     logger.error("%s%s", reason, "; ending the others" if _alive(ranks) else "")
                 # The watchdog of a rank has more to say.
-                asked = stacks.requested(attempt) if attempt is not None else None
-                stop.request(reason if asked is None else asked[0])
+                requested = stacks.requested(attempt) if attempt is not None else None
+                stop.request(reason if requested is None else requested[0])
             _send(ranks, signal.SIGTERM)
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and (time.monotonic() > deadline or all(map(_is_frozen, _alive(ranks)))):
@@ -188,8 +188,8 @@ def _death(number: int, rank: Rank, attempt: Attempt | None) -> str:
     if rank.returncode < 0:
         how = f"killed by {signal.Signals(-rank.returncode).name}"
         how += ", as the system does when memory runs out" if rank.returncode == -signal.SIGKILL else ""
-    beat = attempt.heartbeats().get(number, {}) if attempt is not None else {}
-    in_work = str(beat.get("in_work") or "") if beat.get("state") not in FINAL else ""
+    heartbeat = attempt.heartbeats().get(number, {}) if attempt is not None else {}
+    in_work = str(heartbeat.get("in_work") or "") if heartbeat.get("state") not in FINAL else ""
     return f"rank {number} died ({how})" + (f" with {in_work} in work" if in_work else "")
 
 

@@ -81,13 +81,13 @@ def provenance(ready: Ready, role: Role) -> dict[str, object]:
 
 def versions() -> dict[str, str]:
     """Of batchgen and the packages that decide what a model says and how fast."""
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def describe(ready: Ready, ranks: int) -> str:

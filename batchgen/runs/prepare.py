@@ -129,7 +129,7 @@ def _open_input(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, 
     originals = None if into is None else folder.originals()
     source = Input.open(inputs, folder.input_cache, scan=into is not None, into=into, originals=originals, lines=lines)
     if not len(source):  # a file that was never written, most likely
-        raise InputError(f"there is no row in {', '.join(str(one.path) for one in source.sources[:5])}: it is empty")
+        raise InputError(f"there is no row in {', '.join(str(file.path) for file in source.sources[:5])}: it is empty")
     return source
 
 
@@ -142,8 +142,8 @@ def _resolve_model(model: str | None, cache: Path, *, say: bool) -> ResolvedMode
 def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
     """The recipe with the sampling of the model's author, unless the run began before there was such a thing."""
     if recipe.generation_config == "auto" and folder.has_manifest():
-        known = folder.read_identity()
-        if "generation_config" not in known and known.get("request_model") is not None:
+        recorded = folder.read_identity()
+        if "generation_config" not in recorded and recorded.get("request_model") is not None:
             if say:
                 logger.info("this run began without the model's generation_config.json, and goes on without it")
             recipe = replace(recipe, generation_config="none")
@@ -162,8 +162,8 @@ def check_engine(ready: Ready, role: Role) -> None:
 def _named_or_recorded(settings: RunSettings, claim: Mapping[str, Any] | None) -> Choice | None:
     """The engine that was named, or that is recorded; None: it is to be chosen."""
     if settings.engine != AUTO:
-        return auto.named(settings.engine, settings.engine_settings)
-    return None if claim is None else auto.recorded(claim)
+        return auto.choose_named(settings.engine, settings.engine_settings)
+    return None if claim is None else auto.read_recorded_choice(claim)
 
 
 def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: auto.Lengths, role: Role) -> Choice:
@@ -175,7 +175,7 @@ def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: 
     local_size = role.ranks_to_start if role.is_single_process else max(1, world.local_size)
     hosts = 1 if role.is_single_process else max(1, world.size // local_size)
     nodes = Nodes(Machine.here(local_size), role.ranks, hosts)
-    choice = auto.automatic(model.folder, dtype, settings, lengths, nodes)
+    choice = auto.choose_fastest(model.folder, dtype, settings, lengths, nodes)
     logger.info("engine %s: %s", choice, choice.why)
     return choice
 
@@ -194,7 +194,7 @@ def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -
 
 
 def sample(
-    inputs: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, most: int | None
+    inputs: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, max_rows: int | None
 ) -> tuple[list[Prompt], int, int]:
     """Prompts of rows drawn from the input, always the same ones; how many rows were drawn, and of how many.
 
@@ -208,19 +208,19 @@ def sample(
     """
     with tempfile.TemporaryDirectory(prefix="batchgen-") as scratch:
         source = Input.open(inputs, Path(scratch), scan=True)
-        prompts, count = _draw(source, recipe, tokenizer, most)
+        prompts, count = _draw(source, recipe, tokenizer, max_rows)
     return prompts, count, len(source)
 
 
-def _draw(source: Input, recipe: Recipe, tokenizer: Tokenizer, most: int | None) -> tuple[list[Prompt], int]:
-    count = len(source) if most is None else min(most, len(source))
+def _draw(source: Input, recipe: Recipe, tokenizer: Tokenizer, max_rows: int | None) -> tuple[list[Prompt], int]:
+    count = len(source) if max_rows is None else min(max_rows, len(source))
     drawn = sorted(random.Random(1).sample(range(len(source)), count))
     try:
         reader = PromptReader(recipe, tokenizer, {})
     except ValueError as error:  # the template is none
         raise RunError(str(error)) from error
     parts = (reader.read(list(source.rows(window))) for window in windows(drawn, source.bytes_of))
-    return [one for part in parts for one in part if isinstance(one, Prompt)], count
+    return [prompt for part in parts for prompt in part if isinstance(prompt, Prompt)], count
 
 
 def _lengths(source: Input, recipe: Recipe, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], int]:

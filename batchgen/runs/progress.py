@@ -58,20 +58,20 @@ class _Progress:
             self.ended.set()  # the terminal or the pipe is gone, and with it whoever wanted to know; the run goes on
 
     def _text(self) -> str:
-        beats = list(self._attempt.heartbeats().values())
-        if not beats or all(beat["state"] == "loading" for beat in beats):
+        heartbeats = list(self._attempt.heartbeats().values())
+        if not heartbeats or all(heartbeat["state"] == "loading" for heartbeat in heartbeats):
             waited = time.time() - float(self._attempt.claim["started"])
             return f"loading the model, {duration(waited)}"
-        good = self._before + sum(beat["rows"] - beat["failed"] for beat in beats)
-        failed = sum(beat["failed"] for beat in beats)
-        generated = sum(beat["generated_tokens"] for beat in beats)
-        ready = [beat["ready"] for beat in beats if beat["ready"]]
+        good = self._before + sum(heartbeat["rows"] - heartbeat["failed"] for heartbeat in heartbeats)
+        failed = sum(heartbeat["failed"] for heartbeat in heartbeats)
+        generated = sum(heartbeat["generated_tokens"] for heartbeat in heartbeats)
+        ready = [heartbeat["ready"] for heartbeat in heartbeats if heartbeat["ready"]]
         seconds = time.time() - min(ready) if ready else 0.0
         rate = generated / seconds if seconds > 0 else 0.0
         parts = [f"{self._bar(good + failed)}{good + failed}/{self._total} rows", f"{rate:,.0f} tokens/s"]
         if failed:
             parts.append(f"{failed} failed")
-        eta = self._eta(beats, good + failed, rate)
+        eta = self._eta(heartbeats, good + failed, rate)
         if eta is not None:
             parts.append(f"{duration(eta)} left")
         return ", ".join(parts)
@@ -82,14 +82,14 @@ class _Progress:
         filled = 20 * rows // max(self._total, 1)
         return "[" + "#" * filled + "." * (20 - filled) + "] "
 
-    def _eta(self, beats: list[dict[str, int]], settled: int, rate: float) -> float | None:
+    def _eta(self, heartbeats: list[dict[str, int]], settled: int, rate: float) -> float | None:
         """Seconds for the open rows, at as many tokens a row as so far: rows differ more than tokens do."""
-        rows = sum(beat["rows"] - beat["failed"] for beat in beats)
-        committed = sum(beat["committed_tokens"] for beat in beats)
+        rows = sum(heartbeat["rows"] - heartbeat["failed"] for heartbeat in heartbeats)
+        committed = sum(heartbeat["committed_tokens"] for heartbeat in heartbeats)
         per_row = committed / rows if rows else self._tokens_per_row
         if per_row is None or rate <= 0:
             return None
-        in_flight = sum(beat["generated_tokens"] for beat in beats) - committed
+        in_flight = sum(heartbeat["generated_tokens"] for heartbeat in heartbeats) - committed
         return max(0.0, (self._total - settled) * per_row - in_flight) / rate
 
 

@@ -88,22 +88,28 @@ def collect(attempt: Attempt) -> dict[int, str]:
 
     A process that cannot answer has what the kernel says of its threads instead.
     """
-    beats = attempt.heartbeats()
-    there = {rank: exists(beat) for rank, beat in beats.items()}
-    answers = _await({rank: int(beat["pid"]) for rank, beat in beats.items() if there[rank] and _ask(int(beat["pid"]))})
-    said: dict[int, str] = {}
-    for rank, beat in beats.items():
-        who = f"rank {rank}, process {beat.get('pid')} on {beat.get('host')}"
+    heartbeats = attempt.heartbeats()
+    there = {rank: exists(heartbeat) for rank, heartbeat in heartbeats.items()}
+    answers = _await(
+        {
+            rank: int(heartbeat["pid"])
+            for rank, heartbeat in heartbeats.items()
+            if there[rank] and _ask(int(heartbeat["pid"]))
+        }
+    )
+    reports: dict[int, str] = {}
+    for rank, heartbeat in heartbeats.items():
+        who = f"rank {rank}, process {heartbeat.get('pid')} on {heartbeat.get('host')}"
         if there[rank] is None:
-            age = time.time() - float(beat["time"])
-            said[rank] = f"{who}: on another host; its last heartbeat came {age:.0f} s ago"
+            age = time.time() - float(heartbeat["time"])
+            reports[rank] = f"{who}: on another host; its last heartbeat came {age:.0f} s ago"
         elif there[rank]:
-            said[rank] = f"{who}:\n{_described(int(beat['pid']), answers.get(rank, ''))}"
-            _keep(attempt, rank, said[rank])
+            reports[rank] = f"{who}:\n{_described(int(heartbeat['pid']), answers.get(rank, ''))}"
+            _keep(attempt, rank, reports[rank])
         else:
-            ended = "has ended in order" if beat.get("state") in FINAL else "is gone"
-            said[rank] = f"{who}: {ended}"
-    return said
+            ended = "has ended in order" if heartbeat.get("state") in FINAL else "is gone"
+            reports[rank] = f"{who}: {ended}"
+    return reports
 
 
 def has_answered(attempt: Attempt, rank: int) -> bool:
@@ -143,14 +149,14 @@ def _ask(pid: int) -> bool:
     return True
 
 
-def _await(asked: Mapping[int, int]) -> dict[int, str]:
+def _await(processes: Mapping[int, int]) -> dict[int, str]:
     """What these processes answer, by rank: complete once it grows no more."""
     answers: dict[int, str] = {}
     deadline = time.monotonic() + ANSWER_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.2)
-        before, answers = answers, {rank: _answer(pid) or answers.get(rank, "") for rank, pid in asked.items()}
-        silent = [_thread(Path(f"/proc/{pid}"))[1] for rank, pid in asked.items() if not answers[rank]]
+        before, answers = answers, {rank: _answer(pid) or answers.get(rank, "") for rank, pid in processes.items()}
+        silent = [_thread(Path(f"/proc/{pid}"))[1] for rank, pid in processes.items() if not answers[rank]]
         if answers == before and all(state in "TtZ" for state in silent):
             break
     return answers

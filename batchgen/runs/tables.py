@@ -82,14 +82,14 @@ def _typed(typed: pa.Schema, lines: Lines, source: Input, format: Format) -> tup
     merged = pa.schema(fields + [field.with_name(names[field.name]) for field in own])
 
     def batches() -> Iterator[pa.RecordBatch]:
-        found = lines()
-        ahead = next(found, None)
+        remaining = lines()
+        ahead = next(remaining, None)
         begin = 0
         for batch in source.batches():
             rows: dict[int, dict[str, Any]] = {}
             while ahead is not None and ahead[0] < begin + batch.num_rows:
                 rows[ahead[0] - begin] = _plain_row(ahead[1])
-                ahead = next(found, None)
+                ahead = next(remaining, None)
             # Not every type can be taken from, and nearly always all rows are there.
             kept = batch if len(rows) == batch.num_rows else batch.take(pa.array(list(rows), pa.int64()))
             results = [pa.array([row.get(name) for row in rows.values()], kind) for name, kind in kinds.items()]
@@ -151,10 +151,10 @@ def _inferred(lines: Lines) -> tuple[pa.Schema, Iterator[pa.Table]]:
     for _, line in lines():
         for name, value in json.loads(line).items():
             kinds.setdefault(name, set()).add(_kind(value))
-    types = {name: _RESULT_TYPES.get(name) or _type(found - {"null"}) for name, found in kinds.items()}
+    types = {name: _RESULT_TYPES.get(name) or _type(seen - {"null"}) for name, seen in kinds.items()}
     if "error" in types and ("index" not in types or not kinds["error"] <= {"error", "null"}):
         types["error"] = pa.string()  # that of an OpenAI answer is another one
-    if "index" in types and "floats" in (found := kinds.get(LOGPROBS, set())) and found <= {"floats", "null"}:
+    if "index" in types and "floats" in (seen := kinds.get(LOGPROBS, set())) and seen <= {"floats", "null"}:
         types[LOGPROBS] = _LOGPROBS_TYPE
         types = {name: types[name] for name in (*RESULT, LOGPROBS)} | types  # the first row may not have asked
     types = types or _RESULT_TYPES

@@ -75,8 +75,8 @@ class Ranks:
         self._attempt = attempt
         self._pause = pause_of(seconds)
         # A rank that can watch itself shall come first.
-        beat = float(attempt.claim["heartbeat_seconds"])
-        self._seconds = seconds + 2 * beat + 2 * self._pause if seconds else 0.0
+        interval = float(attempt.claim["heartbeat_seconds"])
+        self._seconds = seconds + 2 * interval + 2 * self._pause if seconds else 0.0
         self._still: dict[int, Still] = {}
         self._next = 0.0
 
@@ -87,23 +87,25 @@ class Ranks:
             return []
         self._next = time.monotonic() + self._pause
         try:
-            beats = self._attempt.heartbeats()
+            heartbeats = self._attempt.heartbeats()
         except CheckpointError:
             return []  # a file system has its moments; whoever watches must not end of them
         if ranks is None:
-            ranks = [rank for rank, beat in beats.items() if rank > 0 and beat.get("state") not in FINAL]
+            ranks = [rank for rank, heartbeat in heartbeats.items() if rank > 0 and heartbeat.get("state") not in FINAL]
         for rank in ranks:
             still = self._still.setdefault(rank, Still(self._seconds, self._pause))
-            still.look(progress(beats.get(rank, {})))
+            still.look(progress(heartbeats.get(rank, {})))
         return [rank for rank in ranks if self._still[rank].too_long]
 
 
-def progress(beat: Mapping[str, Any]) -> tuple[int, ...]:
+def progress(heartbeat: Mapping[str, Any]) -> tuple[int, ...]:
     """What a rank has done, by its heartbeat: numbers of which one changes at every step. While it loads, or waits for
     others because its own part is done, every beat is progress."""
-    if beat.get("state") == "loading" or beat.get("at_ease"):
-        return (0, int(beat.get("beat", 0)))
-    return tuple(int(beat.get(name, 0)) for name in ("steps", "generated_tokens", "rows", "failed", "refused_again"))
+    if heartbeat.get("state") == "loading" or heartbeat.get("at_ease"):
+        return (0, int(heartbeat.get("beat", 0)))
+    return tuple(
+        int(heartbeat.get(name, 0)) for name in ("steps", "generated_tokens", "rows", "failed", "refused_again")
+    )
 
 
 def report(attempt: Attempt, why: str) -> bool:
@@ -179,9 +181,9 @@ class Watchdog(threading.Thread):
                 )
             if self._holds_the_claim and (standing := self._others.standing()):
                 report(self._attempt, stalled(self._attempt, self._seconds, standing))
-            asked = stacks.requested(self._attempt)
-            if asked is not None:
-                self._leave(*asked)
+            requested = stacks.requested(self._attempt)
+            if requested is not None:
+                self._leave(*requested)
                 return
 
     def _others_load(self) -> bool:
@@ -189,13 +191,16 @@ class Watchdog(threading.Thread):
         if not self._engine.calls_together or self._engine.signs.steps:
             return False
         awaited, now = self._engine.signs.awaited_ranks, time.time()
-        most = _oldest_beat(self._attempt, self._engine.signs.timeout_seconds or self._seconds)
+        max_age = _oldest_heartbeat(self._attempt, self._engine.signs.timeout_seconds or self._seconds)
         try:
-            beats = self._attempt.heartbeats().items()
+            heartbeats = self._attempt.heartbeats().items()
         except CheckpointError:
             return False
-        those = [beat for rank, beat in beats if awaited is None or rank in awaited]
-        return any(beat.get("state") == "loading" and now - float(beat["time"]) < most for beat in those)
+        awaited_ranks = [heartbeat for rank, heartbeat in heartbeats if awaited is None or rank in awaited]
+        return any(
+            heartbeat.get("state") == "loading" and now - float(heartbeat["time"]) < max_age
+            for heartbeat in awaited_ranks
+        )
 
     def _end(self, seconds: float, awaited: Collection[int] | None) -> None:
         try:
@@ -212,7 +217,7 @@ class Watchdog(threading.Thread):
     def _has_starter(self) -> bool:
         """Whether the claim is that of no rank: then its process writes how the attempt has ended."""
         claim = self._attempt.claim
-        return all(beat.get("pid") != claim["pid"] for beat in self._attempt.heartbeats().values())
+        return all(heartbeat.get("pid") != claim["pid"] for heartbeat in self._attempt.heartbeats().values())
 
     def _leave(self, why: str, noticed_here: bool) -> None:
         """Another rank stands still."""
@@ -235,15 +240,15 @@ def await_ranks(attempt: Attempt, size: int) -> bool:
     before: object = None
     changed = time.monotonic()
     while True:
-        beats = attempt.heartbeats()
-        if len(beats) == size and all(beat["state"] in FINAL for beat in beats.values()):
+        heartbeats = attempt.heartbeats()
+        if len(heartbeats) == size and all(heartbeat["state"] in FINAL for heartbeat in heartbeats.values()):
             return True
-        if beats != before:
-            before, changed = beats, time.monotonic()
-        patience = attempt.limit if len(beats) == size else JOIN_SECONDS
+        if heartbeats != before:
+            before, changed = heartbeats, time.monotonic()
+        patience = attempt.limit if len(heartbeats) == size else JOIN_SECONDS
         if time.monotonic() - changed > patience:
             waited = time.monotonic() - changed
-            report(attempt, stalled(attempt, waited, [rank for rank, beat in beats.items() if rank > 0]))
+            report(attempt, stalled(attempt, waited, [rank for rank, heartbeat in heartbeats.items() if rank > 0]))
             return False
         time.sleep(0.1)
 
@@ -259,30 +264,32 @@ def culprits(attempt: Attempt, patience: float, awaited: Collection[int] | None 
     Of the `awaited` ranks, or all, that have not ended: those whose heartbeat has stopped, as a frozen process's or a
     cut-off node's does; if all beat, those with the fewest steps.
     """
-    beats = {
-        rank: beat
-        for rank, beat in attempt.heartbeats().items()
-        if beat.get("state") not in FINAL and (awaited is None or rank in awaited)
+    heartbeats = {
+        rank: heartbeat
+        for rank, heartbeat in attempt.heartbeats().items()
+        if heartbeat.get("state") not in FINAL and (awaited is None or rank in awaited)
     }
-    if not beats:
+    if not heartbeats:
         names = ", ".join(f"rank {rank}" for rank in awaited or ())
         return f"{names} did not begin, or does not come to its end" if names else "no rank has a heartbeat"
     now = time.time()
-    ages = {rank: now - float(beat["time"]) for rank, beat in beats.items()}
-    steps = {rank: int(beat.get("steps", 0)) for rank, beat in beats.items()}
-    most = _oldest_beat(attempt, patience)
+    ages = {rank: now - float(heartbeat["time"]) for rank, heartbeat in heartbeats.items()}
+    steps = {rank: int(heartbeat.get("steps", 0)) for rank, heartbeat in heartbeats.items()}
+    max_age = _oldest_heartbeat(attempt, patience)
     fewest = min(steps.values())
-    named = [rank for rank in beats if ages[rank] > most] or [rank for rank in beats if steps[rank] == fewest]
-    if len(named) == len(beats) > 1:
+    named = [rank for rank in heartbeats if ages[rank] > max_age] or [
+        rank for rank in heartbeats if steps[rank] == fewest
+    ]
+    if len(named) == len(heartbeats) > 1:
         return f"all ranks stand at step {fewest} and their heartbeats move: they wait for each other inside it"
     words = [
-        f"rank {rank} (process {beats[rank].get('pid')} on {beats[rank].get('host')}, "
+        f"rank {rank} (process {heartbeats[rank].get('pid')} on {heartbeats[rank].get('host')}, "
         f"last heartbeat {ages[rank]:.0f} s ago)"
         for rank in named
     ]
     return f"{', '.join(words)} stopped answering at step {min(steps[rank] for rank in named)}"
 
 
-def _oldest_beat(attempt: Attempt, patience: float) -> float:
+def _oldest_heartbeat(attempt: Attempt, patience: float) -> float:
     """Seconds after which a heartbeat has stopped, to those who wait for `patience` seconds."""
     return max(patience / 2, 3 * float(attempt.claim["heartbeat_seconds"]))

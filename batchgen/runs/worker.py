@@ -112,13 +112,13 @@ class StreamWorker:
                 self._commit(Batch([]), heartbeat)
 
     def _anything_open(self) -> bool:
-        mine = self._done.part(self._attempt.shard)
-        return mine.good < len(mine.states)
+        part = self._done.part(self._attempt.shard)
+        return part.good < len(part.states)
 
     def _begin(self, heartbeat: Heartbeat) -> None:
         self._mark = time.perf_counter()
         self._state, self._ready_at = "running", time.time()
-        heartbeat.beat()
+        heartbeat.write()
 
     def _queue(self, heartbeat: Heartbeat) -> Iterator[Prompt]:
         """This stream's prompts, put in order window by window; rows that become none wait for the next commit."""
@@ -178,7 +178,7 @@ class StreamWorker:
         self._failed += len(record.failed)
         self._prompt_tokens += record.prompt_tokens
         self._committed_tokens += record.generated_tokens
-        heartbeat.beat()
+        heartbeat.write()
         failed = self._failed + self._refused_before
         if failed > self._most_failures:
             reason = f"{failed} of this stream's {len(self._rows)} rows have failed, {TOO_MANY_FAILED}"

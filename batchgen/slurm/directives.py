@@ -32,7 +32,7 @@ _LONG = {
 }
 _REFUSED = {"wrap": "the command stands behind --", "array": "--array N, with N shards, does it"}
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # what --signal may be
-_WARNING_NAMES = {name for one in WARNINGS for name in (one.name.removeprefix("SIG"), str(one.value))}
+_WARNING_NAMES = {name for warning in WARNINGS for name in (warning.name.removeprefix("SIG"), str(warning.value))}
 _PLAIN = re.compile(r"[\w./:,=@%+\[\]*-]+", re.ASCII)
 
 
@@ -71,20 +71,20 @@ def parse(words: Sequence[str]) -> list[Directive]:
     Raises:
         SlurmError: a word is no option, or cannot be written into a script.
     """
-    found: list[Directive] = []
+    directives: list[Directive] = []
     for word in words:
         if "\n" in word:
             raise SlurmError(f"an option of sbatch cannot hold a line break: {word!r}")
         if word.startswith("--"):
             name, given, value = word[2:].partition("=")
-            found.append(Directive(name, value if given else None))
+            directives.append(Directive(name, value if given else None))
         elif word.startswith("-") and len(word) > 1:
-            found.append(Directive(_LONG.get(word[1], word[1]), word[2:].removeprefix("=") or None))
-        elif found and found[-1].value is None:
-            found[-1] = Directive(found[-1].name, word)
+            directives.append(Directive(_LONG.get(word[1], word[1]), word[2:].removeprefix("=") or None))
+        elif directives and directives[-1].value is None:
+            directives[-1] = Directive(directives[-1].name, word)
         else:
             raise SlurmError(f"{word!r} is no option of sbatch. Options of sbatch come first, then --, then run …")
-    return [usable(directive) for directive in found]
+    return [usable(directive) for directive in directives]
 
 
 def usable(directive: Directive) -> Directive:
@@ -98,16 +98,16 @@ def usable(directive: Directive) -> Directive:
         raise SlurmError(f"sbatch's own --{directive.name} cannot be used here: {_REFUSED[directive.name]}")
     if directive.name != "signal":
         return directive
-    found = re.fullmatch(r"(?:([RB]+):)?((?:SIG)?(\w+)(?:@\d+)?)", directive.value or "", re.ASCII | re.IGNORECASE)
-    if found is None or found[3].upper() not in _WARNING_NAMES:
+    match = re.fullmatch(r"(?:([RB]+):)?((?:SIG)?(\w+)(?:@\d+)?)", directive.value or "", re.ASCII | re.IGNORECASE)
+    if match is None or match[3].upper() not in _WARNING_NAMES:
         raise SlurmError(
             f"{directive.word} cannot be used here: a job takes only USR1, USR2 and XCPU for the warning before its "
             "time limit, and after any other signal it does not begin again. Say --signal=USR2@SECONDS"
         )
-    reserved = "R" if "R" in (found[1] or "").upper() else ""
-    return Directive("signal", f"{reserved}B:{found[2]}")
+    reserved = "R" if "R" in (match[1] or "").upper() else ""
+    return Directive("signal", f"{reserved}B:{match[2]}")
 
 
 def merged(*lists: Iterable[Directive]) -> list[Directive]:
     """All of them, a later one in the place of an earlier one of its name."""
-    return list({directive.name: directive for one in lists for directive in one}.values())
+    return list({directive.name: directive for directives in lists for directive in directives}.values())

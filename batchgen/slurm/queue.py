@@ -67,7 +67,7 @@ def sbatch(script: Path, options: Sequence[str] = (), arguments: Sequence[str] =
     """
     words = ["sbatch", "--parsable", *options, str(script.absolute()), *arguments]
     # "JOB" or "JOB;CLUSTER", after what a site's plugin may print.
-    lines = _asked(words, f"{script} is written, but was not submitted").split()
+    lines = _run_command(words, f"{script} is written, but was not submitted").split()
     if not lines or not re.match(r"\d+", lines[-1]):
         raise SlurmError(f"sbatch has not said which job it made of {script}: {' '.join(lines)!r}")
     return lines[-1].partition(";")[0]
@@ -76,10 +76,10 @@ def sbatch(script: Path, options: Sequence[str] = (), arguments: Sequence[str] =
 def largest_array() -> int | None:
     """How many tasks an array may have here: indices are below MaxArraySize. None if nobody can be asked."""
     try:
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _asked(["scontrol", "show", "config"], ""), re.MULTILINE)
+        match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run_command(["scontrol", "show", "config"], ""), re.MULTILINE)
     except SlurmError:
         return None
-    return int(found[1]) if found else None
+    return int(match[1]) if match else None
 
 
 def tasks(job: str) -> list[Task]:
@@ -90,14 +90,14 @@ def tasks(job: str) -> list[Task]:
     """
     text, unread = "", None
     try:
-        text = _asked(["squeue", "-h", "-r", "-t", "all", "-j", job, "-o", _FIELDS], "the queue cannot be read")
+        text = _run_command(["squeue", "-h", "-r", "-t", "all", "-j", job, "-o", _FIELDS], "the queue cannot be read")
     except SlurmError as error:
         unread = None if _UNKNOWN in str(error) else error
-    found = [_task(line) for line in text.splitlines() if line.count("|") == _FIELDS.count("|")]
-    found = found or _accounted(job)
-    if not found and unread is not None:
+    listed = [_task(line) for line in text.splitlines() if line.count("|") == _FIELDS.count("|")]
+    listed = listed or _accounted(job)
+    if not listed and unread is not None:
         raise unread
-    return found or [Task(job, None, GONE)]
+    return listed or [Task(job, None, GONE)]
 
 
 def _task(line: str) -> Task:
@@ -108,15 +108,15 @@ def _task(line: str) -> Task:
 def _accounted(job: str) -> list[Task]:
     """What the accounting says; nothing if it does not know the job, or cannot be asked."""
     try:
-        text = _asked(["sacct", "-n", "-X", "-P", "-j", job, "-o", "JobID,State,NodeList,Start,End"], "")
+        text = _run_command(["sacct", "-n", "-X", "-P", "-j", job, "-o", "JobID,State,NodeList,Start,End"], "")
     except SlurmError:
         return []
-    found = []
+    listed = []
     for line in text.splitlines():
         number, state, nodes, start, end = line.split("|")
         _, _, index = number.partition("_")
-        found.append(Task(job, int(index) if index.isdigit() else None, state.split()[0], "", nodes, start, end))
-    return found
+        listed.append(Task(job, int(index) if index.isdigit() else None, state.split()[0], "", nodes, start, end))
+    return listed
 
 
 def requeue(job: str) -> None:
@@ -125,7 +125,7 @@ def requeue(job: str) -> None:
     Raises:
         SlurmError: scontrol is not there (a container), or Slurm refuses.
     """
-    _asked(["scontrol", "requeue", job], f"job {job} cannot be requeued")
+    _run_command(["scontrol", "requeue", job], f"job {job} cannot be requeued")
 
 
 def cancel(jobs: Sequence[str]) -> None:
@@ -134,10 +134,10 @@ def cancel(jobs: Sequence[str]) -> None:
     Raises:
         SlurmError: Slurm refuses, or is not there.
     """
-    _asked(["scancel", "--quiet", *jobs], f"job {', '.join(jobs)} cannot be cancelled")
+    _run_command(["scancel", "--quiet", *jobs], f"job {', '.join(jobs)} cannot be cancelled")
 
 
-def _asked(words: Sequence[str], what: str) -> str:
+def _run_command(words: Sequence[str], what: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
@@ -145,6 +145,6 @@ def _asked(words: Sequence[str], what: str) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{what}: {words[0]} has not answered for {_SECONDS:.0f} s") from None
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise SlurmError(f"{what}: {said or f'{words[0]} ended with exit code {done.returncode}'}")
+        message = " ".join((done.stderr or done.stdout).split())
+        raise SlurmError(f"{what}: {message or f'{words[0]} ended with exit code {done.returncode}'}")
     return done.stdout

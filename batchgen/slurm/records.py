@@ -78,8 +78,8 @@ def end_of(run: Path, task: str) -> tuple[str, str] | None:
     path = _folder(run) / f"{task}.ended.json"
     if not path.exists():
         return None
-    known = read_json(path)
-    return str(known["outcome"]), str(known["why"])
+    recorded = read_json(path)
+    return str(recorded["outcome"]), str(recorded["why"])
 
 
 def note_unwritten(run: Path, task: str, unwritten: bool) -> None:

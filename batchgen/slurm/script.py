@@ -42,7 +42,7 @@ class Script:
 
     def text(self) -> str:
         """The whole script."""
-        width = max((len(one.line) for one in self.directives if one.name in self.notes), default=0)
+        width = max((len(directive.line) for directive in self.directives if directive.name in self.notes), default=0)
         lines = ["#!/bin/bash", *(f"# {line}".rstrip() for line in self.title)]
         for directive in self.directives:
             note = self.notes.get(directive.name)
@@ -85,11 +85,11 @@ def retries(jobs: Sequence[Job], shards: Sequence[int]) -> list[str]:
     lines = []
     for offset in sorted(offsets) or [0]:
         after = min((other for other in offsets if other > offset), default=None)
-        mine = [shard - offset for shard in shards if shard >= offset and (after is None or shard < after)]
-        if mine:
+        indices = [shard - offset for shard in shards if shard >= offset and (after is None or shard < after)]
+        if indices:
             job = offsets.get(offset)
             script = shlex.quote(job.script) if job is not None and job.script else "JOB.sbatch"
-            lines.append(f"sbatch --array={ranges(mine)} {script}" + (f" {offset}" if offset else ""))
+            lines.append(f"sbatch --array={ranges(indices)} {script}" + (f" {offset}" if offset else ""))
     return lines
 
 
@@ -97,7 +97,7 @@ def retries(jobs: Sequence[Job], shards: Sequence[int]) -> list[str]:
 class Requeue:
     """How a job that ends with open rows comes back."""
 
-    most: int = MAX_REQUEUES  # times that it is requeued
+    max_requeues: int = MAX_REQUEUES  # times that it is requeued
     chained: bool = False  # more jobs follow by dependency, instead of this one being requeued
 
 
@@ -116,11 +116,11 @@ def make_script(
         command: words of `run …` or `run-batch …`, as typed.
         typed: options of sbatch; they come before the site's, and those before ours.
     """
-    max_requeues = requeue.most
+    max_requeues = requeue.max_requeues
     given = [*site.directives, *typed]
-    if [one.name for one in given if one.name in _REQUEUE][-1:] == ["no-requeue"]:
+    if [directive.name for directive in given if directive.name in _REQUEUE][-1:] == ["no-requeue"]:
         max_requeues = 0
-    given = merged(one for one in given if one.name not in _REQUEUE)
+    given = merged(directive for directive in given if directive.name not in _REQUEUE)
     ours = [
         Directive("job-name", run.absolute().name),
         Directive("chdir", str(Path.cwd())),
@@ -150,7 +150,7 @@ def _one_task_a_gpu(directives: Sequence[Directive]) -> list[Directive]:
         return []
     for option, tasks in (("gpus-per-node", "ntasks-per-node"), ("gres", "ntasks-per-node"), ("gpus", "ntasks")):
         # A number, or [gpu:]TYPE:NUMBER.
-        found = re.fullmatch(r"(?:gpu:|gpu(?=:))?(?:[^:,]+:)?(\d+)", values.get(option, ""))
-        if found is not None and (option != "gres" or values[option].startswith("gpu")):
-            return [Directive(tasks, found[1])]
+        match = re.fullmatch(r"(?:gpu:|gpu(?=:))?(?:[^:,]+:)?(\d+)", values.get(option, ""))
+        if match is not None and (option != "gres" or values[option].startswith("gpu")):
+            return [Directive(tasks, match[1])]
     return []

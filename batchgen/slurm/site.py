@@ -45,10 +45,10 @@ def load(environment: Mapping[str, str], working: Path) -> Site:
     directives: list[Directive] = []
     lists: dict[str, Sequence[str]] = {}
     for path in paths:
-        known = _read(path)
-        lists |= {name: [str(line) for line in known[name]] for name in _LISTS if name in known}
-        options: dict[str, Any] = {name: known[name] for name in ("account", "partition") if name in known}
-        options |= known.get("sbatch", {})
+        defaults = _read(path)
+        lists |= {name: [str(line) for line in defaults[name]] for name in _LISTS if name in defaults}
+        options: dict[str, Any] = {name: defaults[name] for name in ("account", "partition") if name in defaults}
+        options |= defaults.get("sbatch", {})
         left_out = [name for name, value in options.items() if value is False]
         given = [
             Directive(name, None if value is True else str(value))
@@ -56,7 +56,9 @@ def load(environment: Mapping[str, str], working: Path) -> Site:
             if name not in left_out
         ]
         try:
-            directives = merged((one for one in directives if one.name not in left_out), map(usable, given))
+            directives = merged(
+                (directive for directive in directives if directive.name not in left_out), map(usable, given)
+            )
         except SlurmError as error:
             raise SlurmError(f"{path}: {error}") from error
     return Site(directives, **lists)
@@ -64,12 +66,12 @@ def load(environment: Mapping[str, str], working: Path) -> Site:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        known = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        defaults = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise SlurmError(f"cannot read {path}: {error}") from error
-    for name, value in known.items():
+    for name, value in defaults.items():
         if name in _LISTS and isinstance(value, list) and all(isinstance(line, str) for line in value):
             continue
         if name in ("account", "partition") and isinstance(value, str):
@@ -80,4 +82,4 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: {name} is not understood. It may set account and partition (texts), modules, setup and srun "
             "(lists of texts), and sbatch (a table of other options)"
         )
-    return known
+    return defaults

@@ -46,11 +46,11 @@ class Supervisor:
         self._warned_at: float | None = None
         self._ended = False  # Slurm ends this job
         self._child: subprocess.Popen[bytes] | None = None
-        known = self.environment
-        array, index = known.get("SLURM_ARRAY_JOB_ID"), known.get("SLURM_ARRAY_TASK_ID")
-        self._job = array or known.get("SLURM_JOB_ID", "")
+        environment = self.environment
+        array, index = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+        self._job = array or environment.get("SLURM_JOB_ID", "")
         self._task = f"{array}_{index}" if array else self._job
-        self._restarts = int(known.get("SLURM_RESTART_COUNT") or 0)
+        self._restarts = int(environment.get("SLURM_RESTART_COUNT") or 0)
 
     def carry_out(self, words: Sequence[str]) -> int:
         """Runs the command `words` to its end; the exit code of the job."""
@@ -81,9 +81,9 @@ class Supervisor:
     def _why_not(self, before: Status | None) -> int | None:
         """The exit code, if this start of the job has nothing to do."""
         predecessor = self._predecessor()
-        again = self._restarts > 0 or predecessor is not None
+        is_restart = self._restarts > 0 or predecessor is not None
         written = not is_unwritten(self.run, predecessor or self._task)
-        if again and written and before is not None and before.exit_code != ExitCode.RESUMABLE:
+        if is_restart and written and before is not None and before.exit_code != ExitCode.RESUMABLE:
             logger.info("the run is finished; nothing is left to do")
             return self._code_of(before)
         last = end_of(self.run, predecessor) if predecessor else None
@@ -102,7 +102,7 @@ class Supervisor:
         if self._task == self._job:
             return job
         # Of several arrays, the first of a chain may wait for one of other shards.
-        others = (one.number for one in jobs(self.run) if one.offset != self._offset())
+        others = (other.number for other in jobs(self.run) if other.offset != self._offset())
         return None if job in others else f"{job}_{self.environment['SLURM_ARRAY_TASK_ID']}"
 
     def _wait(self, words: Sequence[str]) -> int:
@@ -142,7 +142,7 @@ class Supervisor:
         """
         if after is not None and after.exit_code != ExitCode.RESUMABLE and code != ExitCode.RESUMABLE:
             note_unwritten(self.run, self._task, unwritten=False)
-            _say(after)
+            _log_progress(after)
             return self._code_of(after)
         if self._ended:
             logger.info("Slurm has ended this start, which was not done")
@@ -161,7 +161,7 @@ class Supervisor:
             )
         if learnt:
             logger.info("batches of that size do not fit; the next start makes smaller ones")
-        _say(after)
+        _log_progress(after)
         return self._goes_on()
 
     def _not_written(self, before: Status | None) -> int:
@@ -207,6 +207,6 @@ class Supervisor:
         return ExitCode.CANNOT_RUN
 
 
-def _say(found: Status) -> None:
-    which = "" if found.shard == WHOLE else f"shard {found.shard}: "
-    logger.info("%s%d of %d rows good, %d failed, %d open", which, found.good, found.rows, found.failed, found.open)
+def _log_progress(status: Status) -> None:
+    which = "" if status.shard == WHOLE else f"shard {status.shard}: "
+    logger.info("%s%d of %d rows good, %d failed, %d open", which, status.good, status.rows, status.failed, status.open)

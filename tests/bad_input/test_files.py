@@ -6,6 +6,7 @@ import ctypes
 import gzip
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ OBJECT = " is not JSON lines: it is JSON over several lines. Put each object on 
         ("a.jsonl", b"\xef\xbb\xbf", "there is no row in a.jsonl: it is empty"),
         ("a.jsonl", b"\n \r\n\n", "there is no row in a.jsonl: it is empty"),
         ("a.jsonl.gz", b"", "there is no row in a.jsonl.gz: it is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), "there is no row in a.jsonl.gz: it is empty"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "there is no row in a.jsonl.gz: it is empty"),
         ("a.jsonl.zst", b"", "there is no row in a.jsonl.zst: it is empty"),
         ("a.parquet", b"", "a.parquet cannot be read as Parquet: Parquet file size is 0 bytes"),
         ("a.arrow", b"", "a.arrow cannot be read as Arrow: "),
@@ -49,17 +50,17 @@ OBJECT = " is not JSON lines: it is JSON over several lines. Put each object on 
         ("a.jsonl", ("[ " + json.dumps(ROWS * 9_999)[1:]).encode(), ARRAY),
         ("a.jsonl", b"[]", ARRAY),
         ("a.jsonl", json.dumps(ROWS, indent=2)[:-40].encode(), ARRAY),
-        ("a.jsonl.gz", gzip.compress(json.dumps(ROWS * 9_999, indent=1).encode()), ARRAY),
+        ("a.jsonl.gz", gzip.compress(json.dumps(ROWS * 9_999, indent=1).encode(), mtime=0), ARRAY),
         ("a.jsonl.zst", pa.compress(json.dumps(ROWS * 9_999, indent=1).encode(), codec="zstd", asbytes=True), ARRAY),
         ("a.jsonl", json.dumps(ROWS[0], indent=2).encode(), OBJECT),
         ("a.jsonl", json.dumps({"data": ROWS * 9_999}, indent=4).encode(), OBJECT),
         ("a.jsonl", "\n".join(json.dumps(row, indent="\t") for row in ROWS).encode(), OBJECT),
         ("a.jsonl", json.dumps(ROWS[0], indent=2)[:-9].encode(), OBJECT),
-        ("a.jsonl.gz", gzip.compress(GZIP), "it is compressed with gzip twice"),
+        ("a.jsonl.gz", gzip.compress(GZIP, mtime=0), "it is compressed with gzip twice"),
         ("a.jsonl", b"PAR1" + bytes(20), "it is Parquet. Let its name end in .parquet"),
         ("a.jsonl", b"ARROW1" + bytes(20), "it is Arrow. Let its name end in .arrow"),
         ("a.jsonl.gz", GZIP[:-1], ENDED),
-        ("a.jsonl.gz", gzip.compress(os.urandom(3000))[:1500], ENDED),
+        ("a.jsonl.gz", gzip.compress(random.Random(5).randbytes(3000), mtime=0)[:1500], ENDED),
         ("a.jsonl.gz", GZIP[:5], ENDED),
         ("a.jsonl.gz", GZIP[:-8] + bytes(4) + GZIP[-4:], "a.jsonl.gz cannot be unpacked: CRC check failed"),
         ("a.jsonl.gz", GZIP[:-4] + bytes(4), "a.jsonl.gz cannot be unpacked: Incorrect length of data produced"),
@@ -102,7 +103,7 @@ def test_gzip_of_several_members_or_with_zeros_behind_is_good(content: bytes, tm
         *(("a.jsonl", packed) for packed in (GZIP, ZSTD)),
         *(("a.jsonl.gz", packed) for packed in (GOOD, ZSTD, b"\xef\xbb\xbf" + GOOD)),
         ("a.jsonl.zst", GOOD),
-        ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + GOOD)),
+        ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + GOOD, mtime=0)),
         ("a.jsonl", b"\xef\xbb\xbf\r\n" + GOOD),
     ],
 )

@@ -223,12 +223,12 @@ def test_what_was_measured_before_a_rank_refused_to_go_on_is_kept_and_nothing_el
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     kept = Folder(tmp_path / "bench")
-    kept.ask({})
+    kept.check_or_create({})
     asked = Bench([System.parse("echo")], str(tiny_llama), "float32", [1, 2, 4, 8], 5, 1, ranks=2, command="this")
     with pytest.raises(BenchError, match="echo cannot run here"):
         run(asked, kept, os.environ | altered(tmp_path, REFUSES), Stop())
     assert [(one.batch, one.outcome, one.rows) for one in kept.results()] == [(1, "ok", 2), (2, "ok", 4)]
-    assert kept.known()["commands"] == ["this"]
+    assert kept.read_manifest()["commands"] == ["this"]
 
 
 @pytest.mark.parametrize(

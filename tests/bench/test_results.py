@@ -35,7 +35,7 @@ GOOD = Result(
 
 def folder(path: Path, *results: Result) -> Folder:
     made = Folder(path)
-    made.ask(ASKED)
+    made.check_or_create(ASKED)
     for result in results:
         made.add(result)
     return made
@@ -54,16 +54,16 @@ def test_results_come_back_as_they_were_and_the_last_of_a_cell_counts(tmp_path: 
 
 def test_another_bench_does_not_go_into_the_same_folder(tmp_path: Path) -> None:
     kept = folder(tmp_path)
-    kept.ask(ASKED)
+    kept.check_or_create(ASKED)
     with pytest.raises(BenchError, match="holds another bench: tokens was 10, now 20"):
-        kept.ask(ASKED | {"tokens": 20})
+        kept.check_or_create(ASKED | {"tokens": 20})
 
 
 def test_two_that_measure_at_once_lose_no_command_of_the_other(tmp_path: Path) -> None:
     kept = folder(tmp_path)
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(kept.remember, map(str, range(40))))
-    assert sorted(map(int, kept.known()["commands"])) == list(range(40))
+    assert sorted(map(int, kept.read_manifest()["commands"])) == list(range(40))
 
 
 def test_tables_show_every_cell_and_the_seeds_figure_on_request(tmp_path: Path) -> None:

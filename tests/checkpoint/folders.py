@@ -98,7 +98,7 @@ from batchgen.world import World
 job, restarts, launch = sys.argv[2], int(sys.argv[3]), sys.argv[4]
 attempt = claim(RunFolder(Path(sys.argv[1])), World(job=job, restarts=restarts, launch=launch), {}, 0.05)
 for rank in range(int(sys.argv[5])):
-    Heartbeat(attempt, rank, lambda: {"state": "running"}).beat()
+    Heartbeat(attempt, rank, lambda: {"state": "running"}).write()
 """
     output(start(code, folder.path, world.job, world.restarts, world.launch, ranks))
     return attempts(folder)[-1]

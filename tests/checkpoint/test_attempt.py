@@ -306,7 +306,7 @@ print(sorted(path.name for path in attempt.folder.attempts.iterdir()))
 def test_a_damaged_heartbeat_is_left_out(tmp_path: Path) -> None:
     folder = made(tmp_path, 1)
     attempt = claim(folder, ALONE, {}, BEAT)
-    Heartbeat(attempt, 2, running).beat()
+    Heartbeat(attempt, 2, running).write()
     for name, content in {"0": b"", "1": b"3", "x": b"{}"}.items():
         (folder.attempts / f"00001-{name}.json").write_bytes(content)
     assert list(attempt.heartbeats()) == [2]

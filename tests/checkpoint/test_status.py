@@ -89,7 +89,7 @@ def test_lost_tokens_are_counted_for_each_attempt(tmp_path: Path) -> None:
         attempt = claim(folder, World(), {}, 60.0)
         commit(folder, number, 0, batch([2 * number, 2 * number + 1]))  # 4 tokens
         for rank, tokens in enumerate((first, second)):
-            Heartbeat(attempt, rank, lambda tokens=tokens: {"state": "failed", "generated_tokens": tokens}).beat()  # type: ignore[misc]
+            Heartbeat(attempt, rank, lambda tokens=tokens: {"state": "failed", "generated_tokens": tokens}).write()  # type: ignore[misc]
         attempt.end("died")
     # A heartbeat may be older than the last commit: that is no work lost.
     assert [(one.generated_tokens, one.lost_tokens) for one in status(folder).attempts] == [(9, 5), (4, 0), (4, 0)]

@@ -16,7 +16,7 @@ from batchgen.engine import EngineError, Tokenizer
 from batchgen.models import shapes, split_folder
 from batchgen.planning import auto
 from batchgen.planning.auto import Choice
-from batchgen.planning.hardware import CARDS, Machine, Nodes, recognised
+from batchgen.planning.hardware import CARDS, Machine, Nodes, recognise_card
 from tests.commands.starts import call
 
 HOST = 200 * 10**9
@@ -46,7 +46,7 @@ def chosen(
         assert tokenizer.tokenize(["w5 w6"], special=True)
         return lengths, 1000
 
-    return auto.automatic(model, dtype, settings, drawn, Nodes(machine, ranks, hosts))
+    return auto.choose_fastest(model, dtype, settings, drawn, Nodes(machine, ranks, hosts))
 
 
 def test_what_fits_and_is_the_fastest_is_chosen(folders: dict[str, Path]) -> None:
@@ -71,8 +71,8 @@ def test_what_fits_and_is_the_fastest_is_chosen(folders: dict[str, Path]) -> Non
 
 def test_the_same_is_chosen_again_from_what_was_recorded(folders: dict[str, Path]) -> None:
     first = chosen(folders["llama-70b"], of("H100", 8), ranks=8)
-    facts = {"engine": first.name, "settings": engines.settings_of(first.options), "engine_reason": first.why}
-    assert auto.recorded(json.loads(json.dumps(facts))) == first
+    provenance = {"engine": first.name, "settings": engines.settings_of(first.options), "engine_reason": first.why}
+    assert auto.read_recorded_choice(json.loads(json.dumps(provenance))) == first
 
 
 def test_groups_stay_in_a_host(folders: dict[str, Path]) -> None:
@@ -159,14 +159,14 @@ def test_a_row_that_does_not_fit_refuses_no_others(folders: dict[str, Path]) -> 
     ],
 )
 def test_a_card_is_known_by_torchs_name(device: str, size: int, name: str) -> None:
-    found = recognised(device, size)
+    found = recognise_card(device, size)
     assert found.memory == size
     assert (found.bandwidth, found.operations) == (CARDS[name].bandwidth, CARDS[name].operations)
 
 
 def test_a_card_that_is_not_known_counts_as_not_measured() -> None:
-    assert recognised("NVIDIA H100 80GB HBM3", 85_000_000_000).measured
-    assert not recognised("NVIDIA B17 80GB", 85_000_000_000).measured
+    assert recognise_card("NVIDIA H100 80GB HBM3", 85_000_000_000).measured
+    assert not recognise_card("NVIDIA B17 80GB", 85_000_000_000).measured
 
 
 def test_a_run_records_what_was_chosen_and_its_ranks_read_it(tiny_llama: Path, tmp_path: Path) -> None:

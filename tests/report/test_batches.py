@@ -85,4 +85,4 @@ def test_band_leaves_out_steps_without_a_value() -> None:
     found = band(at, np.array([1.0, 2.0, 9.0, 5.0]), 10)
     assert found.at.tolist() == [0.5, 9.5]
     assert found.middle.tolist() == [2, 5]
-    assert found.most.tolist() == [9, 5]
+    assert found.highest.tolist() == [9, 5]

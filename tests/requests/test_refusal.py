@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchgen.requests.refusal import Refused, check_encodable, sampling_params, shown
+from batchgen.requests.refusal import Refused, check_encodable, quote, sampling_params
 from batchgen.types import SamplingParams
 
 HUGE = 10**5000  # more digits than Python writes
@@ -26,7 +26,7 @@ HUGE = 10**5000  # more digits than Python writes
     ],
 )
 def test_values_are_shown_short_and_as_json_names_them(value: object, text: str) -> None:
-    assert shown(value) == text
+    assert quote(value) == text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from batchgen import RunSettings, device
 from batchgen.checkpoint import DifferentRun, read_json
-from batchgen.device import Products
+from batchgen.device import MatmulSpeed
 from batchgen.engine import Setup
 from batchgen.engines import find
 from batchgen.models import loading
@@ -22,10 +22,14 @@ from batchgen.runs.flow import Host, run
 from batchgen.world import World
 from tests import tiny_models as models
 
-SLOW = {torch.float32: Products(5e10, 2e10), torch.bfloat16: Products(7e9, 1e10), torch.float16: Products(6e9, 1e10)}
-FAST = {**SLOW, torch.bfloat16: Products(2e11, 2e10)}
+SLOW = {
+    torch.float32: MatmulSpeed(5e10, 2e10),
+    torch.bfloat16: MatmulSpeed(7e9, 1e10),
+    torch.float16: MatmulSpeed(6e9, 1e10),
+}
+FAST = {**SLOW, torch.bfloat16: MatmulSpeed(2e11, 2e10)}
 
-Machine = Callable[[dict[torch.dtype, Products]], None]
+Machine = Callable[[dict[torch.dtype, MatmulSpeed]], None]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="says what auto is without a GPU")
 
@@ -33,7 +37,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="says what aut
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Makes this one compute at other speeds: those of a processor that is not here."""
-    return lambda speeds: monkeypatch.setattr(device, "measure_products", speeds.__getitem__)
+    return lambda speeds: monkeypatch.setattr(device, "measure_matmul", speeds.__getitem__)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def dtype_of(out: Path, attempt: int) -> object:
 def test_products_are_measured_and_leave_the_number_of_threads_alone() -> None:
     before = torch.get_num_threads()
     for dtype in SLOW:
-        found = device.measure_products(dtype)
+        found = device.measure_matmul(dtype)
         assert found.operations > 0
         assert found.bandwidth > 0
     assert torch.get_num_threads() == before
@@ -90,7 +94,7 @@ def test_products_are_measured_and_leave_the_number_of_threads_alone() -> None:
 def test_auto_is_the_models_own_dtype_where_the_machine_is_fast_in_it(
     machine: Machine,
     own: torch.dtype | None,
-    speeds: dict[torch.dtype, Products],
+    speeds: dict[torch.dtype, MatmulSpeed],
     on_gpu: bool,
     expected: torch.dtype,
 ) -> None:
@@ -105,7 +109,7 @@ def test_auto_is_the_models_own_dtype_where_the_machine_is_fast_in_it(
 @pytest.mark.parametrize("name", ["accelerate", "paged"])
 @pytest.mark.parametrize(("speeds", "expected"), [(SLOW, torch.float32), (FAST, torch.bfloat16)])
 def test_engines_agree_on_what_auto_is(
-    machine: Machine, folder: Path, name: str, speeds: dict[torch.dtype, Products], expected: torch.dtype
+    machine: Machine, folder: Path, name: str, speeds: dict[torch.dtype, MatmulSpeed], expected: torch.dtype
 ) -> None:
     machine(speeds)
     kind = find(name)

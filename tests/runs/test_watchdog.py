@@ -39,7 +39,7 @@ def attempt(tmp_path: Path) -> Attempt:
 
 def beat(attempt: Attempt, rank: int, steps: int, *, age: float = 0.0, state: str = "running") -> None:
     """One heartbeat of `rank`, written `age` seconds ago."""
-    Heartbeat(attempt, rank, lambda: {"state": state, "steps": steps}).beat()
+    Heartbeat(attempt, rank, lambda: {"state": state, "steps": steps}).write()
     folders.edit(attempt.folder.attempts / f"{attempt.number:05d}-{rank:05d}.json", time=time.time() - age)
 
 

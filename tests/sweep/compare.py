@@ -186,7 +186,7 @@ def choose(folder: Path) -> str:
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in rows()]
     try:
         drawn = lengths, len(lengths)
-        return auto.automatic(folder, "float32", (), lambda tokenizer: drawn, Nodes(Machine.here(1), 1)).name
+        return auto.choose_fastest(folder, "float32", (), lambda tokenizer: drawn, Nodes(Machine.here(1), 1)).name
     except Exception as error:
         return _one_line(error)
 

@@ -17,6 +17,7 @@ from batchgen.engines.paged.sizing import CacheLesson
 from batchgen.generation import selftest
 from batchgen.generation.selftest import SelfTest
 from batchgen.models import footprint
+from batchgen.models.definition.errors import ModelError
 from batchgen.types import Prompt, SamplingParams
 from batchgen.world import World
 from tests import tiny_models as models
@@ -81,17 +82,19 @@ def test_the_cache_takes_memory_as_it_fills(tiny_llama: Path) -> None:
         assert resident() - before < whole / 2
 
 
-class OutOfMemory:
-    """Lets a forward fail now and then, as a full GPU does."""
+class FailingForward:
+    """Lets the forwards of these numbers, counted from 1, fail; by default as on a full GPU."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: Sequence[int]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], error: type[RuntimeError] = torch.OutOfMemoryError
+    ) -> None:
         self.count = 0
         embedding = torch.nn.functional.embedding
 
         def full(*arguments: object, **options: object) -> torch.Tensor:
             self.count += 1
             if self.count in calls:
-                raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+                raise error("CUDA out of memory. (injected)" if error is torch.OutOfMemoryError else "no such thing")
             return embedding(*arguments, **options)  # type: ignore[arg-type]
 
         monkeypatch.setattr(torch.nn.functional, "embedding", full)
@@ -107,7 +110,7 @@ def test_out_of_memory_makes_the_cache_smaller_and_changes_no_text(
     with load(tiny_llama, "cache_tokens=2000", selftest=False) as engine:
         expected = texts(engine, rows)
     with load(tiny_llama, "cache_tokens=2000", selftest=False) as engine:
-        OutOfMemory(monkeypatch, calls=(3, 4, 20))
+        FailingForward(monkeypatch, calls=(3, 4, 20))
         generations = texts(engine, rows)
     for row in rows:
         logprobs, before = generations[row.id].logprobs, expected[row.id].logprobs
@@ -120,18 +123,23 @@ def test_out_of_memory_makes_the_cache_smaller_and_changes_no_text(
 
 def test_memory_that_is_never_enough_ends_with_a_sentence(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(tiny_llama, selftest=False) as engine:
-        OutOfMemory(monkeypatch, calls=range(1, 1000))
+        FailingForward(monkeypatch, calls=range(1, 1000))
         with pytest.raises(EngineError, match=r"however small the cache; use --set step_tokens=1024"):
             texts(engine, prompts(4))
 
 
-def test_any_other_error_leaves(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("no such thing")
-
+def test_any_other_error_of_the_first_step_is_the_model_s(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(tiny_llama) as engine:
-        monkeypatch.setattr(torch.nn.functional, "embedding", broken)
-        with pytest.raises(RuntimeError, match="no such thing"):
+        FailingForward(monkeypatch, calls=range(1, 1000), error=RuntimeError)
+        with pytest.raises(ModelError, match=r"cannot generate with the model in .*: RuntimeError: no such thing"):
+            texts(engine, prompts(4))
+
+
+@plain_path
+def test_any_other_error_of_a_later_step_leaves(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(tiny_llama) as engine:
+        FailingForward(monkeypatch, calls=(3,), error=RuntimeError)
+        with pytest.raises(RuntimeError, match=r"^no such thing$"):
             texts(engine, prompts(4))
 
 
@@ -179,6 +187,6 @@ def test_a_cache_that_became_smaller_serves_again(tiny_llama: Path, monkeypatch:
     with load(tiny_llama, "cache_tokens=600", selftest=False) as engine:
         expected = texts(engine, rows)
         with pytest.MonkeyPatch.context() as patch:
-            OutOfMemory(patch, calls=(3,))
+            FailingForward(patch, calls=(3,))
             assert texts(engine, rows) == expected
         assert texts(engine, rows) == expected
