@@ -221,6 +221,45 @@ def test_module_has_a_docstring_and_stays_small(path: Path) -> None:
     assert not [node.name for node in functions if (node.end_lineno or 0) - node.lineno + 1 > 60]
 
 
+# Whose signature PyTorch or Transformers fix: operators that a compiler sees, and the function that models call.
+_FIXED_SIGNATURES = {("attention.py", "attend"), ("attention.py", "_attend"), ("models.py", "_attention_interface")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_no_function_takes_more_than_six_parameters(path: Path) -> None:
+    """What travels together is one value. Triton's kernels are exempt: their arguments are pointers and strides."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef) or (path.name, node.name) in _FIXED_SIGNATURES:
+            continue
+        if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+            continue
+        taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = [argument.arg for argument in taken if argument.arg not in ("self", "cls")]
+        assert len(names) <= 6, f"{node.name} takes {', '.join(names)}"
+
+
+def test_functions_of_a_run_are_typed() -> None:
+    """A callable says what it takes: `Callable[..., Any]` hides it from mypy."""
+    for path in (PACKAGE / "runs").glob("*.py"):
+        assert "Callable[...," not in path.read_text(encoding="utf-8"), named(path)
+
+
+# Names that said little; the field has its own words.
+_PRIVATE_WORDS = {
+    *("again", "asked", "beat", "beats", "begun", "chosen", "facts", "found", "known", "mine", "most", "one", "opened"),
+    *("products", "shown", "those", "whose"),
+}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_names_are_words_of_the_field(path: Path) -> None:
+    nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    assert not {name.strip("_").lower() for name in names} & _PRIVATE_WORDS
+
+
 def test_module_names_say_what_they_are_about() -> None:
     vague = {"utils", "util", "common", "helpers", "misc", "config", "constants"}
     assert not [named(path) for path in MODULES if path.stem in vague]

@@ -149,7 +149,7 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
         columns = {name: options.pop(name, None) for name in ("prompt_column", "template", "truncate", "id_prefix")}
         further = ("chat_template_kwargs", "generation_config")
         columns |= {name: options.pop(name) for name in further if name in options}
-        return Recipe(sampling=sampling, model=model, chosen=typed, **columns)
+        return Recipe(sampling=sampling, model=model, set_by_user=typed, **columns)
     except ValueError as error:
         raise fail(error) from error
 

@@ -69,13 +69,15 @@ def with_authors_sampling(recipe: Recipe, model: str, *, say: bool) -> Recipe:
     if "temperature" not in values and any(name in given for name in _OF_SAMPLING):
         values["temperature"] = 1.0
     checked = _checked(values, path)
-    chosen = recipe.chosen | {
+    set_by_user = recipe.set_by_user | {
         field.name for field in fields(SamplingParams) if getattr(recipe.sampling, field.name) != field.default
     }
-    taken = {name: getattr(checked, name) for name in values if name not in chosen}
+    taken = {name: getattr(checked, name) for name in values if name not in set_by_user}
     if say:
         _say(path, taken, given)
-    return replace(recipe, sampling=replace(recipe.sampling, **taken), chosen=chosen, authors=frozenset(taken))
+    return replace(
+        recipe, sampling=replace(recipe.sampling, **taken), set_by_user=set_by_user, authors=frozenset(taken)
+    )
 
 
 def _checked(values: Mapping[str, object], path: Path) -> SamplingParams:

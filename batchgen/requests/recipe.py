@@ -30,7 +30,7 @@ class Recipe:
     generation_config: str = "none"
     """Whose `generation_config.json` says what neither a row nor `sampling` says: none, auto (the model's own), or that
     of a folder."""
-    chosen: frozenset[str] = frozenset()
+    set_by_user: frozenset[str] = frozenset()
     """Names of what stays in `sampling` although it is the default; what is not the default stays anyway."""
     authors: frozenset[str] = frozenset()
     """Names of what in `sampling` is from a `generation_config.json`; a run finds them out itself."""
@@ -51,7 +51,7 @@ class Recipe:
     @property
     def knows_temperature(self) -> bool:
         """Whether somebody has said how freely to sample, or greedy is what the command does anyway."""
-        return self.generation_config == "none" or "temperature" in self.chosen | self.authors
+        return self.generation_config == "none" or "temperature" in self.set_by_user | self.authors
 
     @property
     def authors_length(self) -> int | None:

@@ -82,12 +82,12 @@ def _read_saved_types(model: Path) -> set[str]:
     return types
 
 
-def _find_largest_group(wanted: list[tuple[str, Parameter]], parameters: Parameters, bits: Bits, most: int) -> int:
-    """Returns the largest group size up to `most` that divides every last dimension; 0: none does."""
+def _find_largest_group(wanted: list[tuple[str, Parameter]], parameters: Parameters, bits: Bits, limit: int) -> int:
+    """Returns the largest group size up to `limit` that divides every last dimension; 0: none does."""
     columns = {parameter.shape[-1] for _, parameter in wanted}
     if any(last * bits % (8 * parameters.dtype.itemsize) for last in columns):
         return 0
-    return next((size for size in range(most, 0, -1) if all(last % size == 0 for last in columns)), 0)
+    return next((size for size in range(limit, 0, -1) if all(last % size == 0 for last in columns)), 0)
 
 
 def plan_quantized(parameters: Parameters, bits: Bits, group_size: int) -> Parameters:
