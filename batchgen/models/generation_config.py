@@ -75,9 +75,8 @@ def with_authors_sampling(recipe: Recipe, model: str, *, say: bool) -> Recipe:
     taken = {name: getattr(checked, name) for name in values if name not in set_by_user}
     if say:
         _say(path, taken, given)
-    return replace(
-        recipe, sampling=replace(recipe.sampling, **taken), set_by_user=set_by_user, authors=frozenset(taken)
-    )
+    sampling = replace(recipe.sampling, **taken)
+    return replace(recipe, sampling=sampling, set_by_user=set_by_user, authors=frozenset(taken))
 
 
 def _checked(values: Mapping[str, object], path: Path) -> SamplingParams:

@@ -65,7 +65,7 @@ def test_what_vllm_takes_is_taken(tmp_path: Path, values: dict[str, Any], expect
 
 def test_what_the_recipe_chooses_wins_the_default_too(tmp_path: Path) -> None:
     model = folder(tmp_path / "model", **AUTHORS)
-    other = Recipe(sampling=SamplingParams(top_p=0.5), generation_config="auto", chosen=frozenset({"temperature"}))
+    other = Recipe(sampling=SamplingParams(top_p=0.5), generation_config="auto", set_by_user=frozenset({"temperature"}))
     found = with_authors_sampling(other, model, say=False).sampling
     assert (found.temperature, found.top_p, found.top_k) == (0.0, 0.5, 20)
 
@@ -127,7 +127,7 @@ def test_a_body_wins_over_the_author_and_the_authors_length_goes_as_far_as_the_c
 
 def test_who_gets_a_greedy_answer_without_having_asked_is_told(caplog: pytest.LogCaptureFixture) -> None:
     told = 'neither the body nor generation_config.json sets "temperature": its answer is greedy'
-    asked = Recipe(generation_config="auto", chosen=frozenset({"temperature"}))
+    asked = Recipe(generation_config="auto", set_by_user=frozenset({"temperature"}))
     for recipe, body in ((Recipe(), {}), (asked, {}), (Recipe(generation_config="auto"), {"temperature": 0})):
         read(recipe, body)
     assert told not in caplog.text
