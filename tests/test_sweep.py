@@ -19,11 +19,13 @@ KINDS = (
     "bart",  # learned positions that it counts by itself, padding too
     "roberta",  # a forward over the whole row counts other positions than `generate` does
     "gemma3_text",  # windows and whole attention in turn
+    "gemma4_text",  # sizes that differ by layer
     "qwen3_moe",  # experts
     "mamba",  # a state in place of attention
     "granitemoehybrid",  # both
     "rwkv",  # a state that takes in what a row is padded with
     "mistral3",  # sees
+    "paligemma",  # sees, and looks at its prompt in both directions
     "qwen2_5_vl",  # sees, and has positions in time, height and width
 )
 
@@ -61,7 +63,7 @@ def test_padding_that_changes_a_row_is_found(kind: str, tmp_path: Path, monkeypa
     assert outcome.detail.startswith("self-test: ")
 
 
-@pytest.mark.parametrize("kind", ["blip", "idefics", "reformer"])
+@pytest.mark.parametrize("kind", ["blip", "idefics", "reformer", "janus"])
 def test_a_kind_that_does_not_continue_texts_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     (outcome,) = sweep(kind, ["accelerate"], tmp_path).outcomes.values()
     assert outcome.word == "refused"

@@ -48,6 +48,7 @@ _REFUSED = {
     "vision-encoder-decoder": _WITH_AN_ENCODER,
     "blt": "its config does not say how many layers it has, without which Transformers makes no cache for it",
     "diffusion_gemma": "it fills in blocks of text, and Transformers does not let it continue a text token by token",
+    "janus": "its `generate` in Transformers passes no logits processors on: no row could be sampled or checked",
     "pi0": "it moves a robot, and generates no text",
     "reformer": "its attention groups tokens by random numbers, so that no text of it can be generated twice, and its "
     "cache in Transformers does not know padding",

@@ -12,11 +12,11 @@ import torch
 
 from tests.sweep.compare import ENGINES, Swept, sweep
 from tests.sweep.kinds import ALL
-from tests.sweep.table import PAGE, write
+from tests.sweep.table import PAGE, read_promised, write
 
 
 def main(arguments: list[str]) -> int:
-    """The exit code: 1 if a kind differs or fails, or `--engine auto` cannot choose for it."""
+    """The exit code: 1 if a kind differs, fails or does not run as the page says, or `--engine auto` cannot choose."""
     parser = argparse.ArgumentParser(prog="scripts/sweep", description=__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help="kinds as config.json has them (model_type); all")
     parser.add_argument("--engine", action="append", choices=ENGINES, help="one of the engines; may be repeated; all")
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--write takes all kinds and engines")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    promised = read_promised()
     swept = []
     for kind in given.kinds or ALL:
         with tempfile.TemporaryDirectory(prefix="batchgen-sweep-") as folder:
@@ -36,7 +37,11 @@ def main(arguments: list[str]) -> int:
         _say(swept[-1])
     if given.write:
         write(swept)
-    wrong = [one.kind for one in swept if one.is_wrong]
+    ran = {(one.kind, name) for one in swept for name, outcome in one.outcomes.items() if outcome.word == "equal"}
+    compared = {(one.kind, name) for one in swept for name in one.outcomes}
+    for kind, name in sorted((promised & compared) - ran):
+        _print(f"{kind} {name}: {PAGE} says that it runs")
+    wrong = [one.kind for one in swept if one.is_wrong or any((one.kind, n) in promised - ran for n in one.outcomes)]
     _print(f"{len(swept)} kinds, {len(wrong)} wrong{': ' if wrong else ''}{', '.join(wrong)}")
     return int(bool(wrong))
 

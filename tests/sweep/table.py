@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def write(swept: Sequence[Swept]) -> None:
     for one in sorted(rest, key=lambda one: one.kind):
         text += f"| `{one.kind}` | {_cell(one.impossible)} |\n"
     PAGE.write_text(text, encoding="utf-8")
+
+
+def read_promised() -> set[tuple[str, str]]:
+    """Kinds and engines that the page says run together."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    cells = ((kind, row.split(" | ")[: len(ENGINES)]) for kind, row in rows)
+    return {(kind, name) for kind, words in cells for name, word in zip(ENGINES, words, strict=False) if word == "yes"}
 
 
 def _is_refused(one: Swept) -> bool:
