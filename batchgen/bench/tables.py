@@ -123,11 +123,6 @@ def _details(results: Sequence[Result], mode: CountMode) -> str:
     return table(header, lines)
 
 
-def _job_title(job: str) -> str:
-    """What a table calls a job."""
-    return "the article's table" if job == ARTICLE_JOB else job
-
-
 def _batch(result: Result) -> str:
     """Rows of a stream: a continuous engine may have had fewer of them in work, and is timed all the same."""
     whole = result.batch is None or result.fits is None or result.fits >= result.batch
@@ -183,7 +178,7 @@ def _scaling(results: Sequence[Result], mode: CountMode) -> str | None:
     lines = [
         [
             system,
-            _job_title(job),
+            job,
             batch or "",
             *(f"{speed[n] / speed[min(speed)]:.2f}" if n in speed else "" for n in counts),
         ]
@@ -260,7 +255,7 @@ def compare(first: Folder, second: Folder, mode: CountMode) -> str:
         cells = [_speed(earlier, mode), _speed(later, mode)]
         both = earlier.outcome == later.outcome == "ok"
         ratio = f"{later.per_second(mode) / earlier.per_second(mode):.2f}" if both else ""
-        lines.append([later.system, later.ranks, _job_title(later.job), later.batch or "", *cells, ratio])
+        lines.append([later.system, later.ranks, later.job, later.batch or "", *cells, ratio])
     return table(["system", "ranks", "job", "batch", f"{first.path}", f"{second.path}", "ratio"], lines)
 
 

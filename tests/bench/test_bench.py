@@ -150,10 +150,11 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
         (["--random-weights", "x", "--model", "y"], "name two models"),
         (["--mixed", "3", "--input", "p"], "name different jobs"),
         (["compare", "a", "b"], "a is not a bench folder"),
-        (["--engines", "echo", "-o", "tiny.json"], "tiny.json is a file, not a folder. Choose another folder with -o"),
+        (["--engines", "echo", "-o", "notes"], "notes is a file, not a folder. Choose another folder with -o"),
     ],
 )
 def test_what_cannot_be_measured_is_a_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("no bench")
     done = here(tmp_path, *words)
     assert done.exit_code == 4
     assert sentence in done.output
