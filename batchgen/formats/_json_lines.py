@@ -123,7 +123,7 @@ def _id_in(pairs: Iterable[tuple[str, object]]) -> str | None:
     return None
 
 
-_FIRST_KEY = re.compile(r'\s*\{\s*"(custom_id|id)"\s*:\s*("[^"\\\x00-\x1f]*"|\d{1,18}(?=\s*,))')
+_FIRST_KEY = re.compile(r'\s*\{\s*"(custom_id|id)"\s*:\s*("[^"\\\x00-\x1f]*"|(?:0|[1-9]\d{0,17})(?=\s*,))')
 _UNREADABLE = re.compile("[\ufffd\ud800-\udfff]")
 
 _KINDS = {

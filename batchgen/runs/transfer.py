@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:  # its import takes a tenth of a second, which most runs do wi
     import requests
 
 _TRIES = 5  # vLLM's number, for PUT
-_BACKOFF_SECONDS = 2.5  # before the second repetition; it doubles with each one after
+_BACKOFF_SECONDS = 1.5  # before the second repetition of a PUT; it doubles with each one after, to some 20 s in all
+_GET_BACKOFF_SECONDS = 0.25  # of a GET, whose address may be wrong: some 3 s in all
 _TIMEOUT_SECONDS = 1000  # without a byte
 _PIECE_BYTES = 1 << 20
 
@@ -28,21 +30,20 @@ def fetch(url: str, place: Path) -> None:
     Raises:
         OSError: it cannot be read, or `place` cannot be written.
     """
-    from requests.exceptions import ChunkedEncodingError
-
     headers = {"Accept-Encoding": "identity"}  # a file that is compressed stays so
     with (
         replacing(place, durable=False) as scratch,
         open(scratch, "xb") as file,
-        _session(retry_statuses=range(500, 600)) as session,
-        session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS) as answer,
+        _session(range(500, 600), _GET_BACKOFF_SECONDS) as session,
     ):
-        _check_status(answer)
-        try:
-            for piece in answer.iter_content(_PIECE_BYTES):
-                file.write(piece)
-        except ChunkedEncodingError as error:
-            raise OSError(f"it broke off after {file.tell()} bytes") from error
+        with _errors_without_the_url():
+            answer = session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS)
+        with answer:
+            _check_status(answer)
+            pieces = answer.iter_content(_PIECE_BYTES)
+            with _errors_without_the_url("it broke off after {} bytes", file.tell):
+                for piece in pieces:
+                    file.write(piece)
 
 
 def put(generations: Path, url: str) -> None:
@@ -53,11 +54,41 @@ def put(generations: Path, url: str) -> None:
     """
     # A signed URL is for one content type.
     headers = {"Content-Type": "application/octet-stream"}
-    with _session(retry_statuses=range(400, 600)) as session, open(generations, "rb") as body:
-        _check_status(session.put(url, data=body, headers=headers, timeout=_TIMEOUT_SECONDS))
+    with _session(range(400, 600), _BACKOFF_SECONDS) as session, open(generations, "rb") as body:
+        with _errors_without_the_url():
+            answer = session.put(url, data=body, headers=headers, timeout=_TIMEOUT_SECONDS)
+        _check_status(answer)
 
 
-def _session(retry_statuses: Collection[int]) -> requests.Session:
+@contextmanager
+def _errors_without_the_url(broken_off: str = "", count: Callable[[], int] | None = None) -> Iterator[None]:
+    """Raises the errors of the library in words of our own: its words hold the URL, which may be signed.
+
+    Args:
+        broken_off: what is said of a connection that breaks off in the middle, with the number that `count` gives.
+    """
+    from requests.exceptions import ChunkedEncodingError, RequestException
+
+    try:
+        yield
+    except ChunkedEncodingError:
+        raise OSError(broken_off.format(count() if count else 0)) from None
+    except RequestException as error:
+        raise OSError(_find_cause(error)) from None
+
+
+def _find_cause(error: BaseException) -> str:
+    """What the operating system said, if it said anything; else the kind of error."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        reasons = [getattr(inner, "reason", None), *inner.args, inner.__cause__, inner.__context__]
+        inner = next((reason for reason in reasons if isinstance(reason, BaseException)), None)
+    return type(error).__name__
+
+
+def _session(retry_statuses: Collection[int], backoff_seconds: float) -> requests.Session:
     import requests
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
@@ -66,7 +97,7 @@ def _session(retry_statuses: Collection[int]) -> requests.Session:
         _TRIES - 1,
         status_forcelist=retry_statuses,
         allowed_methods=None,  # every method: a PUT of the whole file can be repeated
-        backoff_factor=_BACKOFF_SECONDS,
+        backoff_factor=backoff_seconds,
         raise_on_status=False,
     )
     session = requests.Session()
@@ -77,5 +108,5 @@ def _session(retry_statuses: Collection[int]) -> requests.Session:
 
 
 def _check_status(answer: requests.Response) -> None:
-    if not answer.ok:  # in words of our own: those of the library hold the URL, which may be signed
+    if not answer.ok:
         raise OSError(f"HTTP Error {answer.status_code}: {answer.reason}")

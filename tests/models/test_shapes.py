@@ -65,7 +65,8 @@ def test_a_shape_that_is_none_is_a_sentence(tmp_path: Path) -> None:
 FILLED = """
 import sys
 from pathlib import Path
-from batchgen.engine import Setup, find, parse_options
+from batchgen.engine import Setup
+from batchgen.engines import find, parse_options
 from batchgen.types import Prompt, SamplingParams
 from batchgen.world import World
 name, folder = sys.argv[1:]

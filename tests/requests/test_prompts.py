@@ -392,7 +392,12 @@ SETTINGS_OF_OTHERS: dict[str, object] = {
 }
 
 
-def test_what_somebody_may_take_for_a_setting_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_somebody_may_take_for_a_setting_is_reported_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a command line that ran in this process: it says a warning once.
+    monkeypatch.setattr(logging.getLogger("batchgen.requests.prompts"), "filters", [])
+
     def said(recipe: Recipe, *values: object) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="batchgen.requests.prompts"):

@@ -15,7 +15,7 @@ FULL = """
 import shutil
 def full(*files):
     raise OSError(28, "No space left on device")
-shutil.copyfileobj = full
+shutil.copyfile = full
 """
 
 BATCHGEN = Path(sys.executable).with_name("batchgen")
