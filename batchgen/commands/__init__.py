@@ -3,7 +3,6 @@ with _ is no command, but shared by some."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import pkgutil
@@ -17,13 +16,16 @@ from typing import Any
 import click
 
 from batchgen.redaction import redact
-from batchgen.types import ExitCode
 
 
 class CommandError(click.ClickException):
     """Could not run: a sentence for the person at the terminal."""
 
-    exit_code = ExitCode.CANNOT_RUN
+    def __init__(self, message: str) -> None:
+        from batchgen.types import ExitCode  # a sixth of what `--help` costs
+
+        super().__init__(message)
+        self.exit_code = ExitCode.CANNOT_RUN  # type: ignore[misc]  # of each error, where Click has one for all
 
     def format_message(self) -> str:
         return redact(self.message, os.environ)
@@ -32,7 +34,11 @@ class CommandError(click.ClickException):
 class Unfinished(CommandError):
     """All is recorded, and the same command goes on from there."""
 
-    exit_code = ExitCode.RESUMABLE
+    def __init__(self, message: str) -> None:
+        from batchgen.types import ExitCode
+
+        super().__init__(message)
+        self.exit_code = ExitCode.RESUMABLE  # type: ignore[misc]  # of each error, where Click has one for all
 
 
 class _Commands(click.Group):
@@ -210,6 +216,8 @@ class _WarningsOfColumns:
             return False
         self._logged.add(about)
         if _WARNED in os.environ:
+            import hashlib
+
             try:
                 mark = hashlib.sha256(about.encode("utf-8", "backslashreplace")).hexdigest()
                 (Path(os.environ[_WARNED]) / mark).touch(exist_ok=False)

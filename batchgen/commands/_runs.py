@@ -60,7 +60,7 @@ def carry_out(inputs: Sequence[str], out: str | None, options: Mapping[str, Any]
         if sentence is None:
             _die(error, who)
         if launcher.tell_starter(redact(sentence, os.environ), os.environ):
-            sys.exit(CommandError.exit_code)
+            sys.exit(ExitCode.CANNOT_RUN)
         raise CommandError(who + sentence) from error
     except (Exception, KeyboardInterrupt) as error:
         _die(error, who)
