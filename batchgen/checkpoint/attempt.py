@@ -88,14 +88,14 @@ class Attempt:
         if self.ended is not None or seen is False:
             return False
         if world.job and self.claim.get("job") == world.job and int(self.claim.get("restarts", 0)) < world.restarts:
-            return seen or False  # Slurm has ended it to start us
+            return seen or False  # Slurm has restarted the job: only a process that is seen on this host still works
         return seen
 
     def is_here(self) -> bool | None:
         """Whether one of its processes exists, as far as this host can tell; None if one works where we cannot look."""
         heartbeats = self.heartbeats().values()
         working = [heartbeat for heartbeat in heartbeats if heartbeat.get("state") not in FINAL]
-        # If the claim is damaged, only the ranks tell of the attempt; a rank that has ended may be merging.
+        # If the claim is damaged, only heartbeats show that the attempt exists; a rank that has ended may be merging.
         processes = (self.claim, *working) if self.claim or not heartbeats else heartbeats
         seen = [exists(process) for process in processes]
         if True in seen:

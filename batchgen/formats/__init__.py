@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does wi
 
 Value = Mapping[str, object] | RowError  # the columns of one row, or why they could not be read
 
-_PIECE_ROWS, _PIECE_BYTES = 1024, 1 << 22  # of a typed file, that become Python objects at once, at most about
+_PIECE_ROWS, _PIECE_BYTES = 1024, 1 << 22  # roughly the most of a typed file that becomes Python objects at once
 
 
 class InputError(UserError):
@@ -93,7 +93,7 @@ class Source(ABC):
         """
         self.path, self.name, self._original = path, name, original
         self._cursor: tuple[Generator[tuple[int, pa.RecordBatch], int | None, None], int, pa.RecordBatch] | None = None
-        self.kept = cache / f"{number:05d}"  # an ending of its own for each file of a format
+        self.kept = cache / f"{number:05d}"  # where the run keeps it; each file of a format has an ending of its own
         self.cache = self.kept if into is None else into / self.kept.name  # what is read now
         try:
             self._stamps = self._stamp()  # before the scan: what changes meanwhile shows too
@@ -119,7 +119,9 @@ class Source(ABC):
         name, self.scanned = self.name, self.scan()
         self.check_original(self.scanned.digest)
         if self._original is not None:
-            self.name = self._original.name if self._original.digest else self._name_left() or self._original.name
+            self.name = (
+                self._original.name if self._original.digest else self._read_cached_name() or self._original.name
+            )
         record = into / self._record.name
         write_atomic(record, json.dumps([name, *self.scanned, self.name]).encode(), durable=False)
 
@@ -132,8 +134,8 @@ class Source(ABC):
         if self._original is not None and self._original.digest not in ("", digest):
             raise Changed(self.path)
 
-    def _name_left(self) -> str | None:
-        """What an accepted start called the same bytes, as the cache has it; None if that is not there."""
+    def _read_cached_name(self) -> str | None:
+        """The name under which an earlier start read a file with the same content; None: the cache does not say."""
         try:
             name, digest, *_, first = json.loads(self._record.read_bytes())
         except (FileNotFoundError, ValueError, TypeError):
@@ -142,7 +144,7 @@ class Source(ABC):
         return str(first if isinstance(first, str) else name) if digest == self.scanned.digest else None
 
     def settle(self) -> None:
-        """Reads what the scan has found from the cache from now on, where it has been moved."""
+        """The result of the scan has been moved into the cache of the run; from now on it is read there."""
         self.cache = self.kept
 
     def __len__(self) -> int:
@@ -237,7 +239,7 @@ class Source(ABC):
     def pieces(self) -> Generator[tuple[int, pa.RecordBatch], int | None, None]:
         """The rows of a typed file in order, few at a time, after the number of their first.
 
-        Sent the number of a row, it leaves out the blocks before that one. Raises InputError.
+        If the number of a row is sent to the generator, it skips the blocks before that row. Raises InputError.
         """
         import pyarrow as pa
 

@@ -160,8 +160,9 @@ class _Search:
             f"; {_in_words(forecast)} does not fit: {forecast.why_not}" for forecast in forecasts if forecast.why_not
         )
         others = [name for name in self.engines if name not in {forecast.engine for forecast in forecasts}]
-        if not self.nodes.machine.gpus and others:
-            why += f"; made for GPUs, and there is none here: {', '.join(others)}"
+        for_gpus = [name for name in others if not find_engine(name).serves_cpu]
+        if not self.nodes.machine.gpus and for_gpus:
+            why += f"; made for GPUs, and there is none here: {', '.join(for_gpus)}"
         return fastest, why
 
     def _types(self) -> tuple[Any, Literal[0, 4, 8]]:

@@ -1,4 +1,7 @@
-"""The stop request: set once by a signal, a full disk or too many failed rows, asked for before every decode step."""
+"""The stop request: signals set it here, a full disk or too many failed rows in `worker`, a lost rank in `launcher`.
+
+Engines look at it before every decode step.
+"""
 
 from __future__ import annotations
 

@@ -58,9 +58,9 @@ class StreamWorker:
             attempt.folder.path, attempt.number, self.stream.index, world.rank, _renderer(ready, attempt)
         )
         self._engine: Engine | None = None
-        self._in_work: dict[int, str] = {}  # ids of the prompts that the engine has and has not answered, by their row
+        self._in_work: dict[int, str] = {}  # ids of the prompts that the engine has not finished, by their row
         self._refused: list[Generation] = []  # rows that became no prompt, waiting for the next commit
-        self._refused_before = 0  # rows that an earlier attempt has refused and recorded, met again
+        self._refused_before = 0  # rows refused again, which an earlier attempt has recorded
         self._mark = time.perf_counter()
         self._state = "loading"
         self._ready_at: float | None = None
@@ -88,8 +88,8 @@ class StreamWorker:
 
     def _generate(self, heartbeat: Heartbeat) -> None:
         prompts = self._queue(heartbeat)
-        # Before the engine, so that a start with nothing left to generate costs no loading. Engines whose ranks call
-        # together are made on every rank: the others wait for this one.
+        # Before the engine, so that a start with nothing left to generate loads no model. If the ranks make collective
+        # calls, every rank must make the engine, because the others wait for it.
         first = next(prompts, None)
         together = self._ready.kind.will_call_together(self._ready.options) and self._anything_open()
         if self._stop() and not together:
