@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from batchgen.engine import Engine, EngineError, Setup, Tokenizer
-from batchgen.models.chat_template import join_texts
+from batchgen.models.message_content import join_texts
 from batchgen.types import Batch, Generation, Prompt, Tokens
 
 _ROWS = 4096  # in a batch: more would cost fewer commits, and more for memory that is no longer in the cache

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchgen.models.chat_template import ChatTemplate, Message
 from batchgen.models.definition.build import build_empty
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.models.generation_config import read_generation_config
+from batchgen.models.message_content import ChatTemplate, Message
 from batchgen.requests.refusal import quote
 from batchgen.types import Tokens
 

@@ -17,12 +17,12 @@ from typing import Any
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
 from batchgen.engines.paged import models, sizing
+from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.lockstep import Follower, Leader
 from batchgen.engines.paged.loop import PROMPTS_AT_ONCE, Loop
 from batchgen.engines.paged.pages import PAGE_SIZE
-from batchgen.engines.paged.peers import Alone
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.engines.paged.step import StepLimits

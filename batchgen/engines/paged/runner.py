@@ -17,11 +17,11 @@ import torch.nn.functional as F
 
 from batchgen.engine import Peers
 from batchgen.engines.paged import models, sampling
+from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.graphs import Graphs, choose_graph_size
 from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.layout import Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.pages import PAGE_SIZE
-from batchgen.engines.paged.peers import Alone
 from batchgen.engines.paged.step import Step, StepLimits
 from batchgen.engines.paged.step_buffers import StepArrays, StepBuffers
 from batchgen.generation.finite import are_finite

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batchgen.engine import EngineError
-from batchgen.models.chat_template import ChatTemplate, loops_over_content
+from batchgen.models.message_content import ChatTemplate, loops_over_content
 from batchgen.models.tokenizer import HfTokenizer
 from tests.conversations import EITHER, PARTS_ALONE, TEMPLATES, TOOL, families, family, joined, parts, save, split
 from tests.fuzz.conversations import case
