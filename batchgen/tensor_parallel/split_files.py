@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,11 @@ class _RankWriter:
         names: list[str] = []
         for tensors in _divide(model):
             names.append(f"rank-{rank:05d}-{len(names) + 1:05d}.safetensors")
-            save_file(tensors, self.out / names[-1])
+            path = self.out / names[-1]
+            path.touch()
+            mode = stat.S_IMODE(path.stat().st_mode)
+            save_file(tensors, path)
+            path.chmod(mode)  # safetensors makes a file that others cannot read, whatever the umask
         return names
 
     def describe(self, rank: int, names: Sequence[str]) -> str:

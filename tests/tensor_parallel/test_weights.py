@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -139,6 +140,8 @@ def test_files_by_rank_hold_the_same_shares_and_name_their_origin(large: Path, t
 
 def test_broken_files_by_rank_are_sentences(tiny_bloom: Path, tmp_path: Path) -> None:
     out = write_split(resolved(tiny_bloom), tmp_path / "parts", 2, "float32", lambda sentence: None)
+    modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert modes == {0o666 & ~_umask()}, "all files are as open as the user wants"
     found = split_folder.read(out)
     assert found is not None
     [name] = found.files[0]
@@ -168,3 +171,9 @@ def test_a_model_that_cannot_be_split_leaves_nothing_behind(tiny_llama: Path, tm
     with pytest.raises(EngineError, match="tp can be 1 to 2"):
         write_split(resolved(tiny_llama), tmp_path / "parts", 4, "auto", lambda sentence: None)
     assert not list(tmp_path.iterdir())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
