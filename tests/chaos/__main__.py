@@ -53,19 +53,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="batchgen-chaos-"))
     ground, begun, totals = Ground(folder), time.monotonic(), Totals()
     product = plant(asked.plant, folder / "planted") if asked.plant else ROOT
-    for seed, engine, steps in _drawn(asked):
-        place = folder / str(seed)
-        place.mkdir()
-        totals.engines[engine] += 1
-        totals.drawn.update(step.kind for step in steps if step.kind != "none")
-        try:
-            _live(seed, engine, steps, place, ground, product, totals)
-        except Fault as fault:
-            totals.wrong.append(fault)
-            say(f"seed {seed}, {engine}: FAILED, all is in {place}: {str(fault)[:8000]}")
-            continue
-        shutil.rmtree(place)
-        ground.forget(seed, engine)
+    try:
+        for seed, engine, steps in _drawn(asked):
+            place = folder / str(seed)
+            place.mkdir()
+            try:
+                _live(seed, engine, steps, place, ground, product, totals)
+            except Fault as fault:
+                totals.wrong.append(fault)
+                say(f"seed {seed}, {engine}: FAILED, all is in {place}: {str(fault)[:8000]}")
+            else:
+                shutil.rmtree(place)
+                ground.forget(seed, engine)
+            totals.engines[engine] += 1
+            totals.drawn.update(step.kind for step in steps if step.kind != "none")
+    except (KeyboardInterrupt, SystemExit):
+        say("stopped early: the history under way is not counted")
     _sum_up(totals, time.monotonic() - begun)
     if not totals.wrong:
         shutil.rmtree(folder)
