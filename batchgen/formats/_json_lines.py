@@ -16,6 +16,7 @@ from typing import Any, Never
 from batchgen.types import RowError
 
 DEEPEST = 200  # levels of lists and objects; Python's json reads about 1000, but cannot write as many everywhere
+_TOO_DEEP = f"has lists or objects more than {DEEPEST} levels deep"
 BOM = b"\xef\xbb\xbf"
 
 
@@ -58,20 +59,20 @@ def read_carefully(raw: bytes, line: int, name: str) -> dict[str, object] | RowE
     try:
         value = DECODER.decode(raw.decode())
     except UnicodeDecodeError as error:
-        return _malformed(
-            line, name, f"is not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}", _find_id(raw)
-        )
+        why = f"is not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}"
     except json.JSONDecodeError as error:
         hint = "; lines must end in LF or CRLF, not in CR alone" if b"\r" in raw.strip() else ""
         what = error.msg.removesuffix(" at")
-        return _malformed(line, name, f"is not valid JSON: {what} at column {error.pos + 1}{hint}", _find_id(raw))
+        why = f"is not valid JSON: {what} at column {error.pos + 1}{hint}"
     except RecursionError:
-        return _malformed(line, name, f"has lists or objects more than {DEEPEST} levels deep", _find_id(raw))
+        why = _TOO_DEEP
     except ValueError as error:
-        return _malformed(line, name, f"is not valid JSON: {error}", _find_id(raw))
-    if not isinstance(value, dict):
-        return RowError("wrong_type", f"line {line} of {name} holds {_KINDS[type(value)]}, not an object", line)
-    return writable(value, line, name)
+        why = f"is not valid JSON: {error}"
+    else:
+        if not isinstance(value, dict):
+            return RowError("wrong_type", f"line {line} of {name} holds {_KINDS[type(value)]}, not an object", line)
+        return writable(value, line, name)
+    return _malformed(line, name, why, _find_id(raw))
 
 
 def writable(value: dict[str, object], line: int, name: str) -> dict[str, object] | RowError:
@@ -81,7 +82,7 @@ def writable(value: dict[str, object], line: int, name: str) -> dict[str, object
         parts = chain.from_iterable(part.values() if isinstance(part, dict) else part for part in level)
         level = [part for part in parts if isinstance(part, (dict, list))]
     if level:
-        return _malformed(line, name, f"has lists or objects more than {DEEPEST} levels deep", _id_in(value.items()))
+        return _malformed(line, name, _TOO_DEEP, _id_in(value.items()))
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,8 @@ def fetch(url: str, place: Path) -> None:
     Raises:
         OSError: it cannot be read, or `place` cannot be written.
     """
+    from requests.exceptions import ChunkedEncodingError
+
     headers = {"Accept-Encoding": "identity"}  # a file that is compressed stays so
     with (
         replacing(place, durable=False) as scratch,
@@ -40,10 +42,12 @@ def fetch(url: str, place: Path) -> None:
             answer = session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_SECONDS)
         with answer:
             _check_status(answer)
-            pieces = answer.iter_content(_PIECE_BYTES)
-            with _errors_without_the_url("it broke off after {} bytes", file.tell):
-                for piece in pieces:
-                    file.write(piece)
+            with _errors_without_the_url():
+                try:
+                    for piece in answer.iter_content(_PIECE_BYTES):
+                        file.write(piece)
+                except ChunkedEncodingError:
+                    raise OSError(f"it broke off after {file.tell()} bytes") from None
 
 
 def put(generations: Path, url: str) -> None:
@@ -61,18 +65,12 @@ def put(generations: Path, url: str) -> None:
 
 
 @contextmanager
-def _errors_without_the_url(broken_off: str = "", count: Callable[[], int] | None = None) -> Iterator[None]:
-    """Raises the errors of the library in words of our own: its words hold the URL, which may be signed.
-
-    Args:
-        broken_off: what is said of a connection that breaks off in the middle, with the number that `count` gives.
-    """
-    from requests.exceptions import ChunkedEncodingError, RequestException
+def _errors_without_the_url() -> Iterator[None]:
+    """Raises the errors of the library in words of our own: its words hold the URL, which may be signed."""
+    from requests.exceptions import RequestException
 
     try:
         yield
-    except ChunkedEncodingError:
-        raise OSError(broken_off.format(count() if count else 0)) from None
     except RequestException as error:
         raise OSError(_find_cause(error)) from None
 
