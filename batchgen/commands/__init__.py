@@ -163,16 +163,9 @@ def log_to_stderr(rank: int, size: int) -> None:
     handler.setFormatter(Redacted(f"{who}: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("batchgen").setLevel(logging.INFO)
-    logged: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        text, count = record.getMessage(), len(logged)
-        logged.add(text)
-        return len(logged) > count
-
     # What is damaged in the run folder is met by every rank, and by this process each time it looks.
     damage = logging.getLogger("batchgen.checkpoint.records")
-    damage.addFilter(is_new)
+    damage.addFilter(_LoggedOnce())
     if rank > 0 or "BATCHGEN_STARTER" in os.environ:
         damage.setLevel(logging.ERROR)
     # What is wrong with a column is met by every rank, too, but a rare column by one of them alone.
@@ -203,18 +196,35 @@ def sharing_warnings() -> Iterator[None]:
             del os.environ[_WARNED]
 
 
-class _WarningsOfColumns:
-    """Lets a warning pass that no process of this start has logged; where the row stands makes no difference."""
+class _LoggedOnce:
+    """Lets a message pass that this process has not logged yet."""
 
     def __init__(self) -> None:
         self._logged: set[str] = set()
 
     def filter(self, record: Any) -> bool:
-        """Whether `record`, whose first argument is the place of a row, is new."""
-        about = repr((record.msg, record.args[1:]))
-        if about in self._logged:
-            return False
+        """Whether `record` is new."""
+        about = self._identify(record)
+        is_new = about not in self._logged
         self._logged.add(about)
+        return is_new
+
+    def _identify(self, record: Any) -> str:
+        """What two records have in common that say the same."""
+        return str(record.getMessage())
+
+
+class _WarningsOfColumns(_LoggedOnce):
+    """Lets a warning pass that no process of this start has logged; where the row stands makes no difference."""
+
+    def _identify(self, record: Any) -> str:
+        return repr((record.msg, record.args[1:]))  # the first argument is the place of a row
+
+    def filter(self, record: Any) -> bool:
+        """Whether `record` is new to all processes of this start."""
+        if not super().filter(record):
+            return False
+        about = self._identify(record)
         if _WARNED in os.environ:
             import hashlib
 

@@ -37,22 +37,22 @@ def carry_out(inputs: Sequence[str], out: str | None, options: Mapping[str, Any]
     """
     from batchgen import packages
     from batchgen.runs import flow, launcher
+    from batchgen.runs.role import Role
     from batchgen.types import UserError
     from batchgen.world import from_environment
 
     who = ""
     try:
-        world = from_environment(os.environ)
-        who = f"rank {world.rank}: " if world.size > 1 else ""
+        role = Role(from_environment(os.environ), os.environ, options["ranks"])
+        who = "" if role.is_single_process else f"rank {role.world.rank}: "
         if "BATCHGEN_STARTER" in os.environ:
             launcher.die_with(int(os.environ["BATCHGEN_STARTER"]))
-        log_to_stderr(world.rank, world.size)
+        log_to_stderr(role.world.rank, role.world.size)
         # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
         # its time.
         gc.set_threshold(100_000, 50, 100)
-        starts_ranks = options["ranks"] > 1 and world.size == 1
-        with results_only_on_stdout(), sharing_warnings() if starts_ranks else nullcontext():
-            return flow.run(inputs, out, settings_of(options), host=host_of(options)), world.size == 1
+        with results_only_on_stdout(), sharing_warnings() if role.launches_ranks else nullcontext():
+            return flow.run(inputs, out, settings_of(options), host=host_of(options)), role.is_single_process
     except flow.MergeError as error:
         raise Unfinished(str(error)) from error
     except (UserError, ImportError) as error:
