@@ -11,7 +11,7 @@ from typing import Any
 
 from batchgen.engine import Engine, EngineError, Setup, Tokenizer
 from batchgen.models.message_content import join_texts
-from batchgen.types import Batch, Generation, Prompt, Tokens
+from batchgen.types import Batch, Details, Generation, Prompt, Tokens
 
 _ROWS = 4096  # in a batch: more would cost fewer commits, and more for memory that is no longer in the cache
 
@@ -91,10 +91,11 @@ class Echo(Engine):
 def _echo(prompt: Prompt) -> Generation:
     room = prompt.params.max_new_tokens
     said = bytes(prompt.tokens[:room])
-    logprobs = texts = None
+    logprobs = details = None
     if prompt.params.logprobs:
-        logprobs, texts = [0.0] * len(said), [bytes([byte]).decode("utf-8", "replace") for byte in said]
+        logprobs = [0.0] * len(said)
+        details = Details(token_texts=[bytes([byte]).decode("utf-8", "replace") for byte in said])
     if len(prompt.tokens) <= room:
         text = prompt.text or said.decode("utf-8", "replace")
-        return Generation.of(prompt, text, "stop", len(said), logprobs, texts)
-    return Generation.of(prompt, said.decode("utf-8", "replace"), "length", room, logprobs, texts)
+        return Generation.of(prompt, text, "stop", len(said), logprobs, details)
+    return Generation.of(prompt, said.decode("utf-8", "replace"), "length", room, logprobs, details)

@@ -13,7 +13,7 @@ from transformers import StoppingCriteria
 
 from batchgen.generation.finite import NotFinite
 from batchgen.models.tokenizer import HfTokenizer
-from batchgen.types import FinishReason, Generation, Prompt
+from batchgen.types import Details, FinishReason, Generation, Prompt
 
 # A tail of tokens can begin in the middle of a character and may hold tokens without text (special ones).
 _TAIL_MARGIN = 8
@@ -90,7 +90,8 @@ def generation(
     kept = cut(text, prompt.params.stop)
     reason: FinishReason = "stop" if stopped or kept != text else "length"
     texts = None if logprobs is None or prompt.request is None else [tokenizer.token_text(token) for token in tokens]
-    return Generation.of(prompt, kept, reason, len(tokens), logprobs, texts)
+    details = None if texts is None else Details(token_texts=texts)
+    return Generation.of(prompt, kept, reason, len(tokens), logprobs, details)
 
 
 class Stopper(StoppingCriteria):

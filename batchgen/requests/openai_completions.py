@@ -28,9 +28,10 @@ def completion(
         name, kind = "chatcmpl-", "chat.completion"
         choice["message"] = {"role": "assistant", "content": generation.text, "refusal": None}
     shown_logprobs = None
-    if generation.logprobs is not None and generation.token_texts is not None:
+    texts = None if generation.details is None else generation.details.token_texts
+    if generation.logprobs is not None and texts is not None:
         show = openai_logprobs.of_completion if is_completion else openai_logprobs.of_chat
-        shown_logprobs = show(generation.token_texts, generation.logprobs)
+        shown_logprobs = show(texts, generation.logprobs)
     choice |= {"logprobs": shown_logprobs, "finish_reason": generation.finish_reason}
     if stop_reason:
         choice["stop_reason"] = None

@@ -111,8 +111,9 @@ def response(generation: Generation, digest: str, model: str, created: int) -> d
     cut_off = generation.finish_reason == "length"
     status = "incomplete" if cut_off else "completed"
     text: dict[str, object] = {"type": "output_text", "text": generation.text, "annotations": []}
-    if generation.logprobs is not None and generation.token_texts is not None:
-        text["logprobs"] = openai_logprobs.of_chat(generation.token_texts, generation.logprobs)["content"]
+    texts = None if generation.details is None else generation.details.token_texts
+    if generation.logprobs is not None and texts is not None:
+        text["logprobs"] = openai_logprobs.of_chat(texts, generation.logprobs)["content"]
     message = {"id": f"msg_{digest}", "type": "message", "role": "assistant", "status": status, "content": [text]}
     return {
         "id": f"resp_{digest}",

@@ -16,6 +16,7 @@ from batchgen.runs.prepare import Ready
 from batchgen.runs.role import Role
 from batchgen.types import FIT, Generation, SamplingParams
 
+_ALWAYS_RECORDED = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 _LOOKED_AT = 100  # rows, by a dry run
 _PACKAGES = ("batchgen", "torch", "transformers", "deepspeed", "accelerate", "datasets", "pyarrow", "tokenizers")
 
@@ -48,8 +49,10 @@ def _where_from(generation_config: str) -> str | None:
 
 
 def _sampling(params: SamplingParams) -> dict[str, object]:
-    # Folders of runs from before there were logprobs do not have them: they go on, without.
-    return {f"sampling.{name}": value for name, value in _values(params).items() if name != "logprobs" or value}
+    # The first ones are in every folder. The others are left out at their default, so that folders from before there
+    # was such a parameter go on.
+    recorded = {*_ALWAYS_RECORDED, *params.changed()}
+    return {f"sampling.{name}": value for name, value in _values(params).items() if name in recorded}
 
 
 def _values(params: SamplingParams) -> dict[str, object]:

@@ -19,7 +19,7 @@ from batchgen.checkpoint import CheckpointError
 from batchgen.requests.openai import Shape, answer, parse
 from batchgen.requests.openai_completions import CHAT, COMPLETIONS
 from batchgen.requests.refusal import Refused
-from batchgen.types import Generation
+from batchgen.types import Details, Generation
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 
 ALONE = Host(ENVIRONMENT)
@@ -62,7 +62,7 @@ def test_a_completion_asks_for_logprobs_with_a_number(value: object, expected: d
 
 def done(request: Mapping[str, object]) -> Generation:
     logprobs, texts = [-0.5, -float("inf"), 0.0], ["Hi", " ü", "</s>"]
-    return Generation(4, "r1", "Hi ü", "stop", 9, 3, None, {}, request, logprobs, texts)
+    return Generation(4, "r1", "Hi ü", "stop", 9, 3, None, {}, request, logprobs, Details(token_texts=texts))
 
 
 @pytest.mark.parametrize("shape", ["openai", "vllm"])

@@ -15,7 +15,7 @@ from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused
 from batchgen.runs.flow import Host, run
-from batchgen.types import Generation
+from batchgen.types import Details, Generation
 from tests.byte_tokenizer import request
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 
@@ -149,7 +149,7 @@ def test_the_answer_is_openais_response(reason: Any, status: str) -> None:
 def test_logprobs_come_where_they_are_included() -> None:
     asked = line(input="x", include=["message.output_text.logprobs"])
     assert parse(asked).sampling == {"logprobs": True}
-    made = Generation(4, "r1", "Hi", "stop", 1, 2, None, {}, asked, [-0.5, -1.0], ["H", "i"])
+    made = Generation(4, "r1", "Hi", "stop", 1, 2, None, {}, asked, [-0.5, -1.0], Details(token_texts=["H", "i"]))
     written: Any = answer(made, "m", 1, "openai")["response"]
     [text] = Response.model_validate(written["body"], strict=True).output[0].content  # type: ignore[union-attr]
     assert isinstance(text, ResponseOutputText)
