@@ -44,7 +44,15 @@ def job(name: str) -> list[Prompt]:
         return workloads.mixed(int(name.partition(":")[2]), 32_000, (8, 8), (100, 100))
     rows, prompt_tokens, new_tokens = JOBS[name.partition("+")[0]]
     prompts = workloads.mixed(rows, 32_000, prompt_tokens, new_tokens)
-    return [asking(prompt) for prompt in prompts] if name.endswith("+logprobs") else prompts
+    _, _, variant = name.partition("+")
+    if variant == "sampled":
+        return [with_params(prompt, temperature=0.8, top_p=0.95) for prompt in prompts]
+    return [with_params(prompt, logprobs=True) for prompt in prompts] if variant == "logprobs" else prompts
+
+
+def with_params(prompt: Prompt, **values: Any) -> Prompt:
+    """The same, with other sampling parameters."""
+    return replace(prompt, params=replace(prompt.params, **values))
 
 
 def timed(engine: Any, prompts: list[Prompt]) -> tuple[float, int]:
