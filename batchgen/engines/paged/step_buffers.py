@@ -54,9 +54,8 @@ class StepBuffers:
         self._arrays = torch.zeros(length, dtype=torch.int32, device=device)
         self._host = [self._pinned(length, torch.int32) for _ in range(_STEPS_AT_ONCE)]
         self._turn = 0
-        # Of each of the steps at once, [slots]: the tokens that were chosen for its rows, and their log-probabilities.
+        # Of each of the steps at once, [slots]: the tokens that were chosen for its rows.
         self.tokens = [self._pinned(slots, torch.long) for _ in range(_STEPS_AT_ONCE)]
-        self.logprobs = [self._pinned(slots, torch.float32) for _ in range(_STEPS_AT_ONCE)]
 
     def next_turn(self) -> int:
         """Which of the buffers the next step has."""
@@ -92,6 +91,10 @@ class StepBuffers:
     def send(self, values: torch.Tensor) -> torch.Tensor:
         """Sends a tensor of any size to the device."""
         return values.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else values
+
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        """Begins to copy a tensor of any size from the device; what comes is there once the stream has done it."""
+        return values.to("cpu", non_blocking=True)  # memory that PyTorch pins, and keeps until the copy is made
 
     def _pinned(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros that a GPU can be sent without waiting, if there is one."""
