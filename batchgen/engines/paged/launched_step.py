@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from batchgen.engines.paged.step import PromptPart, Step
-from batchgen.generation.choosing import TokenLogprobs
+from batchgen.generation.chosen import TokenLogprobs
 
 
 @dataclass

@@ -26,7 +26,9 @@ from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Step, StepLimits
 from batchgen.engines.paged.step_buffers import StepArrays, StepBuffers
 from batchgen.generation.choosing import TokenChooser
+from batchgen.generation.chosen import TokenLogprobs
 from batchgen.generation.finite import are_finite
+from batchgen.generation.logprobs import find_likeliest
 from batchgen.models import footprint
 
 NOT_FINITE = -1
@@ -158,7 +160,7 @@ class Runner:
                 assert launched.logits is not None
                 chosen = self.chooser.choose(launched.logits, launched.places, tokens)
                 tokens = chosen.tokens
-                launched.logprobs = chosen.logprobs and chosen.logprobs.to_host()
+                launched.logprobs = chosen.logprobs and self._buffers.fetch(chosen.logprobs)
             if step.is_chosen_apart:
                 self._last_tokens[launched.slots] = self._peers.tokens(tokens.clamp(min=0))
             launched.tokens[:rows].copy_(tokens, non_blocking=True)
@@ -264,8 +266,9 @@ class Runner:
             piece = slice(begin, begin + _PROMPT_ROWS_AT_ONCE)
             logits = self._head(hidden[places[piece]])
             if step.prompt_parts:
-                found = find_token_logprobs(logits, flat[piece], count)
-                launched.prompt_logprobs.append(found.to_host())
+                every = torch.arange(len(logits), device=self.device)
+                found = TokenLogprobs((), *find_likeliest(logits, every, flat[piece], count))
+                launched.prompt_logprobs.append(self._buffers.fetch(found))
 
     def _pad(self, size: int) -> StepArrays:
         """A step of nothing but padding."""
