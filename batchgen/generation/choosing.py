@@ -20,7 +20,7 @@ from batchgen.generation.row_groups import EditedPart, RowGroups
 from batchgen.generation.row_state import RowState
 from batchgen.generation.sampling import sample, sample_rows, send
 from batchgen.models.tokenizer import HfTokenizer
-from batchgen.types import Prompt
+from batchgen.types import Prompt, SamplingParams
 
 
 def is_chosen(prompt: Prompt) -> bool:
@@ -62,6 +62,8 @@ class TokenChooser:
         self._tokenizer, self._device, self._vocabulary = tokenizer, device, vocabulary
         self._seen, self._biases = SeenPool(vocabulary, device), BiasPool(vocabulary, device)
         self._rows: list[RowState | None] = [None] * places
+        nobody = Prompt(-1, "", 0, "", (), SamplingParams(), {})
+        self._nobody = RowState(nobody, (), tokenizer, self._seen, self._biases)
         self._groups: RowGroups | None = None  # of the places of the step before
 
     def begin(self, place: int, prompt: Prompt, generated: Sequence[int] = ()) -> None:
@@ -95,11 +97,11 @@ class TokenChooser:
 
         Args:
             logits: as the model gives them, [rows or more, vocabulary]; they are not changed.
-            places: of the rows, each of them once.
+            places: of the rows, each of them once; where a row has ended meanwhile, any token is chosen.
             best: the best token id of each row, int64 [rows or more]; negative where there is none (the logits are not
                 finite), which stays.
         """
-        rows = [self._row(place) for place in places]
+        rows = [self._rows[place] or self._nobody for place in places]
         groups = self._find_groups(rows)
         own = best[: len(rows)]
         tokens = own

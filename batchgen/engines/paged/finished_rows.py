@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -12,6 +13,7 @@ from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.engines.paged.step import Sequence
 from batchgen.generation import finite, refusals
 from batchgen.generation.choosing import TokenChooser
+from batchgen.generation.chosen import ChosenLogprob, TokenLogprobs
 from batchgen.generation.stopping import StopTexts, generation
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Generation, Prompt
@@ -46,14 +48,12 @@ class StepReader:
         signs: count the tokens.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, tokenizer: HfTokenizer, chooser: TokenChooser, signs: SignsOfLife
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, tokenizer: HfTokenizer, chooser: TokenChooser, signs: SignsOfLife) -> None:
         self._scheduler, self._tokenizer, self._chooser, self._signs = scheduler, tokenizer, chooser, signs
         self._end_tokens = frozenset(tokenizer.end_tokens)
         self._stop_texts: dict[Sequence, StopTexts] = {}
-        self._logprobs: dict[Sequence, list[TokenLogprob]] = {}
-        self._prompt_logprobs: dict[Sequence, list[TokenLogprob]] = {}
+        self._logprobs: dict[Sequence, list[ChosenLogprob]] = {}
+        self._prompt_logprobs: dict[Sequence, list[ChosenLogprob]] = {}
         self.has_read = False  # the tokens of a step
 
     def read(self, launched: LaunchedStep) -> list[FinishedRow]:
@@ -62,7 +62,7 @@ class StepReader:
         self.has_read = True
         self._read_prompt_logprobs(launched)
         self._read_logprobs(launched)
-        if step.is_chosen_apart:
+        if step.is_chosen:
             pairs = zip(step.sequences, tokens, strict=True)
             self._chooser.advance({s.slot: token for s, token in pairs if s.awaits_tokens and s.slot >= 0 <= token})
         finished: list[FinishedRow] = []
@@ -80,7 +80,7 @@ class StepReader:
             if is_stopped or len(sequence.tokens) == sequence.prompt_tokens + sequence.max_new_tokens:
                 generated = sequence.tokens[sequence.prompt_tokens :]
                 found = self._logprobs.get(sequence)
-                logprobs = None if found is None else [one for one, _, _ in found]
+                logprobs = None if found is None else [one.logprob for one in found]
                 self._end(sequence)
                 finished.append(FinishedRow(sequence.prompt, generated, is_stopped, logprobs))
         self._signs.generated_tokens += count
@@ -90,13 +90,13 @@ class StepReader:
         """Gives the log-probabilities of chosen tokens to the sequences that asked, those that have ended left out."""
         if launched.logprobs is None:
             return
-        for row, found in zip(launched.logprobs.rows, launched.logprobs.read(), strict=True):
+        for row, found in zip(launched.logprobs.rows, _read(launched.logprobs), strict=True):
             if launched.step.sequences[row].slot >= 0:
                 self._logprobs.setdefault(launched.step.sequences[row], []).append(found)
 
     def _read_prompt_logprobs(self, launched: LaunchedStep) -> None:
         """The same of prompts; one that is computed again from its beginning is read again, too."""
-        found = chain.from_iterable(piece.read() for piece in launched.prompt_logprobs)
+        found = chain.from_iterable(map(_read, launched.prompt_logprobs))
         for part in launched.step.prompt_parts:
             before = [] if part.begin == 1 else self._prompt_logprobs[part.sequence]
             self._prompt_logprobs[part.sequence] = [*before, *islice(found, part.end - part.begin)]
@@ -114,3 +114,8 @@ class StepReader:
         if texts is None:
             texts = self._stop_texts[sequence] = StopTexts.of([sequence.prompt], self._tokenizer)
         return bool(texts.append([token]))
+
+
+def _read(found: TokenLogprobs) -> Iterator[ChosenLogprob]:
+    numbers = (found.logprobs, found.top_ids, found.top_logprobs)
+    return map(ChosenLogprob, *(values.tolist() for values in numbers))

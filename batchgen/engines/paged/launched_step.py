@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from batchgen.engines.paged.step import PromptPart, Step
+from batchgen.engines.paged.step import Step
 from batchgen.generation.chosen import TokenLogprobs
 
 

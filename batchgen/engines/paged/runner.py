@@ -142,7 +142,7 @@ class Runner:
                     launched.slots = arrays.slots[rows]
                     launched.logits = self._head(hidden[rows])
                     self._choose_best(launched.logits, launched.slots)
-        if not (step.is_chosen_apart and any(sequence.awaits_tokens for sequence in step.sequences)):
+        if not (step.is_chosen and any(sequence.awaits_tokens for sequence in step.sequences)):
             self.choose(launched)
         return launched
 
@@ -156,12 +156,12 @@ class Runner:
         step, rows = launched.step, len(launched.step.rows)
         with torch.inference_mode():
             tokens = self._next_tokens[:rows]
-            if step.needs_logits and self.chooser is not None:
+            if step.is_chosen and self.chooser is not None:
                 assert launched.logits is not None
                 chosen = self.chooser.choose(launched.logits, launched.places, tokens)
                 tokens = chosen.tokens
                 launched.logprobs = chosen.logprobs and self._buffers.fetch(chosen.logprobs)
-            if step.is_chosen_apart:
+            if step.is_chosen:
                 self._last_tokens[launched.slots] = self._peers.tokens(tokens.clamp(min=0))
             launched.tokens[:rows].copy_(tokens, non_blocking=True)
         launched.logits, launched.has_chosen = None, True
@@ -189,7 +189,7 @@ class Runner:
             The slots of its rows, [rows], and their logits, [rows or more, vocabulary], if the step needs them.
         """
         assert self._graphs is not None
-        needs_logits = step.needs_logits
+        needs_logits = step.is_chosen
         size = choose_graph_size(len(step.slots), self._most_tokens)
         splits = self._choose_splits(size, int(step.positions.max()) + 1)
         if self._kept_logits is None and needs_logits:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.generation.choosing import is_chosen
 from batchgen.types import Prompt
 
 Ints = NDArray[np.int32]
@@ -34,9 +35,8 @@ class Sequence:
         "admission",
         "awaits_tokens",
         "has_prompt_logprobs",
-        "is_chosen_apart",
+        "is_chosen",
         "max_new_tokens",
-        "needs_logits",
         "pages",
         "planned_tokens",
         "prefix",
@@ -51,9 +51,10 @@ class Sequence:
         self.tokens = list(prompt.tokens)  # those of the prompt, then those that have been generated
         self.prompt_tokens = len(prompt.tokens)
         self.max_new_tokens = prompt.params.max_new_tokens
-        self.is_chosen_apart = _is_chosen_apart(prompt)
-        self.awaits_tokens = False  # its next token cannot be chosen before the last one has been read; set as it begins
-        self.needs_logits = self.is_chosen_apart or prompt.params.logprobs
+        self.is_chosen = is_chosen(prompt)  # more is wanted of its logits than the place of the largest
+        self.awaits_tokens = (
+            False  # whether its last token has to be read before the next is chosen, once it has begun
+        )
         # Those of the prompt have been read, or nobody asks for any.
         self.has_prompt_logprobs = prompt.params.prompt_logprobs is None or self.prompt_tokens < 2
         self.slot = -1  # its row of the block table; -1: it does not run
@@ -66,13 +67,6 @@ class Sequence:
     def generated_tokens(self) -> int:
         """How many generated tokens have been read."""
         return len(self.tokens) - self.prompt_tokens
-
-
-def _is_chosen_apart(prompt: Prompt) -> bool:
-    """Whether a token of the row may be another than the one with the largest of the model's own logits."""
-    params = prompt.params
-    is_bounded = params.thinking_tokens is not None and prompt.markup is not None
-    return params.temperature > 0 or params.edits_logits or params.constraint is not None or is_bounded
 
 
 @dataclass(slots=True)
@@ -105,12 +99,11 @@ class Step:
     chunks: list[Chunk]
     rows: Ints  # [rows]: the places of the tokens behind which the next one is wanted
     prompt_rows: Ints  # [prompt rows]: the places of the tokens of prompts whose logits are wanted, see `PromptPart`
-    is_chosen_apart: bool  # one rank chooses the tokens of these rows: some need not be the best
+    is_chosen: bool  # of some of these rows more is wanted than the best token: one rank chooses, for all of them
     table_places: NDArray[np.int64]  # [changes]: places in the flattened block table that change before this step
     table_pages: Ints  # [changes]: the pages that they become
     # The rest is known where the step was planned, and empty on the other ranks.
     sequences: list[Sequence] = field(default_factory=list)  # of `rows`; the first `decoding` of them decode
-    needs_logits: bool = False  # more is wanted of some of these rows than their best token
     prompt_parts: list[PromptPart] = field(default_factory=list)  # in the order of `prompt_rows`
 
     def pack(self) -> NDArray[np.int64]:
@@ -127,13 +120,13 @@ class Step:
             self.table_places,
             self.table_pages,
         )
-        head = np.array([self.decoding, self.is_chosen_apart, *(len(field) for field in fields)], np.int64)
+        head = np.array([self.decoding, self.is_chosen, *(len(field) for field in fields)], np.int64)
         return np.concatenate([head, *fields])
 
     @classmethod
     def unpack(cls, numbers: NDArray[np.int64]) -> Step:
         """The step that `pack` has made numbers of, without its sequences."""
-        decoding, is_chosen_apart, *lengths = numbers[:10].tolist()
+        decoding, is_chosen, *lengths = numbers[:10].tolist()
         fields = np.split(numbers[10:], np.cumsum(lengths)[:-1])
         slots, positions, ids, chunks, rows, prompt_rows, table_places, table_pages = fields
         return cls(
@@ -144,7 +137,7 @@ class Step:
             [Chunk(*chunk) for chunk in chunks.reshape(-1, 4).tolist()],
             rows.astype(np.int32),
             prompt_rows.astype(np.int32),
-            bool(is_chosen_apart),
+            bool(is_chosen),
             table_places,
             table_pages.astype(np.int32),
         )
@@ -201,10 +194,9 @@ class StepDraft:
             self._chunks,
             np.array(self._rows, np.int32),
             np.array(self._prompt_rows, np.int32),
-            any(sequence.is_chosen_apart for sequence in self._sequences),
+            any(sequence.is_chosen for sequence in self._sequences),
             np.array(table_places, np.int64),
             np.array(table_pages, np.int32),
             self._sequences,
-            any(sequence.needs_logits for sequence in self._sequences),
             self._prompt_parts,
         )
