@@ -258,6 +258,8 @@ class Runner:
         All ranks make these logits together, and the one that has planned the step looks at them.
         """
         step = launched.step
+        if not len(step.prompt_rows):
+            return
         targets = [part.sequence.tokens[part.begin : part.end] for part in step.prompt_parts]
         flat = self._buffers.send(torch.tensor(list(chain.from_iterable(targets)), dtype=torch.long))
         count = max((part.sequence.prompt.params.prompt_logprobs or 0 for part in step.prompt_parts), default=0)
