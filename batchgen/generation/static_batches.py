@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from batchgen.device import is_out_of_memory, release, take_peak_bytes
 from batchgen.engine import OutOfStep, Peers, SignsOfLife
 from batchgen.generation import finite, refusals, selftest
-from batchgen.generation.agreement import AgreedToken, check_equal_batches
+from batchgen.generation.agreement import check_equal_batches
+from batchgen.generation.chosen import ChosenLogprob
 from batchgen.generation.finite import NotFinite
 from batchgen.generation.greedy import LoadedModel, generate_greedily, pad
-from batchgen.generation.logprobs import Recorder
-from batchgen.generation.sampling import Sampler
+from batchgen.generation.processor import ChosenToken
 from batchgen.generation.selftest import SelfTest
 from batchgen.generation.sizing import BatchSizer, BatchSizing, find_longest, group_by_length
 from batchgen.generation.stopping import Stopper, StopTexts, generation
@@ -154,16 +154,13 @@ class StaticBatches:
         texts = StopTexts.of(batch, self._tokenizer)
         not_finite = NotFinite(None if self._peers is None else self._peers.tokens)
         stopper = Stopper(batch, texts, not_finite, device=self._device, stop=stop, count=self._count_step)
-        sampler = Sampler(batch, self._device)
-        choosers: list[LogitsProcessor] = [sampler] if sampler.is_needed else []
-        if self._peers is not None:
-            choosers.append(AgreedToken(self._peers.tokens))
-        recorder = Recorder(batch, choosers, self._device)
+        agree = None if self._peers is None else self._peers.tokens
+        chosen = ChosenToken(batch, self._tokenizer, self._device, not_finite, agree)
         output = generate_greedily(
             self.loaded,
             inputs,
             max(prompt.params.max_new_tokens for prompt in batch),
-            logits_processor=LogitsProcessorList([not_finite, *([recorder] if recorder.is_needed else choosers)]),
+            logits_processor=LogitsProcessorList([not_finite, *([chosen] if chosen.is_needed else [])]),
             stopping_criteria=StoppingCriteriaList([stopper]),
         )
         if stopper.abandoned:
@@ -171,7 +168,7 @@ class StaticBatches:
         rows = output[:, width:].tolist()
         if self._must_check:
             self._check(batch, rows, stopper)
-        return self._collect(batch, rows, stopper, width, recorder.read())
+        return self._collect(batch, rows, stopper, width, chosen.read_logprobs())
 
     def _check(self, batch: Sequence[Prompt], rows: list[list[int]], stopper: Stopper) -> None:
         lengths, failed = stopper.lengths.tolist(), stopper.failed.tolist()
@@ -204,7 +201,7 @@ class StaticBatches:
         rows: list[list[int]],
         stopper: Stopper,
         width: int,
-        logprobs: Mapping[int, Sequence[float]],
+        logprobs: Mapping[int, Sequence[ChosenLogprob]],
     ) -> Batch:
         """Returns the rows that have ended.
 
@@ -218,7 +215,7 @@ class StaticBatches:
             padding = width - len(prompt.tokens)
             padded += padding + stopper.steps - length
             if not failed[number]:
-                own = logprobs[number][:length] if number in logprobs else None
+                own = [one.logprob for one in logprobs[number][:length]] if number in logprobs else None
                 generations.append(generation(prompt, row[:length], stopped[number], self._tokenizer, own))
             elif not padding:
                 generations.append(finite.fail(prompt, finite.dtype_of(self._model)))

@@ -1,0 +1,162 @@
+"""Choosing the next tokens of rows, each with its own parameters; the one implementation of all engines.
+
+The order is that of vLLM's V1 sampler: the constraint's mask, then (here log-probabilities are taken) the edits of
+`generation.edits` in float32, tokens that must not come now (`min_tokens`, `bad_words`), the token that a thinking
+budget forces; then the best token of a greedy row, or `generation.sampling.sample`. Rows that ask for none of it cost
+nothing but their argmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from batchgen.generation.chosen import NOTHING_LEFT, Chosen, TokenLogprobs
+from batchgen.generation.edits import count_tokens, edit_logits
+from batchgen.generation.logprobs import find_likeliest
+from batchgen.generation.pools import BiasPool, SeenPool
+from batchgen.generation.row_groups import EditedPart, RowGroups
+from batchgen.generation.row_state import RowState
+from batchgen.generation.sampling import sample, sample_rows, send
+from batchgen.models.tokenizer import HfTokenizer
+from batchgen.types import Prompt, SamplingParams
+
+
+def is_chosen(prompt: Prompt) -> bool:
+    """Returns whether a row needs more than the best token of each step: a `TokenChooser`."""
+    params = prompt.params
+    return bool(
+        params.temperature > 0
+        or params.logprobs
+        or params.edits_logits
+        or params.constraint is not None
+        or params.thinking_tokens is not None
+    )
+
+
+class TokenChooser:
+    """Chooses the next tokens of rows. A row in work has a place: its number in a static batch, its slot in `paged`.
+
+    Args:
+        places: how many there are.
+        vocabulary: the model's: the width of its logits.
+        tokenizer: the model's.
+        device: of the logits.
+        agree: overwrites token ids, int64 [rows], with those of the first of several ranks, and returns them
+            (`Peers.tokens`). Their logits should be the same, bit by bit; if ever they are not, ranks that choose
+            differently would end their rows at different steps, and would wait for each other for ever. None: this
+            rank chooses alone.
+    """
+
+    def __init__(
+        self,
+        places: int,
+        vocabulary: int,
+        tokenizer: HfTokenizer,
+        device: torch.device,
+        *,
+        agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self._agree = agree
+        self._tokenizer, self._device, self._vocabulary = tokenizer, device, vocabulary
+        self._seen, self._biases = SeenPool(vocabulary, device), BiasPool(vocabulary, device)
+        self._rows: list[RowState | None] = [None] * places
+        nobody = Prompt(-1, "", 0, "", (), SamplingParams(), {})
+        self._nobody = RowState(nobody, (), tokenizer, self._seen, self._biases)
+        self._groups: RowGroups | None = None  # of the places of the step before
+
+    def begin(self, place: int, prompt: Prompt, generated: Sequence[int] = ()) -> None:
+        """Lets a row take a free place, maybe with tokens that it has generated (preempted, then computed again)."""
+        self.end(place)
+        self._rows[place] = RowState(prompt, generated, self._tokenizer, self._seen, self._biases)
+        self._groups = None  # a pool may have grown
+
+    def end(self, place: int) -> None:
+        """Frees the place of a row; nothing happens if it is free."""
+        row, self._rows[place] = self._rows[place], None
+        if row is not None:
+            row.end()
+            self._groups = None
+
+    def is_edited(self, place: int) -> bool:
+        """Returns whether the row's logits are changed, masked or forced in the next step."""
+        return self._row(place).is_edited
+
+    def awaits_tokens(self, place: int) -> bool:
+        """Returns whether the row's next token cannot be chosen before its last one was given to `advance`."""
+        return self._row(place).awaits_tokens
+
+    def advance(self, tokens: Mapping[int, int]) -> None:
+        """Takes the last tokens of places that await them. The masks of the next step begin to be made in threads."""
+        for place, token in tokens.items():
+            self._row(place).append(token)
+
+    def choose(self, logits: torch.Tensor, places: Sequence[int], best: torch.Tensor) -> Chosen:
+        """Chooses one token for each of some rows, and waits for no device; for the masks of constrained rows it does.
+
+        Args:
+            logits: as the model gives them, [rows or more, vocabulary]; they are not changed.
+            places: of the rows, each of them once; where a row has ended meanwhile, any token is chosen.
+            best: the best token id of each row, int64 [rows or more]; negative where there is none (the logits are not
+                finite), which stays.
+        """
+        rows = [self._rows[place] or self._nobody for place in places]
+        groups = self._find_groups(rows)
+        own = best[: len(rows)]
+        tokens = own
+        if groups.is_sampled:
+            uniform = send(torch.tensor([row.draw() for row in rows], dtype=torch.float64), self._device)
+        if groups.plain is not None:
+            sampled, params = groups.plain
+            tokens = tokens.index_copy(0, sampled, sample_rows(logits, sampled, uniform[sampled], params))
+        for part in groups.edited:
+            numbers = uniform[part.sampled_rows] if part.sampling is not None else None
+            tokens = tokens.index_copy(0, part.rows, self._choose_edited(logits, part, rows, numbers))
+        tokens = torch.where(own < 0, own, tokens)
+        if self._agree is not None:
+            tokens = self._agree(tokens)
+        if groups.seen is not None:
+            assert self._seen.rows is not None
+            which, seen_rows = groups.seen
+            count_tokens(self._seen.rows, seen_rows, tokens[which])
+        chosen = Chosen(tokens, self._find_logprobs(logits, groups, tokens))
+        for row in rows:
+            row.generated += 1
+        return chosen
+
+    def _choose_edited(
+        self, logits: torch.Tensor, part: EditedPart, rows: Sequence[RowState], uniform: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the tokens of the rows of `part`; `uniform` has the numbers of those that are sampled."""
+        edited = logits[part.rows].float()
+        edit_logits(edited, part.edits)
+        pairs = [(place, token) for place, row in enumerate(part.numbers) for token in rows[row].find_forbidden()]
+        if pairs:
+            places, ids = send(torch.tensor(pairs).T.contiguous(), self._device)
+            edited[places, ids] = -torch.inf
+        largest, tokens = edited.max(-1)
+        if part.sampling is not None:
+            assert uniform is not None
+            drawn = sample(edited[part.sampled], uniform, part.sampling)
+            tokens = tokens.index_copy(0, part.sampled, drawn)
+        return tokens.masked_fill(largest == -torch.inf, NOTHING_LEFT)
+
+    def _find_logprobs(self, logits: torch.Tensor, groups: RowGroups, tokens: torch.Tensor) -> TokenLogprobs | None:
+        if groups.asking is None:
+            return None
+        numbers, rows, count = groups.asking
+        found = find_likeliest(logits, rows, tokens[rows].clamp(min=0), count)
+        return TokenLogprobs(numbers, *found)
+
+    def _find_groups(self, rows: Sequence[RowState]) -> RowGroups:
+        """Returns the groups of these rows; those of the step before, if they are the same."""
+        if self._groups is None or not self._groups.are_of(rows):
+            self._groups = RowGroups(rows, self._vocabulary, (self._seen, self._biases), self._device)
+        return self._groups
+
+    def _row(self, place: int) -> RowState:
+        row = self._rows[place]
+        if row is None:
+            raise LookupError(f"no row has begun in place {place}")
+        return row
