@@ -18,7 +18,7 @@ from batchgen.generation.logprobs import find_likeliest
 from batchgen.generation.pools import BiasPool, SeenPool
 from batchgen.generation.row_groups import EditedPart, RowGroups
 from batchgen.generation.row_state import RowState
-from batchgen.generation.sampling import sample, sample_rows, send
+from batchgen.generation.sampling import sample_rows, send
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Prompt, SamplingParams
 
@@ -138,7 +138,7 @@ class TokenChooser:
         largest, tokens = edited.max(-1)
         if part.sampling is not None:
             assert uniform is not None
-            drawn = sample(edited[part.sampled], uniform, part.sampling)
+            drawn = sample_rows(edited, part.sampled, uniform, part.sampling)
             tokens = tokens.index_copy(0, part.sampled, drawn)
         return tokens.masked_fill(largest == -torch.inf, NOTHING_LEFT)
 

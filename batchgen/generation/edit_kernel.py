@@ -6,33 +6,27 @@ import torch
 import triton
 import triton.language as tl
 
+from batchgen.generation.edits import EditTensors
+
 _BLOCK = 4096  # tokens that a program looks at together
 _WARPS = 8
 
 
-def edit_logits(
-    logits: torch.Tensor,
-    seen: torch.Tensor | None,
-    seen_rows: torch.Tensor,
-    bias: torch.Tensor | None,
-    bias_rows: torch.Tensor,
-    penalties: torch.Tensor,
-) -> None:
+def edit_logits(logits: torch.Tensor, edits: EditTensors) -> None:
     """Adds the bias and subtracts the penalties, in place; see `edits.edit_logits`.
 
     Args:
         logits: float32 [rows, vocabulary], contiguous.
-        seen: int16 [rows of the pool, vocabulary], contiguous; None: no row has a penalty.
-        seen_rows: int64 [rows].
-        bias: float32 [rows of the pool, vocabulary], contiguous; None: no row has one.
-        bias_rows: int64 [rows].
-        penalties: float32 [3, rows], contiguous: repetition, frequency, presence.
+        edits: of the same rows.
     """
     rows, vocabulary = logits.shape
-    unused = logits  # a pointer that is never read
+    seen, bias = edits.seen is not None, edits.bias is not None
+    if not seen and not bias:
+        return
     _edit[(rows, triton.cdiv(vocabulary, _BLOCK))](
-        logits, unused if seen is None else seen, seen_rows, unused if bias is None else bias, bias_rows, penalties,
-        rows, vocabulary, SEEN=seen is not None, BIAS=bias is not None, BLOCK=_BLOCK, num_warps=_WARPS,
+        logits, edits.seen if seen else logits, edits.seen_rows, edits.bias if bias else logits, edits.bias_rows,
+        edits.repetition, edits.frequency, edits.presence, vocabulary,
+        SEEN=seen, BIAS=bias, BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -50,7 +44,7 @@ def apply_bitmask(logits: torch.Tensor, bitmask: torch.Tensor) -> None:
 
 @triton.jit
 def _edit(
-    logits, seen, seen_rows, bias, bias_rows, penalties, rows, vocabulary,
+    logits, seen, seen_rows, bias, bias_rows, repetitions, frequencies, presences, vocabulary,
     SEEN: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row."""
@@ -62,9 +56,9 @@ def _edit(
         values += tl.load(bias + tl.load(bias_rows + row) * vocabulary + token, mask=inside, other=0.0)
     if SEEN:
         count = tl.load(seen + tl.load(seen_rows + row) * vocabulary + token, mask=inside, other=0).to(tl.int32)
-        repetition = tl.load(penalties + row)
-        frequency = tl.load(penalties + rows + row)
-        presence = tl.load(penalties + 2 * rows + row)
+        repetition = tl.load(repetitions + row)
+        frequency = tl.load(frequencies + row)
+        presence = tl.load(presences + row)
         repeated = tl.where(values > 0, tl.div_rn(values, repetition + values * 0), values * repetition)
         values = tl.where(count > 0, repeated, values)
         values -= frequency * (count >> 1).to(tl.float32)

@@ -65,6 +65,11 @@ def edit_logits(logits: torch.Tensor, edits: EditTensors) -> None:
         logits: float32 [rows, vocabulary]; minus infinity stays what it is.
         edits: of the same rows.
     """
+    if logits.is_cuda:
+        from batchgen.generation import edit_kernel  # Triton comes with a torch for GPUs alone
+
+        edit_kernel.edit_logits(logits, edits)
+        return
     if edits.bias is not None:
         logits += edits.bias[edits.bias_rows]
     if edits.seen is not None:
@@ -82,6 +87,11 @@ def apply_bitmask(logits: torch.Tensor, bitmask: torch.Tensor) -> None:
         logits: [rows, vocabulary], floating.
         bitmask: int32 [rows, words]; bit i of word w, from the lowest, is token 32 * w + i.
     """
+    if logits.is_cuda:
+        from batchgen.generation import edit_kernel
+
+        edit_kernel.apply_bitmask(logits, bitmask)
+        return
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
     allowed = ((bitmask[:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[1]].bool()
     logits[:, : allowed.shape[1]].masked_fill_(~allowed, -torch.inf)

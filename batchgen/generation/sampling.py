@@ -72,6 +72,8 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingTensors)
     Returns:
         Token ids, int64 [rows].
     """
+    if logits.dtype.itemsize < 4:
+        logits = logits.float()  # else the difference to the maximum is rounded to 16 bits
     # The maximum goes first, so that a tiny temperature gives -inf and never inf - inf.
     scaled = (logits - logits.amax(-1, keepdim=True)).double() / params.temperature[:, None]
     if params.min_p is not None:
@@ -122,7 +124,7 @@ def _find_candidates(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.
 def sample_rows(
     logits: torch.Tensor, rows: torch.Tensor, uniform: torch.Tensor, params: SamplingTensors
 ) -> torch.Tensor:
-    """Samples one token for some of the rows, in parts, since float64 takes much memory.
+    """Samples one token for some of the rows: on a GPU by a kernel, elsewhere in parts, since float64 takes much memory.
 
     Args:
         logits: [all rows, vocabulary].
@@ -133,6 +135,10 @@ def sample_rows(
     Returns:
         Token ids, int64 [sampled rows].
     """
+    if logits.is_cuda:
+        from batchgen.generation import sampling_kernel  # Triton comes with a torch for GPUs alone
+
+        return sampling_kernel.sample(logits, rows, uniform, params)
     size = max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])
     tokens = torch.empty_like(rows)
     for begin in range(0, len(rows), size):

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from batchgen.generation.sampling import SamplingTensors
+
 _BLOCK, _WARPS = 4096, 16  # tokens that a program looks at together, by so many warps; benchmarks/README.md
 _SMALLEST_TEMPERATURE = 1e-30  # float32 holds it, and it is greedy as it is
 
@@ -22,31 +24,34 @@ def sample(
     logits: torch.Tensor,
     rows: torch.Tensor,
     uniform: torch.Tensor,
-    params: torch.Tensor,
-    top_k: torch.Tensor,
+    params: SamplingTensors,
 ) -> torch.Tensor:
-    """Samples one token for some of the rows; see `sampling.sample`.
+    """Samples one token for some of the rows; see `sampling.sample_rows`.
 
     Args:
         logits: [all rows, vocabulary], float32, bfloat16 or float16; the logits of a row are adjacent in memory.
         rows: the sampled rows of `logits`, int64 [sampled rows].
         uniform: in [0, 1), float64 [sampled rows].
-        params: temperature, top-p and min-p of the sampled rows, float64 [3, sampled rows]; 1 and 0 are off.
-        top_k: int64 [sampled rows]; 0 is off.
+        params: of the sampled rows.
 
     Returns:
         Token ids, int64 [sampled rows].
     """
     vocabulary = logits.shape[-1]
     tokens = torch.empty_like(rows)
-    temperature, top_p, min_p = params.contiguous()
+    unused = params.temperature  # a pointer that is never read
     chunks = triton.next_power_of_2(triton.cdiv(vocabulary, _BLOCK))
     _sample[(len(rows),)](
-        logits, logits.stride(0), rows, uniform, temperature, top_p, min_p, top_k, tokens, vocabulary,
-        BLOCK=_BLOCK, CHUNKS=chunks, SHIFT=16 if logits.dtype == torch.bfloat16 else 0,
-        COLDEST=_SMALLEST_TEMPERATURE, num_warps=_WARPS,
+        logits, logits.stride(0), rows, uniform, params.temperature, _or(params.top_p, unused),
+        _or(params.min_p, unused), params.top_k, tokens, vocabulary,
+        TOP_P=params.top_p is not None, MIN_P=params.min_p is not None, BLOCK=_BLOCK, CHUNKS=chunks,
+        SHIFT=16 if logits.dtype == torch.bfloat16 else 0, COLDEST=_SMALLEST_TEMPERATURE, num_warps=_WARPS,
     )  # fmt: skip
     return tokens
+
+
+def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    return other if tensor is None else tensor.contiguous()
 
 
 @triton.jit
@@ -132,14 +137,19 @@ def _find_threshold(
 @triton.jit
 def _sample(
     logits, stride, rows, uniform, temperatures, top_ps, min_ps, top_ks, tokens, vocabulary,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr, COLDEST: tl.constexpr,
+    TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
+    COLDEST: tl.constexpr,
 ):  # fmt: skip
     """One row."""
     place = tl.program_id(0)
     base = logits + tl.load(rows + place) * stride
     temperature = tl.maximum(tl.load(temperatures + place).to(tl.float32), COLDEST)
-    top_p = tl.load(top_ps + place)
-    least = tl.load(min_ps + place).to(tl.float32)
+    top_p = temperature.to(tl.float64) * 0 + 1
+    if TOP_P:
+        top_p = tl.load(top_ps + place)
+    least = temperature * 0  # in weight: min-p
+    if MIN_P:
+        least = tl.load(min_ps + place).to(tl.float32)
     top_k = tl.load(top_ks + place)
 
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
