@@ -70,8 +70,12 @@ class ChosenToken(LogitsProcessor):
         """Returns, for each row that asks, one value for each step, also for the steps after its end."""
         if not self._steps:
             return {}
-        logprobs = torch.stack([step.logprobs for step in self._steps], 1).tolist()
-        top_ids = torch.stack([step.top_ids for step in self._steps], 1).tolist()
-        top = torch.stack([step.top_logprobs for step in self._steps], 1).tolist()
-        of_rows = zip(self._steps[0].rows, logprobs, top_ids, top, strict=True)
-        return {row: list(map(ChosenLogprob, *numbers)) for row, *numbers in of_rows}
+        found: dict[int, list[ChosenLogprob]] = {row: [] for row in self._steps[0].rows}
+        logprobs, top_ids, top = (
+            torch.cat([getattr(step, name) for step in self._steps]).tolist()
+            for name in ("logprobs", "top_ids", "top_logprobs")
+        )
+        rows = [row for step in self._steps for row in step.rows]  # in another order where constraints begin or end
+        for row, *numbers in zip(rows, logprobs, top_ids, top, strict=True):
+            found[row].append(ChosenLogprob(*numbers))
+        return found

@@ -22,12 +22,22 @@ _ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary edited at once: 32 MiB for each f
 class EditedPart:
     """Rows that are edited together. Tensors are int64, on the device."""
 
-    numbers: Sequence[int]  # of the rows, among all of the step
+    numbers: Sequence[int]  # of the rows, among all of the step; those with a mask come first
     rows: torch.Tensor  # the same, [rows]
+    masked: int  # how many have a mask
     edits: EditTensors
     sampled: torch.Tensor  # which of these rows are sampled, among these: [sampled rows]
     sampled_rows: torch.Tensor  # the same, among all of the step: [sampled rows]
     sampling: SamplingTensors | None  # of the sampled ones; None: all are greedy
+
+
+@dataclass(frozen=True, slots=True)
+class AskingRows:
+    """Rows that ask for log-probabilities."""
+
+    numbers: Sequence[int]  # among all of the step
+    rows: torch.Tensor  # the same, int64 [rows], on the device
+    is_masked: bool  # they have masks
 
 
 class RowGroups:
@@ -38,17 +48,18 @@ class RowGroups:
         plain: the rows that are sampled and not edited, int64 [rows], and their parameters; None: there are none.
         edited: the rows that are edited, in parts that are small enough.
         seen: the rows with penalties, int64 [rows], and their rows of the pool, the same shape; None: there are none.
-        asking: the rows that ask for log-probabilities, as a list and int64 [rows], and how many of the likeliest
-            tokens the most demanding one asks for; None: no row asks.
+        asking: the rows that ask for log-probabilities: those without a mask, and those with one.
+        most_logprobs: how many of the likeliest tokens the most demanding one of them asks for.
     """
 
     def __init__(
         self, rows: Sequence[RowState], vocabulary: int, pools: tuple[SeenPool, BiasPool], device: torch.device
     ) -> None:
         self._rows, self._device, self._pools = list(rows), device, pools
-        self._edited = [row.is_edited for row in rows]
-        plain = [n for n, row in enumerate(rows) if row.params.temperature > 0 and not self._edited[n]]
-        edited = [n for n, is_edited in enumerate(self._edited) if is_edited]
+        self._edited = [(row.is_edited, row.is_masked) for row in rows]
+        plain = [n for n, row in enumerate(rows) if row.params.temperature > 0 and not self._edited[n][0]]
+        edited = [n for n, (is_edited, _) in enumerate(self._edited) if is_edited]
+        edited.sort(key=lambda n: not self._edited[n][1])
         seen = [n for n, row in enumerate(rows) if row.seen_row]
         asking = [n for n, row in enumerate(rows) if row.params.logprobs]
         size = max(1, _ELEMENTS_AT_ONCE // vocabulary)
@@ -56,12 +67,13 @@ class RowGroups:
         self.plain = (self._send(plain), self._sampling(plain)) if plain else None
         self.edited = [self._make_part(edited[begin : begin + size]) for begin in range(0, len(edited), size)]
         self.seen = (self._send(seen), self._send([rows[n].seen_row for n in seen])) if seen else None
-        most = max((rows[n].params.top_logprobs for n in asking), default=0)
-        self.asking = (asking, self._send(asking), most) if asking else None
+        self.most_logprobs = max((rows[n].params.top_logprobs for n in asking), default=0)
+        by_mask = {masked: [n for n in asking if self._edited[n][1] is masked] for masked in (False, True)}
+        self.asking = [AskingRows(some, self._send(some), masked) for masked, some in by_mask.items() if some]
 
     def are_of(self, rows: Sequence[RowState]) -> bool:
         """Returns whether these are the groups of `rows`."""
-        return self._rows == list(rows) and self._edited == [row.is_edited for row in rows]
+        return self._rows == list(rows) and self._edited == [(row.is_edited, row.is_masked) for row in rows]
 
     def _make_part(self, numbers: Sequence[int]) -> EditedPart:
         seen, biases = self._pools
@@ -70,6 +82,7 @@ class RowGroups:
         return EditedPart(
             numbers,
             self._send(numbers),
+            sum(row.is_masked for row in rows),
             EditTensors.of(
                 [row.params for row in rows],
                 (seen.rows if any(row.seen_row for row in rows) else None, [row.seen_row for row in rows]),

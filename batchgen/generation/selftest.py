@@ -40,7 +40,7 @@ class TextChanged(EngineError):
 
 def choose(batch: Sequence[Prompt]) -> list[int]:
     """Returns the rows of `batch` to look at: of the greedy ones those with the shortest and the longest prompt."""
-    greedy = [row for row, prompt in enumerate(batch) if prompt.params.temperature == 0 and not prompt.params.edits_logits]
+    greedy = [row for row, prompt in enumerate(batch) if prompt.params.temperature == 0]
     greedy.sort(key=lambda row: len(batch[row].tokens))
     return greedy if len(greedy) <= ROWS else [greedy[0], greedy[-1]]
 

@@ -21,7 +21,7 @@ Each module imports only modules of the rows below its own:
     first_rows
     lockstep   finished_rows
     runner     scheduler
-    models     graphs   launched_step   admission   prefill_budget   sizing   alone
+    models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing   alone
     attention  linear
     kernels    skinny_gemm
     layout     step_buffers

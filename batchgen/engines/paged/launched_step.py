@@ -8,6 +8,7 @@ import torch
 
 from batchgen.engines.paged.step import Step
 from batchgen.generation.chosen import TokenLogprobs
+from batchgen.generation.prompt_logprobs import PromptTensors
 
 
 @dataclass
@@ -20,7 +21,7 @@ class LaunchedStep:
     logits: torch.Tensor | None  # of the rows, [rows or more, vocabulary], until tokens are chosen from them
     tokens: torch.Tensor  # [slots], the first of them those chosen for the step's rows, once they have arrived
     logprobs: TokenLogprobs | None = None  # of the rows that ask for them, likewise
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `step.prompt_rows`, in pieces
+    prompt_logprobs: list[PromptTensors] = field(default_factory=list)  # of `step.prompt_rows`, in pieces
     has_chosen: bool = False  # the choice of its tokens has been launched, too
     arrival: torch.cuda.Event | None = None  # when all has come; None: it is there
 

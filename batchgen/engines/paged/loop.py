@@ -17,7 +17,7 @@ import torch
 from batchgen.device import is_out_of_memory
 from batchgen.engine import SignsOfLife
 from batchgen.engines.paged import sizing
-from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
+from batchgen.engines.paged.finished_rows import Failure, FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.lockstep import Leader
@@ -218,7 +218,7 @@ class Loop:
     def _refuse(self, prompts: list[Prompt]) -> None:
         """Hands over rows that the cache has no room for."""
         if prompts:
-            self._outbox.put([FinishedRow(prompt, None) for prompt in prompts])
+            self._outbox.put([FinishedRow(prompt, None, Failure.NO_ROOM) for prompt in prompts])
 
     def _shrink_cache(self) -> None:
         """Goes on with a smaller cache, where all that ran begins again: a forward has found no memory beside it."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,11 @@ from batchgen.engines.paged.graphs import Graphs, choose_graph_size
 from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.layout import Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.prompt_logprobs import find_prompt_logprobs
 from batchgen.engines.paged.step import Step, StepLimits
 from batchgen.engines.paged.step_buffers import StepArrays, StepBuffers
 from batchgen.generation.choosing import TokenChooser
-from batchgen.generation.chosen import TokenLogprobs
 from batchgen.generation.finite import are_finite
-from batchgen.generation.logprobs import find_likeliest
 from batchgen.models import footprint
 
 NOT_FINITE = -1
@@ -39,7 +37,6 @@ _MOST_SPLITS = 16
 _SPLIT_TOKENS = 128  # fewer are not worth the kernel that joins them
 _RESERVED = 0.02  # of a GPU's memory
 _PADDED_TO = 64  # multiples of it: the tokens of a step without a graph
-_PROMPT_ROWS_AT_ONCE = 256  # of prompts whose logits are wanted: 64 MB of a vocabulary of 128,256 in bfloat16
 _TOKENS_OF_A_BLOCK = 16  # on average, at least, in a graph of prefill chunks; other steps run without one
 
 
@@ -136,7 +133,7 @@ class Runner:
                 launched.slots, launched.logits = self._decode(step, turn)
             else:
                 arrays, hidden = self._prefill(step, turn)
-                self._find_prompt_logprobs(launched, hidden)
+                launched.prompt_logprobs = find_prompt_logprobs(step, hidden, self._head, self._buffers)
                 if len(step.rows):
                     rows = self._buffers.send(torch.from_numpy(step.rows.astype(np.int64)))
                     launched.slots = arrays.slots[rows]
@@ -160,7 +157,7 @@ class Runner:
                 assert launched.logits is not None
                 chosen = self.chooser.choose(launched.logits, launched.places, tokens)
                 tokens = chosen.tokens
-                launched.logprobs = chosen.logprobs and self._buffers.fetch(chosen.logprobs)
+                launched.logprobs = chosen.logprobs and self._buffers.fetch_logprobs(chosen.logprobs)
             if step.is_chosen:
                 self._last_tokens[launched.slots] = self._peers.tokens(tokens.clamp(min=0))
             launched.tokens[:rows].copy_(tokens, non_blocking=True)
@@ -251,26 +248,6 @@ class Runner:
         self._next_tokens[: len(logits)] = torch.where(are_finite(largest), best, NOT_FINITE)
         # The step that is planned before this one is read computes with it, whatever it is.
         self._last_tokens[slots] = self._peers.tokens(best)
-
-    def _find_prompt_logprobs(self, launched: LaunchedStep, hidden: torch.Tensor) -> None:
-        """Finds the log-probabilities of the step's prompt tokens, from `hidden` [tokens or more, hidden size].
-
-        All ranks make these logits together, and the one that has planned the step looks at them.
-        """
-        step = launched.step
-        if not len(step.prompt_rows):
-            return
-        targets = [part.sequence.tokens[part.begin : part.end] for part in step.prompt_parts]
-        flat = self._buffers.send(torch.tensor(list(chain.from_iterable(targets)), dtype=torch.long))
-        count = max((part.sequence.prompt.params.prompt_logprobs or 0 for part in step.prompt_parts), default=0)
-        places = self._buffers.send(torch.from_numpy(step.prompt_rows.astype(np.int64)))
-        for begin in range(0, len(places), _PROMPT_ROWS_AT_ONCE):
-            piece = slice(begin, begin + _PROMPT_ROWS_AT_ONCE)
-            logits = self._head(hidden[places[piece]])
-            if step.prompt_parts:
-                every = torch.arange(len(logits), device=self.device)
-                found = TokenLogprobs((), *find_likeliest(logits, every, flat[piece], count))
-                launched.prompt_logprobs.append(self._buffers.fetch(found))
 
     def _pad(self, size: int) -> StepArrays:
         """A step of nothing but padding."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.generation import ends
 from batchgen.generation.choosing import is_chosen
 from batchgen.types import Prompt
 
@@ -34,6 +35,7 @@ class Sequence:
     __slots__ = (
         "admission",
         "awaits_tokens",
+        "has_own_ends",
         "has_prompt_logprobs",
         "is_chosen",
         "max_new_tokens",
@@ -55,6 +57,7 @@ class Sequence:
         self.awaits_tokens = (
             False  # whether its last token has to be read before the next is chosen, once it has begun
         )
+        self.has_own_ends = ends.needs_tokens(prompt)  # besides its length and the model's ends of sequence
         # Those of the prompt have been read, or nobody asks for any.
         self.has_prompt_logprobs = prompt.params.prompt_logprobs is None or self.prompt_tokens < 2
         self.slot = -1  # its row of the block table; -1: it does not run

@@ -93,13 +93,14 @@ class StepBuffers:
         """Sends a tensor of any size to the device."""
         return values.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else values
 
-    def fetch(self, found: TokenLogprobs) -> TokenLogprobs:
-        """Begins to copy log-probabilities from the device; they are there when the stream has come so far."""
-        logprobs, top_ids, top_logprobs = (
-            values.to("cpu", non_blocking=True)  # PyTorch pins that memory, and keeps it until the copy has been made
-            for values in (found.logprobs, found.top_ids, found.top_logprobs)
-        )
-        return TokenLogprobs(found.rows, logprobs, top_ids, top_logprobs)
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        """Begins to copy a tensor of any size from the device; it is there when the stream has come so far."""
+        return values.to("cpu", non_blocking=True)  # PyTorch pins that memory, and keeps it until the copy is made
+
+    def fetch_logprobs(self, found: TokenLogprobs) -> TokenLogprobs:
+        """The same of all the tensors of log-probabilities."""
+        tensors = map(self.fetch, (found.logprobs, found.top_ids, found.top_logprobs))
+        return TokenLogprobs(found.rows, *tensors)
 
     def _pinned(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros that a GPU can be sent without waiting, if there is one."""
