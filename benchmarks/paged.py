@@ -2,19 +2,21 @@
 
 MODEL is a shape (`bloom-7b1`, `llama-8b`, `qwen3-0.6b`); JOB one of `seed:ROWS` (prompts of 8 tokens, 100 new ones),
 `mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `short` (8,192 prompts of 16 to 64, 16 to 128 new
-ones), the last two also with `+logprobs`, each timed three times (RUNS) after a warm-up; and last, `check` (tokens
-and log-probabilities against a float32 model). PROFILE=1 prints the kernels that take most time, TRACE=1 the steps.
-Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
+ones), the last two also with `+` and one of `VARIANTS`; each is timed three times (RUNS) after a warm-up. The last is
+`check` (tokens and log-probabilities against a float32 model). PROFILE=1 prints the kernels that take most time, TRACE=1
+the steps. Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from batchgen.engine import Setup
 from batchgen.engines import find, parse_options
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.models import shapes
-from batchgen.types import Prompt
+from batchgen.types import Constraint, Prompt
 from batchgen.world import from_environment
 
 JOBS = {
@@ -36,6 +38,53 @@ JOBS = {
     "short": (8192, (16, 64), (16, 128)),
     "check": (64, (8, 700), (16, 100)),
 }
+
+SAMPLED = {"temperature": 0.8, "top_p": 0.95}
+PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+
+# What a row of the job asks for besides, by its number.
+VARIANTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "": lambda number: {},
+    "logprobs": lambda number: {"logprobs": True},
+    "sampled": lambda number: SAMPLED,
+    "penalties": lambda number: PENALTIES,
+    "sampled-penalties": lambda number: {**SAMPLED, **PENALTIES},
+    "schemas": lambda number: {"constraint": endless_schema(number % 16)},
+    "sampled-schemas": lambda number: {**SAMPLED, "constraint": endless_schema(number % 16)},
+}
+
+
+def endless_schema(number: int) -> Constraint:
+    """One of 16 schemas whose texts are all longer than any row."""
+    person = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 40},
+            "age": {"type": "integer", "minimum": 0, "maximum": 130},
+            "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 5},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    }
+    items = [
+        {"type": "integer"},
+        {"type": "number"},
+        {"type": "string"},
+        {"type": "string", "maxLength": 12},
+        {"type": "boolean"},
+        {"enum": ["yes", "no", "perhaps", "never"]},
+        {"type": "string", "pattern": "^[a-z]{3}-[0-9]{4}$"},
+        {"type": "string", "format": "date"},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 4},
+        {"anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 8}, {"type": "null"}]},
+        person,
+        {"type": "object", "additionalProperties": {"type": "integer"}},
+        {"type": "object", "properties": {"of": person, "is_known": {"type": "boolean"}}, "required": ["of"]},
+        {"type": "array", "items": person, "minItems": 1, "maxItems": 3},
+        {"type": "object", "properties": {"text": {"type": "string", "minLength": 50}}, "required": ["text"]},
+        {"type": "string", "pattern": "^([A-Z][a-z]+ )+[.]$"},
+    ]
+    return Constraint("json_schema", json.dumps({"type": "array", "items": items[number], "minItems": 4000}))
 
 
 def job(name: str) -> list[Prompt]:
@@ -45,9 +94,7 @@ def job(name: str) -> list[Prompt]:
     rows, prompt_tokens, new_tokens = JOBS[name.partition("+")[0]]
     prompts = workloads.mixed(rows, 32_000, prompt_tokens, new_tokens)
     _, _, variant = name.partition("+")
-    if variant == "sampled":
-        return [with_params(prompt, temperature=0.8, top_p=0.95) for prompt in prompts]
-    return [with_params(prompt, logprobs=True) for prompt in prompts] if variant == "logprobs" else prompts
+    return [with_params(prompt, **VARIANTS[variant](number)) for number, prompt in enumerate(prompts)]
 
 
 def with_params(prompt: Prompt, **values: Any) -> Prompt:
@@ -70,7 +117,7 @@ def check(engine: Any, prompts: list[Prompt]) -> dict[str, Any]:
     the logits, and what share of them is the best; how far their log-probabilities are from those of that forward.
     Beside them the choice, and the log-probabilities, of the same model's own forward, which differs by rounding alone.
     """
-    generated = finished(engine, [asking(prompt) for prompt in prompts])
+    generated = finished(engine, [with_params(prompt, logprobs=True) for prompt in prompts])
     engine._runner.allocate(0)  # room for float32
     torch.cuda.empty_cache()
     own = {prompt.index: judged(engine._model, prompt, generated[prompt.index][0]) for prompt in prompts}
@@ -89,11 +136,6 @@ def check(engine: Any, prompts: list[Prompt]) -> dict[str, Any]:
             behind[who].append((logits.max(1).values - logits.gather(1, best[:, None])[:, 0]) / logits.std(1))
             off[who].append((given - right.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]).abs())
     return {who: gaps(torch.cat(behind[who]), torch.cat(off[who])) for who in behind}
-
-
-def asking(prompt: Prompt) -> Prompt:
-    """The same, with log-probabilities."""
-    return replace(prompt, params=replace(prompt.params, logprobs=True))
 
 
 def finished(engine: Any, prompts: list[Prompt]) -> dict[int, tuple[list[int], list[float]]]:
@@ -183,6 +225,8 @@ def main() -> None:
     shape, *jobs = sys.argv[1:]
     started = time.perf_counter()
     folder = shapes.make(shape, torch.bfloat16, Path(tempfile.mkdtemp()) / "model")
+    if any("schemas" in name for name in jobs):
+        write_tokenizer(folder)
     kind = find(os.environ.get("ENGINE", "paged"))
     settings = os.environ.get("SETTINGS", "").split()
     rows = int(os.environ["ROWS"]) if "ROWS" in os.environ else None
@@ -214,6 +258,16 @@ def main() -> None:
             print(json.dumps({"shape": shape, "job": name, **figures}), flush=True)
             if os.environ.get("PROFILE"):
                 profile(engine, prompts, name)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Gives the model a byte-level tokenizer in the place of its words; TOKENIZER is a folder that has one already."""
+    if made := os.environ.get("TOKENIZER"):
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        return
+    from byte_tokenizer import save
+
+    save(folder, json.loads((folder / "config.json").read_text())["vocab_size"])
 
 
 def profile(engine: Any, prompts: list[Prompt], name: str) -> None:

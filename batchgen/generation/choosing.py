@@ -62,7 +62,7 @@ class TokenChooser:
         self._agree = agree
         self._tokenizer, self._device, self._vocabulary = tokenizer, device, vocabulary
         self._seen, self._biases = SeenPool(vocabulary, device), BiasPool(vocabulary, device)
-        self._constraints = Constraints(places, tokenizer)
+        self._constraints = Constraints(places, tokenizer, device)
         self._rows: list[RowState | None] = [None] * places
         nobody = Prompt(-1, "", 0, "", (), SamplingParams(), {})
         self._nobody = RowState(-1, nobody, (), tokenizer, (self._seen, self._biases))
@@ -176,7 +176,7 @@ class TokenChooser:
         """Returns the masks of rows that have one, int32 [rows, words]."""
         offered = {row.place: row.thinking.offered for row in rows if row.thinking is not None}
         also = {place: token for place, token in offered.items() if token is not None}
-        return self._constraints.masks([row.place for row in rows], also, self._device)
+        return self._constraints.masks([row.place for row in rows], also)
 
     def _find_forbidden(self, row: RowState) -> Sequence[int]:
         """Returns the tokens that must not come next, besides those of the row's bias and of its constraint."""

@@ -22,13 +22,15 @@ class Constraints:
     Args:
         places: how many there are.
         tokenizer: the model's.
+        device: where masks are wanted.
     """
 
-    def __init__(self, places: int, tokenizer: HfTokenizer) -> None:
+    def __init__(self, places: int, tokenizer: HfTokenizer, device: torch.device) -> None:
         self._tokenizer = tokenizer
-        self._places = places
+        self._places, self._device = places, device
         self._made: Matchers | None = None  # with the first constraint
-        self._masks = torch.empty(0)
+        self._masks = self._device_masks = torch.empty(0)  # [places, words]; a CPU has one tensor for both
+        self._is_sent = True  # what is in `_masks` is in `_device_masks`
         self._rows: dict[int, LLMatcher] = {}  # by their places
         self._errors: dict[int, str] = {}
         self._complete: set[int] = set()
@@ -38,7 +40,9 @@ class Constraints:
         """Begins to follow a row whose answer consists of `tokens` so far."""
         if self._made is None:
             self._made = matchers_of(self._tokenizer)
-            self._masks = torch.zeros((self._places, self._made.words), dtype=torch.int32)
+            shape = (self._places, self._made.words)
+            self._masks = torch.zeros(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+            self._device_masks = self._masks.to(self._device)
         self._jobs.append(self._made.worker.submit(self._make, place, constraint, list(tokens)))
 
     def end(self, place: int) -> None:
@@ -83,22 +87,30 @@ class Constraints:
                 mask[token // 32] &= ~_bit(token)
         return not bool(mask.any())
 
-    def masks(self, places: Sequence[int], also: Mapping[int, int], device: torch.device) -> torch.Tensor:
-        """Returns the masks of the rows in some places, int32 [rows, words], on `device`.
+    def masks(self, places: Sequence[int], also: Mapping[int, int]) -> torch.Tensor:
+        """Returns the masks of the rows in some places, int32 [rows, words], on the device.
 
         Args:
             also: a token that is allowed besides, by its place.
         """
         self.wait()
-        masks = self._masks[list(places)]
-        for row, place in enumerate(places):
-            if place in also:
-                masks[row, also[place] // 32] |= _bit(also[place])
-        return send(masks, device)
+        if not self._is_sent:
+            # All of them in one copy, without waiting: the masks of these rows are made anew only once the tokens that
+            # are chosen by this copy have been read.
+            end = max(self._rows, default=-1) + 1
+            self._device_masks[:end].copy_(self._masks[:end], non_blocking=True)
+            self._is_sent = True
+        masks = self._device_masks[send(torch.tensor(places), self._device)]
+        more = [(row, also[place] // 32, _bit(also[place])) for row, place in enumerate(places) if place in also]
+        if more:
+            rows, words, bits = send(torch.tensor(more).T.contiguous(), self._device)
+            masks[rows, words] |= bits.int()
+        return masks
 
     def wait(self) -> None:
         """Waits for the masks."""
         jobs, self._jobs = self._jobs, []
+        self._is_sent &= not jobs
         for job in jobs:
             job.result()
 

@@ -15,7 +15,8 @@ from batchgen.generation.pools import BiasPool, SeenPool
 from batchgen.generation.row_state import RowState
 from batchgen.generation.sampling import SamplingTensors, send
 
-_ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary edited at once: 32 MiB for each float32 tensor
+# Rows x vocabulary edited at once: 32 MiB for each float32 tensor, 512 MiB on a GPU.
+_ELEMENTS_AT_ONCE, _ELEMENTS_AT_ONCE_ON_GPU = 2**23, 2**27
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,8 @@ class RowGroups:
         edited.sort(key=lambda n: not self._edited[n][1])
         seen = [n for n, row in enumerate(rows) if row.seen_row]
         asking = [n for n, row in enumerate(rows) if row.params.logprobs]
-        size = max(1, _ELEMENTS_AT_ONCE // vocabulary)
+        elements = _ELEMENTS_AT_ONCE_ON_GPU if device.type == "cuda" else _ELEMENTS_AT_ONCE
+        size = max(1, elements // vocabulary)
         self.is_sampled = any(row.params.temperature > 0 for row in rows)
         self.plain = (self._send(plain), self._sampling(plain)) if plain else None
         self.edited = [self._make_part(edited[begin : begin + size]) for begin in range(0, len(edited), size)]

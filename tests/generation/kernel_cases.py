@@ -76,7 +76,11 @@ def edited(device: str) -> Iterator[tuple[str, bool]]:
         def on(where: str, of: tuple[torch.Tensor, ...] = (seen, bias, penalties, rows)) -> EditTensors:
             seen, bias, penalties, rows = (tensor.to(where) for tensor in of)
             return EditTensors(
-                seen if has_seen else None, rows[0], *penalties, bias if has_bias else None, rows[1]  # noqa: B023
+                seen if has_seen else None,
+                rows[0],
+                *penalties,
+                bias if has_bias else None,
+                rows[1],  # noqa: B023
             )
 
         expected = logits.clone()
