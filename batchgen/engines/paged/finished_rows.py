@@ -10,7 +10,9 @@ from batchgen.engines.paged.runner import NOT_FINITE
 from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.engines.paged.step import Sequence
 from batchgen.generation import finite, refusals
-from batchgen.generation.stopping import StopTexts, generation
+from batchgen.generation.chosen import ChosenLogprob
+from batchgen.generation.ends import LENGTH, STOP, EndFinder
+from batchgen.generation.results import Ended, make_generation
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Generation, Prompt
 
@@ -31,7 +33,12 @@ class FinishedRow:
             return finite.fail(self.prompt, dtype)
         if self.tokens is None:
             return refusals.refuse(self.prompt)
-        return generation(self.prompt, self.tokens, self.is_stopped, tokenizer, self.logprobs)
+        logprobs = None if self.logprobs is None else [ChosenLogprob(number, (), ()) for number in self.logprobs]
+        finder, end = EndFinder(self.prompt, tokenizer), None
+        for token in self.tokens:
+            end = end or finder.append(token)
+        end = end or (STOP if self.is_stopped else LENGTH)
+        return make_generation(Ended(self.prompt, self.tokens, end, logprobs), tokenizer)
 
 
 class StepReader:
@@ -46,7 +53,7 @@ class StepReader:
     def __init__(self, scheduler: Scheduler, tokenizer: HfTokenizer, signs: SignsOfLife) -> None:
         self._scheduler, self._tokenizer, self._signs = scheduler, tokenizer, signs
         self._end_tokens = frozenset(tokenizer.end_tokens)
-        self._stop_texts: dict[Sequence, StopTexts] = {}
+        self._stop_texts: dict[Sequence, EndFinder] = {}
         self.has_read = False  # the tokens of a step
 
     def read(self, launched: LaunchedStep) -> list[FinishedRow]:
@@ -83,5 +90,5 @@ class StepReader:
         """Whether the token completes one of the row's stop texts."""
         texts = self._stop_texts.get(sequence)
         if texts is None:
-            texts = self._stop_texts[sequence] = StopTexts.of([sequence.prompt], self._tokenizer)
-        return bool(texts.append([token]))
+            texts = self._stop_texts[sequence] = EndFinder(sequence.prompt, self._tokenizer)
+        return texts.append(token) is not None
