@@ -6,7 +6,7 @@ that the tokens are chosen here, and `generate` is left nothing but the argmax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from transformers import LogitsProcessor
@@ -24,7 +24,7 @@ class ChosenToken(LogitsProcessor):
     Args:
         prompts: the rows of the batch.
         tokenizer: the model's.
-        device: of the logits.
+        device: where token ids are, and the logits.
         not_finite: has marked the rows of the current step whose logits are not finite; they get any token.
         agree: overwrites token ids, [rows], with those of the first of several ranks, and returns them
             (`Peers.tokens`); None: there is one rank.
@@ -38,7 +38,7 @@ class ChosenToken(LogitsProcessor):
         not_finite: NotFinite,
         agree: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
-        self._prompts, self._tokenizer, self._device = prompts, tokenizer, device
+        self._prompts, self._tokenizer, self.device = prompts, tokenizer, device
         self._not_finite, self._agree = not_finite, agree
         self._places = range(len(prompts))
         self._needs_best = any(prompt.params.temperature == 0 for prompt in prompts)
@@ -61,10 +61,28 @@ class ChosenToken(LogitsProcessor):
         return scores.scatter_(1, chosen.tokens.clamp(min=0)[:, None], torch.inf)
 
     def _begin(self, vocabulary: int) -> TokenChooser:
-        chooser = TokenChooser(len(self._prompts), vocabulary, self._tokenizer, self._device, agree=self._agree)
+        chooser = TokenChooser(len(self._prompts), vocabulary, self._tokenizer, self.device, agree=self._agree)
         for place, prompt in enumerate(self._prompts):
             chooser.begin(place, prompt)
         return chooser
+
+    def may_await(self, row: int) -> bool:
+        """Returns whether the row's next token may depend on its last one."""
+        params = self._prompts[row].params
+        return params.constraint is not None or params.thinking_tokens is not None or bool(params.bad_words)
+
+    def advance(self, tokens: Mapping[int, int]) -> None:
+        """Takes the last tokens of rows, of which the chooser gets those that it awaits."""
+        if self.chooser is not None:
+            self.chooser.advance({row: token for row, token in tokens.items() if self.chooser.awaits_tokens(row)})
+
+    def is_complete(self, row: int) -> bool:
+        """Returns whether nothing can follow what the row has, by its constraint."""
+        return self.chooser is not None and self.chooser.is_complete(row)
+
+    def find_error(self, row: int) -> str | None:
+        """Returns what has gone wrong with the row's constraint; None: nothing has."""
+        return None if self.chooser is None else self.chooser.find_error(row)
 
     def read_logprobs(self) -> dict[int, list[ChosenLogprob]]:
         """Returns, for each row that asks, one value for each step, also for the steps after its end."""

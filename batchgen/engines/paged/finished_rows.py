@@ -71,9 +71,7 @@ class StepReader:
         signs: count the tokens.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, tokenizer: HfTokenizer, chooser: TokenChooser, signs: SignsOfLife
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, tokenizer: HfTokenizer, chooser: TokenChooser, signs: SignsOfLife) -> None:
         self._scheduler, self._tokenizer, self._chooser, self._signs = scheduler, tokenizer, chooser, signs
         self._end_tokens = frozenset(tokenizer.end_tokens)
         # Of the sequences that need them, until they end.
@@ -89,7 +87,9 @@ class StepReader:
         self._read_prompt_logprobs(launched)
         self._read_logprobs(launched)
         # A sequence without a slot has ended in the step before, when this one had been launched.
-        running = [(sequence, token) for sequence, token in zip(step.sequences, tokens, strict=True) if sequence.slot >= 0]
+        running = [
+            (sequence, token) for sequence, token in zip(step.sequences, tokens, strict=True) if sequence.slot >= 0
+        ]
         finished = [self._fail(sequence, token) for sequence, token in running if token < 0]
         running = [(sequence, token) for sequence, token in running if token >= 0]
         found = {sequence: end for sequence, token in running if (end := self._append(sequence, token)) is not None}
@@ -153,7 +153,7 @@ class StepReader:
         self._chooser.end(sequence.slot)
         self._scheduler.finish(sequence)
         for kept in (self._finders, self._logprobs, self._prompt_logprobs):
-            kept.pop(sequence, None)  # type: ignore[attr-defined]
+            kept.pop(sequence, None)
 
     def _read_logprobs(self, launched: LaunchedStep) -> None:
         """Gives the log-probabilities of chosen tokens to the sequences that asked, those that have ended left out."""

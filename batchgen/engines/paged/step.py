@@ -54,9 +54,7 @@ class Sequence:
         self.prompt_tokens = len(prompt.tokens)
         self.max_new_tokens = prompt.params.max_new_tokens
         self.is_chosen = is_chosen(prompt)  # more is wanted of its logits than the place of the largest
-        self.awaits_tokens = (
-            False  # whether its last token has to be read before the next is chosen, once it has begun
-        )
+        self.awaits_tokens = False  # whether its last token has to be read before the next is chosen, once it has begun
         self.has_own_ends = ends.needs_tokens(prompt)  # besides its length and the model's ends of sequence
         # Those of the prompt have been read, or nobody asks for any.
         self.has_prompt_logprobs = prompt.params.prompt_logprobs is None or self.prompt_tokens < 2
