@@ -181,6 +181,7 @@ class TokenChooser:
     def _find_forbidden(self, row: RowState) -> Sequence[int]:
         """Returns the tokens that must not come next, besides those of the row's bias and of its constraint."""
         found = row.find_forbidden()
+        found = [token for token in found if token < self._vocabulary]
         if found and row.is_masked and self._constraints.leaves_only(row.place, found):
             return ()  # the answer is whole, so that it ends, whatever `min_tokens` is
         return found
