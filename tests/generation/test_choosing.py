@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from batchgen.generation.choosing import TokenChooser
-from batchgen.generation.chosen import NOTHING_LEFT, Chosen
+from batchgen.generation.chosen import NOTHING_LEFT, Choice
 from batchgen.generation.edits import MOST_SEEN, ONE_MORE, apply_bitmask, count_tokens
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Constraint, Markup, Prompt, SamplingParams, Thinking
@@ -153,7 +153,7 @@ def test_a_row_without_a_token_that_may_come_says_so_and_one_that_is_not_finite_
     assert best.tolist() == [5, -1, 5, -1]
 
 
-def choose_with_logprobs(tokenizer: HfTokenizer, logits: torch.Tensor, rows: Sequence[dict[str, Any]]) -> Chosen:
+def choose_with_logprobs(tokenizer: HfTokenizer, logits: torch.Tensor, rows: Sequence[dict[str, Any]]) -> Choice:
     chooser = TokenChooser(len(rows), WIDTH, tokenizer, CPU)
     for place, params in enumerate(rows):
         chooser.begin(place, prompt(place, **params))
