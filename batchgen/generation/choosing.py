@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from batchgen.generation.chosen import NOTHING_LEFT, Chosen, TokenLogprobs
+from batchgen.generation.chosen import NOTHING_LEFT, Choice, TokenLogprobs
 from batchgen.generation.constraints import Constraints
 from batchgen.generation.edits import apply_bitmask, count_tokens, edit_logits
 from batchgen.generation.logprobs import find_likeliest
@@ -112,7 +112,7 @@ class TokenChooser:
         """
         return self._constraints.find_error(place)
 
-    def choose(self, logits: torch.Tensor, places: Sequence[int], best: torch.Tensor) -> Chosen:
+    def choose(self, logits: torch.Tensor, places: Sequence[int], best: torch.Tensor) -> Choice:
         """Chooses one token for each of some rows, and waits for no device; for the masks of constrained rows it does.
 
         Args:
@@ -147,7 +147,7 @@ class TokenChooser:
             assert self._seen.rows is not None
             which, seen_rows = groups.seen
             count_tokens(self._seen.rows, seen_rows, tokens[which])
-        chosen = Chosen(tokens, self._find_logprobs(logits, groups, rows, tokens))
+        chosen = Choice(tokens, self._find_logprobs(logits, groups, rows, tokens))
         for row in rows:
             row.generated += 1
         return chosen
@@ -181,6 +181,7 @@ class TokenChooser:
     def _find_forbidden(self, row: RowState) -> Sequence[int]:
         """Returns the tokens that must not come next, besides those of the row's bias and of its constraint."""
         found = row.find_forbidden()
+        found = [token for token in found if token < self._vocabulary]
         if found and row.is_masked and self._constraints.leaves_only(row.place, found):
             return ()  # the answer is whole, so that it ends, whatever `min_tokens` is
         return found

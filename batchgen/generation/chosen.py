@@ -31,7 +31,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class Choice:
     """The next tokens of some rows."""
 
     tokens: torch.Tensor

@@ -108,9 +108,11 @@ def _likeliest(ids: Sequence[int], logprobs: Sequence[float], tokenizer: HfToken
     return [Alternative(token, tokenizer.token_text(token), logprob, rank) for rank, (token, logprob) in ranked]
 
 
-def _describe_prompt(prompt: Prompt, found: PromptLogprobs, tokenizer: HfTokenizer) -> list[list[Alternative] | None]:
+def _describe_prompt(
+    prompt: Prompt, logprobs: PromptLogprobs, tokenizer: HfTokenizer
+) -> list[list[Alternative] | None]:
     places: list[list[Alternative] | None] = [None]
-    numbers = zip(found.logprobs, found.ranks, found.top_ids, found.top_logprobs, strict=True)
+    numbers = zip(logprobs.logprobs, logprobs.ranks, logprobs.top_ids, logprobs.top_logprobs, strict=True)
     for token, (logprob, rank, top_ids, top_logprobs) in zip(prompt.tokens[1:], numbers, strict=True):
         own = Alternative(token, tokenizer.token_text(token), logprob, rank)
         places.append([own, *_likeliest(top_ids, top_logprobs, tokenizer)])

@@ -33,7 +33,7 @@ class Stopper(StoppingCriteria):
         prompts: the rows of the batch, in order.
         tokenizer: the model's.
         not_finite: has marked the rows of the current step whose logits are not finite.
-        chosen: has chosen the tokens of the current step, and is given those that it awaits.
+        processor: has chosen the tokens of the current step, and is given those that it awaits.
         stop: whether to end the whole batch now; asked at each step.
         count: is called at each step with the number of tokens that the batch has generated in it.
 
@@ -50,12 +50,12 @@ class Stopper(StoppingCriteria):
         prompts: Sequence[Prompt],
         tokenizer: HfTokenizer,
         not_finite: NotFinite,
-        chosen: ChosenToken,
+        processor: ChosenToken,
         *,
         stop: Callable[[], bool],
         count: Callable[[int], None],
     ) -> None:
-        device, rows = chosen.device, len(prompts)
+        device, rows = processor.device, len(prompts)
         limits = [prompt.params.max_new_tokens for prompt in prompts]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.failed = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -72,12 +72,12 @@ class Stopper(StoppingCriteria):
         self._limits = torch.tensor(limits, dtype=torch.long, device=device)
         self._longest = max(limits)
         self._end = torch.tensor(sorted(tokenizer.end_tokens), dtype=torch.long, device=device)
-        awaiting = [row for row, prompt in enumerate(prompts) if ends.needs_tokens(prompt) or chosen.may_await(row)]
+        awaiting = [row for row, prompt in enumerate(prompts) if ends.needs_tokens(prompt) or processor.may_await(row)]
         self._finders = {row: EndFinder(prompts[row], tokenizer) for row in awaiting}
         self._is_followed = torch.zeros(rows, dtype=torch.bool, device=device)
         self._is_followed[awaiting] = True
         self._ends: dict[int, End] = {}  # of rows that are followed
-        self._not_finite, self._chosen = not_finite, chosen
+        self._not_finite, self._processor = not_finite, processor
         self._stop = stop
         self._count = count
         self._live = torch.tensor(rows, pin_memory=device.type == "cuda")
@@ -91,8 +91,8 @@ class Stopper(StoppingCriteria):
         failed = self._alive & self._not_finite.rows
         self.failed |= failed
         self._alive &= ~failed
-        if self._chosen.impossible is not None:
-            impossible = self._alive & self._chosen.impossible
+        if self._processor.impossible is not None:
+            impossible = self._alive & self._processor.impossible
             self.impossible |= impossible
             self._alive &= ~impossible
         self.lengths += self._alive
@@ -122,13 +122,13 @@ class Stopper(StoppingCriteria):
         tokens = dict(zip(rows, input_ids[rows, -1].tolist(), strict=True))
         found = {row: self._finders[row].append(token) for row, token in tokens.items()}
         # Whether a constraint is fulfilled also matters to a row that is as long as it may be.
-        self._chosen.advance({row: tokens[row] for row, end in found.items() if end is None or end is LENGTH})
+        self._processor.advance({row: tokens[row] for row, end in found.items() if end is None or end is LENGTH})
         for row, end in found.items():
-            error = self._chosen.find_error(row)
+            error = self._processor.find_error(row)
             if error is not None:
                 self.errors[row] = error
                 found[row] = STOP
-            elif (end is None or end is LENGTH) and self._chosen.is_complete(row):
+            elif (end is None or end is LENGTH) and self._processor.is_complete(row):
                 found[row] = STOP
         ended = {row: end for row, end in found.items() if end is not None}
         self._ends |= ended

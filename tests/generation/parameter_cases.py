@@ -31,7 +31,7 @@ from batchgen.requests.constraints import make_grammar
 from batchgen.types import Constraint, Generation, Markup, Prompt, SamplingParams, Thinking
 from tests.tiny_models import END, Model, random_prompts
 
-FEW_LETTERS = tuple(range(69, 77))  # a to h: bytes follow four special tokens, in the order of their characters
+FEW_LETTERS = tuple(range(68, 76))  # a to h: bytes follow four special tokens, in the order of their characters
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 4}, "kind": {"enum": ["é", "x"]}},
