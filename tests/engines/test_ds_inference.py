@@ -6,7 +6,6 @@ import json
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from tests import tiny_models as models
 from tests.engines import engine_rank
 from tests.engines.ds_zero import zero_matrix
 from tests.engines.runs import OUT_OF_MEMORY, altered, command, ended_by, rows, run, texts, texts_alone
-from tests.generation import parameter_cases
 
 SETS = (1, 7, 50)
 
@@ -54,20 +52,6 @@ def test_bloom_over_ranks_says_what_it_says_alone(
     ranks: int, tp: int, sets: Sequence[int], tiny_bloom: Path, tmp_path: Path
 ) -> None:
     compare(tiny_bloom, ranks, [f"tp={tp}"], tmp_path, sets, 40)
-
-
-@pytest.mark.slow
-def test_over_two_ranks_each_parameter_does_what_its_definition_says(llama: Path, tmp_path: Path) -> None:
-    found = engine_rank.ranks(2, llama, [], tmp_path / "ranks", (engine_rank.CASES,), engine="ds-inference")
-    model = models.Model(llama)
-    reference = parameter_cases.Reference(model)
-    assert found[engine_rank.CASES] == {row.index: str(reference.tokens(row)) for row in engine_rank.cases()}
-    logprobs = engine_rank.logprobs(tmp_path / "ranks")[engine_rank.CASES]
-    asking = [row for row in engine_rank.cases() if row.params.prompt_logprobs]
-    assert logprobs.keys() == {row.index for row in asking}
-    for row in asking:
-        expected = model.logprobs(replace(row, tokens=row.tokens[:1]), row.tokens[1:])
-        assert logprobs[row.index] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.slow
