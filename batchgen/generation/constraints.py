@@ -9,7 +9,6 @@ import torch
 from llguidance import LLMatcher
 
 from batchgen.generation.matchers import Matchers, describe_error, matchers_of
-from batchgen.generation.sampling import send
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Constraint
 
@@ -119,8 +118,8 @@ class Constraints:
         self._forget(place)
         try:
             matcher = self._made.copy(constraint)
-        except ValueError as error:  # no grammar
-            self._errors[place] = str(error)
+        except (ValueError, RecursionError) as error:  # no grammar, or one that is nested too deeply
+            self._errors[place] = " ".join(str(error).split())[:300].rstrip(".")
             return
         self._rows[place] = matcher
         if tokens:
