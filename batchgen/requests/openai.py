@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from batchgen.requests import openai_completions, openai_logprobs, openai_responses
+from batchgen.requests.conversations import Conversation, read_conversation
 from batchgen.requests.openai_completions import COMPLETIONS
 from batchgen.requests.openai_keys import ENDPOINTS, SAMPLING, check_keys
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.row_ids import endpoint, own_id
-from batchgen.requests.template import conversation, template_kwargs
+from batchgen.requests.template import conversation
 from batchgen.types import MACHINE_ERRORS, Generation, RowError
 
 Shape = Literal["openai", "vllm"]
@@ -32,14 +33,13 @@ _STREAMED = "Request must not be sent in stream mode"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a request line asks for: exactly one of `messages`, `text` and `tokens` is set."""
+    """What a request line asks for: exactly one of `conversation`, `text` and `tokens` is set."""
 
-    messages: Sequence[Mapping[str, object]] | None
+    conversation: Conversation | None
     text: str | None
     tokens: Sequence[int] | None
     sampling: Mapping[str, object]  # values as they stand, by their names in `SamplingParams`
     spelled: Mapping[str, str]  # how the line spells those names, for sentences: max_new_tokens is body.max_tokens
-    chat_template_kwargs: Mapping[str, object]
     ignored: Sequence[str]  # keys of the body that are not known here
 
 
@@ -73,11 +73,9 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
     sampling, spelled = _sampling(body, url)
     if url != COMPLETIONS:
         read = openai_responses.conversation_of if url == RESPONSES else _messages
-        messages = read(body)
-        kwargs = template_kwargs(body.get("chat_template_kwargs"), "body.chat_template_kwargs")
-        return Request(messages, None, None, sampling, spelled, kwargs, ignored)
+        return Request(read_conversation(body, read(body), "body."), None, None, sampling, spelled, ignored)
     text, tokens = _completion_prompt(body.get("prompt"))
-    return Request(None, text, tokens, sampling, spelled, {}, ignored)
+    return Request(None, text, tokens, sampling, spelled, ignored)
 
 
 def _messages(body: Mapping[str, object]) -> list[dict[str, object]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from batchgen.requests import openai_responses
+from batchgen.requests import conversations, openai_responses
 from batchgen.requests.openai_completions import CHAT, COMPLETIONS
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.refusal import Refused, quote
@@ -65,6 +65,8 @@ _NEUTRAL_AT: Mapping[str, Mapping[str, tuple[object, ...]]] = {
 _INSTEAD = {
     "extra_body": "put what is in it into the body itself, as the openai package does",
     "enable_thinking": "put it into body.chat_template_kwargs",
+    "functions": "body.tools has taken its place",
+    "function_call": "body.tool_choice has taken its place",
     "max_new_tokens": "its name in a body is max_tokens",
     "max_output_tokens": "its name in a body is max_tokens",
     "max_length": "give max_tokens",
@@ -91,7 +93,7 @@ _HARMLESS = frozenset(
     }
 )
 _READ_AT = {
-    CHAT: frozenset({"messages", "chat_template_kwargs"}),
+    CHAT: frozenset({"messages"}) | conversations.KEYS,
     COMPLETIONS: frozenset({"prompt"}),
     RESPONSES: frozenset({"max_output_tokens"}) | openai_responses.READ | openai_responses.HARMLESS,
 }
@@ -109,7 +111,7 @@ def _spelled(name: str) -> list[str]:
 
 # What people take for a setting in a plain row, beside the keys of a body, and what to do instead.
 _PLAIN_ROWS_ALSO = {
-    "enable_thinking": 'the row\'s chat_template_kwargs may hold it, as in {"enable_thinking": false}',
+    **dict.fromkeys(conversations.KEYS, "the row has no messages"),
     **dict.fromkeys(
         ("max_tokens", "max_completion_tokens", "maxTokens", "maxOutputTokens", "max_output_tokens"),
         "max_new_tokens is what a plain row may set",
@@ -124,14 +126,11 @@ _PLAIN_ROWS_ALSO = {
     ),
     "prompt_token_ids": "a request to /v1/completions may bring token ids",
     "model": "the run has one model for all rows",
-    "prefill": "put it into messages, or behind the prompt",
-    "chat_template_kwargs": "the row has no messages",
+    "prefill": "put it into messages with continue_final_message, or behind the prompt",
     "system": "put it into messages",
     "system_prompt": "put it into messages",
 }
-SETTINGS = (
-    frozenset({*_NEUTRAL, *SAMPLING, *_PLAIN_ROWS_ALSO, "stream", "add_special_tokens", "chat_template"}) - PARAMS
-)
+SETTINGS = frozenset({*_NEUTRAL, *SAMPLING, *_PLAIN_ROWS_ALSO, "stream", "add_special_tokens"}) - PARAMS
 """Columns of a plain row that somebody may take for settings, and that are none."""
 
 

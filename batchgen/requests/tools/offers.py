@@ -21,11 +21,6 @@ KEYS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 _CHOICES = ("auto", "none", "required")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NO_PARAMETERS: Mapping[str, object] = {"type": "object", "properties": {}, "additionalProperties": False}
-# Deprecated keys of bodies, and what has taken their place.
-_DEPRECATED = {
-    "functions": 'write each function into body.tools as {"type": "function", "function": {…}}',
-    "function_call": "body.tool_choice has taken its place",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +72,6 @@ def read_offer(given: Mapping[str, object], prefix: str) -> Offer | None:
     if not functions or chosen == "none":
         return None
     return Offer(definitions, functions, chosen, parallel is not False)
-
-
-def check_no_deprecated(body: Mapping[str, object]) -> None:
-    """Refuses OpenAI's older keys of the same meaning.
-
-    Raises:
-        Refused: the body has one; the sentence says what to write.
-    """
-    for key, instead in _DEPRECATED.items():
-        if body.get(key) not in (None, [], "none", "auto"):
-            raise Refused("unknown_parameter", f"body.{key} is deprecated and not supported: {instead}")
 
 
 def _definitions(listed: object, name: str) -> list[Mapping[str, object]]:
