@@ -9,28 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-from batchgen.requests.refusal import Refused, quote
-
 _LEAST = -9999.0  # OpenAI's number for what can hardly be; JSON has no infinity
-
-
-def read_logprobs_option(value: object, chat: bool) -> bool | None:
-    """Reads `logprobs` of a body: whether it asks for log-probabilities; None: it says nothing.
-
-    Args:
-        chat: a chat's is true or false; a completion's is the number of alternatives to each token.
-
-    Raises:
-        Refused: it asks for alternatives, or is of another type.
-    """
-    if value is None:
-        return None
-    if value is False or (chat and value is True):
-        return bool(value)
-    if type(value) is int and value == 0:
-        return not chat
-    rule = "true or false" if chat else "0, which gives those of the generated tokens, without alternatives"
-    raise Refused("unknown_parameter", f"body.logprobs is not supported: it must be {rule}, not {quote(value)}")
 
 
 def of_chat(texts: Sequence[str], logprobs: Sequence[float]) -> dict[str, object]:

@@ -1,8 +1,7 @@
 """OpenAI's Responses API in batch files: the body of a line for `/v1/responses`, and the object that answers it. Pure.
 
 A request is a text or a list of messages of text, with instructions before them. What keeps a state on a server
-(`previous_response_id`, `conversation`, `background`), calls tools, reasons by an effort or writes by a schema is
-refused by name.
+(`previous_response_id`, `conversation`, `background`), calls tools or reasons by an effort is refused by name.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from batchgen.types import Generation
 
 RESPONSES = "/v1/responses"
 
-READ = frozenset({"input", "instructions", "include", "chat_template_kwargs"})
+READ = frozenset({"input", "instructions", "include", "chat_template_kwargs", "text"})
 """Keys of the body that are read here."""
 
 HARMLESS = frozenset({"max_tool_calls", "background_options"})
@@ -24,7 +23,6 @@ HARMLESS = frozenset({"max_tool_calls", "background_options"})
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "background": (False,),
-    "text": ({}, {"format": {"type": "text"}}),
     "truncation": ("disabled",),
     "reasoning": ({},),
     "context_management": ([],),
