@@ -123,7 +123,7 @@ def _read_format(form: Mapping[str, object], name: str) -> Constraint | None:
         raise Refused("wrong_type", f"{name}: the name of the schema must be {rule}, not {quote(title)}")
     if not isinstance(strict, bool | None):
         raise Refused("wrong_type", f"{name}: strict must be true or false, not {quote(strict)}")
-    if not isinstance(schema, Mapping):
+    if not isinstance(schema, Mapping | str):  # a table can hold it as JSON text alone
         raise Refused("wrong_type", f"{name}: schema must be an object, not {quote(schema)}")
     return read_schema(schema, name, {})
 

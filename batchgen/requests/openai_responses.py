@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from batchgen.requests import openai_logprobs
 from batchgen.requests.refusal import Refused, quote
-from batchgen.requests.template import why_no_text
+from batchgen.requests.template import why_no_text, without_null_keys
 from batchgen.types import Generation
 
 RESPONSES = "/v1/responses"
@@ -109,9 +109,8 @@ def response(generation: Generation, digest: str, model: str, created: int) -> d
     cut_off = generation.finish_reason == "length"
     status = "incomplete" if cut_off else "completed"
     text: dict[str, object] = {"type": "output_text", "text": generation.text, "annotations": []}
-    texts = None if generation.details is None else generation.details.token_texts
-    if generation.logprobs is not None and texts is not None:
-        text["logprobs"] = openai_logprobs.of_chat(texts, generation.logprobs)["content"]
+    if (logprobs := openai_logprobs.of_chat(generation)) is not None:
+        text["logprobs"] = logprobs["content"]
     message = {"id": f"msg_{digest}", "type": "message", "role": "assistant", "status": status, "content": [text]}
     return {
         "id": f"resp_{digest}",
@@ -128,13 +127,21 @@ def response(generation: Generation, digest: str, model: str, created: int) -> d
         "parallel_tool_calls": True,
         "previous_response_id": None,
         "temperature": settings.get("temperature"),
-        "text": {"format": {"type": "text"}},
+        "text": _form(settings),
         "tool_choice": "auto",
         "tools": [],
+        "top_logprobs": settings.get("top_logprobs"),
         "top_p": settings.get("top_p"),
         "truncation": "disabled",
         "usage": _usage(generation),
     }
+
+
+def _form(body: Mapping[str, object]) -> dict[str, object]:
+    """`text` of the body, which says what the text must be."""
+    text = without_null_keys(body.get("text"))
+    form = without_null_keys(text.get("format")) if isinstance(text, dict) else None
+    return {"format": form or {"type": "text"}}
 
 
 def _usage(generation: Generation) -> dict[str, object]:

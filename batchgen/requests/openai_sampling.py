@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from batchgen.requests import openai_responses
-from batchgen.requests.openai_completions import COMPLETIONS
+from batchgen.requests.openai_completions import COMPLETIONS, hides_text
 from batchgen.requests.openai_constraints import read_body_constraint
 from batchgen.requests.openai_keys import SAMPLING
 from batchgen.requests.openai_responses import RESPONSES
@@ -89,9 +89,3 @@ def _read_echo(body: Mapping[str, object], sampling: dict[str, object]) -> None:
         sampling["return_token_ids"] = True
     if hides_text(body):
         sampling["max_new_tokens"] = 1  # the answer leaves it out
-
-
-def hides_text(body: Mapping[str, object]) -> bool:
-    """Whether a completion asks for its prompt alone: `echo`, and `max_tokens` 0."""
-    given = body.get("max_completion_tokens"), body.get("max_tokens")
-    return body.get("echo") is True and any(limit == 0 and type(limit) is int for limit in given)
