@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from batchgen.models.byte_tokens import decode_parts
 from batchgen.models.conversation import Conversations
 from batchgen.models.definition.build import build_empty
 from batchgen.models.definition.errors import ModelError
@@ -113,13 +114,16 @@ class HfTokenizer:
         return self._plain_decode(tokens)
 
     def token_text(self, token: int) -> str:
-        """Returns the text of one token behind another one; U+FFFD for a part of a character.
+        """Returns the text of one token behind another one.
 
-        The text of a special token is its name.
+        The text of a special token is its name. Bytes that are only a part of a character are lone surrogates, as
+        Python's error handler "surrogateescape" writes them, so that the bytes of the token can be read off the text.
         """
         text = self._token_texts.get(token)
         if text is None:
             text = self._plain_decode([*self._anchor, token], special=True).removeprefix(self._anchor_text)
+            if "\ufffd" in text:
+                text = decode_parts(self.token_name(token) or "") or text
             self._token_texts[token] = text
         return text
 

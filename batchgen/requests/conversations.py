@@ -194,13 +194,13 @@ def constrained(params: SamplingParams, conversation: Conversation, prefix: str)
     """`params` with what a row must write that must call a tool; that takes the place of any other constraint.
 
     Raises:
-        Refused: the row may call tools and must write something else.
+        Refused: the row may call tools and must write something else, or the schema of a tool cannot be enforced.
     """
     offer = conversation.offer
     if offer is None:
         return params
     if offer.is_forced:
-        return dataclasses.replace(params, constraint=offer.constraint())
+        return dataclasses.replace(params, constraint=offer.constraint(prefix))
     if params.constraint is not None:
         raise Refused(
             "unknown_parameter",

@@ -16,14 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from batchgen.requests import openai_completions, openai_logprobs, openai_responses
+from batchgen.requests import openai_completions, openai_responses
 from batchgen.requests.conversations import Conversation, read_conversation
 from batchgen.requests.openai_completions import COMPLETIONS
-from batchgen.requests.openai_keys import ENDPOINTS, SAMPLING, check_keys
+from batchgen.requests.openai_keys import ENDPOINTS, check_keys
 from batchgen.requests.openai_responses import RESPONSES
+from batchgen.requests.openai_sampling import read_sampling
 from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.row_ids import endpoint, own_id
 from batchgen.requests.template import conversation
+from batchgen.requests.truncation import read_truncation
 from batchgen.types import MACHINE_ERRORS, Generation, RowError
 
 Shape = Literal["openai", "vllm"]
@@ -70,7 +72,8 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
         raise Refused("stream", _STREAMED)
     _check_model(body.get("model"), model)
     ignored = check_keys(body, url)
-    sampling, spelled = _sampling(body, url)
+    sampling, spelled = read_sampling(body, url)
+    read_truncation(body)
     if url != COMPLETIONS:
         read = openai_responses.conversation_of if url == RESPONSES else _messages
         return Request(read_conversation(body, read(body), "body."), None, None, sampling, spelled, ignored)
@@ -96,29 +99,6 @@ def _check_model(named: object, model: str | None) -> None:
             f"body.model is {quote(named)}, but this run's model is {quote(model)}: write that into the body, "
             "or give the name that the lines use with --served-model-name",
         )
-
-
-def _sampling(body: Mapping[str, object], url: str) -> tuple[dict[str, object], dict[str, str]]:
-    sampling: dict[str, object] = {}
-    spelled: dict[str, str] = {}
-    for key, name in SAMPLING.items():
-        value = body.get(key)
-        if value is None:
-            continue
-        if name in sampling and sampling[name] != value:
-            raise Refused(
-                "wrong_type",
-                f"body.{key} is {quote(value)} but {spelled[name]} is {quote(sampling[name])}; give one of them",
-            )
-        # -1 is vLLM's "off".
-        sampling[name] = 0 if name == "top_k" and value == -1 else value
-        spelled[name] = f"body.{key}"
-    wants_logprobs = openai_logprobs.read_logprobs_option(body.get("logprobs"), url != COMPLETIONS)
-    if url == RESPONSES and openai_responses.includes_logprobs(body):
-        wants_logprobs = True
-    if wants_logprobs is not None:
-        sampling["logprobs"] = wants_logprobs
-    return sampling, spelled
 
 
 def _completion_prompt(prompt: object) -> tuple[str | None, Sequence[int] | None]:

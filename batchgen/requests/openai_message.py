@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from batchgen.requests.answers import Answer, answer_of, finish_reason
 from batchgen.requests.refusal import Refused
-from batchgen.requests.tools import Call
+from batchgen.requests.template import without_nulls
+from batchgen.requests.tools import Call, offers
 from batchgen.requests.tools.offers import read_offer
 from batchgen.types import FinishReason, Generation
 
@@ -70,7 +71,8 @@ def _answer(generation: Generation, given: Mapping[str, object], prefix: str) ->
     if generation.markup is None or generation.markup.tools is None:
         return answer_of(generation, {})
     try:
-        offer = read_offer(given, prefix)
+        # In tables, the schema of a tool has every key that any row's has.
+        offer = read_offer({key: without_nulls(given[key]) for key in offers.KEYS if key in given}, prefix)
     except Refused:  # it was read before the text was generated: these are not its columns
         offer = None
     return answer_of(generation, {} if offer is None else offer.functions)

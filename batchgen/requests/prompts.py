@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from batchgen.engine import Tokenizer
 from batchgen.requests import conversations, openai
+from batchgen.requests.constraints import KINDS, read_constraint
 from batchgen.requests.conversations import Conversation, Conversations, constrained, read_conversation
 from batchgen.requests.openai_keys import SETTINGS, advice, is_neutral
 from batchgen.requests.openai_responses import RESPONSES
@@ -27,6 +28,8 @@ from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, Sampl
 _log = logging.getLogger(__name__)
 
 _DEFAULT_LIMIT = SamplingParams().max_new_tokens
+_READ_OF_ROWS = PARAMS.union(KINDS)
+_RESULTS = ("logprobs", "top_logprobs", "prompt_logprobs")  # names of parameters, and of what they put out
 
 
 class PromptReader:
@@ -64,6 +67,9 @@ class PromptReader:
         self._render = None if recipe.template is None else compile_template(recipe.template)
         used = re.findall(r"\w+", recipe.template or recipe.prompt_column or "")
         self._settings = SETTINGS.difference(used)
+        # Words that columns of data have, too: what the template uses is one.
+        self._constraint_columns = [kind for kind in KINDS if kind not in used]
+        self._param_columns = PARAMS.difference({"n"}.intersection(used))
         self._reported: set[tuple[str, str | int]] = set()
 
     def read(self, rows: Sequence[Row]) -> list[Prompt | Generation]:
@@ -120,17 +126,27 @@ class PromptReader:
         params = self._recipe.sampling
         if not self._settings.isdisjoint(value):
             self._report_settings(row, value, from_chat)
-        if not PARAMS.isdisjoint(value):
-            given = {name: value[name] for name in PARAMS if value.get(name) is not None}
-            if isinstance(given.get("logprobs"), list):
-                del given["logprobs"]  # what another run has put out, which is the input of this one
-            params = sampling_params(params, given, {})
+        if not _READ_OF_ROWS.isdisjoint(value):
+            params = sampling_params(params, self._own_params(row, value), {})
         if said is not None:
             params = constrained(params, said, "")
         if not text.isascii():
             check_encodable(text)
         id = make_id(row, own, self._recipe.id_prefix)
         return Prompt(row.index, id, row.line, text, (), params, value, markup=markup), from_chat
+
+    def _own_params(self, row: Row, value: Mapping[str, object]) -> dict[str, object]:
+        """The sampling parameters that a plain row sets itself, its constraint among them."""
+        given = {name: value[name] for name in self._param_columns if value.get(name) is not None}
+        for name in _RESULTS:
+            if isinstance(given.get(name), list):
+                del given[name]  # what another run has put out, which is the input of this one
+        kinds = [kind for kind in self._constraint_columns if value.get(kind) is not None]
+        if len(kinds) > 1:
+            raise Refused("wrong_type", f"{kinds[0]} and {kinds[1]} both say what the text must be; give one of them")
+        for kind in kinds:
+            given["constraint"] = read_constraint(kind, _given(row, value[kind]), kind)
+        return given
 
     def _plain_text(self, value: Mapping[str, object]) -> str:
         """The text of a plain row that has no conversation."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from batchgen.requests import thinking, tools
+from batchgen.requests.constraints import check
 from batchgen.requests.refusal import Refused
 from batchgen.requests.row_ids import IdPrefix
 from batchgen.requests.template import template_kwargs
@@ -47,6 +48,12 @@ class Recipe:
                 "--max-new-tokens fit and --truncate exclude each other: a prompt that fills the context leaves no "
                 "room. Give the number of tokens to leave room for"
             )
+        if self.sampling.constraint is not None:
+            try:
+                check(self.sampling.constraint)
+            except ValueError as error:
+                flag = self.sampling.constraint.kind.replace("_", "-")
+                raise ValueError(f"--{flag}: {error}") from None
         for flag, name, forms in (
             ("--reasoning-parser", self.reasoning_parser, thinking.FORMS),
             ("--tool-parser", self.tool_parser, tools.FORMS),

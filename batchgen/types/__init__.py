@@ -10,7 +10,15 @@ a frozen one takes three times as long, which is felt with a million rows.
 
 from batchgen.types.batches import Batch, BatchRecord
 from batchgen.types.outcomes import CANNOT_WRITE, MACHINE_ERRORS, TOO_MANY_FAILED, ExitCode, FinishReason, UserError
-from batchgen.types.params import FIT, MOST_ALTERNATIVES, PARAMS, Constraint, SamplingParams
+from batchgen.types.params import (
+    FIT,
+    MOST_ALTERNATIVES,
+    MOST_SAMPLES,
+    PARAMS,
+    Constraint,
+    ConstraintKind,
+    SamplingParams,
+)
 from batchgen.types.rows import (
     Alternative,
     Details,
@@ -29,6 +37,7 @@ __all__ = [
     "FIT",
     "MACHINE_ERRORS",
     "MOST_ALTERNATIVES",
+    "MOST_SAMPLES",
     "PARAMS",
     "TOO_MANY_FAILED",
     "WHOLE",
@@ -36,6 +45,7 @@ __all__ = [
     "Batch",
     "BatchRecord",
     "Constraint",
+    "ConstraintKind",
     "Details",
     "ExitCode",
     "FinishReason",

@@ -114,7 +114,8 @@ class SamplingParams:
     def _check_counts(self) -> None:
         _check(_is_int(self.n) and 1 <= self.n <= MOST_SAMPLES, f"n must be a whole number from 1 to {MOST_SAMPLES}")
         _check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens must be a whole number, 0 or more")
-        _check(self.min_tokens <= self.max_new_tokens, f"min_tokens must be at most {self.max_new_tokens}, the most")
+        most = f"{self.max_new_tokens}, as many as may be generated"
+        _check(self.min_tokens <= self.max_new_tokens, f"min_tokens must be at most {most}")
         _check(
             _is_int(self.top_logprobs) and 0 <= self.top_logprobs <= MOST_ALTERNATIVES,
             f"top_logprobs must be a whole number from 0 to {MOST_ALTERNATIVES}",

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from batchgen.requests.constraints import read_schema
 from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.template import without_null_keys
 from batchgen.requests.tools import NAMED, REQUIRED, Functions
@@ -42,14 +43,18 @@ class Offer:
         """The form of its calls, where it must call a tool."""
         return REQUIRED if self.choice == "required" else self.choice
 
-    def constraint(self) -> Constraint:
+    def constraint(self, prefix: str) -> Constraint:
         """What the text must be, where the row must call a tool: the arguments of the named function, or a list of one
-        or more calls."""
+        or more calls.
+
+        Raises:
+            Refused: a schema cannot be enforced.
+        """
         if self.choice.startswith(NAMED):
             schema: Mapping[str, object] = self.functions[self.choice.removeprefix(NAMED)]
         else:
             schema = _schema_of_calls(self.functions, self.is_parallel)
-        return Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
+        return read_schema(schema, f"{prefix}tools", {})
 
 
 def read_offer(given: Mapping[str, object], prefix: str) -> Offer | None:
