@@ -138,11 +138,9 @@ class Conversations:
             variables["tools"] = list(offer.definitions)
         if conversation.template is not None:
             variables["chat_template"] = conversation.template
-        options = {
-            **variables,
-            "continue_final_message": conversation.continues,
-            "add_generation_prompt": conversation.begins_turn,
-        }
+        options = {**variables, **({"continue_final_message": True} if conversation.continues else {})}
+        if not conversation.begins_turn:
+            options["add_generation_prompt"] = False
         try:
             text = self._tokenizer.chat(conversation.messages, **options)
             template = self._tokenizer.template_text(**variables)

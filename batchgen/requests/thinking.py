@@ -47,7 +47,8 @@ def marks_in_template(template: str) -> Marks | None:
     """The marks of thinking that a chat template knows; None: the model does not think."""
     if gpt_oss.is_in(template):
         return HARMONY
-    return next((marks for marks in _FORMS.values() if marks.start in template or marks.end in template), None)
+    forms = (marks for marks in _FORMS.values() if marks != HARMONY)
+    return next((marks for marks in forms if marks.start in template or marks.end in template), None)
 
 
 def marks_of(name: str) -> Marks:

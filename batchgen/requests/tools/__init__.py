@@ -11,9 +11,9 @@ from functools import lru_cache
 from typing import Protocol
 
 from batchgen.requests.tools import gpt_oss, hermes, json_list, llama3_json, mistral, pythonic, qwen3_coder
-from batchgen.requests.tools._calls import Call, Found, Functions
+from batchgen.requests.tools._form import Call, Functions, ParsedCalls
 
-__all__ = ["FORMS", "NAMED", "REQUIRED", "Call", "Found", "Functions", "find_calls", "form_of_template"]
+__all__ = ["FORMS", "NAMED", "REQUIRED", "Call", "Functions", "ParsedCalls", "find_calls", "form_of_template"]
 
 
 class _Form(Protocol):
@@ -22,7 +22,7 @@ class _Form(Protocol):
 
     def is_in(self, template: str) -> bool: ...
 
-    def find_calls(self, text: str, functions: Functions) -> Found | None: ...
+    def find_calls(self, text: str, functions: Functions) -> ParsedCalls | None: ...
 
 
 # The first that is in a template: Qwen3-Coder's has the marks of Hermes, too, and Llama 4's those of Llama 3.
@@ -62,10 +62,10 @@ def resolve(name: str) -> str:
     return _ALIASES.get(name, name)
 
 
-def find_calls(form: str, text: str, functions: Functions) -> Found | None:
+def find_calls(form: str, text: str, functions: Functions) -> ParsedCalls | None:
     """The calls in a text behind any thinking; None: there are none, or one of them cannot be read."""
     if form.startswith(NAMED):
-        return Found("", [Call(form.removeprefix(NAMED), text)]) if text.strip() else None
+        return ParsedCalls("", [Call(form.removeprefix(NAMED), text)]) if text.strip() else None
     return _find(form).find_calls(text, functions)
 
 

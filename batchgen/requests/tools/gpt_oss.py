@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from batchgen.requests.tools._calls import Call, Found, Functions, join_content
+from batchgen.requests.tools._form import Call, Functions, ParsedCalls, join_content
 from batchgen.requests.tools._json import NoJson, read_value, skip_space
 
 CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
@@ -43,10 +43,10 @@ def is_in(template: str) -> bool:
     return CHANNEL in template and MESSAGE in template
 
 
-def find_calls(text: str, functions: Functions) -> Found | None:
+def find_calls(text: str, functions: Functions) -> ParsedCalls | None:
     """The calls in `text`; None: there are none."""
     messages = read_messages(text)
-    return Found(messages.content, messages.calls) if messages.calls else None
+    return ParsedCalls(messages.content, messages.calls) if messages.calls else None
 
 
 def read_messages(text: str) -> Messages:

@@ -5,7 +5,7 @@ A last call may lack its end mark, which some models leave out before they end.
 
 from __future__ import annotations
 
-from batchgen.requests.tools._calls import Call, Found, Functions, join_content
+from batchgen.requests.tools._form import Call, Functions, ParsedCalls, join_content
 from batchgen.requests.tools._json import NoJson, arguments_of, name_of, read_object, skip_space
 
 _START, _END = "<tool_call>", "</tool_call>"
@@ -17,7 +17,7 @@ def is_in(template: str) -> bool:
     return _START in template and "<arg_key>" not in template  # which GLM's calls have in the place of JSON
 
 
-def find_calls(text: str, functions: Functions) -> Found | None:
+def find_calls(text: str, functions: Functions) -> ParsedCalls | None:
     """The calls in `text`; None: there are none, or one of them cannot be read."""
     pieces, calls, at = [], [], 0
     try:
@@ -32,4 +32,4 @@ def find_calls(text: str, functions: Functions) -> Found | None:
                 return None
     except NoJson:
         return None
-    return Found(join_content([*pieces, text[at:]]), calls) if calls else None
+    return ParsedCalls(join_content([*pieces, text[at:]]), calls) if calls else None

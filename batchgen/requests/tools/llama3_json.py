@@ -6,7 +6,7 @@ offers.
 
 from __future__ import annotations
 
-from batchgen.requests.tools._calls import Call, Found, Functions
+from batchgen.requests.tools._form import Call, Functions, ParsedCalls
 from batchgen.requests.tools._json import NoJson, arguments_of, name_of, read_object, skip_space
 
 _TAG = "<|python_tag|>"
@@ -18,7 +18,7 @@ def is_in(template: str) -> bool:
     return _TAG in template or ("<|start_header_id|>" in template and '"parameters": ' in template)
 
 
-def find_calls(text: str, functions: Functions) -> Found | None:
+def find_calls(text: str, functions: Functions) -> ParsedCalls | None:
     """The calls that `text` is; None: it is something else."""
     whole = text.strip().removeprefix(_TAG).strip()
     calls, at = [], 0
@@ -36,4 +36,4 @@ def find_calls(text: str, functions: Functions) -> Found | None:
                 break
     except NoJson:
         return None
-    return Found("", calls) if all(call.name in functions for call in calls) else None
+    return ParsedCalls("", calls) if all(call.name in functions for call in calls) else None

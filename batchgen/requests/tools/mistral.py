@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from batchgen.requests.tools._calls import Call, Found, Functions
+from batchgen.requests.tools._form import Call, Functions, ParsedCalls
 from batchgen.requests.tools._json import NoJson, arguments_of, name_of, read_object, read_objects, skip_space
 
 _MARK = "[TOOL_CALLS]"
@@ -20,7 +20,7 @@ def is_in(template: str) -> bool:
     return _MARK in template
 
 
-def find_calls(text: str, functions: Functions) -> Found | None:
+def find_calls(text: str, functions: Functions) -> ParsedCalls | None:
     """The calls in `text`; None: there are none, or one of them cannot be read."""
     content, mark, rest = text.partition(_MARK)
     if not mark:
@@ -29,7 +29,7 @@ def find_calls(text: str, functions: Functions) -> Found | None:
         calls = _read_list(rest) if rest.lstrip().startswith("[") else _read_named(rest)
     except NoJson:
         return None
-    return Found(content.strip(), calls) if calls else None
+    return ParsedCalls(content.strip(), calls) if calls else None
 
 
 def _read_list(text: str) -> list[Call]:

@@ -10,7 +10,7 @@ import ast
 import json
 import warnings
 
-from batchgen.requests.tools._calls import Call, Found, Functions
+from batchgen.requests.tools._form import Call, Functions, ParsedCalls
 
 MARKS: tuple[str, ...] = ("<|python_start|>", "<|python_end|>")
 _JSON_NAMES = {"true": True, "false": False, "null": None}  # which models write for Python's
@@ -22,7 +22,7 @@ def is_in(template: str) -> bool:
     return MARKS[0] in template or "[func_name1(" in template
 
 
-def find_calls(text: str, functions: Functions) -> Found | None:
+def find_calls(text: str, functions: Functions) -> ParsedCalls | None:
     """The calls that `text` is; None: it is something else."""
     whole = text.strip().removeprefix(MARKS[0]).removesuffix(MARKS[1]).strip()
     if not (whole.startswith("[") and whole.endswith("]")) or len(whole) > _MOST_CHARACTERS:
@@ -34,7 +34,7 @@ def find_calls(text: str, functions: Functions) -> Found | None:
         calls = [_call(node) for node in tree.elts] if isinstance(tree, ast.List) else []
     except (ValueError, SyntaxError, RecursionError, MemoryError):  # whatever Python's parser says of any text
         return None
-    return Found("", calls) if calls and all(call.name in functions for call in calls) else None
+    return ParsedCalls("", calls) if calls and all(call.name in functions for call in calls) else None
 
 
 def _call(node: ast.expr) -> Call:

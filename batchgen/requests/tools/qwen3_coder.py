@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from batchgen.requests.tools._calls import Call, Found, Functions, join_content
+from batchgen.requests.tools._form import Call, Functions, ParsedCalls, join_content
 from batchgen.requests.tools._json import NoJson, read_value, skip_space
 
 MARKS: tuple[str, ...] = ("<tool_call>", "</tool_call>", "<function=", "<parameter=", "</function>", "</parameter>")
@@ -25,7 +25,7 @@ def is_in(template: str) -> bool:
     return "<function=" in template and "<parameter=" in template
 
 
-def find_calls(text: str, functions: Functions) -> Found | None:
+def find_calls(text: str, functions: Functions) -> ParsedCalls | None:
     """The calls in `text`; None: there are none, or one of them cannot be read."""
     pieces, calls, at = [], [], 0
     while match := _FUNCTION.search(text, at):
@@ -40,7 +40,9 @@ def find_calls(text: str, functions: Functions) -> Found | None:
             return None
         at += len(_FUNCTION_END)
         calls.append(Call(name, json.dumps(values, ensure_ascii=False)))
-    return Found(join_content([_BLOCK.sub("", piece) for piece in [*pieces, text[at:]]]), calls) if calls else None
+    return (
+        ParsedCalls(join_content([_BLOCK.sub("", piece) for piece in [*pieces, text[at:]]]), calls) if calls else None
+    )
 
 
 def _schema_of(parameters: Mapping[str, object], key: str) -> Mapping[str, object]:

@@ -16,7 +16,7 @@ class Call(NamedTuple):
     arguments: str  # JSON text, as the model wrote it
 
 
-class Found(NamedTuple):
+class ParsedCalls(NamedTuple):
     """The calls in a text."""
 
     content: str  # what stands outside of them
