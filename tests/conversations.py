@@ -71,7 +71,7 @@ class Family:
 
 
 def with_arguments(message: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The message with the arguments of its calls as the template reads them: most read objects, one reads JSON text."""
+    """The message with the arguments of its calls as the template reads them: most read objects, one JSON text."""
     if "tool_calls" not in message or name in EITHER_ARGUMENTS:
         return dict(message)
     calls = copy.deepcopy(message["tool_calls"])

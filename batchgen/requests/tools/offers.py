@@ -185,18 +185,22 @@ def _pointed(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
+_DATA = frozenset({"const", "enum", "default", "examples"})  # of a schema: no schemas themselves
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+
+
 def _moved(schema: object, place: str) -> object:
     """The schema as it must be written at `place`: what it refers to within itself has moved there."""
     if isinstance(schema, list):
         return [_moved(each, place) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
-    return {
-        key: place + value[1:]
-        if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        # What is data in a schema stays as it is.
-        else value
-        if key in ("const", "enum", "default", "examples")
-        else _moved(value, place)
-        for key, value in schema.items()
-    }
+    moved: dict[str, object] = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            moved[key] = place + value[1:]
+        elif key in _NAMED_SCHEMAS and isinstance(value, Mapping):  # whose keys may be any words
+            moved[key] = {name: _moved(each, place) for name, each in value.items()}
+        else:
+            moved[key] = value if key in _DATA else _moved(value, place)
+    return moved
