@@ -50,6 +50,11 @@ _TOKENIZER = "the tokenizer is the model's. Put another one into a copy of the m
 _WEIGHTS = "weights are read as the model's folder has them; --dtype int8 or nf4 makes them smaller"
 _KIND = "batchgen answers chats and completions. Leave it out"
 
+_STRUCTURED = (
+    "texts are constrained by llguidance, whatever the backend. What changes them is set line by line: "
+    "disable_any_whitespace and disable_additional_properties in structured_outputs"
+)
+
 INSTEAD = {
     "--chat-template": "the template is the model's. Put another one into a copy of the model's folder, as "
     "chat_template.jinja, and leave it out",
@@ -65,13 +70,16 @@ INSTEAD = {
     **dict.fromkeys(("--model-class-overrides", "--config-format"), _CONFIG),
     **dict.fromkeys(("--quantization", "--quantization-config", "--load-format", "--model-weights"), _WEIGHTS),
     "--kv-cache-dtype": "keys and values are kept in the dtype of the model. Leave it out",
-    "--override-generation-config": "give --temperature, --top-p, --top-k, --max-new-tokens, or set them line by line",
+    "--override-generation-config": "give --temperature, --top-p, --top-k, --min-p, --repetition-penalty, "
+    "--max-new-tokens, or set them line by line",
     "--logits-processors": "the probabilities are the model's. Leave it out",
     "--logprobs-mode": "logprobs are the model's own, before temperature. Leave it out",
     **dict.fromkeys(("--task", "--runner", "--convert"), _KIND),
     "--watermark-config": "texts are not watermarked. Leave it out",
     "--diffusion-config": "models that generate by diffusion are not supported. Leave it out",
-    "--structured-outputs-config": "lines with structured outputs are refused one by one. Leave it out",
+    "--structured-outputs-config": _STRUCTURED,
+    "--guided-decoding-disable-any-whitespace": _STRUCTURED,
+    "--guided-decoding-disable-additional-properties": _STRUCTURED,
     "--cohere-format": "the template is the model's. Leave it out",
     "--spec-decoding-acceptance-method": "every token is the model's. Leave it out",
     "--config": "write the flags that are in that file on the command line",
@@ -93,7 +101,6 @@ _NEUTRAL: Mapping[str, Collection[str]] = {
     "--task": ("auto", "generate"),
     "--runner": ("auto", "generate"),
     "--convert": ("auto", "none"),
-    "--structured-outputs-config": ("{}",),
     "--spec-decoding-acceptance-method": ("rejection_sampler",),
 }
 
@@ -128,7 +135,7 @@ enable-tokenizer-info-endpoint enable-tower-connector-lora enable-trace-replay e
 eplb-log-balancedness eplb-step-interval eplb-window-size exclude-tools-when-tool-choice-none
 expert-placement-strategy fail-on-environ-validation fault-tolerance-config fingerprint-mode fingerprint-value
 fully-sharded-loras gdn-prefill-backend gpu-memory-utilization grpc grpc-port guided-decoding-backend
-guided-decoding-disable-additional-properties guided-decoding-disable-any-whitespace guided-decoding-disable-fallback
+guided-decoding-disable-fallback
 h11-max-header-count h11-max-incomplete-event-size headless hf-token host ignore-patterns interleave-mm-strings
 io-processor-plugin ir-op-priority jit-monitor-mode jit-monitor-verbose kda-decode-backend kda-prefill-backend
 kernel-config kv-cache-dtype-skip-layers kv-cache-memory-bytes kv-cache-metrics kv-cache-metrics-sample
@@ -275,10 +282,27 @@ def _judge(flags: Sequence[Foreign], model: str | None, own: Collection[str]) ->
 
 
 def _is_neutral(name: str, flag: Foreign, model: str | None) -> bool:
+    if name == "--structured-outputs-config":
+        return _changes_no_text(flag)
     if flag.key or name not in INSTEAD:
         return False
     value = " ".join(flag.values)
     return value.lower() in _NEUTRAL.get(name, ()) or (name == "--tokenizer" and value in (model, "None"))
+
+
+# Of --structured-outputs-config: what says how a constraint is enforced, and not what it is.
+_HOW = frozenset({"backend", "disable_fallback", "reasoning_parser", "reasoning_parser_plugin", "enable_in_reasoning"})
+
+
+def _changes_no_text(flag: Foreign) -> bool:
+    text = " ".join(flag.values)
+    if flag.key:
+        return flag.key.replace("-", "_") in _HOW or text.lower() == "false"
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and all(key in _HOW or not each for key, each in value.items())
 
 
 def _meant(name: str, own: Collection[str]) -> str:
