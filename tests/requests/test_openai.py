@@ -218,7 +218,14 @@ def test_answer_is_the_same_after_a_resume_and_differs_by_row() -> None:
 @pytest.mark.parametrize(
     ("type", "message", "status", "kind", "param", "code"),
     [
-        ("unknown_parameter", "body.best_of is not supported", 400, "invalid_request_error", "best_of", "unknown_parameter"),
+        (
+            "unknown_parameter",
+            "body.best_of is not supported",
+            400,
+            "invalid_request_error",
+            "best_of",
+            "unknown_parameter",
+        ),
         ("too_long", "the prompt has 7 tokens", 400, "invalid_request_error", None, "context_length_exceeded"),
         ("model_not_found", "body.model is", 404, "invalid_request_error", "model", "model_not_found"),
         ("out_of_memory", "it does not fit", 500, "server_error", None, "out_of_memory"),

@@ -80,11 +80,19 @@ def test_whole_float_is_a_whole_number_and_one_stop_text_a_list_of_one() -> None
         (SamplingParams(), {"top_logprobs": 2}, SamplingParams(logprobs=True, top_logprobs=2)),
         (SamplingParams(logprobs=True, top_logprobs=2), {"logprobs": False}, SamplingParams()),
         (SamplingParams(logprobs=True, top_logprobs=2), {"top_logprobs": 0}, SamplingParams(logprobs=True)),
-        (SamplingParams(), {"logit_bias": {"7": 2, "05": -1.5, "6": None}}, SamplingParams(logit_bias=((7, 2), (5, -1.5)))),
-        (SamplingParams(), {"stop_token_ids": [5.0], "bad_words": ["a"]}, SamplingParams(stop_token_ids=(5,), bad_words=("a",))),
+        (
+            SamplingParams(),
+            {"logit_bias": {"7": 2, "05": -1.5, "6": None}},
+            SamplingParams(logit_bias=((7, 2), (5, -1.5))),
+        ),
+        (
+            SamplingParams(),
+            {"stop_token_ids": [5.0], "bad_words": ["a"]},
+            SamplingParams(stop_token_ids=(5,), bad_words=("a",)),
+        ),
         (SamplingParams(), {"n": 2.0, "min_tokens": 3.0}, SamplingParams(n=2, min_tokens=3)),
     ],
-)  # fmt: skip
+)
 def test_what_rows_write_becomes_parameters(
     default: SamplingParams, given: dict[str, object], expected: SamplingParams
 ) -> None:
