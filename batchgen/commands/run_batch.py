@@ -15,8 +15,9 @@ import click
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
 from batchgen.commands._conversations import conversation_options
-from batchgen.commands._options import engine_options, sampling_options
+from batchgen.commands._options import engine_options
 from batchgen.commands._runs import carry_out, conclude
+from batchgen.commands._sampling import sampling_options
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import recipe_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -94,7 +93,8 @@ class SamplingParams:
     def _check_penalties(self) -> None:
         _check(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p must be a number from 0 (off) to 1")
         penalty = self.repetition_penalty
-        _check(_is_number(penalty) and 0 < penalty < math.inf, "repetition_penalty must be a number above 0")
+        # A logit of float32 stays finite.
+        _check(_is_number(penalty) and 0.01 <= penalty <= 100, "repetition_penalty must be a number from 0.01 to 100")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(_is_number(value) and -2 <= value <= 2, f"{name} must be a number from -2 to 2")

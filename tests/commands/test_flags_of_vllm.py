@@ -9,7 +9,7 @@ import click
 import pytest
 
 from batchgen.commands import CommandError, main, run_batch
-from batchgen.commands._vllm_flags import IGNORED, INSTEAD
+from batchgen.commands._vllm_flag_names import IGNORED, INSTEAD
 from tests.commands.starts import call, read_rows, write_rows
 
 FILES = ["-i", "in", "-o", "out"]

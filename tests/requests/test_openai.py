@@ -112,21 +112,16 @@ def test_faulty_line_is_refused(value: dict[str, object], type: str, complaint: 
 @pytest.mark.parametrize(
     ("key", "neutral", "telling"),
     [
-        ("n", [1, None], 2),
         ("best_of", [1], 2),
-        ("logprobs", [False, None, 0, True], 5),
-        ("top_logprobs", [0], 3),
-        ("presence_penalty", [0, 0.0], 0.5),
-        ("frequency_penalty", [0], -1),
-        ("logit_bias", [{}, None], {"5": 1}),
         ("tools", [[]], [{}]),
         ("tool_choice", ["none"], "required"),
         ("functions", [[]], [{}]),
-        ("response_format", [{"type": "text"}], {"type": "json_object"}),
-        ("repetition_penalty", [1, 1.0], 1.1),
-        ("min_p", [0], 0.1),
-        ("min_tokens", [0], 1),
-        ("ignore_eos", [False], True),
+        ("response_format", [{"type": "text"}, {"type": "json_object"}], {"type": "grammar"}),
+        ("use_beam_search", [False], True),
+        ("length_penalty", [1], 2),
+        ("repetition_detection", [{}], {"min_count": 2}),
+        ("logits_processors", [[]], ["x"]),
+        ("choice", [None], ["a"]),
         ("add_generation_prompt", [True], False),
         ("suffix", [None], "x"),
         ("echo", [False], True),
@@ -159,10 +154,6 @@ def test_equal_limits_are_one_limit() -> None:
     assert parse(chat(max_tokens=3, max_completion_tokens=3)).sampling == {"max_new_tokens": 3}
 
 
-def test_minus_one_is_vllms_way_to_turn_top_k_off() -> None:
-    assert parse(chat(top_k=-1)).sampling == {"top_k": 0}
-
-
 def test_body_must_name_the_runs_model_or_none() -> None:
     parse(chat(), "m")
     parse(line({"messages": HELLO}), "m")
@@ -176,7 +167,8 @@ def test_a_list_that_is_refused_is_not_told_to_be_a_list() -> None:
     problem = refused(chat(tools=[{"type": "web_search"}]))
     assert problem.message.startswith("body.tools is not supported: it must be [] or left out")
     assert "not a list" not in problem.message
-    assert "it must be 1 or left out, not 2" in refused(chat(n=2)).message
+    assert "it must be 1 or left out, not 2" in refused(chat(best_of=2)).message
+    assert parse(chat(best_of=2, n=2)).sampling == {"n": 2}
 
 
 def done(request: Mapping[str, object] | None = None, **changed: object) -> Generation:
@@ -226,7 +218,14 @@ def test_answer_is_the_same_after_a_resume_and_differs_by_row() -> None:
 @pytest.mark.parametrize(
     ("type", "message", "status", "kind", "param", "code"),
     [
-        ("unknown_parameter", "body.n is not supported", 400, "invalid_request_error", "n", "unknown_parameter"),
+        (
+            "unknown_parameter",
+            "body.best_of is not supported",
+            400,
+            "invalid_request_error",
+            "best_of",
+            "unknown_parameter",
+        ),
         ("too_long", "the prompt has 7 tokens", 400, "invalid_request_error", None, "context_length_exceeded"),
         ("model_not_found", "body.model is", 404, "invalid_request_error", "model", "model_not_found"),
         ("out_of_memory", "it does not fit", 500, "server_error", None, "out_of_memory"),
@@ -247,7 +246,7 @@ def test_openai_shape_of_an_error(
 @pytest.mark.parametrize(
     ("type", "message", "status", "kind", "param"),
     [
-        ("unknown_parameter", "body.n is not supported", 400, "BadRequestError", "n"),
+        ("unknown_parameter", "body.best_of is not supported", 400, "BadRequestError", "best_of"),
         ("model_not_found", "body.model is", 404, "NotFoundError", "model"),
         ("out_of_memory", "it does not fit", 500, "InternalServerError", None),
     ],

@@ -44,7 +44,9 @@ def test_no_key_of_openai_or_vllm_is_unknown(endpoint: str) -> None:
         ("enable_thinking", False, "put it into body.chat_template_kwargs"),
         ("max_new_tokens", 5, "its name in a body is max_tokens"),
         ("stop_sequences", ["a"], "its name in a body is stop"),
-        ("n", 3, "write a line for each text"),
+        ("num_return_sequences", 3, "its name in a body is n"),
+        ("grammar", "start: x", "give structured_outputs with a grammar"),
+        ("thinking_tokens", 3, "its name in a body is thinking_token_budget"),
         ("prompt", "x", "a prompt goes to /v1/completions"),
     ],
 )
