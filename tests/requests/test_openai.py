@@ -163,7 +163,9 @@ def test_body_must_name_the_runs_model_or_none() -> None:
 
 def test_a_list_that_is_refused_is_not_told_to_be_a_list() -> None:
     problem = refused(chat(functions=[{"name": "f"}]))
-    assert problem.message == "body.functions is not supported: it must be [] or left out; body.tools has taken its place"
+    assert (
+        problem.message == "body.functions is not supported: it must be [] or left out; body.tools has taken its place"
+    )
     assert "not a list" not in problem.message
     assert "it must be 1 or left out, not 2" in refused(chat(best_of=2)).message
     assert parse(chat(best_of=2, n=2)).sampling == {"n": 2}
