@@ -19,6 +19,8 @@ _FILE = "generation_config.json"
 
 # What of it decides how a row is sampled: what vLLM takes of it and batchgen knows, whatever `do_sample` says there.
 _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+TAKEN_LATER = ("min_p", "repetition_penalty")
+"""Those of it that the first versions did not take: a run that began without them goes on without them."""
 # A model whose author names one of these is meant to be sampled, at temperature 1 where none is named.
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 # What changes answers and batchgen does not know, with the values that change nothing.

@@ -126,7 +126,7 @@ _PLAIN_ROWS_ALSO = {
     **{other: f"its name is {name}" for name in PARAMS for other in _spelled(name)},
     **dict.fromkeys(
         ("sampling_params", "generation_config", "generationConfig", "parameters", "extra_body", "params"),
-        f"a plain row sets its parameters itself: {', '.join(sorted(PARAMS))}",
+        "a plain row has a column for each of its parameters, like max_new_tokens and temperature",
     ),
     **dict.fromkeys(
         ("image", "images", "image_url", "video", "videos", "multi_modal_data"), "only the text of a prompt is read"

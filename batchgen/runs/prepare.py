@@ -20,7 +20,7 @@ from batchgen.engine import Engine, Setup, Tokenizer
 from batchgen.formats import InputError
 from batchgen.formats.input import Input, files_of, find
 from batchgen.models import ResolvedModel
-from batchgen.models.generation_config import with_authors_sampling
+from batchgen.models.generation_config import TAKEN_LATER, with_authors_sampling
 from batchgen.packages import without_garbage_collection
 from batchgen.planning import auto
 from batchgen.planning.auto import AUTO, Choice
@@ -142,12 +142,16 @@ def _resolve_model(model: str | None, cache: Path, *, say: bool) -> ResolvedMode
 
 def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
     """The recipe with the sampling of the model's author, unless the run began before there was such a thing."""
-    if recipe.generation_config == "auto" and folder.has_manifest():
+    if recipe.generation_config != "none" and folder.has_manifest():
         recorded = folder.read_identity()
-        if "generation_config" not in recorded and recorded.get("request_model") is not None:
+        began_without = "generation_config" not in recorded and recorded.get("request_model") is not None
+        if recipe.generation_config == "auto" and began_without:
             if say:
                 logger.info("this run began without the model's generation_config.json, and goes on without it")
             recipe = replace(recipe, generation_config="none")
+        # What is at its default is not recorded: the run has not taken it, or it began before that was taken.
+        left_out = {name for name in TAKEN_LATER if f"sampling.{name}" not in recorded}
+        recipe = replace(recipe, set_by_user=recipe.set_by_user | left_out)
     return with_authors_sampling(recipe, model, say=say)
 
 

@@ -87,7 +87,7 @@ def test_a_constraint_is_read_and_followed(
         ("json_schema", {"a": b"bytes"}, "wrong_type", "it is no JSON schema: Object of type bytes is not JSON"),
         ("json_schema", {"uniqueItems": True}, "constraint",
          "the schema uses uniqueItems, which cannot be enforced; leave it out"),
-        ("json_schema", {"items": {"if": {}, "then": {}, "not": {}}}, "constraint", "the schema uses if, not and then,"),
+        ("json_schema", {"items": {"if": {}, "then": {}, "not": {}}}, "constraint", "schema uses if, not and then,"),
         ("json_schema", {"type": "foo"}, "constraint", "it: the schema cannot be enforced: Invalid type: foo"),
         ("json_schema", {"format": "colour"}, "constraint", "Unknown format: colour"),
         ("json_schema", {"$ref": "http://example.org/a"}, "constraint", "the schema cannot be enforced: Resource"),
