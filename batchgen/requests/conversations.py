@@ -104,7 +104,8 @@ def _documents(given: Mapping[str, object], prefix: str) -> dict[str, object]:
     if documents is None or documents == []:
         return {}
     if not isinstance(documents, list) or not all(isinstance(document, Mapping) for document in documents):
-        raise Refused("wrong_type", f"{prefix}documents must be a list of objects with title and text")
+        remedy = "" if prefix else ". Call the column otherwise if it is not meant for the chat template"
+        raise Refused("wrong_type", f"{prefix}documents must be a list of objects with title and text{remedy}")
     return {"documents": documents}
 
 

@@ -296,3 +296,27 @@ def test_a_row_may_bring_its_own_template_where_it_is_trusted(tmp_path: Path) ->
 def test_a_rows_own_template_is_rendered_in_a_sandbox(tmp_path: Path, template: str, sentence: str) -> None:
     row = {"messages": MESSAGES, "chat_template": template}
     assert sentence in refusal("plain", tmp_path, row, trusts_templates=True)
+
+
+def test_smollm2_neither_thinks_nor_calls(smollm2: Path) -> None:
+    own = HfTokenizer(str(smollm2))
+    reader = PromptReader(Recipe(sampling=SamplingParams(max_new_tokens=1)), own, {})
+    rows: list[dict[str, Any]] = [
+        {"messages": MESSAGES},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "It is "}], "continue_final_message": True},
+        {"messages": MESSAGES, "tools": [TOOL]},
+        {"messages": MESSAGES, "tools": [TOOL], "tool_choice": "none"},
+    ]
+    plain, continued, with_tools, without = reader.read(
+        [Row(0, "a", 1, {"id": f"{n}", **r}) for n, r in enumerate(rows)]
+    )
+    assert isinstance(plain, Prompt)
+    assert plain.markup is None
+    assert plain.text.endswith("<|im_start|>assistant\n")
+    assert isinstance(continued, Prompt)
+    assert continued.text == plain.text + "It is "
+    assert isinstance(with_tools, Generation)
+    assert with_tools.error is not None
+    assert "knows no tools" in with_tools.error.message
+    assert isinstance(without, Prompt)
+    assert without.text == plain.text
