@@ -111,7 +111,8 @@ class Writer:
 
     def _record(self, batch: Batch, data: bytes, seconds: float) -> BatchRecord:
         generations = batch.generations
-        generated = sum(generation.generated_tokens for generation in generations)
+        samples = (sample for generation in generations for sample in (generation, *generation.others))
+        generated = sum(sample.generated_tokens for sample in samples) - batch.repeated_tokens
         return BatchRecord(
             seconds=round(seconds, 6),
             prompts=len(generations),

@@ -66,13 +66,16 @@ def _plain(generation: Generation) -> str:
     error = generation.error
     failure = error and {"type": error.type, "message": error.message, "line": error.line}  # its id is the row's
     own = "".join(f",{_quoted(name)}:{_any(value)}" for name, value in columns.items() if name != "id")
+    texts = ""
+    if generation.others:
+        texts = f',"texts":{_json([sample.text for sample in (generation, *generation.others)])}'
     logprobs = "" if generation.logprobs is None else f',"{LOGPROBS}":{_json(generation.logprobs)}'
     return (
         f'{{"id":{_quoted(generation.id)},"index":{generation.index},'
         f'"text":{"null" if generation.text is None else _quoted(generation.text)},'
         f'"finish_reason":{"null" if generation.finish_reason is None else _quoted(generation.finish_reason)},'
         f'"prompt_tokens":{generation.prompt_tokens},"generated_tokens":{generation.generated_tokens},'
-        f'"error":{"null" if failure is None else _json(failure)}{logprobs}{own}}}'
+        f'"error":{"null" if failure is None else _json(failure)}{texts}{logprobs}{own}}}'
     )
 
 

@@ -15,6 +15,7 @@ from batchgen.engine import Engine, OutOfStep, Setup, Stream
 from batchgen.engines import settings_of
 from batchgen.requests.output import renderer
 from batchgen.runs.prepare import Ready
+from batchgen.runs.samples import Samples
 from batchgen.runs.schedule import open_rows, order, shard, windows
 from batchgen.runs.stacks import answering
 from batchgen.runs.stop import Stop
@@ -58,6 +59,7 @@ class StreamWorker:
             attempt.folder.path, attempt.number, self.stream.index, world.rank, _renderer(ready, attempt)
         )
         self._engine: Engine | None = None
+        self._samples = Samples()
         self._in_work: dict[int, str] = {}  # ids of the prompts that the engine has not finished, by their row
         self._refused: list[Generation] = []  # rows that became no prompt, waiting for the next commit
         self._refused_before = 0  # rows refused again, which an earlier attempt has recorded
@@ -138,7 +140,7 @@ class StreamWorker:
                 self._commit(Batch([]), heartbeat)
                 if self._engine is None and self._stop():
                     return  # an engine that exists agrees with its ranks first, and leaves by itself
-            yield from order(prompts, number)
+            yield from self._samples.spread(order(prompts, number))
 
     def _noted(self, prompts: Iterator[Prompt]) -> Iterator[Prompt]:
         for prompt in prompts:
@@ -154,6 +156,7 @@ class StreamWorker:
         return f"row{'s' if len(ids) > 1 else ''} {', '.join(ids[:_NAMED])}{more}"
 
     def _commit(self, batch: Batch, heartbeat: Heartbeat) -> None:
+        batch = self._samples.join(batch)
         for generation in batch.generations:
             self._in_work.pop(generation.index, None)
         refused, self._refused = self._refused, []

@@ -17,6 +17,7 @@ class Batch:
     peak_memory_bytes: int | None = None  # of the device since the batch before; without a device, of the process
     share_of_bound: float | None = None  # of what the path that offloaded weights come over allows; None: no offload
     at_once: int | None = None  # rows that the device has had in work together, at most; None: those of this batch
+    repeated_tokens: int = 0  # of samples that repeat another one's text, and were not generated
 
 
 @dataclass(frozen=True, slots=True)
