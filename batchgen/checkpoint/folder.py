@@ -1,6 +1,7 @@
 """The run folder: what was asked, which rows are done, and the commit of a finished batch.
 
     run.json                             what was asked (compared at every start), and what it ran on (`manifest`)
+    grown-00001.json …                   what the input became when rows had been appended to it
     input/                               a cache: the index of the input, its unpacked text, repeated ids
     attempts/00001.json …                one start each (`attempt`)
     generations-00001-00000.jsonl …      one an attempt and stream, made exclusively, never opened for writing again
@@ -40,7 +41,7 @@ from batchgen.types import BatchRecord, Shard
 
 logger = logging.getLogger(__name__)
 
-_NAMES = "generations|errors|timing|batches|run|limits|merged"
+_NAMES = "generations|errors|timing|batches|run|grown|limits|merged"
 _OWN = re.compile(rf"({_NAMES})\b.*\.(jsonl|json|parquet|arrow)")
 _SCRATCH = re.compile(rf"\.({_NAMES}|delivered|duplicates|scan|\d{{5}})\b.*\.\d+\.[0-9a-f]{{8}}")
 GENERATIONS = ("generations.jsonl", "generations.parquet", "generations.arrow")
@@ -195,8 +196,25 @@ class RunFolder:
                 raise cannot_write(self.path, error) from error
         manifest.check_same(path, wanted, provenance)
 
+    def append_input(self, before: Mapping[str, Any], now: Mapping[str, Any], files: Sequence[Original]) -> None:
+        """Records the input, to which rows have been appended since the run has had the identity `before`.
+
+        Raises:
+            CheckpointError: another start has gone on with other rows meanwhile, or it cannot be written.
+        """
+        try:
+            manifest.append(self.path / manifest.NAME, before, now, files)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        if not self.has_input(now):
+            raise CheckpointError(f"another start of {self.path} has found other rows in the input. Start again")
+
+    def has_input(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the run's input is that of `identity`."""
+        return manifest.has_input(self.path / manifest.NAME, identity)
+
     def read_identity(self) -> dict[str, Any]:
-        """What decides the text of this run, as its first start recorded it."""
+        """What decides the text of this run, with the input as its last start knew it."""
         return manifest.read_identity(self.path / manifest.NAME)
 
     def originals(self) -> list[Original] | None:
