@@ -21,11 +21,12 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batchgen.checkpoint import manifest
+from batchgen.checkpoint.done import Done, check_rows
 from batchgen.checkpoint.files import (
     CheckpointError,
     cannot_write,
@@ -37,7 +38,7 @@ from batchgen.checkpoint.files import (
 from batchgen.checkpoint.records import trusted
 from batchgen.files import sync_folder
 from batchgen.formats import Original
-from batchgen.types import BatchRecord, Shard
+from batchgen.types import BatchRecord
 
 logger = logging.getLogger(__name__)
 
@@ -45,46 +46,6 @@ _NAMES = "generations|errors|timing|batches|run|grown|limits|merged"
 _OWN = re.compile(rf"({_NAMES})\b.*\.(jsonl|json|parquet|arrow)")
 _SCRATCH = re.compile(rf"\.({_NAMES}|delivered|duplicates|scan|\d{{5}})\b.*\.\d+\.[0-9a-f]{{8}}")
 GENERATIONS = ("generations.jsonl", "generations.parquet", "generations.arrow")
-
-OPEN, FAILED, GOOD = 0, 1, 2  # what is known of a row; one byte each, so that ten million rows take 10 MB
-
-
-@dataclass(slots=True)
-class Done:
-    """What all attempts together have finished, by row number."""
-
-    states: bytearray  # OPEN, FAILED or GOOD for every row
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    batches: int = 0
-    attempt_tokens: dict[int, int] = field(default_factory=dict)  # committed generated tokens of each attempt
-
-    def is_good(self, row: int) -> bool:
-        """The row has its generation: no start touches it again."""
-        return self.states[row] == GOOD
-
-    def is_failed(self, row: int) -> bool:
-        """The row has an error and no generation: the next start tries it again."""
-        return self.states[row] == FAILED
-
-    def part(self, shard: Shard) -> Done:
-        """What is finished of the shard's rows alone. They lose their numbers: it is for counting."""
-        return replace(self, states=self.states[shard.index :: shard.count])
-
-    @property
-    def good(self) -> int:
-        """Rows with a generation."""
-        return self.states.count(GOOD)
-
-    @property
-    def failed(self) -> int:
-        """Rows whose every attempt failed."""
-        return self.states.count(FAILED)
-
-    @property
-    def open(self) -> int:
-        """Rows that no attempt has finished."""
-        return self.states.count(OPEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,27 +235,7 @@ class RunFolder:
     def done(self, rows: int, *, verify: bool = True) -> Done:
         """What is finished. Of two records of a row the first one wins, but success wins over failure."""
         done = Done(bytearray(rows))
-        states = done.states
         for path, record in self.records(verify=verify):
-            failed = set(record.failed)
             check_rows(path, record, rows)
-            for row in record.rows:
-                if row not in failed:
-                    states[row] = GOOD
-                elif states[row] == OPEN:
-                    states[row] = FAILED
-            done.prompt_tokens += record.prompt_tokens
-            done.generated_tokens += record.generated_tokens
-            done.batches += 1
-            tokens = done.attempt_tokens.get(record.attempt, 0)
-            done.attempt_tokens[record.attempt] = tokens + record.generated_tokens
+            done.add(record)
         return done
-
-
-def check_rows(path: Path, record: BatchRecord, rows: int) -> None:
-    """Raises CheckpointError if `record`, of the generations file `path`, does not fit an input of `rows` rows."""
-    if record.rows and not 0 <= min(record.rows) <= max(record.rows) < rows:
-        raise CheckpointError(
-            f"{path} holds row {max(record.rows)}, but rows of this run are below {rows}: the file is of another run. "
-            "Move it and its batches file away, and start again"
-        )

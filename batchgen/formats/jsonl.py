@@ -144,6 +144,7 @@ class Jsonl(Source):
             raise InputError(f"{self.path} is not JSON lines: {what}")
         self._begins, self._blanks = begins, blanks = array("Q"), array("Q")
         self._sums = sums = array("I")
+        checksum = zlib.crc32
         position = 0
         line = b"\n"
         for line in lines:
@@ -154,8 +155,10 @@ class Jsonl(Source):
                 blanks.append(len(begins))
             else:
                 begins.append(position + mark)
-                sums.append(zlib.crc32(line[mark:].rstrip()))
+                sums.append(checksum(line))
             position += len(line)
+        if begins and begins[-1] >= position - len(line) and not line.endswith(b"\n"):
+            sums[-1] = checksum(b"\n", sums[-1])  # it is the same row once its line has an end
         begins.append(position if line.endswith(b"\n") else position + 1)
         return position
 
