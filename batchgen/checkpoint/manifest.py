@@ -71,8 +71,8 @@ def has_input(path: Path, identity: Mapping[str, Any]) -> bool:
     return _is_input_of(read_identity(path), identity)
 
 
-def _is_input_of(asked: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    return all(asked.get(name) == identity.get(name) for name in _OF_INPUT)
+def _is_input_of(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    return all(recorded.get(name) == identity.get(name) for name in _OF_INPUT)
 
 
 def _listed(files: Sequence[Original]) -> list[dict[str, Any]]:

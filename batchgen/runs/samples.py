@@ -92,11 +92,11 @@ def _add(before: Batch, batch: Batch) -> Batch:
     return Batch(
         [],
         before.padded_tokens + batch.padded_tokens,
-        _most(before.peak_memory_bytes, batch.peak_memory_bytes),
+        _larger(before.peak_memory_bytes, batch.peak_memory_bytes),
         before.share_of_bound if batch.share_of_bound is None else batch.share_of_bound,
-        _most(before.at_once, batch.at_once),
+        _larger(before.at_once, batch.at_once),
     )
 
 
-def _most(one: int | None, other: int | None) -> int | None:
-    return max((number for number in (one, other) if number is not None), default=None)
+def _larger(left: int | None, right: int | None) -> int | None:
+    return max((number for number in (left, right) if number is not None), default=None)
