@@ -117,13 +117,12 @@ def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plan
     if not prompts:
         raise forecast.PlanError("no row of the input can become a prompt; batchgen run --dry-run says why")
     scale = 1 if folder is not None else _BYTES_PER_TOKEN
-    lengths = [(-(-len(prompt.tokens) // scale), prompt.params.max_new_tokens) for prompt in prompts]
     note = (
         "as the model's tokenizer has them" if folder is not None else "estimated at 4 bytes a token: no tokenizer here"
     )
     if count < total:
         note += f"; of {count:,} rows drawn from {total:,}"
-    return forecast.Work(lengths, round(total * len(prompts) / count)), note
+    return forecast.Work.of(prompts, count, total, scale), note
 
 
 def _measured(name: str | None, options: dict[str, Any]) -> dict[str, dict[int, float]]:

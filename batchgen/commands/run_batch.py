@@ -38,6 +38,7 @@ _DISCARDING = "discarding"  # stands in a run folder while a finished run is rem
 _RUN_FILES = (
     *("attempts/*.json", "attempts/*.txt", "input/*", "fetched-*", "timing.jsonl", "errors.jsonl", "merged.json"),
     *("generations.jsonl", "generations-[0-9]*-[0-9]*.jsonl", "batches-[0-9]*-[0-9]*.jsonl", "limits-*.json"),
+    "grown-*.json",
     *("run.json", "delivered.json"),
 )
 

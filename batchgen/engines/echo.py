@@ -110,11 +110,11 @@ def _echo(prompt: Prompt) -> Generation:
 
 def _describe(prompt: Prompt, said: bytes) -> Details:
     """What the row asks to know of its tokens; a byte is the likeliest of all, and the only one."""
-    params, is_request = prompt.params, prompt.request is not None
+    params = prompt.params
     before = [*map(_alternative, prompt.tokens)]
     return Details(
-        token_texts=[_alternative(byte).text for byte in said] if params.logprobs and is_request else None,
-        prompt_token_texts=[each.text for each in before] if is_request else None,
+        token_texts=[_alternative(byte).text for byte in said] if params.logprobs else None,
+        prompt_token_texts=None if prompt.request is None else [each.text for each in before],
         token_ids=list(said) if params.return_token_ids else None,
         prompt_token_ids=list(prompt.tokens) if params.return_token_ids else None,
         top_logprobs=[[_alternative(byte)] for byte in said] if params.top_logprobs else None,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.checkpoint import Places
-from batchgen.checkpoint.folder import FAILED, GOOD
+from batchgen.checkpoint.done import FAILED, GOOD
 from batchgen.report.batches import Batches
 from batchgen.requests.output import RESULT, WANTED, failure_of
 

@@ -24,6 +24,7 @@ from batchgen.models.generation_config import TAKEN_LATER, with_authors_sampling
 from batchgen.packages import without_garbage_collection
 from batchgen.planning import auto
 from batchgen.planning.auto import AUTO, Choice
+from batchgen.planning.work import Work
 from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.row_ids import are_requests
@@ -113,8 +114,8 @@ def prepare(
     settings = replace(settings, recipe=recipe)
     dtype_found = dtype_of.find(settings.dtype, folder, resolved.folder)
     if choice is None:
-        lengths = partial(_lengths, source, recipe)
-        choice = _choose(resolved, dtype_found.name, settings.engine_settings, lengths, role)
+        work = partial(_work, source, recipe)
+        choice = _choose(resolved, dtype_found.name, settings.engine_settings, work, role)
     duplicates = find_duplicates(source, folder.input_cache, scan_into, recipe.id_prefix)
     answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
     try:
@@ -188,7 +189,7 @@ def _named_or_recorded(settings: RunSettings, claim: Mapping[str, Any] | None) -
     return None if claim is None else auto.read_recorded_choice(claim)
 
 
-def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: auto.Lengths, role: Role) -> Choice:
+def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], work: auto.Measure, role: Role) -> Choice:
     """The engine of a run for which none was named; says which, and why."""
     with without_garbage_collection():
         from batchgen.planning.hardware import Machine, Nodes  # torch, and a run whose engine is named may need none
@@ -197,7 +198,7 @@ def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: 
     local_size = role.ranks_to_start if role.is_single_process else max(1, world.local_size)
     hosts = 1 if role.is_single_process else max(1, world.size // local_size)
     nodes = Nodes(Machine.here(local_size), role.ranks, hosts)
-    choice = auto.choose_fastest(model.folder, dtype, settings, lengths, nodes)
+    choice = auto.choose_fastest(model.folder, dtype, settings, work, nodes)
     logger.info("engine %s: %s", choice, choice.why)
     return choice
 
@@ -247,11 +248,10 @@ def _draw(
     return [prompt for part in parts for prompt in part if isinstance(prompt, Prompt)], count
 
 
-def _lengths(source: Input, recipe: Recipe, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], int]:
-    """Prompt and new tokens of rows drawn from the input, and how many rows they stand for."""
+def _work(source: Input, recipe: Recipe, tokenizer: Tokenizer) -> Work:
+    """The lengths of rows drawn from the input."""
     prompts, count = _draw(source, recipe, tokenizer, _SAMPLE, warns=False)  # the reader of all rows does
-    lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in prompts]
-    return lengths, round(len(source) * len(prompts) / max(count, 1))
+    return Work.of(prompts, count, len(source))
 
 
 def refusals(ready: Ready) -> Iterator[Generation]:
