@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from batchgen.requests.recipe import Recipe
     from batchgen.runs.flow import merge, run
     from batchgen.runs.settings import Host, RunSettings
-    from batchgen.types import FIT, SamplingParams
+    from batchgen.types import FIT, Constraint, SamplingParams
 
-__all__ = ["FIT", "Host", "Recipe", "RunSettings", "SamplingParams", "Status", "merge", "run"]
+__all__ = ["FIT", "Constraint", "Host", "Recipe", "RunSettings", "SamplingParams", "Status", "merge", "run"]
 
 _HOMES = {
     "FIT": "types",
+    "Constraint": "types",
     "Host": "runs.settings",
     "Recipe": "requests.recipe",
     "RunSettings": "runs.settings",

@@ -18,7 +18,7 @@ import pytest
 
 import batchgen
 from batchgen import engines
-from batchgen.commands import _vllm_flags, main
+from batchgen.commands import _vllm_flag_names, main
 from tests.pages import PAGES, README, ROOT, blocks, loads_a_model, run_python, run_shell, text_of
 
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -256,7 +256,13 @@ def test_flags_of_vllm_are_what_the_page_says() -> None:
     counted = 0
     for row in table.splitlines()[1:]:
         flags, here = row.strip("| ").split(" | ", 1)
-        known = _vllm_flags.IGNORED if "ignored" in here else set(_vllm_flags.INSTEAD) if "refused" in here else own
+        known = (
+            _vllm_flag_names.IGNORED
+            if "ignored" in here
+            else set(_vllm_flag_names.INSTEAD)
+            if "refused" in here
+            else own
+        )
         for flag in re.findall(r"`(--[\w-]+)`", flags):
             assert flag in known, (flag, here)
             counted += 1

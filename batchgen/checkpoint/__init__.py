@@ -10,8 +10,9 @@ from batchgen.checkpoint.attempt import (
     claim,
     join,
 )
+from batchgen.checkpoint.done import Done
 from batchgen.checkpoint.files import CheckpointError, Damaged, DifferentRun, check_can_be_folder, read_json, to_json
-from batchgen.checkpoint.folder import Done, RunFolder
+from batchgen.checkpoint.folder import RunFolder
 from batchgen.checkpoint.heartbeat import Heartbeat
 from batchgen.checkpoint.heartbeats import all_heartbeats
 from batchgen.checkpoint.merge import Places, merge_with, write_lines

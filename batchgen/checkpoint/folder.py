@@ -1,6 +1,7 @@
 """The run folder: what was asked, which rows are done, and the commit of a finished batch.
 
     run.json                             what was asked (compared at every start), and what it ran on (`manifest`)
+    grown-00001.json …                   what the input became when rows had been appended to it
     input/                               a cache: the index of the input, its unpacked text, repeated ids
     attempts/00001.json …                one start each (`attempt`)
     generations-00001-00000.jsonl …      one an attempt and stream, made exclusively, never opened for writing again
@@ -20,11 +21,12 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batchgen.checkpoint import manifest
+from batchgen.checkpoint.done import Done, check_rows
 from batchgen.checkpoint.files import (
     CheckpointError,
     cannot_write,
@@ -36,54 +38,14 @@ from batchgen.checkpoint.files import (
 from batchgen.checkpoint.records import trusted
 from batchgen.files import sync_folder
 from batchgen.formats import Original
-from batchgen.types import BatchRecord, Shard
+from batchgen.types import BatchRecord
 
 logger = logging.getLogger(__name__)
 
-_NAMES = "generations|errors|timing|batches|run|limits|merged"
+_NAMES = "generations|errors|timing|batches|run|grown|limits|merged"
 _OWN = re.compile(rf"({_NAMES})\b.*\.(jsonl|json|parquet|arrow)")
 _SCRATCH = re.compile(rf"\.({_NAMES}|delivered|duplicates|scan|\d{{5}})\b.*\.\d+\.[0-9a-f]{{8}}")
 GENERATIONS = ("generations.jsonl", "generations.parquet", "generations.arrow")
-
-OPEN, FAILED, GOOD = 0, 1, 2  # what is known of a row; one byte each, so that ten million rows take 10 MB
-
-
-@dataclass(slots=True)
-class Done:
-    """What all attempts together have finished, by row number."""
-
-    states: bytearray  # OPEN, FAILED or GOOD for every row
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    batches: int = 0
-    attempt_tokens: dict[int, int] = field(default_factory=dict)  # committed generated tokens of each attempt
-
-    def is_good(self, row: int) -> bool:
-        """The row has its generation: no start touches it again."""
-        return self.states[row] == GOOD
-
-    def is_failed(self, row: int) -> bool:
-        """The row has an error and no generation: the next start tries it again."""
-        return self.states[row] == FAILED
-
-    def part(self, shard: Shard) -> Done:
-        """What is finished of the shard's rows alone. They lose their numbers: it is for counting."""
-        return replace(self, states=self.states[shard.index :: shard.count])
-
-    @property
-    def good(self) -> int:
-        """Rows with a generation."""
-        return self.states.count(GOOD)
-
-    @property
-    def failed(self) -> int:
-        """Rows whose every attempt failed."""
-        return self.states.count(FAILED)
-
-    @property
-    def open(self) -> int:
-        """Rows that no attempt has finished."""
-        return self.states.count(OPEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +157,25 @@ class RunFolder:
                 raise cannot_write(self.path, error) from error
         manifest.check_same(path, wanted, provenance)
 
+    def append_input(self, before: Mapping[str, Any], now: Mapping[str, Any], files: Sequence[Original]) -> None:
+        """Records the input, to which rows have been appended since the run has had the identity `before`.
+
+        Raises:
+            CheckpointError: another start has gone on with other rows meanwhile, or it cannot be written.
+        """
+        try:
+            manifest.append(self.path / manifest.NAME, before, now, files)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        if not self.has_input(now):
+            raise CheckpointError(f"another start of {self.path} has found other rows in the input. Start again")
+
+    def has_input(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the run's input is that of `identity`."""
+        return manifest.has_input(self.path / manifest.NAME, identity)
+
     def read_identity(self) -> dict[str, Any]:
-        """What decides the text of this run, as its first start recorded it."""
+        """What decides the text of this run, with the input as its last start knew it."""
         return manifest.read_identity(self.path / manifest.NAME)
 
     def originals(self) -> list[Original] | None:
@@ -256,27 +235,7 @@ class RunFolder:
     def done(self, rows: int, *, verify: bool = True) -> Done:
         """What is finished. Of two records of a row the first one wins, but success wins over failure."""
         done = Done(bytearray(rows))
-        states = done.states
         for path, record in self.records(verify=verify):
-            failed = set(record.failed)
             check_rows(path, record, rows)
-            for row in record.rows:
-                if row not in failed:
-                    states[row] = GOOD
-                elif states[row] == OPEN:
-                    states[row] = FAILED
-            done.prompt_tokens += record.prompt_tokens
-            done.generated_tokens += record.generated_tokens
-            done.batches += 1
-            tokens = done.attempt_tokens.get(record.attempt, 0)
-            done.attempt_tokens[record.attempt] = tokens + record.generated_tokens
+            done.add(record)
         return done
-
-
-def check_rows(path: Path, record: BatchRecord, rows: int) -> None:
-    """Raises CheckpointError if `record`, of the generations file `path`, does not fit an input of `rows` rows."""
-    if record.rows and not 0 <= min(record.rows) <= max(record.rows) < rows:
-        raise CheckpointError(
-            f"{path} holds row {max(record.rows)}, but rows of this run are below {rows}: the file is of another run. "
-            "Move it and its batches file away, and start again"
-        )

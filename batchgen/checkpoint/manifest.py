@@ -1,21 +1,28 @@
-"""`run.json`: what a run is, written once by its first start and compared at every later one.
+"""`run.json`: what a run is, as its first start has recorded it; it is compared at every later one.
 
-It alone says what a run began with. The index of the input is a cache, which a power cut may take.
+It alone says what a run began with. The index of the input is a cache, which a power cut may take. Where rows have been
+appended to the input since, `grown-00001.json` and so on say what the input is now. Such a file is made exclusively, so
+that one of several starts does it, and `run.json` is replaced after it: whoever reads both in between is right as well.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from batchgen.checkpoint.files import CheckpointError, DifferentRun, make_exclusive, read_json, to_json
+from batchgen.files import write_atomic
 from batchgen.formats import Changed, Original
 from batchgen.formats.input import listed, names_of
 
+logger = logging.getLogger(__name__)
+
 NAME = "run.json"
+_OF_INPUT = ("input", "rows")  # of the identity
 
 
 def create(
@@ -31,9 +38,58 @@ def create(
     Raises:
         OSError: it cannot be written.
     """
-    inputs = [file._asdict() for file in files]
-    content = {"asked": identity, "inputs": inputs, "created": int(time.time()), "first_start": provenance}
+    content = {"asked": identity, "inputs": _listed(files), "created": int(time.time()), "first_start": provenance}
     make_exclusive(path, to_json(content))
+
+
+def append(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], files: Sequence[Original]) -> None:
+    """Records that rows have been appended to the input, unless another process has done so meanwhile.
+
+    Args:
+        before: the identity that this start has compared: nothing is recorded if the run has another one by now.
+        now: the identity with the rows that have been appended.
+        files: the files of the input as they are now.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = _read(path)
+    recorded = content["asked"]
+    if not _is_input_of(recorded, before):
+        return
+    number = int(content.get("grown", 0)) + 1
+    asked = {**recorded, **{name: now[name] for name in _OF_INPUT}}
+    grown = {"asked": asked, "inputs": _listed(files), "grown": number}
+    history = {"rows_before": recorded["rows"], "appended": int(time.time())}
+    if make_exclusive(_growth(path, number), to_json(grown | history)):
+        logger.info("%d rows have been appended to the input", int(now["rows"]) - int(recorded["rows"]))
+        write_atomic(path, to_json(content | grown))
+
+
+def has_input(path: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the run's input is that of `identity`."""
+    return _is_input_of(read_identity(path), identity)
+
+
+def _is_input_of(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    return all(recorded.get(name) == identity.get(name) for name in _OF_INPUT)
+
+
+def _listed(files: Sequence[Original]) -> list[dict[str, Any]]:
+    """What is known of each file; an older version reads `name` and `digest`."""
+    return [{name: value for name, value in file._asdict().items() if value not in (None, "")} for file in files]
+
+
+def _growth(path: Path, number: int) -> Path:
+    return path.with_name(f"grown-{number:05d}.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """`run.json`, with what has been appended to the input."""
+    content = read_json(path)
+    while (later := _growth(path, int(content.get("grown", 0)) + 1)).exists():
+        content |= {name: value for name, value in read_json(later).items() if name in ("asked", "inputs", "grown")}
+    return content
 
 
 def check_same(path: Path, identity: Mapping[str, Any], provenance: Mapping[str, object]) -> None:
@@ -43,7 +99,7 @@ def check_same(path: Path, identity: Mapping[str, Any], provenance: Mapping[str,
         Changed: the input is another one.
         DifferentRun: something else differs; the message names each field.
     """
-    recorded = read_json(path).get("asked", {})
+    recorded = _read(path).get("asked", {})
     if "input" in recorded and recorded["input"] != identity.get("input"):
         files = provenance.get("input_files")
         raise Changed(listed(files if isinstance(files, list) and files else ["the input"]))
@@ -63,7 +119,7 @@ def read_identity(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not there, or does not say so.
     """
-    identity = read_json(path).get("asked")
+    identity = _read(path).get("asked")
     if not isinstance(identity, dict) or not isinstance(identity.get("rows"), int):
         raise CheckpointError(f"{path} is damaged: it does not say what was asked")
     return identity
@@ -77,15 +133,23 @@ def read_originals(path: Path) -> list[Original] | None:
     """
     if not path.exists():
         return None
-    content = read_json(path)
+    content = _read(path)
     try:
         if "inputs" in content:
-            return [Original(str(entry["name"]), str(entry["digest"])) for entry in content["inputs"]]
+            return [_original(entry) for entry in content["inputs"]]
         # Of an older version, which recorded where the files lay and one digest of all of them.
         files = content["first_start"]["input_files"]
         return [Original(name, "") for name in names_of([Path(file) for file in files])]
     except (KeyError, TypeError):
         return None
+
+
+def _original(entry: Mapping[str, Any]) -> Original:
+    rows, size = entry.get("rows"), entry.get("size")
+    is_known = isinstance(rows, int) and isinstance(size, int)
+    text_digest = str(entry.get("text_digest", ""))
+    name, digest = str(entry["name"]), str(entry["digest"])
+    return Original(name, digest, rows, size, text_digest) if is_known else Original(name, digest)
 
 
 def _format_value(identity: Mapping[str, Any], name: str) -> str:

@@ -17,8 +17,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchgen.checkpoint.done import FAILED, GOOD, OPEN, check_rows
 from batchgen.checkpoint.files import CheckpointError, to_json
-from batchgen.checkpoint.folder import FAILED, GENERATIONS, GOOD, OPEN, RunFolder, check_rows
+from batchgen.checkpoint.folder import GENERATIONS, RunFolder
 from batchgen.files import replacing, write_atomic
 from batchgen.types import BatchRecord
 
@@ -30,7 +31,9 @@ _SPAN = 64 << 20
 _OPEN_FILES = 256
 
 # Of a batch record, what the reader of timing.jsonl wants; the rest is the commit's own.
-_TIMING = [name for name in BatchRecord.__slots__ if name not in ("begin", "end", "rows", "failed", "checksum")]
+_TIMING = [
+    name for name in BatchRecord.__slots__ if name not in ("begin", "end", "rows", "failed", "checksum", "incomplete")
+]
 
 
 Lines = Callable[[], Iterator[tuple[int, bytes]]]

@@ -111,7 +111,9 @@ class Writer:
 
     def _record(self, batch: Batch, data: bytes, seconds: float) -> BatchRecord:
         generations = batch.generations
-        generated = sum(generation.generated_tokens for generation in generations)
+        samples = [sample for generation in generations for sample in (generation, *generation.others)]
+        generated = sum(sample.generated_tokens for sample in samples) - batch.repeated_tokens
+        reasoning = (sample.details.reasoning_tokens or 0 for sample in samples if sample.details is not None)
         return BatchRecord(
             seconds=round(seconds, 6),
             prompts=len(generations),
@@ -130,4 +132,6 @@ class Writer:
             failed=[generation.index for generation in generations if generation.error is not None],
             checksum=zlib.crc32(data),
             share_of_bound=batch.share_of_bound,
+            incomplete=list(batch.incomplete),
+            reasoning_tokens=sum(reasoning),
         )

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from batchgen.checkpoint.attempt import Attempt, attempts, list_possibly_live
+from batchgen.checkpoint.done import Done
 from batchgen.checkpoint.files import CheckpointError
-from batchgen.checkpoint.folder import Done, RunFolder
+from batchgen.checkpoint.folder import RunFolder
 from batchgen.checkpoint.heartbeats import all_heartbeats
 from batchgen.types import WHOLE, ExitCode, Shard
 
@@ -46,6 +47,8 @@ class Status:
     prompt_tokens: int  # of recorded batches
     generated_tokens: int
     batches: int
+    incomplete: int  # rows of the run that were cut by their length before their text was what its constraint demands
+    reasoning_tokens: int  # of the generated tokens, of models that think
     merged: bool  # the output files are there, and have all that is recorded
     tokens_per_second: float  # generated tokens of the last attempt by wall time; 0 without one
     eta_seconds: float | None  # from tokens a row and tokens a second; None if unknown
@@ -103,6 +106,8 @@ def status(folder: RunFolder, shard: Shard = WHOLE, *, verify: bool = False) -> 
         prompt_tokens=done.prompt_tokens,
         generated_tokens=done.generated_tokens,
         batches=done.batches,
+        incomplete=done.incomplete,
+        reasoning_tokens=done.reasoning_tokens,
         merged=merged,
         tokens_per_second=round(tokens_per_second, 2),
         eta_seconds=None if eta is None else round(eta, 1),

@@ -1,4 +1,4 @@
-"""Options that several commands share: those of sampling, and those of the engine that does the work."""
+"""Options that several commands share: those of the engine that does the work."""
 
 from __future__ import annotations
 
@@ -9,72 +9,8 @@ from typing import Any
 import click
 
 from batchgen import engines
-from batchgen.commands._values import TokenLimit, stop_texts
 from batchgen.planning.auto import AUTO
 from batchgen.runs.watchdog import STALL_SECONDS
-from batchgen.types import SamplingParams
-
-
-def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of `SamplingParams`, each with the default that stands there."""
-    defaults = SamplingParams
-    for option in reversed(
-        (
-            click.option(
-                "--max-new-tokens",
-                type=TokenLimit(),
-                metavar="N|fit",
-                default=defaults.max_new_tokens,
-                show_default=True,
-                help="The most tokens to generate for a row; fit is as many as the model's context leaves.",
-            ),
-            click.option(
-                "--temperature",
-                type=float,
-                default=defaults.temperature,
-                show_default=True,
-                help="The sampling temperature; 0 is greedy decoding.",
-            ),
-            click.option(
-                "--top-p",
-                type=float,
-                default=defaults.top_p,
-                show_default=True,
-                help="Sample from the likeliest tokens that together have this probability; 1 is all.",
-            ),
-            click.option(
-                "--top-k",
-                type=int,
-                default=defaults.top_k,
-                show_default=True,
-                help="Sample from this many of the likeliest tokens; 0 is all.",
-            ),
-            click.option(
-                "--seed",
-                type=int,
-                default=defaults.seed,
-                show_default=True,
-                help="The seed of sampling; a row is sampled by this seed and its id.",
-            ),
-            click.option(
-                "--stop",
-                multiple=True,
-                metavar="TEXT",
-                callback=stop_texts,
-                help="End a text before this one; the option may be given several times. \\n is a line end, \\t a tab, "
-                "\\\\ a backslash.",
-            ),
-            click.option(
-                "--logprobs",
-                is_flag=True,
-                default=defaults.logprobs,
-                help="Write the log-probability of every generated token.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
 
 _SHORT_FORMS = ("offload", "tp")  # flags that are `--set NAME=VALUE`: the engine says whether it knows them
 

@@ -155,6 +155,12 @@ def conclude(status: Status, speaks: bool) -> None:
     else:
         which = "" if status.shard.count == 1 else f"shard {status.shard} "
         _say(f"{which}finished; {counts}")
+        if status.incomplete:
+            rows = "1 row was" if status.incomplete == 1 else f"{status.incomplete} rows were"
+            _say(
+                f'{rows} cut before the text was all that its constraint demands (finish_reason "length"): in a run '
+                "of their own, let them have more --max-new-tokens"
+            )
         if status.failed:
             _say(describe_failures(status.folder / "errors.jsonl"))
     sys.exit(status.exit_code)

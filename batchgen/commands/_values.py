@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -45,12 +45,27 @@ def template_text(context: click.Context, parameter: click.Parameter, text: str 
     """The template, which may stand in a file: @FILE."""
     if text is None or not text.startswith("@"):
         return text
-    name = text[1:]
+    return _read_text(text[1:])
+
+
+class FileText(NamedTuple):
+    """A text that stands in a file."""
+
+    name: str
+    text: str
+
+
+def file_text(context: click.Context, parameter: click.Parameter, name: str | None) -> FileText | None:
+    """The text of the file of this name."""
+    return None if name is None else FileText(name, _read_text(name))
+
+
+def _read_text(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8-sig")
     except UnicodeError as error:
         raise click.BadParameter(
-            f"{name} is not UTF-8 ({error}). If it is UTF-16: iconv -f UTF-16 -t UTF-8 {name} > other.jinja"
+            f"{name} is not UTF-8 ({error}). If it is UTF-16: iconv -f UTF-16 -t UTF-8 {name} > other.txt"
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         raise click.BadParameter(f"cannot read {name}: {error}") from error

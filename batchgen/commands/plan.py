@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
-from batchgen.commands._options import sampling_options
-from batchgen.commands._values import escape, template_text
+from batchgen.commands._sampling import sampling_options, sampling_words
+from batchgen.commands._values import template_text
 from batchgen.commands.run import recipe_of
-from batchgen.types import FIT, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -73,6 +72,7 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     from batchgen.types import UserError
 
     log_to_stderr(0, 1)
+    options["constraint_files"] = {name: options[name] for name in ("json_schema", "grammar")}
     recipe = options["recipe"] = recipe_of(options)
     try:
         with results_only_on_stdout():
@@ -117,13 +117,12 @@ def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plan
     if not prompts:
         raise forecast.PlanError("no row of the input can become a prompt; batchgen run --dry-run says why")
     scale = 1 if folder is not None else _BYTES_PER_TOKEN
-    lengths = [(-(-len(prompt.tokens) // scale), prompt.params.max_new_tokens) for prompt in prompts]
     note = (
         "as the model's tokenizer has them" if folder is not None else "estimated at 4 bytes a token: no tokenizer here"
     )
     if count < total:
         note += f"; of {count:,} rows drawn from {total:,}"
-    return forecast.Work(lengths, round(total * len(prompts) / count)), note
+    return forecast.Work.of(prompts, count, total, scale), note
 
 
 def _measured(name: str | None, options: dict[str, Any]) -> dict[str, dict[int, float]]:
@@ -193,15 +192,10 @@ def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any
     model = "MODEL" if name in shapes.SHAPES or Path(name).is_file() else name  # neither of them can be run
     words = ["batchgen", "run", *inputs, "--model", model, "--dtype", options["dtype"]]
     recipe = options["recipe"]
-    numbers = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    given = {name: getattr(recipe.sampling, name) for name in numbers}
-    given = {name: value for name, value in given.items() if value != getattr(SamplingParams, name)}
-    given |= {name: value for name in ("prompt_column", "template") if (value := getattr(recipe, name)) is not None}
-    if given.get("max_new_tokens") == FIT:
-        given["max_new_tokens"] = "fit"
-    for name, value in [*given.items(), *(("stop", escape(text)) for text in recipe.sampling.stop)]:
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--logprobs"] if recipe.sampling.logprobs else []
+    words += sampling_words(recipe.sampling, options["constraint_files"])
+    for name in ("prompt_column", "template"):
+        value = getattr(recipe, name)
+        words += [] if value is None else [f"--{name.replace('_', '-')}", value]
     words += ["--engine", best.engine]
     for setting in best.placement.settings:
         words += ["--set", setting]

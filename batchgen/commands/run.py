@@ -11,10 +11,12 @@ import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import fail, generation_config_option, log_to_stderr, results_only_on_stdout
-from batchgen.commands._options import engine_options, sampling_options
+from batchgen.commands._conversations import CONVERSATION_OPTIONS, conversation_options
+from batchgen.commands._options import engine_options
 from batchgen.commands._runs import carry_out, conclude, settings_of
+from batchgen.commands._sampling import read_sampling, sampling_options
 from batchgen.commands._values import id_prefix, json_object, template_text
-from batchgen.types import WHOLE, SamplingParams, Shard, UserError
+from batchgen.types import WHOLE, Shard, UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 
@@ -44,6 +46,7 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str | None)
 @engine_options
 @sampling_options
 @generation_config_option("none")
+@conversation_options
 @click.option(
     "--prompt-column",
     metavar="NAME",
@@ -141,13 +144,10 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
     """
     from batchgen.requests.recipe import Recipe
 
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs")
-    source = click.get_current_context().get_parameter_source
-    typed = frozenset(name for name in names if source(name) not in (None, click.core.ParameterSource.DEFAULT))
     try:
-        sampling = SamplingParams(**{name: options.pop(name) for name in names})
+        sampling, typed = read_sampling(options)
         columns = {name: options.pop(name, None) for name in ("prompt_column", "template", "truncate", "id_prefix")}
-        further = ("chat_template_kwargs", "generation_config")
+        further = ("chat_template_kwargs", "generation_config", *CONVERSATION_OPTIONS)
         columns |= {name: options.pop(name) for name in further if name in options}
         return Recipe(sampling=sampling, model=model, set_by_user=typed, **columns)
     except ValueError as error:

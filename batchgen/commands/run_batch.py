@@ -14,8 +14,10 @@ import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
-from batchgen.commands._options import engine_options, sampling_options
+from batchgen.commands._conversations import conversation_options
+from batchgen.commands._options import engine_options
 from batchgen.commands._runs import carry_out, conclude
+from batchgen.commands._sampling import sampling_options
 from batchgen.commands._values import id_prefix, json_object
 from batchgen.commands._vllm_flags import RunBatch
 from batchgen.commands.run import recipe_of
@@ -36,6 +38,7 @@ _DISCARDING = "discarding"  # stands in a run folder while a finished run is rem
 _RUN_FILES = (
     *("attempts/*.json", "attempts/*.txt", "input/*", "fetched-*", "timing.jsonl", "errors.jsonl", "merged.json"),
     *("generations.jsonl", "generations-[0-9]*-[0-9]*.jsonl", "batches-[0-9]*-[0-9]*.jsonl", "limits-*.json"),
+    "grown-*.json",
     *("run.json", "delivered.json"),
 )
 
@@ -94,6 +97,7 @@ _RUN_FILES = (
 @engine_options
 @sampling_options
 @generation_config_option("auto")
+@conversation_options
 @id_prefix
 @click.pass_context
 def command(context: click.Context, /, input_file: str, output_file: str, **options: Any) -> None:

@@ -68,6 +68,10 @@ def _lines(folder: Path, run: Status | None) -> Iterator[str]:
     yield f"{run.folder}: {run.state}"
     yield f"  rows    {run.good} good, {run.failed} failed, {run.open} open, of {run.rows}"
     yield f"  tokens  {run.generated_tokens:,} generated from {run.prompt_tokens:,} in {run.batches} batches"
+    if run.reasoning_tokens:
+        yield f"  thought {run.reasoning_tokens:,} of the generated tokens are the model's thinking"
+    if run.incomplete:
+        yield f"  cut     {run.incomplete:,} rows, before their text was all that its constraint demands"
     if run.tokens_per_second:
         last = "now" if run.state == "running" else "in the last attempt"
         yield f"  speed   {run.tokens_per_second:,.0f} tokens/s {last}"

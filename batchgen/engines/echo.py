@@ -11,7 +11,7 @@ from typing import Any
 
 from batchgen.engine import Engine, EngineError, Setup, Tokenizer
 from batchgen.models.message_content import join_texts
-from batchgen.types import Batch, Details, Generation, Prompt, Tokens
+from batchgen.types import Alternative, Batch, Details, Generation, Prompt, Tokens
 
 _ROWS = 4096  # in a batch: more would cost fewer commits, and more for memory that is no longer in the cache
 
@@ -24,6 +24,12 @@ class _ByteTokenizer:
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
         return "".join(f"{message['role']}: {join_texts(message.get('content', ''))}\n" for message in messages)
+
+    def template_text(self, **kwargs: object) -> str | None:
+        return None
+
+    def find_turn(self, text: str, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
+        return ""
 
     def token_name(self, token: int) -> str | None:
         return None
@@ -91,11 +97,30 @@ class Echo(Engine):
 def _echo(prompt: Prompt) -> Generation:
     room = prompt.params.max_new_tokens
     said = bytes(prompt.tokens[:room])
-    logprobs = details = None
-    if prompt.params.logprobs:
-        logprobs = [0.0] * len(said)
-        details = Details(token_texts=[bytes([byte]).decode("utf-8", "replace") for byte in said])
+    params = prompt.params
+    logprobs = [0.0] * len(said) if params.logprobs else None
+    details = None
+    if params.logprobs or params.return_token_ids or params.prompt_logprobs is not None:
+        details = _describe(prompt, said)
     if len(prompt.tokens) <= room:
         text = prompt.text or said.decode("utf-8", "replace")
         return Generation.of(prompt, text, "stop", len(said), logprobs, details)
     return Generation.of(prompt, said.decode("utf-8", "replace"), "length", room, logprobs, details)
+
+
+def _describe(prompt: Prompt, said: bytes) -> Details:
+    """What the row asks to know of its tokens; a byte is the likeliest of all, and the only one."""
+    params = prompt.params
+    before = [*map(_alternative, prompt.tokens)]
+    return Details(
+        token_texts=[_alternative(byte).text for byte in said] if params.logprobs else None,
+        prompt_token_texts=None if prompt.request is None else [each.text for each in before],
+        token_ids=list(said) if params.return_token_ids else None,
+        prompt_token_ids=list(prompt.tokens) if params.return_token_ids else None,
+        top_logprobs=[[_alternative(byte)] for byte in said] if params.top_logprobs else None,
+        prompt_logprobs=None if params.prompt_logprobs is None else [None, *([each] for each in before[1:])],
+    )
+
+
+def _alternative(byte: int) -> Alternative:
+    return Alternative(byte, bytes([byte]).decode("utf-8", "surrogateescape"), 0.0, 1)

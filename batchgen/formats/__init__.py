@@ -16,35 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from batchgen.files import write_atomic
-from batchgen.types import RowError, UserError
+from batchgen.formats._originals import Changed, InputError, Original
+from batchgen.types import RowError
 
 if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does without
     import pyarrow as pa
 
+__all__ = ["Block", "Changed", "InputError", "Original", "Scan", "Source", "Value", "blocks_of", "place_of"]
+
 Value = Mapping[str, object] | RowError  # the columns of one row, or why they could not be read
 
 _PIECE_ROWS, _PIECE_BYTES = 1024, 1 << 22  # roughly the most of a typed file that becomes Python objects at once
-
-
-class InputError(UserError):
-    """The input cannot be read: a sentence for the person at the terminal."""
-
-
-class Changed(InputError):
-    """The input does not hold what it held when the run began."""
-
-    CAUSE = "is not what the run began with: it holds something else"
-
-    def __init__(self, what: object) -> None:
-        """`what` is the file, or the files."""
-        super().__init__(f"{what} {self.CAUSE}. Put it back as it was, or start a new run with another -o")
-
-
-class Original(NamedTuple):
-    """A file of the input as the run has recorded it when it began."""
-
-    name: str  # what its rows call it
-    digest: str  # SHA-256 of the bytes, hex; "" if a run of an older version has not recorded it
 
 
 class Scan(NamedTuple):
@@ -92,6 +74,7 @@ class Source(ABC):
             InputError: it cannot be read, is not what its name says, was not scanned, or has changed (`Changed`) since.
         """
         self.path, self.name, self._original = path, name, original
+        self.rows_before: int | None = None  # of a file to which rows were appended since the run began; else None
         self._cursor: tuple[Generator[tuple[int, pa.RecordBatch], int | None, None], int, pa.RecordBatch] | None = None
         self.kept = cache / f"{number:05d}"  # where the run keeps it; each file of a format has an ending of its own
         self.cache = self.kept if into is None else into / self.kept.name  # what is read now
@@ -113,15 +96,17 @@ class Source(ABC):
             raise InputError(
                 f"file {number + 1} of the input is {name} now, but was {recorded_name} when the run started"
             )
+        self._size = self.scanned.size
         self.check_unchanged()
 
     def _scan(self, into: Path) -> None:
         name, self.scanned = self.name, self.scan()
-        self.check_original(self.scanned.digest)
+        self._size = self.scanned.size
         if self._original is not None:
-            self.name = (
-                self._original.name if self._original.digest else self._read_cached_name() or self._original.name
-            )
+            self._original = original = self._original.completed(*self._read_cached()[:3])
+            if original.digest not in ("", self.scanned.digest):
+                self.rows_before = self.check_grown(original)
+            self.name = original.name if original.digest else self._read_cached_name() or original.name
         record = into / self._record.name
         write_atomic(record, json.dumps([name, *self.scanned, self.name]).encode(), durable=False)
 
@@ -129,19 +114,46 @@ class Source(ABC):
     def _record(self) -> Path:
         return self.kept.with_suffix(".json")
 
-    def check_original(self, digest: str) -> None:
-        """Raises Changed if the run has begun with another content. A scan asks before it writes much."""
-        if self._original is not None and self._original.digest not in ("", digest):
-            raise Changed(self.path)
+    def check_grown(self, original: Original) -> int:
+        """The number of rows that the file had as `original`, which it differs from: rows have been appended, only.
+
+        Raises:
+            Changed: another thing has changed.
+        """
+        where = ""
+        if original.rows is not None and original.rows < len(self):
+            where = f", {len(self)} rows where it had {original.rows}. New rows of a table go into a file of their own"
+        raise Changed(self.path, where)
+
+    @property
+    def began_with(self) -> tuple[str, int]:
+        """Digest and number of rows of the file before rows were appended to it."""
+        if self._original is None or self.rows_before is None:
+            return self.scanned.digest, len(self)
+        return self._original.digest, self.rows_before
+
+    @property
+    def original(self) -> Original:
+        """The file, as a run that begins or goes on with it records it."""
+        return Original(self.name, self.scanned.digest, self.scanned.rows, self.scanned.size, self.text_digest)
+
+    @property
+    def text_digest(self) -> str:
+        """SHA-256 of the unpacked text, hex; "" where rows are read from the file itself."""
+        return ""
+
+    def _read_cached(self) -> tuple[str, int, int, str]:
+        """What an earlier start has kept of this file: digest, bytes, rows, and the name that its rows call it."""
+        try:
+            name, digest, size, rows, *first = json.loads(self._record.read_bytes())
+        except (FileNotFoundError, ValueError, TypeError):
+            return "", 0, 0, ""
+        return str(digest), size, rows, str(first[0] if first else name)  # at first, four values were kept
 
     def _read_cached_name(self) -> str | None:
         """The name under which an earlier start read a file with the same content; None: the cache does not say."""
-        try:
-            name, digest, *_, first = json.loads(self._record.read_bytes())
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
-        # At first four values were kept, and the last one is a number.
-        return str(first if isinstance(first, str) else name) if digest == self.scanned.digest else None
+        digest, *_, name = self._read_cached()
+        return name if digest == self.scanned.digest else None
 
     def settle(self) -> None:
         """The result of the scan has been moved into the cache of the run; from now on it is read there."""
@@ -163,19 +175,27 @@ class Source(ABC):
         """Whether `files` are batchgen's own, made from the input, and nobody else's to change."""
         return False
 
+    @property
+    def grows(self) -> bool:
+        """Whether rows can be appended while a start reads it: it stays as it was up to there."""
+        return False
+
     def digest(self) -> str:
-        """The digest of the scan, made again. May raise OSError besides InputError."""
+        """The digest of the scan, made again, of what the scan has read. May raise OSError besides InputError."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def check_unchanged(self) -> None:
         """Raises InputError if the content is not that of the scan: rows read then would be garbage, or of two files.
 
-        Looks at the size; and at the content, if a file was replaced or written to since it was opened here.
+        Looks at the size; and at the content, if a file was replaced or written to since it was opened here. Rows that
+        are appended to it meanwhile are none of this start's.
         """
         try:
             size, stamps = sum(file.stat().st_size for file in self.files()), self._stamp()
-            same = size == self.scanned.size and (stamps == self._stamps or self.digest() == self.scanned.digest)
+            same = (size, stamps) == (self._size, self._stamps)
+            if not same and (size == self.scanned.size or (self.grows and size > self.scanned.size)):
+                same = self.digest() == self.scanned.digest
         except OSError as error:
             raise InputError(f"cannot open {error.filename}: {error.strerror}") from error
         if not same:
@@ -183,7 +203,7 @@ class Source(ABC):
             if size == self.scanned.size:
                 was = "it is as long as when the run started, but holds something else"
             raise InputError(f"{self.path} has changed: {was}. Put it back as it was, or start a new run")
-        self._stamps = stamps
+        self._size, self._stamps = size, stamps
 
     def _stamp(self) -> list[tuple[int, int]]:
         stats = [] if self.unpacked else [file.stat() for file in self.files()]

@@ -29,8 +29,11 @@ if TYPE_CHECKING:  # its import takes a quarter of a second, which JSONL does wi
 class Input:
     """The files of a run, one after the other."""
 
-    def __init__(self, sources: Sequence[Source], cache: Path, into: Path | None) -> None:
+    def __init__(
+        self, sources: Sequence[Source], cache: Path, into: Path | None, files_before: int | None = None
+    ) -> None:
         self.sources, self._cache, self._into = sources, cache, into
+        self._files_before = len(sources) if files_before is None else files_before  # that the run has begun with
         self._begins = list(accumulate(map(len, sources), initial=0))
 
     @classmethod
@@ -55,18 +58,28 @@ class Input:
 
         Raises:
             InputError: as `Source`; or there is nothing to read, a pattern matches nothing, a file is named twice.
-            Changed: the run has begun with something else.
+            Changed: the run has begun with something else, to which more has been done than to append rows.
         """
         files = files_of(paths)
-        if originals is not None and len(originals) != len(files):
-            raise Changed(listed(files))
         place = (into or cache) if scan else None
-        names, recorded = names_of(files), originals or repeat(None)
-        sources = [
-            find(path, lines)(path, names[number], cache, number, place, original)
-            for number, (path, original) in enumerate(zip(files, recorded, strict=False))
-        ]
-        return cls(sources, cache, place)
+        names = names_of(files)
+        if originals is not None and len(files) < len(originals):
+            raise Changed(listed(files), f", {len(files)} of {len(originals)} files")
+        recorded = chain(originals or (), repeat(None))
+        try:
+            sources = [
+                find(path, lines)(path, names[number], cache, number, place, original)
+                for number, (path, original) in enumerate(zip(files, recorded, strict=False))
+            ]
+        except Changed as error:
+            if originals is None or len(files) == len(originals):
+                raise
+            more = f"{error.where}. There are further files, which must come behind the {len(originals)} it began with"
+            raise Changed(error.what, more) from error
+        if originals is None:
+            return cls(sources, cache, place)
+        _check_appended(sources, originals)
+        return cls(sources, cache, place, len(originals))
 
     def keep(self) -> None:
         """Moves what the scan has left into the cache: the run goes on with this input.
@@ -90,12 +103,23 @@ class Input:
     @property
     def digest(self) -> str:
         """SHA-256 over what the files hold, hex: the same wherever they lie and whatever they are called."""
-        return hashlib.sha256(json.dumps([(s.scanned.digest, len(s)) for s in self.sources]).encode()).hexdigest()
+        return _digest_of((source.scanned.digest, len(source)) for source in self.sources)
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether files or rows have been appended since the run began with it, or went on with it."""
+        return self.began_with != (self.digest, len(self))
+
+    @property
+    def began_with(self) -> tuple[str, int]:
+        """The `digest` and the number of rows that it had when the run began with it, or went on with it."""
+        files = [source.began_with for source in self.sources[: self._files_before]]
+        return _digest_of(files), sum(rows for _, rows in files)
 
     @property
     def originals(self) -> list[Original]:
         """The files, as a run that begins with them records them."""
-        return [Original(source.name, source.scanned.digest) for source in self.sources]
+        return [source.original for source in self.sources]
 
     def bytes_of(self, number: int) -> int:
         """About how many bytes of its file a row takes."""
@@ -147,6 +171,30 @@ class Input:
             if first.setdefault(id, row) is not row:
                 repeated[row.index] = f"line {first[id].line} of {first[id].source}"
         return repeated
+
+
+def _digest_of(files: Iterable[tuple[str, int]]) -> str:
+    return hashlib.sha256(json.dumps(list(files)).encode()).hexdigest()
+
+
+def _check_appended(sources: Sequence[Source], originals: Sequence[Original]) -> None:
+    """Checks that rows were appended behind all others alone, and that further files bring names of their own.
+
+    Raises:
+        Changed: rows were appended to one of the run's files that others of them follow.
+        InputError: a further file has the name of one that the run began with.
+    """
+    for source in sources[: len(originals) - 1]:
+        if source.rows_before not in (None, len(source)):
+            where = f", {len(source)} rows where it had {source.rows_before}, before rows of other files"
+            raise Changed(source.path, f"{where}. Rows can be appended to the last file alone, or as further files")
+    taken = {original.name for original in originals}
+    for source in sources[len(originals) :]:
+        if source.name in taken:
+            raise InputError(
+                f"{source.path} is a further file, but has the name of one that the run began with, by which rows "
+                "without ids are called. Give it another name"
+            )
 
 
 def files_of(paths: Sequence[str]) -> list[Path]:

@@ -7,26 +7,25 @@ An object that has a key twice is no JSON object here: one of the two values wou
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from batchgen.files import replacing
-from batchgen.formats import InputError, Original, Scan, Source, Value, place_of
-from batchgen.formats._json_files import Packing, other_kind, packing_of
+from batchgen.formats import Changed, InputError, Original, Scan, Source, Value, place_of
+from batchgen.formats._json_files import other_kind
 from batchgen.formats._json_lines import BOM, DECODER, DEEPEST, read_carefully, writable
+from batchgen.formats._originals import RowChecksums, begins_with_lines, digest_of_beginning, find_difference
+from batchgen.formats._unpacking import WINDOW, open_unpacked, packed
 
-WINDOW = 1 << 18  # bytes read at once: more costs no less time, and only this much lies around
 _ESCAPED_NAME = re.compile(rb"\\u00[567]")  # letters that only a name like "\u0069d" needs to escape
 _ID_FIRST = re.compile(rb'^[ \t]*\{[ \t]*"(?:custom_)?id"[ \t]*:[ \t]*"([^"\\\n]+)"', re.MULTILINE)
 
@@ -43,6 +42,8 @@ class Jsonl(Source):
         self._begins: array[int] = array("Q")  # the byte where each row begins; then one past the newline of the last
         self._blanks: array[int] = array("Q")  # for each blank line, how many rows stand above it
         self._expected: list[int] = []  # what `_checksum` shall be
+        self._sums: array[int] = array("I")  # CRC-32 of each row, until they are saved
+        self._text_digest = ""
         # A start before has unpacked it, and reads on whatever has become of the file.
         self._is_packed = (cache / f"{number:05d}.jsonl").exists() if into is None else packed(path) is not None
         super().__init__(path, name, cache, number, into, original)
@@ -55,12 +56,26 @@ class Jsonl(Source):
         return self._is_packed
 
     @property
+    def grows(self) -> bool:
+        """Whether it is lines as they stand, behind which others can be written."""
+        return not self.unpacked
+
+    @property
+    def text_digest(self) -> str:
+        """Known after a scan."""
+        return self._text_digest
+
+    @property
     def _text(self) -> Path:
         return self.cache.with_suffix(".jsonl") if self.unpacked else self.path
 
     @property
     def _index(self) -> Path:
         return self.cache.with_suffix(".offsets")
+
+    @property
+    def _checksums(self) -> Path:
+        return self.cache.with_suffix(".rows")
 
     def bytes_of(self, number: int) -> int:
         """What the row's line takes."""
@@ -70,6 +85,29 @@ class Jsonl(Source):
         """The file, or its unpacked text."""
         return [self._text]
 
+    def digest(self) -> str:
+        """That of the file as far as the scan has read it."""
+        with self.path.open("rb") as file:
+            return digest_of_beginning(file, self.scanned.size)
+
+    def check_grown(self, original: Original) -> int:
+        """Compares the text that the file had with the beginning of its text now."""
+        size, rows = original.size, original.rows
+        digest = original.text_digest or original.digest  # of a packed file without the former, nothing has that
+        if size is not None and rows is not None and size <= self.scanned.size:
+            with self._text.open("rb") as file:
+                if begins_with_lines(file, size, digest):
+                    return rows
+        before, now = RowChecksums.load(self.kept.with_suffix(".rows")), RowChecksums.load(self._checksums)
+        first = None
+        if before is not None and now is not None and before.digest == original.digest:
+            first = find_difference(before.rows, now.rows)
+        if first is None:
+            raise Changed(self.path)
+        if first == len(self):
+            raise Changed(self.path, f", only the first {first} of its rows")
+        raise Changed(self.path, f", first in line {first + 1 + bisect_right(self._blanks, first)}")
+
     def scan(self) -> Scan:
         """Notes where the rows begin; unpacks the file, unless an earlier start has."""
         if self.unpacked:
@@ -77,32 +115,36 @@ class Jsonl(Source):
         sha = hashlib.sha256()
         with io.BufferedReader(io.FileIO(self.path), WINDOW) as lines:
             size = self._note(lines.peek(WINDOW), _passed(lines, sha.update))
-        return self._save(sha.hexdigest(), size)
+        return self._save(sha.hexdigest(), size, "")
 
     def _unpack(self) -> Scan:
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.check_original(digest)
         fresh, self.cache = self.cache, self.kept
-        before = self._load()
-        if before and before.digest == digest and self._checksum() == self._expected:
+        before, rows = self._load(), RowChecksums.load(self._checksums)
+        if before and rows and before.digest == rows.digest == digest and self._checksum() == self._expected:
+            self._text_digest = rows.text_digest
             return before
         self.cache = fresh
         try:
-            with _unpacked(self.path) as lines, _open_replacing(self._text) as text:
-                size = self._note(lines.peek(WINDOW), _passed(lines, text.write))
+            with open_unpacked(self.path) as lines, _open_replacing(self._text) as text:
+                sha = hashlib.sha256()
+                passed = _passed(_passed(lines, text.write), sha.update)
+                size = self._note(lines.peek(WINDOW), passed)
         except (EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 where = f"cannot unpack {self.path} into {self.kept.parent}"
                 raise InputError(f"{where}: {error.strerror}. It needs room for the whole text") from error
             raise InputError(f"{self.path} cannot be unpacked: {error}. It is damaged, or was cut off") from error
-        return self._save(digest, size)
+        return self._save(digest, size, sha.hexdigest())
 
     def _note(self, head: bytes, lines: Iterable[bytes]) -> int:
         """Fills the index; gives the number of bytes of `lines`, which begin with `head`."""
         if (what := other_kind(head)) is not None:
             raise InputError(f"{self.path} is not JSON lines: {what}")
         self._begins, self._blanks = begins, blanks = array("Q"), array("Q")
+        self._sums = sums = array("I")
+        checksum = zlib.crc32
         position = 0
         line = b"\n"
         for line in lines:
@@ -113,11 +155,17 @@ class Jsonl(Source):
                 blanks.append(len(begins))
             else:
                 begins.append(position + mark)
+                sums.append(checksum(line))
             position += len(line)
+        if begins and begins[-1] >= position - len(line) and not line.endswith(b"\n"):
+            sums[-1] = checksum(b"\n", sums[-1])  # it is the same row once its line has an end
         begins.append(position if line.endswith(b"\n") else position + 1)
         return position
 
-    def _save(self, digest: str, size: int) -> Scan:
+    def _save(self, digest: str, size: int, text_digest: str) -> Scan:
+        self._text_digest = text_digest
+        RowChecksums(digest, text_digest, self._sums).save(self._checksums, _open_replacing)
+        self._sums = array("I")
         self._expected = self._checksum()
         with _open_replacing(self._index) as file:
             header = [digest, size, len(self._begins), len(self._blanks), self._expected]
@@ -211,8 +259,8 @@ class Jsonl(Source):
 
     def _read(self, file: IO[bytes], start: int, end: int) -> bytes:
         file.seek(start)
-        data = file.read(end - start)
         size = self.scanned.size  # a last line without a newline ends one byte behind it
+        data = file.read(min(end, size) - start)
         if len(data) != min(end, size) - start or (end <= size and not data.endswith(b"\n")):
             raise InputError(f"{self._text} has changed while it was read. Put it back as it was, or start a new run")
         return data
@@ -225,42 +273,17 @@ def is_blank(path: Path) -> bool:
         InputError: it cannot be read or unpacked.
     """
     try:
-        with path.open("rb", buffering=WINDOW) if packed(path) is None else _unpacked(path) as text:
+        with path.open("rb", buffering=WINDOW) if packed(path) is None else open_unpacked(path) as text:
             first = text.read(WINDOW).removeprefix(BOM)
             return not first.strip() and all(not part.strip() for part in iter(lambda: text.read(WINDOW), b""))
     except (EOFError, zlib.error, OSError) as error:
         raise InputError(f"{path} cannot be read or unpacked: {error}") from error
 
 
-def packed(path: Path) -> Packing | None:
-    """How the file is compressed, if it is.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return packing_of(path)
-    except OSError as error:
-        raise InputError(f"cannot read or write {path}: {error.strerror or error}") from error
-
-
 def _passed(lines: Iterable[bytes], to: Callable[[bytes], object]) -> Iterator[bytes]:
     for line in lines:
         to(line)
         yield line
-
-
-@contextmanager
-def _unpacked(path: Path) -> Iterator[io.BufferedReader]:
-    with ExitStack() as files:
-        raw: Any
-        if packed(path) == "gz":
-            raw = files.enter_context(gzip.open(path, "rb"))
-        else:
-            import pyarrow as pa  # has Zstandard, which the standard library of Python 3.11 has not
-
-            raw = files.enter_context(pa.input_stream(pa.OSFile(os.fsencode(path)), compression="zstd"))
-        yield files.enter_context(io.BufferedReader(raw, WINDOW))
 
 
 @contextmanager

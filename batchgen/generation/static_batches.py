@@ -116,8 +116,8 @@ class StaticBatches:
             if finished is not None:
                 yield finished
                 done = {(generation.index, generation.sample) for generation in finished.generations}
-                rest = [prompt for prompt in part if (prompt.index, prompt.sample) not in done]
-                parts.extendleft(group_by_length(rest))
+                open_prompts = [prompt for prompt in part if (prompt.index, prompt.sample) not in done]
+                parts.extendleft(group_by_length(open_prompts))
             elif len(part) == 1:
                 yield self._refuse(part)
             else:

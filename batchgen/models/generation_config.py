@@ -18,13 +18,15 @@ logger = logging.getLogger(__name__)
 _FILE = "generation_config.json"
 
 # What of it decides how a row is sampled: what vLLM takes of it and batchgen knows, whatever `do_sample` says there.
-_TAKEN = ("temperature", "top_p", "top_k", "max_new_tokens")
+_TAKEN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+TAKEN_LATER = ("min_p", "repetition_penalty")
+"""Those of it that the first versions did not take: a run that began without them goes on without them."""
 # A model whose author names one of these is meant to be sampled, at temperature 1 where none is named.
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 # What changes answers and batchgen does not know, with the values that change nothing.
 _NOT_KNOWN: Mapping[str, tuple[object, ...]] = {
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p", "top_h", "length_penalty"), (1,)),
-    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0,)),
+    **dict.fromkeys(("encoder_repetition_penalty", "typical_p", "top_h", "length_penalty"), (1,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0,)),
     **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "num_return_sequences"), (1,)),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids"), ([],)),
@@ -80,10 +82,8 @@ def with_authors_sampling(recipe: Recipe, model: str, *, say: bool) -> Recipe:
 
 
 def _checked(values: Mapping[str, object], path: Path) -> SamplingParams:
-    # -1 is vLLM's "off".
-    numbers = {name: 0 if name == "top_k" and value == -1 else value for name, value in values.items()}
     try:
-        return sampling_params(SamplingParams(), numbers, {})
+        return sampling_params(SamplingParams(), values, {})
     except Refused as refused:
         raise EngineError(
             f"{path}: {refused.message}. Mend the file, or leave it out with --generation-config none"

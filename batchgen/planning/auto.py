@@ -17,15 +17,16 @@ from batchgen.engines import names as engine_names
 from batchgen.engines import parse_options, settings_of
 from batchgen.models import split_folder
 from batchgen.packages import is_installed
+from batchgen.planning.work import Work
 
 if TYPE_CHECKING:
-    from batchgen.planning.forecast import Forecast, Model, Work
+    from batchgen.planning.forecast import Forecast, Model
     from batchgen.planning.hardware import Nodes
 
 AUTO = "auto"
 
-# The lengths of an input's rows, in prompt and new tokens, or of a sample of them; and how many these stand for.
-Lengths = Callable[[Tokenizer], tuple[Sequence[tuple[int, int]], int]]
+# The lengths of an input's rows; read only where engines have to be compared.
+Measure = Callable[[Tokenizer], Work]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_recorded_choice(provenance: Mapping[str, Any]) -> Choice:
     )
 
 
-def choose_fastest(model: Path, dtype: str, settings: Sequence[str], lengths: Lengths, nodes: Nodes) -> Choice:
+def choose_fastest(model: Path, dtype: str, settings: Sequence[str], measure: Measure, nodes: Nodes) -> Choice:
     """The engine that is forecast to be the fastest of those that fit. An engine that needs no model is none of them.
 
     Args:
@@ -92,7 +93,7 @@ def choose_fastest(model: Path, dtype: str, settings: Sequence[str], lengths: Le
     if len(candidates) == 1:
         return Choice(first, kind, parse_options(kind, settings), f"the only one left ({_grouped(excluded)})")
     search = _Search(kind.tokenizer(str(model)), dtype, settings, list(candidates), nodes)
-    best, why = search.best(lengths)
+    best, why = search.best(measure)
     why += f" (not asked: {_grouped(excluded)})" if excluded else ""
     if best is None:
         return Choice(first, kind, parse_options(kind, settings), why)
@@ -129,7 +130,7 @@ class _Search:
     engines: Sequence[str]
     nodes: Nodes
 
-    def best(self, lengths: Lengths) -> tuple[Forecast | None, str]:
+    def best(self, measure: Measure) -> tuple[Forecast | None, str]:
         """The fastest that fits, and why it is that one; None: the settings ask for what none of them can be.
 
         Raises:
@@ -137,11 +138,11 @@ class _Search:
         """
         from batchgen.planning.forecast import (  # imports torch, and a run whose engine is named may need none
             Model,
-            Work,
         )
 
-        drawn, rows = lengths(self.tokenizer)
-        work = Work(drawn or [(1, 1)], rows or 1)
+        work = measure(self.tokenizer)
+        if not work.lengths:
+            work = Work([(1, 1)], 1)
         model = Model.of(self.tokenizer.config, *self._types())
         forecasts, note = self._forecasts(model, work, self.nodes.ranks), ""
         if all(forecast.why_not for forecast in forecasts):

@@ -7,7 +7,7 @@ a bench of the same model has measured a step, that is taken instead of the form
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
 from batchgen.generation import limits
 from batchgen.planning.speed import Model, Node, Speed
+from batchgen.planning.work import Work
 from batchgen.types import UserError
 from batchgen.world import World
 
@@ -29,14 +30,6 @@ _STAGES = 16  # in which rows that come and go become fewer
 
 class PlanError(UserError):
     """There is nothing to plan with: a sentence for the person at the terminal."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Rows to generate: those of an input, or a sample of them."""
-
-    lengths: Sequence[tuple[int, int]]  # prompt tokens, new tokens
-    rows: int  # that these stand for
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +169,14 @@ class Expected:
         ends = sorted(new for _, new in work.lengths)
         prompt, new = sum(prompt for prompt, _ in work.lengths) / len(ends), sum(ends) / len(ends)
         stream = work.rows / self.placement.streams
+        own = prompt * work.prompt_share  # tokens of a row's prompt that it does not share, computed and held for it
         fit = self.find_largest_batch(
-            (round(prompt), max(1, round(new / 2)))
+            (round(own), max(1, round(new / 2)))
         )  # a row in flight has half of its new tokens
         if 0 < fit < stream:
-            yield _Part(1.0, fit, prompt + new / 2, stream * new / fit, stream * prompt)
+            yield _Part(1.0, fit, prompt + new / 2, stream * new / fit, stream * own)
             return
-        yield _Part(1.0, 1, 0.0, 0.0, stream * prompt)
+        yield _Part(1.0, 1, 0.0, 0.0, stream * own)
         before, each = 0, max(1, len(ends) // _STAGES)
         for place in range(0, len(ends), each):
             end = ends[min(place + each, len(ends)) - 1]

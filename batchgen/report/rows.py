@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.checkpoint import Places
-from batchgen.checkpoint.folder import FAILED, GOOD
+from batchgen.checkpoint.done import FAILED, GOOD
 from batchgen.report.batches import Batches
-from batchgen.requests.output import LOGPROBS, RESULT, failure_of
+from batchgen.requests.output import RESULT, WANTED, failure_of
 
 _CHUNK = 1000  # rows that a browser unpacks at once
 _ENDINGS = ("stop", "length")
+_LEFT_OUT = {*RESULT, *WANTED} - {"texts"}  # what a row's other columns are not
 
 
 @dataclass(slots=True)
@@ -65,7 +66,7 @@ def read(line: bytes, prompt_column: str | None) -> TableRow:
 
 
 def _plain(row: dict[str, Any], prompt_column: str | None) -> TableRow:
-    own = {name: value for name, value in row.items() if name not in RESULT and name != LOGPROBS}
+    own = {name: value for name, value in row.items() if name not in _LEFT_OUT}
     name = next((name for name in _names(prompt_column) if name in own), None)
     error = row["error"]
     return TableRow(
@@ -82,7 +83,7 @@ def _plain(row: dict[str, Any], prompt_column: str | None) -> TableRow:
 
 def _names(prompt_column: str | None) -> Iterator[str]:
     if prompt_column is not None:
-        yield f"input_{prompt_column}" if prompt_column in RESULT else prompt_column
+        yield f"input_{prompt_column}" if prompt_column in (*RESULT, *WANTED) else prompt_column
     yield from ("prompt", "messages")
 
 

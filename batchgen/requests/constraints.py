@@ -1,7 +1,7 @@
 """What a text must be: a JSON schema, a regular expression, one of several texts, or a grammar.
 
-What cannot be enforced is refused here, before a model sees the row: llguidance names it when it compiles. It is imported
-when the first constraint is read. `openai_constraints` reads the ways in which a body says it.
+What cannot be enforced is refused here, before a model sees the row: llguidance names it when it compiles. It is
+imported when the first constraint is read. `openai_constraints` reads the ways in which a body says it.
 """
 
 from __future__ import annotations

@@ -16,13 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from batchgen.requests import openai_completions, openai_logprobs, openai_responses
+from batchgen.requests import openai_completions, openai_responses
+from batchgen.requests.conversations import Conversation, read_conversation
 from batchgen.requests.openai_completions import COMPLETIONS
-from batchgen.requests.openai_keys import ENDPOINTS, SAMPLING, check_keys
+from batchgen.requests.openai_keys import ENDPOINTS, check_keys
 from batchgen.requests.openai_responses import RESPONSES
+from batchgen.requests.openai_sampling import read_sampling
 from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.row_ids import endpoint, own_id
-from batchgen.requests.template import conversation, template_kwargs
+from batchgen.requests.template import conversation
+from batchgen.requests.truncation import read_truncation
 from batchgen.types import MACHINE_ERRORS, Generation, RowError
 
 Shape = Literal["openai", "vllm"]
@@ -32,14 +35,13 @@ _STREAMED = "Request must not be sent in stream mode"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a request line asks for: exactly one of `messages`, `text` and `tokens` is set."""
+    """What a request line asks for: exactly one of `conversation`, `text` and `tokens` is set."""
 
-    messages: Sequence[Mapping[str, object]] | None
+    conversation: Conversation | None
     text: str | None
     tokens: Sequence[int] | None
     sampling: Mapping[str, object]  # values as they stand, by their names in `SamplingParams`
     spelled: Mapping[str, str]  # how the line spells those names, for sentences: max_new_tokens is body.max_tokens
-    chat_template_kwargs: Mapping[str, object]
     ignored: Sequence[str]  # keys of the body that are not known here
 
 
@@ -70,14 +72,13 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
         raise Refused("stream", _STREAMED)
     _check_model(body.get("model"), model)
     ignored = check_keys(body, url)
-    sampling, spelled = _sampling(body, url)
+    sampling, spelled = read_sampling(body, url)
+    read_truncation(body)
     if url != COMPLETIONS:
         read = openai_responses.conversation_of if url == RESPONSES else _messages
-        messages = read(body)
-        kwargs = template_kwargs(body.get("chat_template_kwargs"), "body.chat_template_kwargs")
-        return Request(messages, None, None, sampling, spelled, kwargs, ignored)
+        return Request(read_conversation(body, read(body), "body."), None, None, sampling, spelled, ignored)
     text, tokens = _completion_prompt(body.get("prompt"))
-    return Request(None, text, tokens, sampling, spelled, {}, ignored)
+    return Request(None, text, tokens, sampling, spelled, ignored)
 
 
 def _messages(body: Mapping[str, object]) -> list[dict[str, object]]:
@@ -98,29 +99,6 @@ def _check_model(named: object, model: str | None) -> None:
             f"body.model is {quote(named)}, but this run's model is {quote(model)}: write that into the body, "
             "or give the name that the lines use with --served-model-name",
         )
-
-
-def _sampling(body: Mapping[str, object], url: str) -> tuple[dict[str, object], dict[str, str]]:
-    sampling: dict[str, object] = {}
-    spelled: dict[str, str] = {}
-    for key, name in SAMPLING.items():
-        value = body.get(key)
-        if value is None:
-            continue
-        if name in sampling and sampling[name] != value:
-            raise Refused(
-                "wrong_type",
-                f"body.{key} is {quote(value)} but {spelled[name]} is {quote(sampling[name])}; give one of them",
-            )
-        # -1 is vLLM's "off".
-        sampling[name] = 0 if name == "top_k" and value == -1 else value
-        spelled[name] = f"body.{key}"
-    wants_logprobs = openai_logprobs.read_logprobs_option(body.get("logprobs"), url != COMPLETIONS)
-    if url == RESPONSES and openai_responses.includes_logprobs(body):
-        wants_logprobs = True
-    if wants_logprobs is not None:
-        sampling["logprobs"] = wants_logprobs
-    return sampling, spelled
 
 
 def _completion_prompt(prompt: object) -> tuple[str | None, Sequence[int] | None]:

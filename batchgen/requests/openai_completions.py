@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from batchgen.requests import openai_logprobs
+from batchgen.requests.openai_message import chat_message, read_message, reasoning_tokens
+from batchgen.requests.token_texts import join
 from batchgen.types import Generation
 
 CHAT = "/v1/chat/completions"
@@ -12,7 +16,7 @@ COMPLETIONS = "/v1/completions"
 def completion(
     generation: Generation, digest: str, model: str, created: int, *, is_completion: bool, stop_reason: bool
 ) -> dict[str, object]:
-    """OpenAI's object of a good generation for a chat or a completion.
+    """OpenAI's object of a good generation for a chat or a completion, with a choice for each sample.
 
     Args:
         digest: letters and digits that tell this answer from all others, for its id.
@@ -20,31 +24,104 @@ def completion(
         is_completion: the answer to a text, not to a chat.
         stop_reason: with vLLM's key of that name.
     """
-    choice: dict[str, object] = {"index": 0}
-    if is_completion:
-        name, kind = "cmpl-", "text_completion"
-        choice["text"] = generation.text
-    else:
-        name, kind = "chatcmpl-", "chat.completion"
-        choice["message"] = {"role": "assistant", "content": generation.text, "refusal": None}
-    shown_logprobs = None
-    texts = None if generation.details is None else generation.details.token_texts
-    if generation.logprobs is not None and texts is not None:
-        show = openai_logprobs.of_completion if is_completion else openai_logprobs.of_chat
-        shown_logprobs = show(texts, generation.logprobs)
-    choice |= {"logprobs": shown_logprobs, "finish_reason": generation.finish_reason}
+    samples = [generation, *generation.others]
+    body = body_of(generation)
+    choices = [
+        {"index": place}
+        | (_make_text_choice(sample, body) if is_completion else _make_chat_choice(sample, digest, stop_reason))
+        for place, sample in enumerate(samples)
+    ]
     if stop_reason:
-        choice["stop_reason"] = None
-    usage = {
+        for sample, choice in zip(samples, choices, strict=True):
+            choice["stop_reason"] = None if sample.details is None else sample.details.stop_reason
+    generated = sum(sample.generated_tokens for sample in samples)
+    if hides_text(body):
+        generated = 0
+    name, kind = ("cmpl-", "text_completion") if is_completion else ("chatcmpl-", "chat.completion")
+    usage: dict[str, object] = {
         "prompt_tokens": generation.prompt_tokens,
-        "completion_tokens": generation.generated_tokens,
-        "total_tokens": generation.prompt_tokens + generation.generated_tokens,
+        "completion_tokens": generated,
+        "total_tokens": generation.prompt_tokens + generated,
     }
-    return {
+    if (thought := reasoning_tokens(generation)) is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": thought}
+    answer = {
         "id": name + digest,
         "object": kind,
         "created": created,
         "model": model,
-        "choices": [choice],
+        "choices": choices,
         "usage": usage,
     }
+    return answer if is_completion else answer | _of_chats_prompt(generation)
+
+
+def _make_chat_choice(sample: Generation, digest: str, is_vllm: bool) -> dict[str, object]:
+    said = read_message(sample, digest)
+    choice: dict[str, object] = {
+        "message": chat_message(said, is_vllm=is_vllm),
+        "logprobs": openai_logprobs.of_chat(sample),
+        "finish_reason": said.finish_reason,
+    }
+    return choice | _token_ids(sample)
+
+
+def _make_text_choice(sample: Generation, body: Mapping[str, object]) -> dict[str, object]:
+    echo, is_hidden = body.get("echo") is True, hides_text(body)
+    text = "" if is_hidden else str(sample.text)
+    choice: dict[str, object] = {
+        "text": _prompt_text(sample, body) + text if echo else text,
+        "logprobs": openai_logprobs.of_completion(sample, echo=echo, hides_text=is_hidden),
+        "finish_reason": "length" if is_hidden else sample.finish_reason,
+    }
+    details = sample.details
+    # An echo of log-probabilities has those of the prompt already, and one of token ids asks for their texts alone.
+    if details is not None and details.prompt_logprobs is not None and (not echo or "prompt_logprobs" in body):
+        choice["prompt_logprobs"] = openai_logprobs.of_prompt(details)
+    if details is None or (echo and body.get("return_token_ids") is not True):
+        return choice
+    choice |= _token_ids(sample)
+    if details.prompt_token_ids is not None:
+        choice["prompt_token_ids"] = list(details.prompt_token_ids)
+    return choice
+
+
+def _token_ids(sample: Generation) -> dict[str, object]:
+    if sample.details is None or sample.details.token_ids is None:
+        return {}
+    return {"token_ids": list(sample.details.token_ids)}
+
+
+def _of_chats_prompt(generation: Generation) -> dict[str, object]:
+    """What vLLM's answer to a chat says of its prompt, where the body asks."""
+    details = generation.details
+    if details is None:
+        return {}
+    answer: dict[str, object] = {}
+    if details.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = openai_logprobs.of_prompt(details)
+    if details.prompt_token_ids is not None:
+        answer["prompt_token_ids"] = list(details.prompt_token_ids)
+    return answer
+
+
+def _prompt_text(sample: Generation, body: Mapping[str, object]) -> str:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt
+    texts = None if sample.details is None else sample.details.prompt_token_texts
+    return join(texts or ())
+
+
+def body_of(generation: Generation) -> Mapping[str, object]:
+    """The body of the request that is answered."""
+    body = (generation.request or {}).get("body")
+    return body if isinstance(body, Mapping) else {}
+
+
+def hides_text(body: Mapping[str, object]) -> bool:
+    """Whether a completion asks for its prompt alone: `echo`, and `max_tokens` 0."""
+    limits = (body.get("max_completion_tokens"), body.get("max_tokens"))
+    return body.get("echo") is True and any(type(limit) in (int, float) and limit == 0 for limit in limits)

@@ -1,8 +1,8 @@
 """What a request's body says of the form of its text: OpenAI's, vLLM's and SGLang's ways. Pure.
 
-They are `response_format` (OpenAI), `text.format` of a Response, `structured_outputs` and the older `guided_json` and its
-like (vLLM), and `json_schema`, `regex` and `ebnf` in the body itself (SGLang). A schema is always enforced, whatever
-`strict` says, as with vLLM.
+They are `response_format` (OpenAI), `text.format` of a Response, `structured_outputs` and the older `guided_json` and
+its like (vLLM), and `json_schema`, `regex` and `ebnf` in the body itself (SGLang). A schema is always enforced,
+whatever `strict` says, as with vLLM.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # OpenAI's rule for the name of a sc
 
 
 def read_body_constraint(body: Mapping[str, object], *, is_response: bool) -> dict[str, Constraint | None]:
-    """The constraint of a body, as `{"constraint": …}`; None in it: the body says that there is none; {}: it says nothing.
+    """The constraint of a body as `{"constraint": …}`: None if the body says that there is none; {} if it says nothing.
 
     Args:
         is_response: the body is one of /v1/responses.
@@ -123,7 +123,7 @@ def _read_format(form: Mapping[str, object], name: str) -> Constraint | None:
         raise Refused("wrong_type", f"{name}: the name of the schema must be {rule}, not {quote(title)}")
     if not isinstance(strict, bool | None):
         raise Refused("wrong_type", f"{name}: strict must be true or false, not {quote(strict)}")
-    if not isinstance(schema, Mapping):
+    if not isinstance(schema, Mapping | str):  # a table can hold it as JSON text alone
         raise Refused("wrong_type", f"{name}: schema must be an object, not {quote(schema)}")
     return read_schema(schema, name, {})
 
@@ -172,17 +172,27 @@ def _whitespace(pattern: object, name: str) -> Options:
     return {"whitespace_pattern": pattern}
 
 
+# What a schema holds in these keys are schemas by other names, and in those values.
+_MAPS_OF_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_VALUES = frozenset({"const", "enum", "default", "examples"})
+
+
 def _closed(constraint: Constraint, name: str) -> Constraint:
     """The schema with no properties in its objects but those that it names, as vLLM understands it."""
+    return read_schema(_close(json.loads(constraint.text)), name, {})
 
-    def close(value: object) -> object:
-        if isinstance(value, list):
-            return [close(each) for each in value]
-        if not isinstance(value, Mapping):
-            return value
-        closed = {key: close(each) for key, each in value.items()}
-        if "properties" in closed or "patternProperties" in closed:
-            closed.setdefault("additionalProperties", False)
-        return closed
 
-    return read_schema(close(json.loads(constraint.text)), name, {})
+def _close(schema: object) -> object:
+    if isinstance(schema, list):
+        return [_close(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    closed: dict[str, object] = {}
+    for key, value in schema.items():
+        if key in _MAPS_OF_SCHEMAS and isinstance(value, Mapping):
+            closed[key] = {name: _close(each) for name, each in value.items()}
+        else:
+            closed[key] = value if key in _VALUES else _close(value)
+    if "properties" in closed or "patternProperties" in closed:
+        closed.setdefault("additionalProperties", False)
+    return closed

@@ -1,64 +1,104 @@
-"""Log-probabilities in OpenAI's batch format: how a body asks for them, and what its answer shows. Pure.
+"""Log-probabilities in the answers of OpenAI's batch format. Pure.
 
-Only the chosen tokens are answered for, none of their alternatives. A token is shown as the text that it has alone. One
-that is only a part of a character has none, and is shown as U+FFFD, in `bytes` too: vLLM does the same.
+A token is shown as the text that it has alone, U+FFFD where that is a part of a character; `bytes` has its true bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 
-from batchgen.requests.refusal import Refused, quote
+from batchgen.requests.token_texts import find_offsets, to_bytes, to_text
+from batchgen.types import Alternative, Details, Generation
 
 _LEAST = -9999.0  # OpenAI's number for what can hardly be; JSON has no infinity
 
 
-def read_logprobs_option(value: object, chat: bool) -> bool | None:
-    """Reads `logprobs` of a body: whether it asks for log-probabilities; None: it says nothing.
-
-    Args:
-        chat: a chat's is true or false; a completion's is the number of alternatives to each token.
-
-    Raises:
-        Refused: it asks for alternatives, or is of another type.
-    """
-    if value is None:
+def of_chat(generation: Generation) -> dict[str, object] | None:
+    """`logprobs` of a chat's choice; None: nobody has asked."""
+    details = generation.details
+    if generation.logprobs is None or details is None or details.token_texts is None:
         return None
-    if value is False or (chat and value is True):
-        return bool(value)
-    if type(value) is int and value == 0:
-        return not chat
-    rule = "true or false" if chat else "0, which gives those of the generated tokens, without alternatives"
-    raise Refused("unknown_parameter", f"body.logprobs is not supported: it must be {rule}, not {quote(value)}")
-
-
-def of_chat(texts: Sequence[str], logprobs: Sequence[float]) -> dict[str, object]:
-    """`logprobs` of a chat's choice."""
+    likeliest = details.top_logprobs or [()] * len(details.token_texts)
+    rows = zip(details.token_texts, generation.logprobs, likeliest, strict=True)
     return {
         "content": [
             {
-                "token": text,
-                "logprob": value,
-                "bytes": list(text.encode("utf-8", "replace")),
-                "top_logprobs": [],
+                **_token(text, value),
+                "top_logprobs": [_token(each.text, each.logprob) for each in alternatives],
             }
-            for text, value in zip(texts, _bounded(logprobs), strict=True)
+            for text, value, alternatives in rows
         ],
         "refusal": None,
     }
 
 
-def of_completion(texts: Sequence[str], logprobs: Sequence[float]) -> dict[str, object]:
-    """`logprobs` of a completion's choice. An offset counts the letters of the tokens before."""
-    values = _bounded(logprobs)
+def _token(text: str, logprob: float) -> dict[str, object]:
+    return {"token": to_text(text), "logprob": max(logprob, _LEAST), "bytes": list(to_bytes(text))}
+
+
+def of_completion(generation: Generation, *, echo: bool, hides_text: bool) -> dict[str, object] | None:
+    """`logprobs` of a completion's choice; None: nobody has asked.
+
+    Args:
+        echo: the tokens of the prompt stand before those of the text. The first of them has no log-probability.
+        hides_text: the generated tokens are left out.
+    """
+    details = generation.details
+    if generation.logprobs is None or details is None or details.token_texts is None:
+        return None
+    texts: list[str] = []
+    values: list[float | None] = []
+    top: list[dict[str, float] | None] = []
+    if echo:
+        _add_prompt(details, texts, values, top)
+    if not hides_text:
+        likeliest = details.top_logprobs or [()] * len(details.token_texts)
+        texts += details.token_texts
+        values += [max(value, _LEAST) for value in generation.logprobs]
+        top += [
+            _by_text([(text, value), *((each.text, each.logprob) for each in alternatives)])
+            for text, value, alternatives in zip(details.token_texts, generation.logprobs, likeliest, strict=True)
+        ]
     return {
-        "text_offset": list(accumulate(map(len, texts[:-1]), initial=0)),
+        "text_offset": find_offsets(texts),
         "token_logprobs": values,
-        "tokens": list(texts),
-        "top_logprobs": [{text: value} for text, value in zip(texts, values, strict=True)],
+        "tokens": [to_text(text) for text in texts],
+        "top_logprobs": top,
     }
 
 
-def _bounded(logprobs: Iterable[float]) -> list[float]:
-    return [max(value, _LEAST) for value in logprobs]
+def _add_prompt(
+    details: Details, texts: list[str], values: list[float | None], top: list[dict[str, float] | None]
+) -> None:
+    places = details.prompt_logprobs or []
+    names = details.prompt_token_texts or [place[0].text if place else "" for place in places]
+    texts += names[: len(places)]
+    values += [max(place[0].logprob, _LEAST) if place else None for place in places]
+    top += [_by_text((each.text, each.logprob) for each in place) if place else None for place in places]
+
+
+def _by_text(tokens: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Log-probabilities by the text of the token. Different tokens can have one text: the likelier one counts."""
+    values: dict[str, float] = {}
+    for text, logprob in tokens:
+        name = to_text(text)
+        values[name] = max(logprob, _LEAST, values.get(name, _LEAST))
+    return values
+
+
+def of_prompt(details: Details) -> list[dict[str, object] | None] | None:
+    """vLLM's `prompt_logprobs`: for each token of the prompt, that token and the likeliest ones, by their ids."""
+    if details.prompt_logprobs is None:
+        return None
+    return [None if place is None else _by_id(place) for place in details.prompt_logprobs]
+
+
+def _by_id(place: Sequence[Alternative]) -> dict[str, object]:
+    return {
+        str(each.token): {
+            "logprob": max(each.logprob, _LEAST),
+            "rank": each.rank,
+            "decoded_token": to_text(each.text),
+        }
+        for each in place
+    }

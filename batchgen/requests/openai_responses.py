@@ -1,8 +1,7 @@
 """OpenAI's Responses API in batch files: the body of a line for `/v1/responses`, and the object that answers it. Pure.
 
 A request is a text or a list of messages of text, with instructions before them. What keeps a state on a server
-(`previous_response_id`, `conversation`, `background`), calls tools, reasons by an effort or writes by a schema is
-refused by name.
+(`previous_response_id`, `conversation`, `background`), calls tools or reasons by an effort is refused by name.
 """
 
 from __future__ import annotations
@@ -10,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from batchgen.requests import openai_logprobs
+from batchgen.requests.openai_message import read_message, reasoning_tokens
 from batchgen.requests.refusal import Refused, quote
-from batchgen.requests.template import why_no_text
+from batchgen.requests.template import why_no_text, without_null_keys
 from batchgen.types import Generation
 
 RESPONSES = "/v1/responses"
 
-READ = frozenset({"input", "instructions", "include", "chat_template_kwargs"})
+READ = frozenset({"input", "instructions", "include", "chat_template_kwargs", "text"})
 """Keys of the body that are read here."""
 
 HARMLESS = frozenset({"max_tool_calls", "background_options"})
@@ -24,7 +24,6 @@ HARMLESS = frozenset({"max_tool_calls", "background_options"})
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "background": (False,),
-    "text": ({}, {"format": {"type": "text"}}),
     "truncation": ("disabled",),
     "reasoning": ({},),
     "context_management": ([],),
@@ -110,11 +109,15 @@ def response(generation: Generation, digest: str, model: str, created: int) -> d
     settings = body if isinstance(body, Mapping) else {}
     cut_off = generation.finish_reason == "length"
     status = "incomplete" if cut_off else "completed"
-    text: dict[str, object] = {"type": "output_text", "text": generation.text, "annotations": []}
-    texts = None if generation.details is None else generation.details.token_texts
-    if generation.logprobs is not None and texts is not None:
-        text["logprobs"] = openai_logprobs.of_chat(texts, generation.logprobs)["content"]
+    said = read_message(generation, digest)
+    text: dict[str, object] = {"type": "output_text", "text": said.content, "annotations": []}
+    if (logprobs := openai_logprobs.of_chat(generation)) is not None:
+        text["logprobs"] = logprobs["content"]
     message = {"id": f"msg_{digest}", "type": "message", "role": "assistant", "status": status, "content": [text]}
+    output = [message]
+    if said.reasoning is not None:
+        thought = {"type": "reasoning_text", "text": said.reasoning}
+        output.insert(0, {"id": f"rs_{digest}", "type": "reasoning", "summary": [], "content": [thought]})
     return {
         "id": f"resp_{digest}",
         "object": "response",
@@ -126,17 +129,25 @@ def response(generation: Generation, digest: str, model: str, created: int) -> d
         "max_output_tokens": settings.get("max_output_tokens"),
         "metadata": settings.get("metadata") or {},
         "model": model,
-        "output": [message],
+        "output": output,
         "parallel_tool_calls": True,
         "previous_response_id": None,
         "temperature": settings.get("temperature"),
-        "text": {"format": {"type": "text"}},
+        "text": _form(settings),
         "tool_choice": "auto",
         "tools": [],
+        "top_logprobs": settings.get("top_logprobs"),
         "top_p": settings.get("top_p"),
         "truncation": "disabled",
         "usage": _usage(generation),
     }
+
+
+def _form(body: Mapping[str, object]) -> dict[str, object]:
+    """`text` of the body, which says what the text must be."""
+    text = without_null_keys(body.get("text"))
+    form = without_null_keys(text.get("format")) if isinstance(text, dict) else None
+    return {"format": form or {"type": "text"}}
 
 
 def _usage(generation: Generation) -> dict[str, object]:
@@ -144,6 +155,6 @@ def _usage(generation: Generation) -> dict[str, object]:
         "input_tokens": generation.prompt_tokens,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": generation.generated_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens(generation) or 0},
         "total_tokens": generation.prompt_tokens + generation.generated_tokens,
     }

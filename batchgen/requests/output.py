@@ -7,22 +7,28 @@ import datetime
 import decimal
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Literal
 
 from batchgen.requests import openai
-from batchgen.types import MACHINE_ERRORS, Generation
+from batchgen.requests.openai_message import Message, read_message
+from batchgen.requests.token_texts import to_text
+from batchgen.types import MACHINE_ERRORS, Alternative, Details, Generation
 
 ErrorFormat = Literal["openai", "vllm"]
 
 RESULT = ("id", "index", "text", "finish_reason", "prompt_tokens", "generated_tokens", "error")
 """What batchgen adds to a row, in this order."""
 
-LOGPROBS = "logprobs"
-"""Comes behind these, in rows that ask for it alone: the others are as they always were."""
+WANTED = (
+    *("texts", "finish_reasons", "logprobs", "texts_logprobs", "top_logprobs", "prompt_logprobs"),
+    *("token_ids", "texts_token_ids", "prompt_token_ids", "stop_reason"),
+    *("reasoning", "tool_calls", "texts_reasoning", "texts_tool_calls"),
+)
+"""Come behind these, in this order, in rows that ask for them alone: the others are as they always were."""
 
-_NAMES = (*RESULT, LOGPROBS)
+_NAMES = (*RESULT, *WANTED)
 _CLASHES = frozenset(_NAMES) - {"id"}  # a row's own id is the result's
 
 # JSON lets these stand, but str.splitlines and its like in other languages take them for the end of a line.
@@ -54,8 +60,7 @@ def renderer(
 
 
 def _plain(generation: Generation) -> str:
-    """The merged row: the result, then the row's own columns. Its names are those of `RESULT`, in their order, and
-    `LOGPROBS`.
+    """The merged row: the result, what the row has asked for, and its own columns. `RESULT` and `WANTED` are the names.
 
     Put together by hand, since the encoder takes half as long again for the same object.
     """
@@ -66,14 +71,73 @@ def _plain(generation: Generation) -> str:
     error = generation.error
     failure = error and {"type": error.type, "message": error.message, "line": error.line}  # its id is the row's
     own = "".join(f",{_quoted(name)}:{_any(value)}" for name, value in columns.items() if name != "id")
-    logprobs = "" if generation.logprobs is None else f',"{LOGPROBS}":{_json(generation.logprobs)}'
+    generated = generation.generated_tokens
+    wanted = ""
+    said = _said(generation)
+    text, reason = (said[0].content, said[0].finish_reason) if said else (generation.text, generation.finish_reason)
+    if said or generation.logprobs is not None or generation.details is not None or generation.others:
+        wanted = "".join(f',"{name}":{_json(value)}' for name, value in _wanted(generation, said).items())
+        generated += sum(sample.generated_tokens for sample in generation.others)
     return (
         f'{{"id":{_quoted(generation.id)},"index":{generation.index},'
-        f'"text":{"null" if generation.text is None else _quoted(generation.text)},'
-        f'"finish_reason":{"null" if generation.finish_reason is None else _quoted(generation.finish_reason)},'
-        f'"prompt_tokens":{generation.prompt_tokens},"generated_tokens":{generation.generated_tokens},'
-        f'"error":{"null" if failure is None else _json(failure)}{logprobs}{own}}}'
+        f'"text":{"null" if text is None else _quoted(text)},'
+        f'"finish_reason":{"null" if reason is None else _quoted(reason)},'
+        f'"prompt_tokens":{generation.prompt_tokens},"generated_tokens":{generated},'
+        f'"error":{"null" if failure is None else _json(failure)}{wanted}{own}}}'
     )
+
+
+def _said(generation: Generation) -> Sequence[Message]:
+    """What each sample says, where the model may have written more than its answer."""
+    if generation.markup is None or generation.error is not None:
+        return ()
+    return [read_message(sample) for sample in (generation, *generation.others)]
+
+
+def _wanted(generation: Generation, said: Sequence[Message]) -> dict[str, object]:
+    """What stands in the row beside its text, by the names in `WANTED` and in their order.
+
+    Where a row has several samples, the other values are those of the first one, and lists of all of them stand beside
+    its log-probabilities and its token ids.
+    """
+    details = generation.details or Details()
+    values: dict[str, object] = {
+        "logprobs": generation.logprobs,
+        "top_logprobs": _alternatives(details.top_logprobs),
+        "prompt_logprobs": _alternatives(details.prompt_logprobs),
+        "token_ids": details.token_ids,
+        "prompt_token_ids": details.prompt_token_ids,
+        "stop_reason": details.stop_reason,
+    }
+    if said:
+        values |= {"reasoning": said[0].reasoning, "tool_calls": said[0].tool_calls or None}
+    if generation.others:
+        samples = [generation, *generation.others]
+        values["texts"] = [each.content for each in said] or [sample.text for sample in samples]
+        values["finish_reasons"] = [each.finish_reason for each in said or samples]
+        if any(each.reasoning is not None for each in said):
+            values["texts_reasoning"] = [each.reasoning for each in said]
+        if any(each.tool_calls for each in said):
+            values["texts_tool_calls"] = [each.tool_calls for each in said]
+        if generation.logprobs is not None:
+            values["texts_logprobs"] = [sample.logprobs for sample in samples]
+        if details.token_ids is not None:
+            values["texts_token_ids"] = [sample.details and sample.details.token_ids for sample in samples]
+    return {name: values[name] for name in WANTED if values.get(name) is not None}
+
+
+def _alternatives(places: Sequence[Sequence[Alternative] | None] | None) -> list[object] | None:
+    """Each token of each place as an object."""
+    if places is None:
+        return None
+    return [
+        place
+        and [
+            {"token": each.token, "text": to_text(each.text), "logprob": each.logprob, "rank": each.rank}
+            for each in place
+        ]
+        for place in places
+    ]
 
 
 def failure_of(row: Mapping[str, Any]) -> Mapping[str, Any] | None:

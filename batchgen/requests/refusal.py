@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,10 +43,19 @@ def quote(value: object) -> str:
 def sampling_params(default: SamplingParams, given: Mapping[str, object], spelled: Mapping[str, str]) -> SamplingParams:
     """`default` with what the row sets itself; `spelled` is how it spells the names, where otherwise.
 
+    `top_k` -1 is off, `seed` -1 not given and `thinking_tokens` -1 without a limit, as with vLLM. `top_logprobs` brings
+    `logprobs` along.
+
     Raises:
         Refused: a value is of the wrong type or out of range.
     """
-    values: dict[str, Any] = {name: _typed(name, value) for name, value in given.items()}
+    values: dict[str, Any] = {name: _typed(name, value, spelled.get(name, name)) for name, value in given.items()}
+    if values.get("seed") == -1:
+        del values["seed"]
+    if values.get("top_logprobs"):
+        values.setdefault("logprobs", True)
+    elif values.get("logprobs") is False:
+        values["top_logprobs"] = 0
     try:
         return dataclasses.replace(default, **values)
     except ValueError as error:
@@ -55,13 +65,41 @@ def sampling_params(default: SamplingParams, given: Mapping[str, object], spelle
         raise Refused("wrong_type", f"{message}, not {quote(given[name])}" if name in given else message) from None
 
 
-def _typed(name: str, value: object) -> object:
-    if name == "stop":
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-    # A Parquet column of whole numbers with gaps is one of floats.
-    if name in ("max_new_tokens", "top_k", "seed") and isinstance(value, float) and value.is_integer():
-        return int(value)
+_OFF = {"top_k": 0, "thinking_tokens": None}  # what -1 means
+_WHOLE = frozenset(
+    {
+        *("max_new_tokens", "top_k", "seed", "n", "min_tokens", "top_logprobs", "prompt_logprobs", "thinking_tokens"),
+    }
+)
+
+
+def _typed(name: str, value: object, spelled: str) -> object:
+    if name == "stop" and isinstance(value, str):
+        return (value,)
+    if name == "logit_bias" and isinstance(value, Mapping):
+        return tuple(_bias(token, bias, spelled) for token, bias in value.items() if bias is not None)
+    if name in ("stop", "bad_words") and isinstance(value, list):
+        return tuple(value)
+    if name in ("allowed_token_ids", "stop_token_ids") and isinstance(value, list):
+        return tuple(map(_whole, value))
+    if name in _WHOLE:
+        whole = _whole(value)
+        return _OFF[name] if name in _OFF and whole == -1 else whole
     return value
+
+
+def _whole(value: object) -> object:
+    """A whole number as one: a Parquet column of whole numbers with gaps is one of floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _bias(token: object, bias: object, spelled: str) -> tuple[int, float]:
+    # JSON has only texts for keys.
+    if not isinstance(token, str) or not re.fullmatch(r"[0-9]{1,10}", token):
+        raise Refused("wrong_type", f"{spelled}: the key {quote(token)} is no token id")
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+        raise Refused("wrong_type", f"{spelled}: the bias of token {token} must be from -100 to 100, not {quote(bias)}")
+    return int(token), bias
 
 
 def check_encodable(text: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from batchgen import checkpoint
-from batchgen.checkpoint import Attempt, RunFolder
+from batchgen.checkpoint import Attempt, CheckpointError, RunFolder
 from batchgen.formats.input import files_of
 from batchgen.runs.manifest import identity, provenance
 from batchgen.runs.prepare import Ready, check_all, check_engine, prepare
@@ -40,6 +40,11 @@ def begin(
                 made.rmdir()
         raise
     attempt = checkpoint.claim(folder, role.world, recorded, host.heartbeat_seconds, before, host.shard)
+    if not folder.has_input(identity(ready)):
+        # Between the look at it and the claim. Those who work from now on know the same rows.
+        sentence = f"rows have been appended to the input of {folder.path} by another start meanwhile. Start again"
+        attempt.end(sentence)
+        raise CheckpointError(sentence)
     if host.shard.count == 1:
         folder.sweep()  # nobody else works here
     return ready, attempt
@@ -62,13 +67,31 @@ def _check_or_create(folder: RunFolder, ready: Ready, role: Role, host: Host, re
         UserError: it is another one, or the engine has something to do and cannot run here.
     """
     wanted = identity(ready)
-    exists = folder.has_manifest()
-    work_left = True
-    if exists:
-        folder.check_or_create(wanted, recorded)
-        part = folder.done(len(ready.source), verify=False).part(host.shard)
-        work_left = part.good < len(part.states)
-    if work_left:
+    if not folder.has_manifest():
         check_engine(ready, role)
-    if not exists:
         folder.check_or_create(wanted, recorded, ready.source.originals)
+        return
+    digest, rows = ready.source.began_with
+    before = {**wanted, "input": digest, "rows": rows}
+    folder.check_or_create(before, recorded)
+    part = folder.done(len(ready.source), verify=False).part(host.shard)
+    if part.good < len(part.states):
+        check_engine(ready, role)
+    if ready.source.has_grown:
+        _check_nobody_works(folder, wanted, role)
+        folder.append_input(before, wanted, ready.source.originals)
+
+
+def _check_nobody_works(folder: RunFolder, wanted: Mapping[str, object], role: Role) -> None:
+    """Checks that no other shard of the run, which would know fewer rows, is being worked on.
+
+    Raises:
+        CheckpointError: one is, and it does not know the rows that have been appended.
+    """
+    try:
+        checkpoint.check_free(folder, role.world)
+    except CheckpointError as error:
+        if not folder.has_input(wanted):
+            raise CheckpointError(
+                f"rows have been appended to the input, and the run goes on with them once no start works: {error}"
+            ) from error

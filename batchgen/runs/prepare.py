@@ -20,10 +20,11 @@ from batchgen.engine import Engine, Setup, Tokenizer
 from batchgen.formats import InputError
 from batchgen.formats.input import Input, files_of, find
 from batchgen.models import ResolvedModel
-from batchgen.models.generation_config import with_authors_sampling
+from batchgen.models.generation_config import TAKEN_LATER, with_authors_sampling
 from batchgen.packages import without_garbage_collection
 from batchgen.planning import auto
 from batchgen.planning.auto import AUTO, Choice
+from batchgen.planning.work import Work
 from batchgen.requests.prompts import PromptReader
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.row_ids import are_requests
@@ -109,11 +110,12 @@ def prepare(
     needs_model = choice is None or choice.kind.needs_model
     resolved = _resolve_model(settings.model, own_cache, say=says) if needs_model else _NO_MODEL
     recipe = _with_sampling(settings.recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=says)
+    recipe = _with_parsers(recipe, folder, say=says)
     settings = replace(settings, recipe=recipe)
     dtype_found = dtype_of.find(settings.dtype, folder, resolved.folder)
     if choice is None:
-        lengths = partial(_lengths, source, recipe)
-        choice = _choose(resolved, dtype_found.name, settings.engine_settings, lengths, role)
+        work = partial(_work, source, recipe)
+        choice = _choose(resolved, dtype_found.name, settings.engine_settings, work, role)
     duplicates = find_duplicates(source, folder.input_cache, scan_into, recipe.id_prefix)
     answers_requests = recipe.model is not None or are_requests(source.rows(range(min(len(source), _FIRST))))
     try:
@@ -141,13 +143,34 @@ def _resolve_model(model: str | None, cache: Path, *, say: bool) -> ResolvedMode
 
 def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
     """The recipe with the sampling of the model's author, unless the run began before there was such a thing."""
-    if recipe.generation_config == "auto" and folder.has_manifest():
+    if recipe.generation_config != "none" and folder.has_manifest():
         recorded = folder.read_identity()
-        if "generation_config" not in recorded and recorded.get("request_model") is not None:
+        began_without = "generation_config" not in recorded and recorded.get("request_model") is not None
+        if recipe.generation_config == "auto" and began_without:
             if say:
                 logger.info("this run began without the model's generation_config.json, and goes on without it")
             recipe = replace(recipe, generation_config="none")
+        # What is at its default is not recorded: the run has not taken it, or it began before that was taken.
+        left_out = {name for name in TAKEN_LATER if f"sampling.{name}" not in recorded}
+        recipe = replace(recipe, set_by_user=recipe.set_by_user | left_out)
     return with_authors_sampling(recipe, model, say=say)
+
+
+def _with_parsers(recipe: Recipe, folder: RunFolder, *, say: bool) -> Recipe:
+    """The recipe without what the run does not know that began before texts were split into answer, thinking and calls
+    of tools."""
+    if not folder.has_manifest():
+        return recipe
+    recorded = folder.read_identity()
+    if "reasoning_parser" not in recorded and recipe.reasoning_parser == "auto":
+        if say:
+            logger.info("this run began with --reasoning-parser none, and goes on with it")
+        recipe = replace(recipe, reasoning_parser="none")
+    if "tool_parser" not in recorded and recipe.tool_parser == "auto":
+        if say:
+            logger.info("this run began with --tool-parser none, and goes on with it")
+        recipe = replace(recipe, tool_parser="none")
+    return recipe
 
 
 def check_engine(ready: Ready, role: Role) -> None:
@@ -166,7 +189,7 @@ def _named_or_recorded(settings: RunSettings, claim: Mapping[str, Any] | None) -
     return None if claim is None else auto.read_recorded_choice(claim)
 
 
-def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: auto.Lengths, role: Role) -> Choice:
+def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], work: auto.Measure, role: Role) -> Choice:
     """The engine of a run for which none was named; says which, and why."""
     with without_garbage_collection():
         from batchgen.planning.hardware import Machine, Nodes  # torch, and a run whose engine is named may need none
@@ -175,7 +198,7 @@ def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], lengths: 
     local_size = role.ranks_to_start if role.is_single_process else max(1, world.local_size)
     hosts = 1 if role.is_single_process else max(1, world.size // local_size)
     nodes = Nodes(Machine.here(local_size), role.ranks, hosts)
-    choice = auto.choose_fastest(model.folder, dtype, settings, lengths, nodes)
+    choice = auto.choose_fastest(model.folder, dtype, settings, work, nodes)
     logger.info("engine %s: %s", choice, choice.why)
     return choice
 
@@ -225,11 +248,10 @@ def _draw(
     return [prompt for part in parts for prompt in part if isinstance(prompt, Prompt)], count
 
 
-def _lengths(source: Input, recipe: Recipe, tokenizer: Tokenizer) -> tuple[list[tuple[int, int]], int]:
-    """Prompt and new tokens of rows drawn from the input, and how many rows they stand for."""
+def _work(source: Input, recipe: Recipe, tokenizer: Tokenizer) -> Work:
+    """The lengths of rows drawn from the input."""
     prompts, count = _draw(source, recipe, tokenizer, _SAMPLE, warns=False)  # the reader of all rows does
-    lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in prompts]
-    return lengths, round(len(source) * len(prompts) / max(count, 1))
+    return Work.of(prompts, count, len(source))
 
 
 def refusals(ready: Ready) -> Iterator[Generation]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from batchgen.checkpoint import CheckpointError
 from batchgen.formats.input import Input
-from batchgen.requests.output import LOGPROBS, RESULT, carried
+from batchgen.requests.output import RESULT, WANTED, carried
 
 Format = Literal["parquet", "arrow"]
 
@@ -35,7 +35,25 @@ _RESULT_TYPES: dict[str, pa.DataType] = {
     "generated_tokens": pa.int64(),
     "error": pa.struct([("type", pa.string()), ("message", pa.string()), ("line", pa.int64())]),
 }
-_LOGPROBS_TYPE = pa.list_(pa.float64())  # of a column that is there if a row of the run has asked for it
+_FLOATS = pa.list_(pa.float64())
+_IDS = pa.list_(pa.int64())
+_TOKEN = pa.struct([("token", pa.int64()), ("text", pa.string()), ("logprob", pa.float64()), ("rank", pa.int64())])
+_WANTED_TYPES: dict[str, pa.DataType] = {  # of columns that are there if a row of the run has asked for them
+    "texts": pa.list_(pa.string()),
+    "finish_reasons": pa.list_(pa.string()),
+    "logprobs": _FLOATS,
+    "texts_logprobs": pa.list_(_FLOATS),
+    "top_logprobs": pa.list_(pa.list_(_TOKEN)),
+    "prompt_logprobs": pa.list_(pa.list_(_TOKEN)),
+    "token_ids": _IDS,
+    "texts_token_ids": pa.list_(_IDS),
+    "prompt_token_ids": _IDS,
+    "stop_reason": pa.string(),  # a stop text, or the id of a stop token
+    "reasoning": pa.string(),
+    "tool_calls": pa.string(),  # JSON: a column of objects would give each of them the keys of all
+    "texts_reasoning": pa.list_(pa.string()),
+    "texts_tool_calls": pa.string(),
+}
 _ERROR_KEYS = {field.name for field in _RESULT_TYPES["error"]}
 
 
@@ -76,8 +94,8 @@ def _typed(typed: pa.Schema, lines: Lines, source: Input, format: Format) -> tup
         # A dictionary differs from block to block, and an Arrow file may hold but one for a column.
         own = [field.with_type(_without_dictionaries(field.type)) for field in own]
     kinds = dict(_RESULT_TYPES)
-    if any(_has_logprobs(line) for _, line in lines()):
-        kinds[LOGPROBS] = _LOGPROBS_TYPE
+    wanted = _find_wanted(line for _, line in lines())
+    kinds |= {name: _WANTED_TYPES[name] for name in WANTED if name in wanted}
     fields = [pa.field(name, kind) for name, kind in kinds.items()]
     merged = pa.schema(fields + [field.with_name(names[field.name]) for field in own])
 
@@ -92,7 +110,9 @@ def _typed(typed: pa.Schema, lines: Lines, source: Input, format: Format) -> tup
                 ahead = next(remaining, None)
             # Not every type can be taken from, and nearly always all rows are there.
             kept = batch if len(rows) == batch.num_rows else batch.take(pa.array(list(rows), pa.int64()))
-            results = [pa.array([row.get(name) for row in rows.values()], kind) for name, kind in kinds.items()]
+            results = [
+                pa.array([_fitted(row.get(name), kind) for row in rows.values()], kind) for name, kind in kinds.items()
+            ]
             columns = [_as(kept.column(field.name), field.type) for field in own]
             if rows:
                 yield pa.RecordBatch.from_arrays([*results, *columns], schema=merged)
@@ -109,9 +129,23 @@ def _plain_row(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _has_logprobs(line: bytes) -> bool:
+def _find_wanted(lines: Iterable[bytes]) -> set[str]:
+    """Names of `WANTED` that a row has."""
     # Nearly all lines end the question without being parsed: within a text, the quotes are escaped.
-    return b'"logprobs":[' in line and isinstance(json.loads(line).get(LOGPROBS), list)
+    marks = {name: f'"{name}":'.encode() for name in WANTED}
+    found: set[str] = set()
+    for line in lines:
+        if names := [name for name, mark in marks.items() if name not in found and mark in line]:
+            row = json.loads(line)
+            found.update(name for name in names if _fits(name, _kind(row.get(name))))
+    return found
+
+
+def _fits(name: str, kind: str) -> bool:
+    """Whether a value of this kind is what batchgen itself writes under this name of `WANTED`."""
+    if name in ("stop_reason", "reasoning"):
+        return kind == "text" or (kind == "int" and name == "stop_reason")
+    return kind in ("floats", "list")
 
 
 def _as(column: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -154,9 +188,10 @@ def _inferred(lines: Lines) -> tuple[pa.Schema, Iterator[pa.Table]]:
     types = {name: _RESULT_TYPES.get(name) or _type(seen - {"null"}) for name, seen in kinds.items()}
     if "error" in types and ("index" not in types or not kinds["error"] <= {"error", "null"}):
         types["error"] = pa.string()  # that of an OpenAI answer is another one
-    if "index" in types and "floats" in (seen := kinds.get(LOGPROBS, set())) and seen <= {"floats", "null"}:
-        types[LOGPROBS] = _LOGPROBS_TYPE
-        types = {name: types[name] for name in (*RESULT, LOGPROBS)} | types  # the first row may not have asked
+    wanted = [name for name in WANTED if "index" in types and _all_fit(name, kinds.get(name, set()) - {"null"})]
+    types |= {name: _WANTED_TYPES[name] for name in wanted}
+    if "index" in types:
+        types = {name: types[name] for name in (*RESULT, *wanted)} | types  # the first row may not have asked
     types = types or _RESULT_TYPES
     schema = pa.schema([pa.field(name, kind) for name, kind in types.items()])
 
@@ -168,6 +203,10 @@ def _inferred(lines: Lines) -> tuple[pa.Schema, Iterator[pa.Table]]:
             yield pa.Table.from_arrays(arrays, schema=schema)
 
     return schema, tables()
+
+
+def _all_fit(name: str, kinds: set[str]) -> bool:
+    return bool(kinds) and all(_fits(name, kind) for kind in kinds)
 
 
 _INT64 = range(-(1 << 63), 1 << 63)
@@ -187,6 +226,8 @@ def _kind(value: object) -> str:
         return "text"
     if isinstance(value, list) and value and all(part is None or type(part) is float for part in value):
         return "floats"
+    if isinstance(value, list):
+        return "list"
     return "error" if isinstance(value, dict) and value.keys() == _ERROR_KEYS else "json"
 
 

@@ -15,6 +15,7 @@ from batchgen.engine import Engine, OutOfStep, Setup, Stream
 from batchgen.engines import settings_of
 from batchgen.requests.output import renderer
 from batchgen.runs.prepare import Ready
+from batchgen.runs.samples import Samples
 from batchgen.runs.schedule import open_rows, order, shard, windows
 from batchgen.runs.stacks import answering
 from batchgen.runs.stop import Stop
@@ -58,7 +59,8 @@ class StreamWorker:
             attempt.folder.path, attempt.number, self.stream.index, world.rank, _renderer(ready, attempt)
         )
         self._engine: Engine | None = None
-        self._in_work: dict[int, str] = {}  # ids of the prompts that the engine has not finished, by their row
+        self._samples = Samples()
+        self._in_work: dict[int, Prompt] = {}  # that the engine has not finished, by their row
         self._refused: list[Generation] = []  # rows that became no prompt, waiting for the next commit
         self._refused_before = 0  # rows refused again, which an earlier attempt has recorded
         self._mark = time.perf_counter()
@@ -138,31 +140,35 @@ class StreamWorker:
                 self._commit(Batch([]), heartbeat)
                 if self._engine is None and self._stop():
                     return  # an engine that exists agrees with its ranks first, and leaves by itself
-            yield from order(prompts, number)
+            yield from self._samples.spread(order(prompts, number))
 
     def _noted(self, prompts: Iterator[Prompt]) -> Iterator[Prompt]:
         for prompt in prompts:
-            self._in_work[prompt.index] = prompt.id
+            self._in_work[prompt.index] = prompt
             yield prompt
 
     def _named(self) -> str:
         """What is in work, in words; asked by the heartbeat's thread, too."""
-        ids = list(self._in_work.values())
+        ids = [prompt.id for prompt in list(self._in_work.values())]
         if not ids:
             return ""
         more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
         return f"row{'s' if len(ids) > 1 else ''} {', '.join(ids[:_NAMED])}{more}"
 
     def _commit(self, batch: Batch, heartbeat: Heartbeat) -> None:
+        batch = self._samples.join(batch)
+        incomplete = []
         for generation in batch.generations:
-            self._in_work.pop(generation.index, None)
+            prompt = self._in_work.pop(generation.index, None)
+            if prompt is not None and prompt.params.constraint is not None and _is_cut(generation):
+                incomplete.append(generation.index)
         refused, self._refused = self._refused, []
         generations = [*batch.generations, *refused]
         if not generations or not self.stream.writes or self._writer.broken:
             return
         now = time.perf_counter()
         try:
-            whole = replace(batch, generations=generations)
+            whole = replace(batch, generations=generations, incomplete=incomplete)
             record = self._writer.commit(whole, now - self._mark)
         except OSError as error:
             # What is recorded is safe; the engine is asked to end, and the rest is done again by the next start.
@@ -221,6 +227,11 @@ def _renderer(ready: Ready, attempt: Attempt) -> Callable[[Generation], bytes]:
     """What turns a generation into its line of the output."""
     recipe, error_format = ready.settings.recipe, ready.settings.error_format
     return renderer(recipe.model or ready.model.name, attempt.folder.created, error_format, ready.answers_requests)
+
+
+def _is_cut(generation: Generation) -> bool:
+    """Whether one of its samples has ended by its length."""
+    return any(sample.finish_reason == "length" for sample in (generation, *generation.others))
 
 
 def _last_error(generations: list[Generation]) -> str:

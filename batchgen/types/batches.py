@@ -17,6 +17,8 @@ class Batch:
     peak_memory_bytes: int | None = None  # of the device since the batch before; without a device, of the process
     share_of_bound: float | None = None  # of what the path that offloaded weights come over allows; None: no offload
     at_once: int | None = None  # rows that the device has had in work together, at most; None: those of this batch
+    repeated_tokens: int = 0  # of samples that repeat another one's text, and were not generated
+    incomplete: Sequence[int] = ()  # the row numbers of texts that their length cut before their constraint was met
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +42,5 @@ class BatchRecord:
     failed: Sequence[int]  # those of them that are error rows
     checksum: int  # CRC-32 of those bytes
     share_of_bound: float | None = None  # as in Batch
+    incomplete: Sequence[int] = ()  # as in Batch
+    reasoning_tokens: int = 0  # of the generated tokens, of models that think

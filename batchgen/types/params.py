@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -94,7 +93,8 @@ class SamplingParams:
     def _check_penalties(self) -> None:
         _check(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p must be a number from 0 (off) to 1")
         penalty = self.repetition_penalty
-        _check(_is_number(penalty) and 0 < penalty < math.inf, "repetition_penalty must be a number above 0")
+        # A logit of float32 stays finite.
+        _check(_is_number(penalty) and 0.01 <= penalty <= 100, "repetition_penalty must be a number from 0.01 to 100")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(_is_number(value) and -2 <= value <= 2, f"{name} must be a number from -2 to 2")
@@ -114,7 +114,8 @@ class SamplingParams:
     def _check_counts(self) -> None:
         _check(_is_int(self.n) and 1 <= self.n <= MOST_SAMPLES, f"n must be a whole number from 1 to {MOST_SAMPLES}")
         _check(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens must be a whole number, 0 or more")
-        _check(self.min_tokens <= self.max_new_tokens, f"min_tokens must be at most {self.max_new_tokens}, the most")
+        most = f"{self.max_new_tokens}, as many as may be generated"
+        _check(self.min_tokens <= self.max_new_tokens, f"min_tokens must be at most {most}")
         _check(
             _is_int(self.top_logprobs) and 0 <= self.top_logprobs <= MOST_ALTERNATIVES,
             f"top_logprobs must be a whole number from 0 to {MOST_ALTERNATIVES}",

@@ -88,7 +88,7 @@ class Alternative(NamedTuple):
     """A token that the model could have chosen, or has chosen, at some place."""
 
     token: int
-    text: str  # as `Tokenizer.token_text` gives it
+    text: str  # as `HfTokenizer.token_text` gives it: bytes that are a part of a character are lone surrogates
     logprob: float
     rank: int  # among all tokens of the vocabulary at this place; the likeliest has 1
 
@@ -98,6 +98,8 @@ class Details:
     """What a row has asked to know beyond its text, or what was found in its text."""
 
     token_texts: Sequence[str] | None = None  # of each generated token, beside the logprobs of an OpenAI request
+    prompt_token_texts: Sequence[str] | None = None
+    """Of each token of the prompt of an OpenAI request that asks for its token ids or its log-probabilities."""
     token_ids: Sequence[int] | None = None  # those generated; None: nobody asked
     prompt_token_ids: Sequence[int] | None = None  # the same
     top_logprobs: Sequence[Sequence[Alternative]] | None = None  # of each generated token, the likeliest first
@@ -128,6 +130,7 @@ class Generation:
     details: Details | None = None  # None: there are none
     sample: int = 0  # which of the row's samples this is
     others: Sequence[Generation] = ()  # the samples after this one, in order, where the row has several
+    markup: Markup | None = None  # the prompt's
 
     @classmethod
     def of(
@@ -153,6 +156,7 @@ class Generation:
             logprobs,
             details,
             prompt.sample,
+            markup=prompt.markup,
         )
 
     @classmethod

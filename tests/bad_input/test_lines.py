@@ -112,7 +112,7 @@ GOOD: list[tuple[bytes, str]] = [
     ('{"prompt":"one\u2028line\u0085"}'.encode(), "one\u2028line\u0085"),
     (b'{"prompt":"escaped \\u0000 and \\ud83d\\ude42"}', "escaped \0 and \U0001f642"),
     (b'{"prompt":" \\n\\t "}', " \n\t "),
-    (b'{"prompt":"minus zero","n":-0.0,"big":123456789012345678901234567890}', "minus zero"),
+    (b'{"prompt":"minus zero","zero":-0.0,"big":123456789012345678901234567890}', "minus zero"),
     ('{"prompt":"ﷺ e\u0301 \ufeff"}'.encode(), "ﷺ e\u0301 \ufeff"),
     (b'{"prompt":"{{ 1 // 0 }} %s {}"}', "{{ 1 // 0 }} %s {}"),
     (b'{"messages":[{"role":"assistant","tool_calls":[{"id":1}]}]}', "assistant: \n"),
@@ -130,7 +130,7 @@ def test_strange_lines_that_are_good(name: str, mark: bytes, tmp_path: Path) -> 
     rows = answered(tmp_path / "out")
     assert [row["text"] for row in rows] == ["one", *(text for _, text in GOOD), "two"]
     assert [row["id"] for row in rows[1:-1]] == [f"{name}:{number}" for number in range(4, len(GOOD) + 4)]
-    assert json.dumps(rows[7]["n"]) == "-0.0"
+    assert json.dumps(rows[7]["zero"]) == "-0.0"
     assert rows[7]["big"] == 123456789012345678901234567890
 
 

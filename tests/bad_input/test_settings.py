@@ -27,7 +27,8 @@ SAMPLING: list[tuple[dict[str, Any], str | None]] = [
     ({"top_k": 1e20}, "top_k must be below 2147483648, not 1e+20"),
     ({"top_p": 0}, "top_p must be a number above 0 and at most 1, not 0"),
     ({"top_p": False}, "top_p must be a number above 0 and at most 1, not false"),
-    ({"top_k": -1}, "top_k must be a whole number, 0 (off) or more, not -1"),
+    ({"top_k": -1, "seed": -1}, None),  # off and not given, as with vLLM
+    ({"top_k": -2}, "top_k must be a whole number, 0 (off) or more, not -2"),
     ({"seed": "7"}, 'seed must be a whole number, not "7"'),
     ({"seed": 10**400}, None),
     ({"stop": [f"stop {number}" for number in range(5000)]}, None),
@@ -36,7 +37,47 @@ SAMPLING: list[tuple[dict[str, Any], str | None]] = [
     ({"stop": {"a": 1}}, "stop must be a text or a list of texts, none of them empty, not an object"),
     ({"logprobs": 1}, "logprobs must be true or false, not 1"),
     ({"temperature": None, "stop": None, "seed": None}, None),
-    ({"n": 2, "stream": True, "tools": [1], "colour": "red"}, None),  # columns of a row, which mean nothing here
+    ({"stream": True, "tools": [1], "colour": "red"}, None),  # columns of a row, which mean nothing here
+    ({"n": 1.0, "min_p": 0, "min_tokens": 3.0, "logit_bias": {"5": -100}, "stop_token_ids": [255]}, None),
+    ({"n": 0}, "n must be a whole number from 1 to 1024, not 0"),
+    ({"n": 1025}, "n must be a whole number from 1 to 1024, not 1025"),
+    ({"n": "2"}, 'n must be a whole number from 1 to 1024, not "2"'),
+    ({"min_p": 1.5}, "min_p must be a number from 0 (off) to 1, not 1.5"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be a number from 0.01 to 100, not 0"),
+    ({"presence_penalty": 3}, "presence_penalty must be a number from -2 to 2, not 3"),
+    ({"frequency_penalty": None}, None),
+    ({"logit_bias": [5]}, "logit_bias must be an object from token ids to numbers from -100 to 100, not a list"),
+    ({"logit_bias": {"a": 1}}, 'logit_bias: the key "a" is no token id'),
+    ({"logit_bias": {"5": 101}}, "logit_bias: the bias of token 5 must be from -100 to 100, not 101"),
+    ({"logit_bias": {"256": 1}}, "logit_bias has token 256, but the model has 256 tokens"),
+    ({"allowed_token_ids": [1, 999]}, "allowed_token_ids has token 999, but the model has 256 tokens"),
+    ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, not 5"),
+    ({"bad_words": "a"}, 'bad_words must be a list of texts, none of them empty, not "a"'),
+    ({"min_tokens": 9, "max_new_tokens": 8}, "min_tokens must be at most 8, as many as may be generated, not 9"),
+    ({"ignore_eos": 1}, "ignore_eos must be true or false, not 1"),
+    ({"top_logprobs": 21}, "top_logprobs must be a whole number from 0 to 20, not 21"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs must be a whole number from 0 to 20, not -1"),
+    ({"regex": "a+", "choice": ["a"]}, "regex and choice both say what the text must be; give one of them"),
+    ({"json_schema": []}, "json_schema must be a JSON schema, an object or its JSON text, not an empty list"),
+    (
+        {"json_schema": "{"},
+        "json_schema is no JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    ),
+    (
+        {"json_schema": {"uniqueItems": True}},
+        "json_schema: the schema uses uniqueItems, which cannot be enforced; leave it out",
+    ),
+    (
+        {"json_schema": {"not": {}, "contains": {}}},
+        "json_schema: the schema uses contains and not, which cannot be enforced; leave them out",
+    ),
+    (
+        {"regex": "a(?=b)"},
+        "regex: the regular expression cannot be enforced: look-around, including look-ahead and look-behind, is not "
+        "supported",
+    ),
+    ({"choice": "a"}, 'choice must be a list of texts, none of them empty, not "a"'),
+    ({"grammar": "start: x"}, 'grammar: the grammar cannot be enforced: line 1, column 8: unknown name: "x"'),
 ]
 
 
@@ -83,10 +124,24 @@ REQUESTS: list[tuple[dict[str, Any], str | None, str]] = [
     (chat(model=["m"]), "wrong_type", "body.model must be a text, not a list"),
     (chat(stream=True), "stream", "Request must not be sent in stream mode"),
     (chat(stream="yes"), "stream", "Request must not be sent in stream mode"),
-    (chat(n=2), "unknown_parameter", "body.n is not supported: it must be 1 or left out, not 2"),
-    (chat(logit_bias={"5": 1}), "unknown_parameter", "body.logit_bias is not supported"),
-    (chat(tools=[{"type": "function"}]), "unknown_parameter", "body.tools is not supported"),
-    (chat(response_format={"type": "json_object"}), "unknown_parameter", "body.response_format is not supported"),
+    (chat(n=0), "wrong_type", "body.n must be a whole number from 1 to 1024, not 0"),
+    (chat(best_of=2), "unknown_parameter", "body.best_of is not supported: it must be 1 or left out, not 2; or as"),
+    (chat(logit_bias={"256": 1}), "wrong_type", "body.logit_bias has token 256, but the model has 256 tokens"),
+    (chat(tools=[{"type": "function"}]), "wrong_type", "body.tools[0]: function must be an object with"),
+    (chat(tools=[{"type": "web_search"}]), "unknown_parameter", 'body.tools[0]: type must be "function", not "web_'),
+    (chat(tool_choice="required"), "wrong_type", "body.tool_choice needs body.tools, and there are none"),
+    (chat(functions=[{"name": "f"}]), "unknown_parameter", "body.functions is not supported: it must be [] or left"),
+    (chat(reasoning_effort="huge"), "wrong_type", "body.reasoning_effort must be one of none, minimal, low, medium"),
+    (chat(continue_final_message=True), "wrong_type", "body.continue_final_message needs a last message of the role"),
+    (chat(chat_template="x"), "template", "start the run with --trust-templates to have it rendered"),
+    (chat(response_format={"type": "xml"}), "unknown_parameter", "body.response_format is not supported: its type"),
+    (chat(guided_json={"not": {}}), "constraint", "body.guided_json: the schema uses not, which cannot be"),
+    (chat(logprobs=5), "wrong_type", "body.logprobs must be true or false, not 5; top_logprobs says how many"),
+    (chat(top_logprobs=5), "wrong_type", "body.top_logprobs needs body.logprobs, which must be true"),
+    (completion("p", logprobs=21), "wrong_type", "body.logprobs must be a whole number from 0 to 20, not 21"),
+    (completion("p", max_tokens=0), "wrong_type", "body.max_tokens must be a whole number, 1 or more, not 0"),
+    (completion("p", truncate_prompt_tokens=0), "wrong_type", "body.truncate_prompt_tokens must be a whole number"),
+    (completion("p", truncation_side="up"), "wrong_type", 'body.truncation_side must be "left" or "right", not "up"'),
     (chat(temperature="hot"), "wrong_type", 'body.temperature must be a number from 0 to 100, not "hot"'),
     (chat(max_tokens=0), "wrong_type", "body.max_tokens must be a whole number, 1 or more, not 0"),
     (chat(max_tokens=1, max_completion_tokens=2), "wrong_type", "body.max_tokens is 1 but body.max_comp"),
@@ -98,7 +153,7 @@ REQUESTS: list[tuple[dict[str, Any], str | None, str]] = [
      'body.messages[0]: content may hold parts of type "text" only, not "image_url"'),
     (chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "wrong_type", "must be a text, not null"),
     (chat(messages=[{"role": 5, "content": "a"}]), "wrong_type", "body.messages[0]: role must be a text, not 5"),
-    (chat(messages=[{"role": "assistant", "tool_calls": [{}]}]), "unknown_parameter", "tool_calls is not supported"),
+    (chat(messages=[{"role": "assistant", "tool_calls": [{}]}]), "wrong_type", "messages[0].tool_calls[0] must be"),
     (chat(messages=[*HI, HI]), "wrong_type", "body.messages[1] must be an object with role and content, not a list"),
     (completion(None), "missing_prompt", "body.prompt is missing"),
     (completion(""), "empty_prompt", "the prompt is empty: it has no tokens"),
@@ -136,7 +191,7 @@ def test_every_openai_line_is_answered_in_its_place(shape: str, tmp_path: Path) 
             assert error["message"].startswith(f"line {number + 1} of a.jsonl: ")
         assert sentence in json.dumps(answer, ensure_ascii=False).replace('\\"', '"')
     assert [answer["custom_id"] for answer in answers[-3:]] == [f"line-{len(text) - back}" for back in (2, 1, 0)]
-    assert "line 44 of a.jsonl is not valid JSON: an object has the key" in json.dumps(answers[-1])
+    assert f"line {len(text)} of a.jsonl is not valid JSON: an object has the key" in json.dumps(answers[-1])
 
 
 TEXT = f"it makes a text of more than {MAX_CHARACTERS} characters"

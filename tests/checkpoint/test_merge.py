@@ -175,6 +175,7 @@ def test_timing_has_a_line_a_batch_with_these_fields(tmp_path: Path) -> None:
         "first",
         "finished",
         "share_of_bound",
+        "reasoning_tokens",
     ]
     finished = lines[0].pop("finished")
     assert isinstance(finished, float)
@@ -190,6 +191,7 @@ def test_timing_has_a_line_a_batch_with_these_fields(tmp_path: Path) -> None:
         "rank": 0,
         "first": True,
         "share_of_bound": None,
+        "reasoning_tokens": 0,
     }
 
 

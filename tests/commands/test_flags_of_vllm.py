@@ -9,7 +9,7 @@ import click
 import pytest
 
 from batchgen.commands import CommandError, main, run_batch
-from batchgen.commands._vllm_flags import IGNORED, INSTEAD
+from batchgen.commands._vllm_flag_names import IGNORED, INSTEAD
 from tests.commands.starts import call, read_rows, write_rows
 
 FILES = ["-i", "in", "-o", "out"]
@@ -35,6 +35,12 @@ def read(*words: str) -> click.Context:
         ([*FILES, "--load-format", "safetensors", "--task", "generate"], ["--load-format", "--task"]),
         ([*FILES, "--tokenizer", "a/b", "--model", "a/b"], ["--tokenizer"]),
         ([*FILES, "--no-enable-reasoning"], ["--no-enable-reasoning"]),
+        (
+            [*FILES, "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": false}'],
+            ["--structured-outputs-config"],
+        ),
+        ([*FILES, "--structured-outputs-config.backend=guidance"], ["--structured-outputs-config.backend"]),
+        ([*FILES, "--guided-decoding-backend", "outlines"], ["--guided-decoding-backend"]),
     ],
 )  # fmt: skip
 def test_what_changes_no_answer_is_ignored_and_named(words: list[str], ignored: list[str]) -> None:
@@ -56,6 +62,9 @@ def test_what_changes_no_answer_is_ignored_and_named(words: list[str], ignored: 
             {"a": {"b": "x", "c": [1]}},
         ),
         (["--chat-template-kwargs", '{"a": 1}'], "chat_template_kwargs", {"a": 1}),
+        (["--samples", "3"], "n", 3),
+        (["--top_logprobs=5"], "top_logprobs", 5),
+        (["--choice", "a", "--choice", "b"], "choice", ("a", "b")),
         (["--no_selftest"], "selftest", False),
         (["--seed", "-12"], "seed", -12),
         (["--stop", "-O3"], "stop", ("-O3",)),
@@ -81,9 +90,12 @@ def test_what_is_ours_is_carried_out(words: list[str], name: str, value: Any) ->
         (["--lora-modules", "a=b"], "Merge the adapter"),
         (["--tokenizer", "other"], "the tokenizer is the model's"),
         (["--tokenizer-mode", "mistral"], "the tokenizer is the model's"),
-        (["--reasoning-parser", "qwen3"], "reasoning stays in the text"),
         (["--hf-overrides.rope_theta", "1"], "Change config.json"),
         (["--load-format", "dummy"], "as the model's folder has them"),
+        (["--structured-outputs-config.disable_any_whitespace", "true"], "structured_outputs"),
+        (["--structured-outputs-config", '{"disable_any_whitespace": true}'], "whatever the backend"),
+        (["--structured-outputs-config", "xgrammar"], "set line by line"),
+        (["--guided-decoding-disable-any-whitespace"], "disable_any_whitespace and"),
         (["--config", "flags.yaml"], "write the flags that are in that file"),
         (["--runner", "pooling"], "batchgen answers chats and completions"),
         (["--template", "x"], "run-batch has no --template; `batchgen run` has"),

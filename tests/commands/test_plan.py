@@ -32,10 +32,18 @@ def suggested(*words: str) -> list[str]:
 
 
 def test_all_that_decides_the_text_is_in_the_suggested_command(prompts: Path) -> None:
+    (prompts.parent / "s.json").write_text('{"type": "object"}')
     asked = ["--stop", "END", "--stop", "-x y", "--seed", "5", "--logprobs", "--temperature", "0.5", "--top-k", "3"]
+    asked += ["--samples", "3", "--ignore-eos", "--min-p", "0.25", "--top-logprobs", "2", "--thinking-tokens", "0"]
     given = run.make_context("run", suggested("--model", "llama-8b", *asked)).params
     assert (given["stop"], given["seed"], given["logprobs"]) == (("END", "-x y"), 5, True)
     assert (given["temperature"], given["top_k"], given["top_p"]) == (0.5, 3, 1.0)
+    assert (given["n"], given["ignore_eos"], given["min_p"], given["top_logprobs"]) == (3, True, 0.25, 2)
+    assert given["thinking_tokens"] == 0
+    for words in (["--json-schema", "s.json"], ["--regex", "a b"], ["--choice", "a b", "--choice", "-c"]):
+        name = words[0].removeprefix("--").replace("-", "_")
+        there = run.make_context("run", suggested("--model", "llama-8b", *words)).params[name]
+        assert there == run.make_context("run", ["in.jsonl", *words]).params[name]
     assert not {"--stop", "--seed", "--logprobs"} & set(suggested("--model", "llama-8b"))
 
 

@@ -30,6 +30,16 @@ def rows(tmp_path: Path) -> Path:
         (["prompts.jsonl", "--template", "x", "--prompt-column", "y"], "exclude each other"),
         (["prompts.jsonl", "--max-new-tokens", "0"], "max_new_tokens must be a whole number, 1 or more"),
         (["prompts.jsonl", "--top-p", "2"], "top_p must be a number above 0 and at most 1"),
+        (["prompts.jsonl", "--repetition-penalty", "0"], "repetition_penalty must be a number from 0.01 to 100"),
+        (["prompts.jsonl", "--min-tokens", "129"], "min_tokens must be at most 128, as many as may be generated"),
+        (["prompts.jsonl", "--regex", "a(?=b)"], "--regex: the regular expression cannot be enforced: look-around"),
+        (["prompts.jsonl", "--regex", "a", "--choice", "b"], "--regex and --choice both say what the text must be"),
+        (["prompts.jsonl", "--json-schema", "notes.txt"], "--json-schema notes.txt is no JSON: Expecting value"),
+        (
+            ["prompts.jsonl", "--json-schema", "schema.json"],
+            "--json-schema schema.json: the schema uses uniqueItems, which cannot be enforced; leave it out",
+        ),
+        (["prompts.jsonl", "--grammar", "notes.txt"], "--grammar notes.txt: the grammar cannot be enforced: Failed to"),
         (["prompts.jsonl", "-o", "notes.txt"], "notes.txt is a file, not a folder. Choose another folder with -o"),
         (
             ["prompts.jsonl", "-o", "notes.txt/below"],
@@ -42,6 +52,7 @@ def test_what_cannot_run_is_exit_4_and_a_sentence(
     tmp_path: Path, rows: Path, arguments: list[str], sentence: str
 ) -> None:
     (tmp_path / "notes.txt").write_text("no prompts")
+    (tmp_path / "schema.json").write_text('{"uniqueItems": true}')
     ended = call(tmp_path, *echo(*arguments))
     assert (ended.code, ended.out) == (4, "")
     assert ended.err.startswith("Error: ")
@@ -51,7 +62,14 @@ def test_what_cannot_run_is_exit_4_and_a_sentence(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["prompts.jsonl", "--engine", "none"], ["prompts.jsonl", "--batch-size", "0"], ["prompts.jsonl", "--nope"]],
+    [
+        [],
+        ["prompts.jsonl", "--engine", "none"],
+        ["prompts.jsonl", "--batch-size", "0"],
+        ["prompts.jsonl", "--nope"],
+        ["prompts.jsonl", "--samples", "0"],
+        ["prompts.jsonl", "--json-schema", "missing.json"],
+    ],
     ids=" ".join,
 )
 def test_usage_errors_keep_the_exit_code_of_click(tmp_path: Path, rows: Path, arguments: list[str]) -> None:

@@ -254,7 +254,7 @@ def test_a_packed_input_that_has_changed_is_refused_and_the_text_that_others_rea
     assert "p.jsonl.gz is not what the run began with" in refused.err
     write_rows(tmp_path / "more.jsonl", [{"prompt": "c"}])
     pack("a")
-    assert call(tmp_path, *slow_echo("p.jsonl.gz", "more.jsonl", "-o", "out")).code == 4
+    assert call(tmp_path, *slow_echo("more.jsonl", "p.jsonl.gz", "-o", "out")).code == 4
     assert {name: (tmp_path / "out" / "input" / name).read_bytes() for name in cache} == cache
     assert call(tmp_path, *words).code == 0
     assert {row["text"][:5] for row in read_rows(tmp_path / "out" / "generations.jsonl")} == {"aaaaa"}

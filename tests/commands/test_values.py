@@ -11,8 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.commands import main
+from batchgen.commands._sampling import read_sampling
 from batchgen.commands._values import escape, unescape
 from batchgen.commands.run import command
+from batchgen.types import Constraint, SamplingParams
+
+
+def sampling(*words: str) -> SamplingParams:
+    """What the sampling options mean."""
+    with command.make_context("run", ["in.jsonl", *words], **main.context_settings) as context:
+        return read_sampling(dict(context.params))[0]
 
 
 def read(*words: str) -> dict[str, Any]:
@@ -79,3 +87,31 @@ def test_a_template_file_in_utf_16_is_a_sentence(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_a_usage_error(words: tuple[str, str]) -> None:
     with pytest.raises(click.UsageError):
         read(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], SamplingParams()),
+        (["--samples", "4", "--temperature", "1"], SamplingParams(n=4, temperature=1.0)),
+        (["--top-logprobs", "3"], SamplingParams(logprobs=True, top_logprobs=3)),
+        (["--prompt-logprobs", "0", "--return-token-ids"], SamplingParams(prompt_logprobs=0, return_token_ids=True)),
+        (["--min-p", "0.1", "--min-tokens", "5"], SamplingParams(min_p=0.1, min_tokens=5)),
+        (
+            ["--repetition-penalty", "1.1", "--presence-penalty", "-1", "--frequency-penalty", "2"],
+            SamplingParams(repetition_penalty=1.1, presence_penalty=-1.0, frequency_penalty=2.0),
+        ),
+        (["--ignore-eos", "--thinking-tokens", "0"], SamplingParams(ignore_eos=True, thinking_tokens=0)),
+        (["--regex", "[a-c]+"], SamplingParams(constraint=Constraint("regex", "[a-c]+"))),
+        (["--choice", "yes", "--choice", "é"], SamplingParams(constraint=Constraint("choice", '["yes", "é"]'))),
+        (["--json-schema", "s.json"], SamplingParams(constraint=Constraint("json_schema", '{"type": "object"}\n'))),
+        (["--grammar", "g.lark"], SamplingParams(constraint=Constraint("grammar", 'start: "a"\n'))),
+    ],
+)
+def test_options_of_sampling_are_its_parameters(
+    words: list[str], expected: SamplingParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.json").write_text('\ufeff{"type": "object"}\n', encoding="utf-8")
+    (tmp_path / "g.lark").write_text('start: "a"\n')
+    assert sampling(*words) == expected

@@ -46,7 +46,7 @@ def test_each_byte_could_only_be_what_it_is() -> None:
     asking.params = SamplingParams(max_new_tokens=2, logprobs=True)
     [batch] = run([asking, prompt(1)])
     assert [g.logprobs for g in batch.generations] == [[0.0, 0.0], None]
-    assert batch.generations[0].details.token_texts == ["h", "\ufffd"]
+    assert batch.generations[0].details.token_texts == ["h", "\udcc3"]
 
 
 def test_answers_token_ids_with_their_text() -> None:

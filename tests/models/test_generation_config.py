@@ -36,7 +36,8 @@ def folder(path: Path, **values: object) -> str:
 
 def sampling(recipe: Recipe, model: str) -> dict[str, Any]:
     found = with_authors_sampling(recipe, model, say=False).sampling
-    return {name: getattr(found, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+    names = ("temperature", "top_p", "top_k", "max_new_tokens", "min_p", "repetition_penalty")
+    return {name: getattr(found, name) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,8 @@ def sampling(recipe: Recipe, model: str) -> dict[str, Any]:
         (AUTHORS | {"do_sample": False}, {"temperature": 0.6, "top_p": 0.95, "top_k": 20}),
         ({"temperature": 0.6}, {"temperature": 0.6}),
         ({"top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
-        ({"min_p": 0.1}, {"temperature": 1.0}),
+        ({"min_p": 0.1}, {"temperature": 1.0, "min_p": 0.1}),
+        ({"repetition_penalty": 1.05}, {"repetition_penalty": 1.05}),
         ({"temperature": 0}, {"temperature": 0}),
         ({"top_k": -1, "temperature": None}, {"temperature": 1.0, "top_k": 0}),
         ({"top_k": 50.0}, {"temperature": 1.0, "top_k": 50}),
@@ -57,7 +59,8 @@ def sampling(recipe: Recipe, model: str) -> dict[str, Any]:
 )
 def test_what_vllm_takes_is_taken(tmp_path: Path, values: dict[str, Any], expected: dict[str, Any]) -> None:
     model = folder(tmp_path / "model", **values)
-    defaults = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 128}
+    defaults = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 128, "min_p": 0.0}
+    defaults["repetition_penalty"] = 1.0
     assert sampling(Recipe(generation_config="auto"), model) == defaults | expected
     assert sampling(Recipe(), model) == defaults
     assert sampling(Recipe(generation_config=model), str(tmp_path)) == defaults | expected
@@ -100,13 +103,15 @@ def test_a_folder_without_the_file_is_a_sentence_and_a_model_without_it_is_none(
 
 
 def test_what_is_taken_and_what_cannot_be_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    unknown = {"repetition_penalty": 1.05, "min_p": 0, "typical_p": 1.0, "num_beams": 4, "stop_strings": ["x"]}
+    unknown = {"length_penalty": 1.05, "min_p": 0, "typical_p": 1.0, "num_beams": 4, "stop_strings": ["x"]}
     model = folder(tmp_path / "model", **AUTHORS, **unknown)
     with caplog.at_level(logging.INFO):
         with_authors_sampling(Recipe(generation_config="auto"), model, say=True)
     taken, left = [record.getMessage() for record in caplog.records]
-    assert taken.endswith(f"is taken from {model}/generation_config.json: temperature 0.6, top_p 0.95, top_k 20")
-    assert left.startswith(f"{model}/generation_config.json sets repetition_penalty, num_beams, stop_strings, which")
+    assert taken.endswith(
+        f"is taken from {model}/generation_config.json: temperature 0.6, top_p 0.95, top_k 20, min_p 0"
+    )
+    assert left.startswith(f"{model}/generation_config.json sets length_penalty, num_beams, stop_strings, which")
 
 
 def read(recipe: Recipe, body: dict[str, Any], context: int | None = None) -> Prompt:
@@ -153,6 +158,14 @@ def test_what_is_used_is_recorded_and_compared_and_a_run_from_before_goes_on(
     folder(tmp_path / "authors", **AUTHORS | {"temperature": 0.9})
     with pytest.raises(DifferentRun, match=r"sampling\.temperature was 0\.6, now 0\.9"):
         start("new", authors)
+
+    old = start("old", authors)
+    folder(tmp_path / "authors", **AUTHORS | {"temperature": 0.9, "min_p": 0.1, "repetition_penalty": 1.1})
+    assert start("old", authors) == old  # as versions wrote it that knew neither
+    assert start("both", authors)["sampling.repetition_penalty"] == 1.1
+    folder(tmp_path / "authors", **AUTHORS | {"temperature": 0.9, "min_p": 0.1, "repetition_penalty": 1.2})
+    with pytest.raises(DifferentRun, match=r"sampling\.repetition_penalty was 1\.1, now 1\.2"):
+        start("both", authors)
 
     assert start("none", "none")["generation_config"] is None
     with pytest.raises(DifferentRun, match=r"generation_config was null, now \"auto\""):

@@ -17,6 +17,7 @@ from batchgen.models import shapes, split_folder
 from batchgen.planning import auto
 from batchgen.planning.auto import Choice
 from batchgen.planning.hardware import CARDS, Machine, Nodes, recognise_card
+from batchgen.planning.work import Work
 from tests.commands.starts import call
 
 HOST = 200 * 10**9
@@ -42,9 +43,9 @@ def chosen(
     lengths: Sequence[tuple[int, int]] = ((8, 100),) * 64,
     hosts: int = 1,
 ) -> Choice:
-    def drawn(tokenizer: Tokenizer) -> tuple[Sequence[tuple[int, int]], int]:
+    def drawn(tokenizer: Tokenizer) -> Work:
         assert tokenizer.tokenize(["w5 w6"], special=True)
-        return lengths, 1000
+        return Work(lengths, 1000)
 
     return auto.choose_fastest(model, dtype, settings, drawn, Nodes(machine, ranks, hosts))
 

@@ -90,5 +90,5 @@ def test_bodies_of_a_table_are_read_like_those_of_lines(tmp_path: Path, url: str
     assert listening.given == [([{"role": "user", "content": [{"type": "text", "text": "a"}]}], {})]
     assert isinstance(schema, Generation)
     assert schema.error is not None
-    assert "body.response_format is not supported" in schema.error.message
+    assert "body.response_format: schema must be an object, not null" in schema.error.message
     assert isinstance(seen, Generation)

@@ -51,7 +51,8 @@ def test_request_lines_are_told_from_rows_with_a_body(columns: dict[str, object]
 
 def test_chat_request() -> None:
     request = parse(chat(max_completion_tokens=5, temperature=0.5, top_p=0.9, top_k=3, seed=1, stop=["a"]))
-    assert request.messages == HELLO
+    assert request.conversation is not None
+    assert request.conversation.messages == HELLO
     assert (request.text, request.tokens, request.ignored) == (None, None, [])
     assert request.sampling == {
         "max_new_tokens": 5,
@@ -73,7 +74,7 @@ def test_what_the_body_leaves_out_is_left_to_the_run() -> None:
 )
 def test_completion_prompts(prompt: object, text: str | None, tokens: list[int] | None) -> None:
     request = parse(line({"prompt": prompt}, COMPLETIONS))
-    assert (request.messages, request.text, request.tokens) == (None, text, tokens)
+    assert (request.conversation, request.text, request.tokens) == (None, text, tokens)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_completion_prompts(prompt: object, text: str | None, tokens: list[int] 
         (chat(model=7), "wrong_type", "body.model must be a text"),
         (chat(messages="x"), "wrong_type", "body.messages must be a list"),
         (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "wrong_type", "body.messages[0]:"),
-        (chat(messages=[{"role": "assistant", "tool_calls": [1]}]), "unknown_parameter", "tool_calls"),
+        (chat(messages=[{"role": "assistant", "tool_calls": [1]}]), "wrong_type", "body.messages[0].tool_calls[0]"),
         (chat(max_tokens=1, max_completion_tokens=2), "wrong_type", "body.max_tokens is 1 but"),
         (chat(chat_template_kwargs=[]), "wrong_type", "body.chat_template_kwargs must be an object"),
     ],
@@ -112,25 +113,17 @@ def test_faulty_line_is_refused(value: dict[str, object], type: str, complaint: 
 @pytest.mark.parametrize(
     ("key", "neutral", "telling"),
     [
-        ("n", [1, None], 2),
         ("best_of", [1], 2),
-        ("logprobs", [False, None, 0, True], 5),
-        ("top_logprobs", [0], 3),
-        ("presence_penalty", [0, 0.0], 0.5),
-        ("frequency_penalty", [0], -1),
-        ("logit_bias", [{}, None], {"5": 1}),
-        ("tools", [[]], [{}]),
-        ("tool_choice", ["none"], "required"),
         ("functions", [[]], [{}]),
-        ("response_format", [{"type": "text"}], {"type": "json_object"}),
-        ("repetition_penalty", [1, 1.0], 1.1),
-        ("min_p", [0], 0.1),
-        ("min_tokens", [0], 1),
-        ("ignore_eos", [False], True),
-        ("add_generation_prompt", [True], False),
+        ("response_format", [{"type": "text"}, {"type": "json_object"}], {"type": "grammar"}),
+        ("use_beam_search", [False], True),
+        ("length_penalty", [1], 2),
+        ("repetition_detection", [{}], {"min_count": 2}),
+        ("logits_processors", [[]], ["x"]),
+        ("choice", [None], ["a"]),
         ("suffix", [None], "x"),
         ("echo", [False], True),
-        ("reasoning_effort", [None], "low"),
+        ("verbosity", [None], "low"),
         ("add_special_tokens", [False], True),
     ],
 )
@@ -159,10 +152,6 @@ def test_equal_limits_are_one_limit() -> None:
     assert parse(chat(max_tokens=3, max_completion_tokens=3)).sampling == {"max_new_tokens": 3}
 
 
-def test_minus_one_is_vllms_way_to_turn_top_k_off() -> None:
-    assert parse(chat(top_k=-1)).sampling == {"top_k": 0}
-
-
 def test_body_must_name_the_runs_model_or_none() -> None:
     parse(chat(), "m")
     parse(line({"messages": HELLO}), "m")
@@ -173,10 +162,13 @@ def test_body_must_name_the_runs_model_or_none() -> None:
 
 
 def test_a_list_that_is_refused_is_not_told_to_be_a_list() -> None:
-    problem = refused(chat(tools=[{"type": "web_search"}]))
-    assert problem.message.startswith("body.tools is not supported: it must be [] or left out")
+    problem = refused(chat(functions=[{"name": "f"}]))
+    assert (
+        problem.message == "body.functions is not supported: it must be [] or left out; body.tools has taken its place"
+    )
     assert "not a list" not in problem.message
-    assert "it must be 1 or left out, not 2" in refused(chat(n=2)).message
+    assert "it must be 1 or left out, not 2" in refused(chat(best_of=2)).message
+    assert parse(chat(best_of=2, n=2)).sampling == {"n": 2}
 
 
 def done(request: Mapping[str, object] | None = None, **changed: object) -> Generation:
@@ -226,7 +218,14 @@ def test_answer_is_the_same_after_a_resume_and_differs_by_row() -> None:
 @pytest.mark.parametrize(
     ("type", "message", "status", "kind", "param", "code"),
     [
-        ("unknown_parameter", "body.n is not supported", 400, "invalid_request_error", "n", "unknown_parameter"),
+        (
+            "unknown_parameter",
+            "body.best_of is not supported",
+            400,
+            "invalid_request_error",
+            "best_of",
+            "unknown_parameter",
+        ),
         ("too_long", "the prompt has 7 tokens", 400, "invalid_request_error", None, "context_length_exceeded"),
         ("model_not_found", "body.model is", 404, "invalid_request_error", "model", "model_not_found"),
         ("out_of_memory", "it does not fit", 500, "server_error", None, "out_of_memory"),
@@ -247,7 +246,7 @@ def test_openai_shape_of_an_error(
 @pytest.mark.parametrize(
     ("type", "message", "status", "kind", "param"),
     [
-        ("unknown_parameter", "body.n is not supported", 400, "BadRequestError", "n"),
+        ("unknown_parameter", "body.best_of is not supported", 400, "BadRequestError", "best_of"),
         ("model_not_found", "body.model is", 404, "NotFoundError", "model"),
         ("out_of_memory", "it does not fit", 500, "InternalServerError", None),
     ],

@@ -41,10 +41,13 @@ def test_no_key_of_openai_or_vllm_is_unknown(endpoint: str) -> None:
     ("key", "value", "instead"),
     [
         ("extra_body", {"top_k": 5}, "put what is in it into the body itself"),
-        ("enable_thinking", False, "put it into body.chat_template_kwargs"),
+        ("functions", [{"name": "f"}], "body.tools has taken its place"),
+        ("function_call", {"name": "f"}, "body.tool_choice has taken its place"),
         ("max_new_tokens", 5, "its name in a body is max_tokens"),
         ("stop_sequences", ["a"], "its name in a body is stop"),
-        ("n", 3, "write a line for each text"),
+        ("num_return_sequences", 3, "its name in a body is n"),
+        ("grammar", "start: x", "give structured_outputs with a grammar"),
+        ("thinking_tokens", 3, "its name in a body is thinking_token_budget"),
         ("prompt", "x", "a prompt goes to /v1/completions"),
     ],
 )

@@ -19,7 +19,7 @@ from batchgen.checkpoint import CheckpointError
 from batchgen.requests.openai import Shape, answer, parse
 from batchgen.requests.openai_completions import CHAT, COMPLETIONS
 from batchgen.requests.refusal import Refused
-from batchgen.types import Details, Generation
+from batchgen.types import Alternative, Details, Generation
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 
 ALONE = Host(ENVIRONMENT)
@@ -38,57 +38,171 @@ def refused(value: Mapping[str, object]) -> Refused:
 
 @pytest.mark.parametrize(
     ("body", "expected"),
-    [({"logprobs": True}, True), ({"logprobs": True, "top_logprobs": 0}, True), ({"logprobs": False}, False)],
+    [
+        ({"logprobs": True}, {"logprobs": True}),
+        ({"logprobs": True, "top_logprobs": 0}, {"logprobs": True, "top_logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 20}, {"logprobs": True, "top_logprobs": 20}),
+        ({"logprobs": False}, {"logprobs": False}),
+        ({"logprobs": 0}, {"logprobs": False}),
+        ({"prompt_logprobs": 3}, {"prompt_logprobs": 3}),
+    ],
 )
-def test_a_chat_asks_for_logprobs(body: dict[str, object], expected: bool) -> None:
-    assert parse(line(**body)).sampling == {"logprobs": expected}
-    assert refused(line(**body | {"top_logprobs": 2})).message == (
-        "body.top_logprobs is not supported: it must be 0 or left out, not 2"
-    )
+def test_a_chat_asks_for_logprobs(body: dict[str, object], expected: dict[str, object]) -> None:
+    assert parse(line(**body)).sampling == expected
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(0, {"logprobs": True}), (False, {"logprobs": False}), (None, {}), (3, None), (True, None)]
+    ("body", "expected"),
+    [
+        ({"logprobs": 0}, {"logprobs": True, "top_logprobs": 0}),
+        ({"logprobs": 5}, {"logprobs": True, "top_logprobs": 5}),
+        ({"logprobs": False}, {"logprobs": False}),
+        ({"logprobs": None}, {}),
+        ({"logprobs": 1, "echo": True}, {"logprobs": True, "top_logprobs": 1, "prompt_logprobs": 1}),
+        (
+            {"logprobs": 1, "echo": True, "prompt_logprobs": 4},
+            {"logprobs": True, "top_logprobs": 1, "prompt_logprobs": 4},
+        ),
+        ({"echo": True, "max_tokens": 0}, {"max_new_tokens": 1}),
+        ({"echo": True, "prompt": [1, 2]}, {"return_token_ids": True}),
+        ({"echo": False}, {}),
+    ],
 )
-def test_a_completion_asks_for_logprobs_with_a_number(value: object, expected: dict[str, object] | None) -> None:
-    request = line(COMPLETIONS, logprobs=value)
-    if expected is not None:
-        assert parse(request).sampling == expected
-        return
-    problem = refused(request)
-    assert problem.type == "unknown_parameter"
-    assert "body.logprobs is not supported: it must be 0, which gives those of the generated tokens" in problem.message
+def test_a_completion_asks_for_logprobs_with_a_number(body: dict[str, object], expected: dict[str, object]) -> None:
+    assert parse(line(COMPLETIONS, **body)).sampling == expected
 
 
-def done(request: Mapping[str, object]) -> Generation:
-    logprobs, texts = [-0.5, -float("inf"), 0.0], ["Hi", " ü", "</s>"]
-    return Generation(4, "r1", "Hi ü", "stop", 9, 3, None, {}, request, logprobs, Details(token_texts=texts))
+@pytest.mark.parametrize(
+    ("url", "body", "complaint"),
+    [
+        (CHAT, {"logprobs": 3}, "body.logprobs must be true or false, not 3"),
+        (CHAT, {"logprobs": "x"}, 'body.logprobs must be true or false, not "x"'),
+        (CHAT, {"top_logprobs": 2}, "body.top_logprobs needs body.logprobs, which must be true"),
+        (CHAT, {"echo": True}, "body.echo is not supported"),
+        (COMPLETIONS, {"top_logprobs": 2}, "body.top_logprobs is not supported: it must be 0 or left out, not 2"),
+        (COMPLETIONS, {"echo": 1}, "body.echo must be true or false, not 1"),
+    ],
+)
+def test_what_does_not_ask_rightly_is_refused(url: str, body: dict[str, object], complaint: str) -> None:
+    assert refused(line(url, **body)).message.startswith(complaint)
+
+
+EURO = ["\udce2", "\udc82\udcac"]  # the three bytes of a euro sign, over two tokens
+
+
+def done(request: Mapping[str, object], **details: Any) -> Generation:
+    """A text of three tokens, the likeliest of each beside them where `top_logprobs` says so."""
+    told = Details(token_texts=["Hi", *EURO], **details)
+    return Generation(4, "r1", "Hi€", "stop", 9, 3, None, {}, request, [-0.5, -float("inf"), 0.0], told)
+
+
+LIKELIEST = [
+    [Alternative(5, "Ho", -0.25, 1), Alternative(6, "Hi", -0.5, 2)],
+    # Two tokens that have no text of their own, and are shown alike.
+    [Alternative(7, "\udcc3", -0.125, 1), Alternative(8, "\udc82", -2.0, 2)],
+    [Alternative(9, EURO[1], 0.0, 1), Alternative(5, "Ho", -8.0, 2)],
+]
+
+
+def body_of(generation: Generation, shape: Shape = "openai") -> Any:
+    written = json.loads(json.dumps(answer(generation, "m", 1763860000, shape), allow_nan=False))
+    return written["response"]["body"]
 
 
 @pytest.mark.parametrize("shape", ["openai", "vllm"])
 def test_logprobs_of_a_chat_parse_with_the_openai_package(shape: Shape) -> None:
-    written = json.loads(json.dumps(answer(done(line()), "m", 1763860000, shape), allow_nan=False))
-    body = ChatCompletion.model_validate(written["response"]["body"], strict=True)
+    body = ChatCompletion.model_validate(body_of(done(line(), top_logprobs=LIKELIEST), shape), strict=True)
     found = body.choices[0].logprobs
     assert isinstance(found, ChoiceLogprobs)
     assert found.content is not None
-    assert [(one.token, one.logprob, one.top_logprobs) for one in found.content] == [
-        ("Hi", -0.5, []),
-        (" ü", -9999.0, []),
-        ("</s>", 0.0, []),
+    assert [(each.token, each.logprob, each.bytes) for each in found.content] == [
+        ("Hi", -0.5, list(b"Hi")),
+        ("\ufffd", -9999.0, [0xE2]),
+        ("\ufffd\ufffd", 0.0, [0x82, 0xAC]),
     ]
-    assert found.content[1].bytes == list(" ü".encode())
+    assert b"".join(bytes(each.bytes or []) for each in found.content) == "Hi€".encode()
+    top = [[(each.token, each.logprob, each.bytes) for each in one.top_logprobs] for one in found.content]
+    assert top[0] == [("Ho", -0.25, list(b"Ho")), ("Hi", -0.5, list(b"Hi"))]
+    assert top[1] == [("\ufffd", -0.125, [0xC3]), ("\ufffd", -2.0, [0x82])]
 
 
 @pytest.mark.parametrize("shape", ["openai", "vllm"])
 def test_logprobs_of_a_completion_parse_with_the_openai_package(shape: Shape) -> None:
-    written = answer(done(line(COMPLETIONS)), "m", 1763860000, shape)
-    response = json.loads(json.dumps(written))["response"]
-    found = Completion.model_validate(response["body"], strict=True).choices[0].logprobs
-    assert found is not None
-    assert (found.tokens, found.text_offset) == (["Hi", " ü", "</s>"], [0, 2, 4])
-    assert found.token_logprobs == [-0.5, -9999.0, 0.0]
-    assert found.top_logprobs == [{"Hi": -0.5}, {" ü": -9999.0}, {"</s>": 0.0}]
+    for likeliest, expected in (
+        (None, [{"Hi": -0.5}, {"\ufffd": -9999.0}, {"\ufffd\ufffd": 0.0}]),
+        (LIKELIEST, [{"Hi": -0.5, "Ho": -0.25}, {"\ufffd": -0.125}, {"\ufffd\ufffd": 0.0, "Ho": -8.0}]),
+    ):
+        body = body_of(done(line(COMPLETIONS), top_logprobs=likeliest), shape)
+        found = Completion.model_validate(body, strict=True).choices[0].logprobs
+        assert found is not None
+        assert (found.tokens, found.text_offset) == (["Hi", "\ufffd", "\ufffd\ufffd"], [0, 2, 2])
+        assert found.token_logprobs == [-0.5, -9999.0, 0.0]
+        assert found.top_logprobs == expected
+
+
+OF_THE_PROMPT = [
+    None,
+    [Alternative(2, "b", -1.0, 3), Alternative(3, "c", -0.5, 1)],
+]
+
+
+@pytest.mark.parametrize("prompt", ["ab", ["ab"], [1, 2], [[1, 2]]])
+def test_an_echo_is_the_prompt_and_its_logprobs(prompt: object) -> None:
+    asked = line(COMPLETIONS, prompt=prompt, echo=True, logprobs=1, max_tokens=3)
+    ids: dict[str, Any] = {"token_ids": [5, 6, 7], "prompt_token_ids": [1, 2]}
+    told = {"prompt_logprobs": OF_THE_PROMPT, "prompt_token_texts": ["a", "b"], "top_logprobs": LIKELIEST, **ids}
+    [choice] = body_of(done(asked, **told))["choices"]
+    assert choice["text"] == "abHi€"
+    assert choice["logprobs"]["tokens"] == ["a", "b", "Hi", "\ufffd", "\ufffd\ufffd"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 4, 4]
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -0.5, -9999.0, 0.0]
+    assert choice["logprobs"]["top_logprobs"][:2] == [None, {"b": -1.0, "c": -0.5}]
+    assert not {"prompt_logprobs", "token_ids", "prompt_token_ids"} & choice.keys()
+
+
+def test_an_echo_without_a_text_has_the_prompt_alone() -> None:
+    asked = line(COMPLETIONS, prompt=[1, 2], echo=True, logprobs=1, max_tokens=0)
+    told: dict[str, Any] = {"prompt_logprobs": OF_THE_PROMPT, "prompt_token_texts": ["a", "b"]}
+    body = body_of(done(asked, **told))
+    [choice] = body["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("ab", "length")
+    assert (choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]) == (["a", "b"], [None, -1.0])
+    assert (body["usage"]["completion_tokens"], body["usage"]["total_tokens"]) == (0, 9)
+
+
+def test_what_a_harness_reads_of_scores() -> None:
+    """lm-evaluation-harness: context and continuation as ids, one token generated, scores read by place."""
+    asked = line(COMPLETIONS, prompt=[[1, 2]], echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1234)
+    told = Details(
+        token_texts=["x"],
+        prompt_logprobs=[None, [Alternative(3, "c", -0.5, 1)]],
+        prompt_token_texts=["a", "c"],
+        top_logprobs=[[Alternative(4, "x", -0.25, 1)]],
+    )
+    made = Generation(4, "r1", "x", "length", 2, 1, None, {}, asked, [-0.25], told)
+    found = body_of(made)["choices"][0]["logprobs"]
+    context = 1
+    assert found["token_logprobs"][context:-1] == [-0.5]
+    pairs = zip(found["tokens"][context:-1], found["top_logprobs"][context:-1], strict=True)
+    assert all(token == max(top, key=top.get) for token, top in pairs)
+
+
+def test_vllms_prompt_logprobs_and_token_ids_stand_where_vllm_has_them() -> None:
+    told: dict[str, Any] = {"prompt_logprobs": OF_THE_PROMPT, "token_ids": [5, 6, 7], "prompt_token_ids": [1, 2]}
+    expected = [
+        None,
+        {
+            "2": {"logprob": -1.0, "rank": 3, "decoded_token": "b"},
+            "3": {"logprob": -0.5, "rank": 1, "decoded_token": "c"},
+        },
+    ]
+    chat = body_of(done(line(prompt_logprobs=1, return_token_ids=True), **told), "vllm")
+    ChatCompletion.model_validate(chat, strict=True)
+    assert (chat["prompt_logprobs"], chat["prompt_token_ids"]) == (expected, [1, 2])
+    assert chat["choices"][0]["token_ids"] == [5, 6, 7]
+    [choice] = body_of(done(line(COMPLETIONS, prompt_logprobs=1, return_token_ids=True), **told), "vllm")["choices"]
+    assert (choice["prompt_logprobs"], choice["prompt_token_ids"]) == (expected, [1, 2])
+    assert choice["token_ids"] == [5, 6, 7]
 
 
 ROWS: list[dict[str, Any]] = [

@@ -15,7 +15,7 @@ from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused
 from batchgen.runs.flow import Host, run
-from batchgen.types import Details, Generation
+from batchgen.types import Alternative, Details, Generation
 from tests.byte_tokenizer import request
 from tests.commands.starts import ENVIRONMENT, read_rows, write_rows
 
@@ -61,7 +61,8 @@ def parts(kind: str, *texts: str) -> list[dict[str, object]]:
 )
 def test_input_is_a_conversation(body: dict[str, Any], messages: list[dict[str, object]]) -> None:
     asked = parse(line(**body))
-    assert (asked.messages, asked.text, asked.tokens, asked.ignored) == (messages, None, None, [])
+    assert asked.conversation is not None
+    assert (asked.conversation.messages, asked.text, asked.tokens, asked.ignored) == (messages, None, None, [])
 
 
 def test_sampling_and_what_changes_nothing() -> None:
@@ -69,7 +70,8 @@ def test_sampling_and_what_changes_nothing() -> None:
     neutral |= {"text": {"format": {"type": "text"}}, "truncation": "disabled", "reasoning": {"effort": None}}
     neutral |= {"metadata": {"a": "b"}, "include": [], "user": "u", "parallel_tool_calls": True, "top_logprobs": 0}
     asked = parse(line(input="x", max_output_tokens=7, temperature=0.5, top_p=0.9, **neutral))
-    assert asked.sampling == {"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9}
+    expected = {"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "n": 1, "top_logprobs": 0, "constraint": None}
+    assert asked.sampling == expected
     assert asked.spelled["max_new_tokens"] == "body.max_output_tokens"
     assert asked.ignored == []
 
@@ -107,10 +109,11 @@ def test_sampling_and_what_changes_nothing() -> None:
         ({"prompt": {"id": "p"}}, "unknown_parameter", "body.prompt is not supported"),
         ({"background": True}, "unknown_parameter", "body.background is not supported"),
         ({"reasoning": {"effort": "low"}}, "unknown_parameter", "body.reasoning is not supported"),
-        ({"text": {"format": {"type": "json_schema"}}}, "unknown_parameter", "body.text is not supported"),
+        ({"text": {"format": {"type": "json_schema"}}}, "wrong_type", "body.text: the name of the schema must be 1 to"),
+        ({"text": {"verbosity": "low"}}, "unknown_parameter", 'body.text is not supported with "verbosity"'),
+        ({"n": 2}, "unknown_parameter", "body.n is not supported: it must be 1 or left out, not 2"),
         ({"truncation": "auto"}, "unknown_parameter", "body.truncation is not supported"),
         ({"include": ["reasoning.encrypted_content"]}, "unknown_parameter", "body.include is not supported"),
-        ({"top_logprobs": 3}, "unknown_parameter", "body.top_logprobs is not supported"),
         ({"stream": True}, "stream", "stream mode"),
     ],
 )  # fmt: skip
@@ -148,12 +151,17 @@ def test_the_answer_is_openais_response(reason: Any, status: str) -> None:
 
 def test_logprobs_come_where_they_are_included() -> None:
     asked = line(input="x", include=["message.output_text.logprobs"])
-    assert parse(asked).sampling == {"logprobs": True}
-    made = Generation(4, "r1", "Hi", "stop", 1, 2, None, {}, asked, [-0.5, -1.0], Details(token_texts=["H", "i"]))
+    assert parse(asked).sampling == {"logprobs": True, "n": 1}
+    assert parse(line(input="x", top_logprobs=2)).sampling == {"logprobs": True, "top_logprobs": 2, "n": 1}
+    likeliest = [[Alternative(7, "\udcc3", -0.25, 1)], []]
+    details = Details(token_texts=["H", "i"], top_logprobs=likeliest)
+    made = Generation(4, "r1", "Hi", "stop", 1, 2, None, {}, asked, [-0.5, -1.0], details)
     written: Any = answer(made, "m", 1, "openai")["response"]
     [text] = Response.model_validate(written["body"], strict=True).output[0].content  # type: ignore[union-attr]
     assert isinstance(text, ResponseOutputText)
     assert [(one.token, one.logprob) for one in text.logprobs or []] == [("H", -0.5), ("i", -1.0)]
+    [other] = (text.logprobs or [])[0].top_logprobs
+    assert (other.token, other.bytes, other.logprob) == ("\ufffd", [0xC3], -0.25)
 
 
 def test_a_run_answers_such_lines(tmp_path: Path) -> None:

@@ -370,25 +370,23 @@ def test_with_a_model_every_row_must_be_a_request_for_it() -> None:
 SETTINGS_OF_OTHERS: dict[str, object] = {
     "continue_final_message": True,
     "add_generation_prompt": False,
-    "n": 4,
     "best_of": 2,
-    "repetition_penalty": 1.3,
-    "min_p": 0.1,
-    "stop_token_ids": [5],
     "response_format": {"type": "json_object"},
     "tools": [{}],
     "enable_thinking": False,
     "sampling_params": {"temperature": 0.7},
     "max_completion_tokens": 3,
     "do_sample": True,
-    "ignore_eos": True,
     "guided_json": "{}",
     "structured_outputs": {"regex": "a"},
-    "logit_bias": {"5": 1},
     "maxNewTokens": 3,
     "top-p": 0.5,
     "images": ["a.png"],
     "prompt_token_ids": [1],
+    "min_new_tokens": 3,
+    "minTokens": 3,
+    "truncate_prompt_tokens": 3,
+    "echo": True,
 }
 
 
@@ -421,7 +419,7 @@ def test_what_somebody_may_take_for_a_setting_is_reported_once(
         assert named({"prompt": "a", key: telling}) == [key]
         assert named({"prompt": "a", key: None}) == []
     assert named({"prompt": "a", "n": 1, "tools": [], "stream": None, "colour": "red"}) == []
-    assert named({"prompt": "a", "n": 3, "max_tokens": 5}) == ["max_tokens", "n"]
+    assert named({"prompt": "a", "best_of": 3, "max_tokens": 5}) == ["best_of", "max_tokens"]
     assert named({"prompt": "a", "chat_template_kwargs": {"a": 1}}) == ["chat_template_kwargs"]
     assert named({"messages": HELLO, "chat_template_kwargs": {"a": 1}}) == []
     assert named({"text": "a", "system": "b", "suffix": "c"}, template="{{ system }} {{ text }}") == ["suffix"]

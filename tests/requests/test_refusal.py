@@ -39,12 +39,18 @@ def test_values_are_shown_short_and_as_json_names_them(value: object, text: str)
             "temperature", HUGE, "temperature must be a number from 0 to 100, not a number of many", id="huge"
         ),
         ("top_p", float("nan"), "top_p must be a number above 0 and at most 1, not nan"),
-        ("top_k", -1, "top_k must be a whole number, 0 (off) or more, not -1"),
+        ("top_k", -2, "top_k must be a whole number, 0 (off) or more, not -2"),
         ("top_k", 10**20, "top_k must be below 2147483648, not 100000000000000000000"),
         ("max_new_tokens", 2.0**31, "max_new_tokens must be below 2147483648, not 2147483648.0"),
         ("seed", True, "seed must be a whole number, not true"),
         ("stop", [""], "stop must be a text or a list of texts, none of them empty, not a list"),
         ("logprobs", 0, "logprobs must be true or false, not 0"),
+        ("repetition_penalty", 10**400, "repetition_penalty must be a number from 0.01 to 100, not a number of many"),
+        ("presence_penalty", float("nan"), "presence_penalty must be a number from -2 to 2, not nan"),
+        ("allowed_token_ids", [-1], "allowed_token_ids must be a list of token ids, not a list"),
+        ("logit_bias", {"05x": 1}, 'logit_bias: the key "05x" is no token id'),
+        ("logit_bias", {"5": True}, "logit_bias: the bias of token 5 must be from -100 to 100, not true"),
+        ("thinking_tokens", -2, "thinking_tokens must be a whole number, 0 or more, not -2"),
         ("stop", {}, "stop must be a text or a list of texts, none of them empty, not an empty object"),
     ],
 )
@@ -63,6 +69,34 @@ def test_parameter_is_named_as_the_row_spells_it() -> None:
 def test_whole_float_is_a_whole_number_and_one_stop_text_a_list_of_one() -> None:
     given = {"max_new_tokens": 5.0, "seed": 2.0, "stop": "."}
     assert sampling_params(SamplingParams(top_k=4), given, {}) == SamplingParams(5, top_k=4, seed=2, stop=(".",))
+
+
+@pytest.mark.parametrize(
+    ("default", "given", "expected"),
+    [
+        (SamplingParams(top_k=4), {"top_k": -1.0}, SamplingParams()),
+        (SamplingParams(seed=4), {"seed": -1}, SamplingParams(seed=4)),
+        (SamplingParams(thinking_tokens=4), {"thinking_tokens": -1}, SamplingParams()),
+        (SamplingParams(), {"top_logprobs": 2}, SamplingParams(logprobs=True, top_logprobs=2)),
+        (SamplingParams(logprobs=True, top_logprobs=2), {"logprobs": False}, SamplingParams()),
+        (SamplingParams(logprobs=True, top_logprobs=2), {"top_logprobs": 0}, SamplingParams(logprobs=True)),
+        (
+            SamplingParams(),
+            {"logit_bias": {"7": 2, "05": -1.5, "6": None}},
+            SamplingParams(logit_bias=((7, 2), (5, -1.5))),
+        ),
+        (
+            SamplingParams(),
+            {"stop_token_ids": [5.0], "bad_words": ["a"]},
+            SamplingParams(stop_token_ids=(5,), bad_words=("a",)),
+        ),
+        (SamplingParams(), {"n": 2.0, "min_tokens": 3.0}, SamplingParams(n=2, min_tokens=3)),
+    ],
+)
+def test_what_rows_write_becomes_parameters(
+    default: SamplingParams, given: dict[str, object], expected: SamplingParams
+) -> None:
+    assert sampling_params(default, given, {}) == expected
 
 
 def test_text_that_utf8_cannot_hold_is_refused() -> None:

@@ -74,7 +74,12 @@ FORMATS: dict[str, Write] = {
 
 # Without ids: they are made from the file's name.
 RIGHT: Rows = [{"prompt": f"prompt {number}"} for number in range(30)]
-WRONG: tuple[Rows, ...] = ([{"prompt": "another"}, *RIGHT[1:]], [*RIGHT, {"prompt": "one more"}], RIGHT[:7])
+WRONG: tuple[Rows, ...] = (
+    [{"prompt": "another"}, *RIGHT[1:]],
+    [{"prompt": "one more"}, *RIGHT],
+    [*RIGHT, {"prompt": "one more"}],  # of lines, this is the input that has grown
+    RIGHT[:7],
+)
 
 
 def content(out: Path) -> dict[str, bytes | None]:
@@ -134,10 +139,13 @@ def test_another_input_leaves_nothing_and_the_right_one_goes_on(
     harm(out)
     before = content(out)
     for rows in WRONG:
+        if rows is WRONG[2] and "jsonl" in path.name:
+            continue
         write(path, rows)
         error = refused([path], out)
         assert isinstance(error, Changed)
-        assert str(error).startswith(f"{path} {Changed.CAUSE}. Put it back as it was")
+        assert str(error).startswith(f"{path} {Changed.CAUSE}")
+        assert str(error).endswith(". Put it back as it was, or start a new run with another -o")
         assert content(out) == before
     write(path, RIGHT)
     moved = path.rename(path.with_name(f"moved-{path.name}"))
@@ -197,7 +205,9 @@ def test_of_two_first_starts_the_one_that_comes_second_leaves_the_index_of_the_o
             out.read_identity() | {"input": second.digest}, {"input_files": [str(tmp_path / "b.jsonl.gz")]}
         )
     shutil.rmtree(out.input_cache / "new")
-    assert {file.name for file in out.input_cache.iterdir()} == {"00000.json", "00000.offsets", "duplicates.json"}
+    assert {file.name for file in out.input_cache.iterdir()} == {
+        *("00000.json", "00000.offsets", "00000.rows", "duplicates.json")
+    }
 
 
 EARLIER = Path(__file__).parents[1] / "checkpoint" / "left_by_0.1.0"
