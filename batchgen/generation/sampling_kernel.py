@@ -165,7 +165,7 @@ def _sample(
     floor = lowest.to(tl.int32)  # in order: tokens below it are not drawn, those of -inf among them
     ties_kept = vocabulary.to(tl.float64)  # of the tokens exactly at the floor, those with the smallest ids
     # Once for top-k, then for top-p; one loop, so that the compiler makes the search only once.
-    for search in range(0, 2):
+    for search in range(2):
         counts = search == 0
         is_wanted = tl.where(counts, (top_k > 0) & (top_k < vocabulary), top_p < 1)
         if is_wanted:
@@ -194,7 +194,7 @@ def _sample(
     sums = tl.zeros([CHUNKS], tl.float64)
     ties_before = tl.zeros([CHUNKS], tl.float64)
     ties = ties_kept * 0
-    for number in range(0, tl.cdiv(vocabulary, BLOCK)):
+    for number in range(tl.cdiv(vocabulary, BLOCK)):
         values = _load(base, number * BLOCK, vocabulary, BLOCK)
         order = _order(values, SHIFT)
         weight = _weigh(values, peak, temperature)

@@ -80,7 +80,7 @@ def edited(device: str) -> Iterator[tuple[str, bool]]:
                 rows[0],
                 *penalties,
                 bias if has_bias else None,
-                rows[1],  # noqa: B023
+                rows[1],
             )
 
         expected = logits.clone()
