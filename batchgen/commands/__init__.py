@@ -110,6 +110,9 @@ _SUMMARIES = {
 @click.version_option(package_name="batchgen", message="%(prog)s %(version)s")
 def main() -> None:
     """Offline batch generation: every prompt of a file through a model, exactly once, whatever dies on the way."""
+    from batchgen.commands._print import let_nothing_fail_to_print
+
+    let_nothing_fail_to_print()
     # Slurm's warning kills a process that has no handler, and a run has one only when its modules are imported.
     # `batchgen job` sends it again.
     if "SLURM_JOB_ID" in os.environ:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import CommandError, fail, log_to_stderr, results_only_on_stdout
+from batchgen.commands._print import print_path
 from batchgen.redaction import redact
 from batchgen.types import ExitCode
 
@@ -138,7 +139,7 @@ def command(context: click.Context, /, **options: Any) -> None:
             path = tables.write(folder, options["count_mode"])
     except UserError as error:
         raise fail(error) from error
-    click.echo(path)
+    print_path(path)
     sys.exit(ExitCode.RESUMABLE if stop() else ExitCode.ALL_GOOD)
 
 
@@ -208,13 +209,14 @@ def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[
         prompts = workloads.mixed(count, tokenizer.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
         drawn.append(("mixed", prompts))
     if options["input_file"]:
+        from batchgen.formats.input import printable
         from batchgen.requests.recipe import Recipe
         from batchgen.runs.prepare import sample
 
         prompts, _, _ = sample([options["input_file"]], Recipe(), tokenizer, options["sample"])
         if not prompts:
             raise CommandError(f"no row of {options['input_file']} can become a prompt")
-        drawn.append((Path(options["input_file"]).name, prompts))
+        drawn.append((printable(Path(options["input_file"]).name), prompts))
     rows = [(name, [(prompt.tokens, prompt.params.max_new_tokens) for prompt in prompts]) for name, prompts in drawn]
     return [Job(job_name(name, lengths), lengths) for name, lengths in rows]
 
