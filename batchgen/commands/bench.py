@@ -209,14 +209,13 @@ def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[
         prompts = workloads.mixed(count, tokenizer.vocabulary or 32_000, _MIXED_PROMPT, _MIXED_NEW)
         drawn.append(("mixed", prompts))
     if options["input_file"]:
-        from batchgen.formats.input import printable
         from batchgen.requests.recipe import Recipe
         from batchgen.runs.prepare import sample
 
         prompts, _, _ = sample([options["input_file"]], Recipe(), tokenizer, options["sample"])
         if not prompts:
             raise CommandError(f"no row of {options['input_file']} can become a prompt")
-        drawn.append((printable(Path(options["input_file"]).name), prompts))
+        drawn.append((Path(options["input_file"]).name, prompts))
     rows = [(name, [(prompt.tokens, prompt.params.max_new_tokens) for prompt in prompts]) for name, prompts in drawn]
     return [Job(job_name(name, lengths), lengths) for name, lengths in rows]
 

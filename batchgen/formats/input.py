@@ -186,10 +186,10 @@ def names_of(files: Sequence[Path]) -> list[str]:
         if alike[file.name].count(file) > 1:
             raise InputError(f"{file} is named twice in the input")
     folders = {name: os.path.commonpath([file.parent for file in same]) for name, same in alike.items()}
-    return [printable(file.relative_to(folders[file.name]).as_posix()) for file in full]
+    return [_printable(file.relative_to(folders[file.name]).as_posix()) for file in full]
 
 
-def printable(name: str) -> str:
+def _printable(name: str) -> str:
     """A name may be any bytes, but ids are made from it, and those are texts."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
