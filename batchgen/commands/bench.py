@@ -144,7 +144,7 @@ def command(context: click.Context, /, **options: Any) -> None:
 
 
 def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
-    from batchgen import bench, models
+    from batchgen import bench, engines, models
     from batchgen.runs.manifest import versions
 
     if options["model"] is not None and options["random_weights"] is not None:
@@ -153,6 +153,8 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
     dtype = options["dtype"]
     if options["random_weights"] is not None and dtype == "auto":
         dtype = "bfloat16"
+    for system in systems:
+        engines.check_dtype(engines.find(system.engine), system.dtype or dtype)
     cache = models.cache_folder(os.environ)
     with tempfile.TemporaryDirectory(prefix="batchgen-shape-") as scratch:
         model, name = _model(options, dtype, Path(scratch))
