@@ -91,7 +91,7 @@ def parse_run_command(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 # What `--help` says of each command without importing it; a test compares these with the commands' own help.
 _SUMMARIES = {
-    "bench": "Measure engines on this machine, by an article's table and by jobs of unequal lengths.",
+    "bench": "Measure engines on this machine, by an article's table and by workloads of unequal lengths.",
     "cancel": "Cancel the Slurm jobs of a run; what is finished stays.",
     "job": "Carry a command out as the batch process of a Slurm job, requeued until it is done.",
     "merge": "Write the output files of a run folder again, or of an unfinished run.",
