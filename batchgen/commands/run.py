@@ -12,6 +12,7 @@ import click
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import fail, generation_config_option, log_to_stderr, results_only_on_stdout
 from batchgen.commands._options import engine_options, sampling_options
+from batchgen.commands._print import print_path
 from batchgen.commands._runs import carry_out, conclude, settings_of
 from batchgen.commands._values import id_prefix, json_object, template_text
 from batchgen.types import WHOLE, SamplingParams, Shard, UserError
@@ -122,7 +123,7 @@ def command(inputs: tuple[str, ...], out: str | None, dry_run: bool, **options: 
         return
     status, speaks = carry_out(inputs, out, options)
     if speaks and status.merged and not status.open:
-        click.echo(status.folder / f"generations.{options['output_format']}")
+        print_path(status.folder / f"generations.{options['output_format']}")
     conclude(status, speaks)
 
 
