@@ -325,6 +325,6 @@ def test_the_claim_of_speed_is_what_was_measured() -> None:
     figures = text_of(ROOT / "benchmarks" / "README.md")
     section = figures.partition("## Beside vLLM on one H200")[2].partition("\n## ")[0]
     measured = [row.rstrip("| ").rpartition("| ")[2].strip("*") for row in section.splitlines() if row.startswith("| ")]
-    table = text_of(README).partition("| job | speed of batchgen / vLLM |")[2].partition("\n\n")[0]
+    table = text_of(README).partition("| workload | speed of batchgen / vLLM |")[2].partition("\n\n")[0]
     claimed = re.findall(r"\d\.\d\d", "".join(row.rpartition(" | ")[2] for row in table.splitlines()))
     assert sorted(claimed) == sorted(value for value in measured if re.fullmatch(r"\d\.\d\d", value))

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from batchgen.packages import is_installed
 from tests.commands.starts import ENVIRONMENT, call, prompts, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +75,9 @@ def break_deepspeed(place: Path) -> None:
 
 
 def test_each_engine_names_the_package_that_is_not_there(tiny_llama: Path, tmp_path: Path) -> None:
+    missing = [name for name in {package for package, _, _ in GONE} if not is_installed(name)]
+    if missing:  # the sentence is about the first one that an engine misses, and the cases hide one at a time
+        pytest.skip(f"not installed: {', '.join(missing)}")
     write_rows(tmp_path / "p.jsonl", prompts(3))
     run = ["run", "p.jsonl", "-o", "out", "--model", str(tiny_llama)]
     cases = [(package, [*run, *words.split()]) for package, _, words in GONE]

@@ -1,4 +1,4 @@
-"""The bench: an article's two tables and jobs of unequal lengths, for any engine and model, on this machine.
+"""The bench: an article's two tables and workloads of unequal lengths, for any engine and model, on this machine.
 
 One process group a system and a kind of work, so that what dies is a cell and not the end; a bench goes on with the
 cells that it lacks. `compare` puts two of them beside each other.

@@ -20,8 +20,9 @@ def write(folder: Folder, mode: CountMode) -> Path:
     results = folder.results()
     text = markdown(folder.read_manifest(), results, mode)
     # Others that measure on this host may write theirs at the same time.
-    write_atomic(folder.path / "tables.md", text.encode())
-    write_atomic(folder.path / "results.csv", _csv(results, mode).encode())
+    for name, content in (("tables.md", text), ("results.csv", _csv(results, mode))):
+        # The name of a model or an input need not be UTF-8.
+        write_atomic(folder.path / name, content.encode(errors="backslashreplace"))
     write_atomic(folder.path / "throughput.png", _plot(results, mode))
     return folder.path / "tables.md"
 

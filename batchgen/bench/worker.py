@@ -1,12 +1,13 @@
-"""One rank of a bench: loads an engine once, and times it over batch sizes or over a job."""
+"""One rank of a bench: loads an engine once, and times it over batch sizes or over a workload."""
 
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,11 +18,14 @@ import torch
 from batchgen import device, engines
 from batchgen.bench import workloads
 from batchgen.bench.machine import Floor, measure, synchronize
+from batchgen.bench.progress import logging_tokens
 from batchgen.bench.results import ARTICLE_JOB, BenchError
 from batchgen.engine import Engine, OutOfStep, Setup
 from batchgen.models import loading
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
+
+logger = logging.getLogger(__name__)
 
 _BARRIER_SECONDS = 3600.0  # ranks may load for minutes
 _JOB_SECONDS = 60.0  # after so many a job is not repeated
@@ -154,13 +158,25 @@ class Worker:
         seconds: list[float] = []
         warm = False
         while not seconds or (len(seconds) < self._task.cycles and self._is_true_on_all(sum(seconds) < _JOB_SECONDS)):
-            spent, batches = self._time(made, lambda: prompts)
+            with self._showing_progress(made, name, prompts):
+                spent, batches = self._time(made, lambda: prompts)
             # The first time, an engine may still compile or record what it needs for the sizes that come up.
             warm, counts = True, warm or not self._is_true_on_all(spent < _LONG_SECONDS)
             if counts:
                 seconds.append(spent)
                 values = self._summarise(batches) | {"fits": self._fits(batches)}
                 self._write_line(values | {"job": name, "batch": None, "seconds": seconds})
+            if self._world.rank == 0:
+                cycle = (
+                    f"cycle {len(seconds)} of at most {self._task.cycles}" if counts else "a cycle that is not counted"
+                )
+                logger.info("%s: %s took %.1f s", name, cycle, spent)
+
+    def _showing_progress(self, made: Engine, name: str, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
+        """One rank speaks for all, of its own rows."""
+        if self._world.rank > 0:
+            return nullcontext()
+        return logging_tokens(made.signs, name, sum(prompt.params.max_new_tokens for prompt in prompts))
 
     def _time(self, made: Engine, prompts: Callable[[], list[Prompt]]) -> tuple[float, list[Batch]]:
         """Seconds from the texts to the texts, all ranks having begun at once."""

@@ -1,4 +1,4 @@
-"""What is measured: the batches of an article, and jobs of unequal lengths. Pure but for the tokenizer.
+"""What is measured: the batches of an article, and workloads of unequal lengths. Pure but for the tokenizer.
 
 The article is "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate". It repeats eight short sentences up to
 the batch size, and continues each row greedily by 100 new tokens.
@@ -33,7 +33,7 @@ def batch(tokenize: Callable[[Sequence[str]], list[Tokens]], rows: int, new_toke
 
 
 def mixed(rows: int, vocabulary: int, prompt_tokens: tuple[int, int], new_tokens: tuple[int, int]) -> list[Prompt]:
-    """A job of `rows` rows with prompts of random tokens, the same at every call.
+    """A workload of `rows` rows with prompts of random tokens, the same at every call.
 
     Args:
         vocabulary: token ids are below this, and below 32,000.

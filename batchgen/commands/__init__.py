@@ -91,7 +91,7 @@ def parse_run_command(words: Sequence[str]) -> tuple[Path, dict[str, Any]]:
 
 # What `--help` says of each command without importing it; a test compares these with the commands' own help.
 _SUMMARIES = {
-    "bench": "Measure engines on this machine, by an article's table and by jobs of unequal lengths.",
+    "bench": "Measure engines on this machine, by an article's table and by workloads of unequal lengths.",
     "cancel": "Cancel the Slurm jobs of a run; what is finished stays.",
     "job": "Carry a command out as the batch process of a Slurm job, requeued until it is done.",
     "merge": "Write the output files of a run folder again, or of an unfinished run.",
@@ -110,6 +110,9 @@ _SUMMARIES = {
 @click.version_option(package_name="batchgen", message="%(prog)s %(version)s")
 def main() -> None:
     """Offline batch generation: every prompt of a file through a model, exactly once, whatever dies on the way."""
+    from batchgen.commands._print import let_nothing_fail_to_print
+
+    let_nothing_fail_to_print()
     # Slurm's warning kills a process that has no handler, and a run has one only when its modules are imported.
     # `batchgen job` sends it again.
     if "SLURM_JOB_ID" in os.environ:

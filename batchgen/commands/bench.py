@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import CommandError, fail, log_to_stderr, results_only_on_stdout
+from batchgen.commands._print import print_path
 from batchgen.redaction import redact
 from batchgen.types import ExitCode
 
@@ -78,28 +79,29 @@ _count_mode = click.option(
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="How many new tokens each row of the table has.",
+    help="How many new tokens each row of the table has; the rows of a workload have numbers of their own.",
 )
 @click.option(
     "--cycles",
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="How often a cell is timed; a job is not timed again after a minute.",
+    help="How often a cell is timed; a workload is not timed again after a minute.",
 )
 @click.option(
     "--mixed",
     default="",
     callback=_numbers,
     metavar="ROWS,…",
-    help="Measure jobs of so many rows of unequal lengths, too.",
+    help="Measure workloads of so many rows of unequal lengths, too: prompts of "
+    f"{_MIXED_PROMPT[0]} to {_MIXED_PROMPT[1]} tokens, and {_MIXED_NEW[0]} to {_MIXED_NEW[1]} new ones.",
 )
-@click.option("--input", "input_file", metavar="INPUT", help="Measure a job of your own prompts, too.")
+@click.option("--input", "input_file", metavar="INPUT", help="Measure a workload of your own prompts, too.")
 @click.option(
     "--sample",
     type=click.IntRange(min=1),
     metavar="ROWS",
-    help="How many rows of the input the job has; they are drawn once and for all.",
+    help="How many rows of the input are taken; they are drawn once and for all.",
 )
 @_count_mode
 @click.option(
@@ -112,7 +114,7 @@ _count_mode = click.option(
 )
 @click.pass_context
 def command(context: click.Context, /, **options: Any) -> None:
-    """Measure engines on this machine, by an article's table and by jobs of unequal lengths.
+    """Measure engines on this machine, by an article's table and by workloads of unequal lengths.
 
     The article is "Incredibly Fast BLOOM Inference with DeepSpeed and Accelerate". Its table has the milliseconds of a
     token by batch size: eight short sentences are repeated up to the batch size and continued greedily, and the time of
@@ -131,6 +133,10 @@ def command(context: click.Context, /, **options: Any) -> None:
     from batchgen.types import UserError
 
     log_to_stderr(0, 1)
+    is_typed = context.get_parameter_source("tokens") is click.core.ParameterSource.COMMANDLINE
+    if is_typed and (options["mixed"] or options["input_file"]):
+        own = f"{_MIXED_NEW[0]} to {_MIXED_NEW[1]} new tokens" if options["mixed"] else "as many as it asks for"
+        click.echo(f"batchgen: --tokens is for the article's table alone: each row of the workload has {own}", err=True)
     folder, stop = Folder(Path(options["out"])), Stop()
     try:
         with results_only_on_stdout(), stop.on_signals():
@@ -138,12 +144,12 @@ def command(context: click.Context, /, **options: Any) -> None:
             path = tables.write(folder, options["count_mode"])
     except UserError as error:
         raise fail(error) from error
-    click.echo(path)
+    print_path(path)
     sys.exit(ExitCode.RESUMABLE if stop() else ExitCode.ALL_GOOD)
 
 
 def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
-    from batchgen import bench, models
+    from batchgen import bench, engines, models
     from batchgen.runs.manifest import versions
 
     if options["model"] is not None and options["random_weights"] is not None:
@@ -152,6 +158,8 @@ def _measure(folder: Any, stop: Any, options: dict[str, Any]) -> None:
     dtype = options["dtype"]
     if options["random_weights"] is not None and dtype == "auto":
         dtype = "bfloat16"
+    for system in systems:
+        engines.check_dtype(engines.find(system.engine), system.dtype or dtype)
     cache = models.cache_folder(os.environ)
     with tempfile.TemporaryDirectory(prefix="batchgen-shape-") as scratch:
         model, name = _model(options, dtype, Path(scratch))
@@ -195,13 +203,13 @@ def _model(options: dict[str, Any], dtype: str, scratch: Path) -> tuple[Path, st
 
 
 def _jobs(options: dict[str, Any], model: Path, systems: Sequence[Any]) -> list[Any]:
-    """The jobs of unequal lengths."""
+    """The workloads of unequal lengths."""
     from batchgen import engines
     from batchgen.bench import Job, workloads
     from batchgen.bench.results import job_name
 
     if options["mixed"] and options["input_file"]:
-        raise CommandError("--mixed and --input name different jobs; leave one of them out")
+        raise CommandError("--mixed and --input name different workloads; leave one of them out")
     tokenizer = engines.find(systems[0].engine).tokenizer(str(model))
     drawn = []
     for count in options["mixed"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from batchgen.commands import fail
+from batchgen.commands._print import print_path
 
 
 @click.command("merge")
@@ -29,4 +30,4 @@ def command(run: str, output_format: str) -> None:
         raise fail(error) from error
     if state.open:
         click.echo(f"batchgen: {state.open} of {state.rows} rows are open and left out", err=True)
-    click.echo(path)
+    print_path(path)

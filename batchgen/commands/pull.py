@@ -9,6 +9,7 @@ import click
 
 from batchgen import models
 from batchgen.commands import fail
+from batchgen.commands._print import print_path
 
 
 @click.command("pull")
@@ -29,4 +30,4 @@ def command(model: str) -> None:
         )
     except models.ModelError as error:
         raise fail(error) from error
-    click.echo(folder)
+    print_path(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from batchgen.commands import CommandError, fail
+from batchgen.commands._print import print_path
 
 _ENDINGS = (".html", ".htm")  # of no file that a run reads or writes
 
@@ -52,7 +53,7 @@ def command(run: str, output: str | None, plots: str | None, rows: int, text_cha
     except (UserError, OSError) as error:
         raise fail(error) from error
     click.echo(f"batchgen: {size_of(made.size)}; {len(made.plots)} plots in {images}", err=True)
-    click.echo(made.page)
+    print_path(made.page)
 
 
 def _ended_jobs(folder: Path) -> Iterator[str]:

@@ -13,6 +13,7 @@ from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import fail, generation_config_option, log_to_stderr, results_only_on_stdout
 from batchgen.commands._conversations import CONVERSATION_OPTIONS, conversation_options
 from batchgen.commands._options import engine_options
+from batchgen.commands._print import print_path
 from batchgen.commands._runs import carry_out, conclude, settings_of
 from batchgen.commands._sampling import read_sampling, sampling_options
 from batchgen.commands._values import id_prefix, json_object, template_text
@@ -125,7 +126,7 @@ def command(inputs: tuple[str, ...], out: str | None, dry_run: bool, **options: 
         return
     status, speaks = carry_out(inputs, out, options)
     if speaks and status.merged and not status.open:
-        click.echo(status.folder / f"generations.{options['output_format']}")
+        print_path(status.folder / f"generations.{options['output_format']}")
     conclude(status, speaks)
 
 

@@ -16,6 +16,7 @@ from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
 from batchgen.commands._conversations import conversation_options
 from batchgen.commands._options import engine_options
+from batchgen.commands._print import print_path
 from batchgen.commands._runs import carry_out, conclude
 from batchgen.commands._sampling import sampling_options
 from batchgen.commands._values import id_prefix, json_object
@@ -149,7 +150,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     if not status.open and (speaks or status.attempts[-1].ended is not None):
         _deliver(folder / "generations.jsonl", output_file)
         _note_delivered(folder)
-        click.echo(redact(output_file, os.environ))
+        print_path(redact(output_file, os.environ))
     conclude(status, speaks)
 
 
@@ -180,7 +181,7 @@ def _answer_nothing(output_file: str) -> None:
     if from_environment(os.environ).rank == 0:
         _deliver(Path(os.devnull), output_file)
         click.echo("batchgen: finished; the input has no line, and so has the output", err=True)
-        click.echo(redact(output_file, os.environ))
+        print_path(redact(output_file, os.environ))
 
 
 def folder_of(options: dict[str, Any]) -> Path:

@@ -9,6 +9,7 @@ import click
 
 from batchgen import models
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
+from batchgen.commands._print import print_path
 from batchgen.types import UserError
 
 
@@ -43,7 +44,7 @@ def command(model: str, out: str, tp: int, dtype: str) -> None:
             made = tensor_parallel.write_split(source, Path(out), tp, dtype, _say)
     except UserError as error:
         raise fail(error) from error
-    click.echo(made)
+    print_path(made)
 
 
 def _say(sentence: str) -> None:

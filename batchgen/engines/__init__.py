@@ -49,6 +49,19 @@ def name_of(engine: type[Engine]) -> str:
     return rest.partition(".")[0].replace("_", "-") if package == "batchgen" and rest else engine.__name__
 
 
+def check_dtype(engine: type[Engine], dtype: str) -> None:
+    """Checks that the engine computes in `dtype`, as `--dtype` takes it, from what its class says: no weight is read.
+
+    Raises:
+        EngineError: it does not; the message lists the types that it takes.
+    """
+    if dtype not in engine.dtypes:
+        raise EngineError(
+            f"engine {name_of(engine)} has no dtype {dtype}. Its dtypes: {', '.join(engine.dtypes)}. Choose one of "
+            "them, or another engine"
+        )
+
+
 def parse_options(engine: type[Engine], settings: Sequence[str]) -> Any:
     """The engine's `Options` from `name=value` settings, each typed by its annotation.
 

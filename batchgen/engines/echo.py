@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from batchgen.engine import Engine, EngineError, Setup, Tokenizer
+from batchgen.engine import DTYPES, Engine, EngineError, Setup, Tokenizer
 from batchgen.models.message_content import join_texts
 from batchgen.types import Alternative, Batch, Details, Generation, Prompt, Tokens
 
@@ -48,6 +48,7 @@ class Echo(Engine):
     """
 
     needs_model = False
+    dtypes = DTYPES  # it computes nothing
 
     @dataclass(frozen=True)
     class Options:

@@ -9,6 +9,7 @@ import torch
 from llguidance import LLMatcher
 
 from batchgen.generation.matchers import Matchers, describe_error, matchers_of
+from batchgen.generation.sampling import send
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Constraint
 

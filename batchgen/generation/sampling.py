@@ -124,7 +124,7 @@ def _find_candidates(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.
 def sample_rows(
     logits: torch.Tensor, rows: torch.Tensor, uniform: torch.Tensor, params: SamplingTensors
 ) -> torch.Tensor:
-    """Samples one token for some of the rows: on a GPU by a kernel, elsewhere in parts, since float64 takes much memory.
+    """Samples one token for some of the rows: on a GPU by a kernel, elsewhere in parts, as float64 takes much memory.
 
     Args:
         logits: [all rows, vocabulary].

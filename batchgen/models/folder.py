@@ -44,13 +44,13 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"{folder} holds no weights that Transformers reads ({WEIGHTS[0]} or the like)")
     if not first.endswith(".index.json"):
         return [folder / first]
-    files = [folder / name for name in indexed(folder / first)]
-    missing = [file.name for file in files if not file.is_file()]
+    names = indexed(folder / first)
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{folder} is not whole: {len(missing)} of its {len(files)} weight files are missing ({missing[0]})"
+            f"{folder} is not whole: {len(missing)} of its {len(names)} weight files are missing ({missing[0]})"
         )
-    return files
+    return [folder / name for name in names]
 
 
 def indexed(index: Path) -> list[str]:

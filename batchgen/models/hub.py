@@ -8,6 +8,7 @@ of downloads are signed.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
@@ -33,7 +34,8 @@ def pull(name: str, report: Report) -> Path:
         ValueError: the hub allows no such name.
     """
     model, revision = _parse(name)
-    folder = _fetch(model, revision, _SMALL)
+    # What is to be ignored: "*.model" also matches those of subfolders (original/tokenizer.model).
+    folder = _fetch(model, revision, _SMALL, ignored=["*/*"])
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name} is no model for Transformers: it holds no config.json")
     report(f"pulling {name}, commit {folder.name}")
@@ -86,7 +88,7 @@ def _parse(name: str) -> tuple[str, str | None]:
     return found["model"], found["revision"]
 
 
-def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
+def _fetch(model: str, revision: str | None, patterns: list[str], ignored: Sequence[str] = ()) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -94,8 +96,7 @@ def _fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
     # the hub's fast transfer, raises.
     failures = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, RuntimeError))
     try:
-        # Without ignore_patterns "*.model" would also fetch those of subfolders (original/tokenizer.model).
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=list(ignored)))
     except failures as error:
         raise ModelError(_sentence(model, revision, error)) from error
 

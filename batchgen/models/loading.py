@@ -23,13 +23,13 @@ from batchgen.models import architectures, split_folder
 from batchgen.models.definition.build import explain_shapes
 from batchgen.models.definition.errors import ModelError, one_line
 from batchgen.models.definition.model_config import read_config
+from batchgen.models.folder import weight_files
 from batchgen.types import UserError
 from batchgen.world import World
 
 HOLLOW = "hollow.json"  # in the folder of a model whose weight files are empty: random numbers shall take their place
 
 _repeated = sdpa_attention.repeat_kv
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 # What the code of a model raises that it was not written for, and words of errors that are the machine's.
 _OF_CODE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
@@ -72,16 +72,18 @@ def read_head_once(model: Any) -> None:
 
 
 def check_weights(model: str) -> None:
-    """Raises EngineError if the folder `model` holds no weights, or weights that are split by rank."""
+    """Checks that the folder `model` holds whole weights, and not those of a model that is split by rank.
+
+    Raises:
+        EngineError: they are split.
+        ModelError: there are none, or some are missing.
+    """
     if (split := split_folder.read(Path(model))) is not None:
         raise EngineError(
             f"{model} is split over {split.ranks} ranks, which only ds-inference and paged read, with --tp "
             f"{split.ranks}; give the model it was made from, {split.model}"
         )
-    if not any(file for pattern in _WEIGHTS for file in Path(model).glob(pattern)):
-        raise EngineError(
-            f"{model} holds a config but no weights ({' or '.join(_WEIGHTS)}); copy or download the model again"
-        )
+    weight_files(Path(model))
 
 
 def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> Any:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchgen.engine import Engine, EngineError, Tokenizer
+from batchgen.engines import check_dtype, parse_options, settings_of
 from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
-from batchgen.engines import parse_options, settings_of
 from batchgen.models import split_folder
 from batchgen.packages import is_installed
 from batchgen.planning.work import Work
@@ -46,13 +46,14 @@ class Choice:
         return " ".join([self.name, *changed])
 
 
-def choose_named(name: str, settings: Sequence[str]) -> Choice:
+def choose_named(name: str, settings: Sequence[str], dtype: str) -> Choice:
     """The engine that was asked for.
 
     Raises:
-        EngineError: there is none of that name, or it has no such setting.
+        EngineError: there is none of that name, or it has no such setting or dtype.
     """
     kind = find_engine(name)
+    check_dtype(kind, dtype)
     return Choice(name, kind, parse_options(kind, settings))
 
 

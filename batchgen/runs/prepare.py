@@ -17,6 +17,7 @@ from typing import Any
 from batchgen import models, packages
 from batchgen.checkpoint import RunFolder
 from batchgen.engine import Engine, Setup, Tokenizer
+from batchgen.engines import check_dtype
 from batchgen.formats import InputError
 from batchgen.formats.input import Input, files_of, find
 from batchgen.models import ResolvedModel
@@ -175,6 +176,7 @@ def _with_parsers(recipe: Recipe, folder: RunFolder, *, say: bool) -> Recipe:
 
 def check_engine(ready: Ready, role: Role) -> None:
     """Raises PackageError or EngineError for what would end every rank alike, before one is started."""
+    check_dtype(ready.kind, ready.dtype)  # that of the run, where none was typed
     packages.check_installed(ready.kind.packages(ready.options, ready.dtype), f"engine {ready.engine}")
     ranks = role.ranks_to_start
     all_ranks = replace(role.world, size=ranks, local_size=ranks) if role.is_single_process else role.world
@@ -185,7 +187,7 @@ def check_engine(ready: Ready, role: Role) -> None:
 def _named_or_recorded(settings: RunSettings, claim: Mapping[str, Any] | None) -> Choice | None:
     """The engine that was named, or that is recorded; None: it is to be chosen."""
     if settings.engine != AUTO:
-        return auto.choose_named(settings.engine, settings.engine_settings)
+        return auto.choose_named(settings.engine, settings.engine_settings, settings.dtype)
     return None if claim is None else auto.read_recorded_choice(claim)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from batchgen.engine import EngineError
 from batchgen.models import loading
+from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
 
 _READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
@@ -71,7 +72,8 @@ def find_stored_dtype(folder: Path) -> torch.dtype:
 
 def _list_stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
     """Yields type and bytes of each floating tensor in the files of `folder`; only their headers are read."""
-    tables = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)  # all of one kind
+    tables = [path for path in files if path.suffix == ".safetensors"]
     for path in tables:
         try:
             with path.open("rb") as file:
@@ -82,7 +84,7 @@ def _list_stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
             if name != "__metadata__" and tensor["dtype"] in _TYPES:
                 begin, end = tensor["data_offsets"]
                 yield _TYPES[tensor["dtype"]], end - begin
-    for path in () if tables else sorted(folder.glob("pytorch_model*.bin")):
+    for path in () if tables else files:
         try:
             tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         except UnpicklingError as error:
@@ -184,7 +186,7 @@ class _MappedFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        files = {str(path.resolve()) for path in folder.iterdir()}
+        files = {str(path.resolve()) for path in folder.rglob("*")}  # an index may name files in a subfolder
         self._ranges = []
         for line in Path("/proc/self/maps").read_text().splitlines():
             fields = line.split(maxsplit=5)

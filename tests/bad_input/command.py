@@ -50,7 +50,8 @@ def call(folder: Path, *arguments: object, before: Callable[[], None] | None = N
             raise AssertionError(f"batchgen {' '.join(words)} has not ended:\n{err.read_text(errors='replace')}")
         code = process.exitcode
         assert code is not None
-        return Ended(code, out.read_text(errors="replace"), err.read_text(errors="replace"))
+        # A byte that is not UTF-8 is what `os.fsdecode` makes of it.
+        return Ended(code, *(stream.read_text("utf-8", "surrogateescape") for stream in (out, err)))
 
 
 def _work(folder: str, words: list[str], out: str, err: str, before: Callable[[], None] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ KINDS: dict[str, tuple[Damage, str]] = {
     "no letters": (vocabulary(lambda token: not token.isascii() or token in tiny.SPECIAL), "leaves every letter"),
     "tokenizer.model alone": (
         both(without("tokenizer.json", "tokenizer_config.json"), put("tokenizer.model", b"\x0a\x0e\x0a\x05<unk>")),
-        r"has tokenizer\.model and no tokenizer\.json, and reading that takes the package sentencepiece",
+        r"has tokenizer\.model and no tokenizer\.json, and reading that takes the package sentencepiece"
+        if find_spec("sentencepiece") is None
+        else "the tokenizer of the model in .* cannot be used: ",  # whatever Transformers says of it
     ),
     "tokenizer.json of another kind": (put("tokenizer.json", "{}"), r"tokenizer of the model in .* KeyError"),
     "tokenizer.json as a list": (put("tokenizer.json", "[]"), r"tokenizer\.json holds no JSON object"),

@@ -213,19 +213,6 @@ def test_files_without_permission_are_refused(tmp_path: Path) -> None:
         assert sentence in ended.err
 
 
-@pytest.mark.parametrize("format", ["jsonl", "parquet"])
-def test_a_name_that_is_no_utf8_or_has_a_line_end_names_rows_all_the_same(format: str, tmp_path: Path) -> None:
-    for name, shown in ((b"\xff.jsonl", r"\xff.jsonl"), (b"a\nb.jsonl", "a\nb.jsonl")):
-        path = tmp_path / os.fsdecode(name)
-        path.write_bytes(b'{"prompt":"one"}\n{\n')
-        ended = call(tmp_path, "run", path.name, "--engine", "echo", "--output-format", format)
-        assert ended.code == 3, ended.err
-        (line,) = (tmp_path / path.stem / "errors.jsonl").read_bytes().splitlines()
-        row = json.loads(line)
-        assert row["id"] == f"{shown}:2"
-        assert row["error"]["message"].startswith(f"line 2 of {shown} is not valid JSON")
-
-
 @pytest.mark.parametrize("name", ["generations.jsonl", "errors.jsonl", "timing.jsonl", "generations-00001-00000.jsonl"])
 def test_an_input_in_the_place_of_the_output_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(GOOD)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,11 @@ from batchgen.bench import Bench, System, _cells, run
 from batchgen.bench.results import BenchError, Folder, Result
 from batchgen.bench.worker import Task, Worker
 from batchgen.commands import main
+from batchgen.engines.echo import Echo
 from batchgen.runs.stop import Stop
+from batchgen.types import Batch, Prompt
 from batchgen.world import World
+from tests.commands.starts import until
 from tests.engines.runs import OUT_OF_MEMORY, ROOT, altered
 from tests.models.test_shapes import TINY
 
@@ -148,7 +153,7 @@ def test_jobs_of_unequal_lengths_and_of_ones_own_prompts(tiny_llama: Path, tmp_p
         (["--engines", "accelerate:no=1"], "engine accelerate has no setting 'no'"),
         (["--random-weights", "gpt-5"], "there is no shape gpt-5"),
         (["--random-weights", "x", "--model", "y"], "name two models"),
-        (["--mixed", "3", "--input", "p"], "name different jobs"),
+        (["--mixed", "3", "--input", "p"], "name different workloads"),
         (["compare", "a", "b"], "a is not a bench folder"),
         (["--engines", "echo", "-o", "notes"], "notes is a file, not a folder. Choose another folder with -o"),
     ],
@@ -159,6 +164,40 @@ def test_what_cannot_be_measured_is_a_sentence(words: list[str], sentence: str, 
     assert done.exit_code == 4
     assert sentence in done.output
     assert not (tmp_path / "bench" / "results.jsonl").exists()
+
+
+def test_tokens_are_said_to_be_none_of_a_job(tmp_path: Path) -> None:
+    for words, rows in (
+        (["--mixed", "3"], "16 to 512 new tokens"),
+        (["--input", "none.jsonl"], "as many as it asks for"),
+    ):
+        sentence = f"batchgen: --tokens is for the article's table alone: each row of the workload has {rows}\n"
+        for tokens, expected in (([], 0), (["--tokens", "5"], 1)):
+            done = here(tmp_path, "--engines", "echo", "--model", "no-such-folder", *words, *tokens)
+            assert done.exit_code == 4
+            assert done.output.count(sentence) == expected
+
+
+def test_the_progress_of_a_job_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "mixed, 2 rows, 6 + 5 tokens"
+    monkeypatch.setattr("batchgen.bench.progress.LINE_SECONDS", 0.01)
+    generate = Echo.generate
+
+    def generate_and_wait(self: Echo, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
+        yield from generate(self, prompts, stop)
+        if self.signs.generated_tokens:  # of the job: nothing is generated before
+            until(lambda: f"{name}: 5 of 5 tokens generated" in caplog.messages)
+
+    monkeypatch.setattr(Echo, "generate", generate_and_wait)
+    rows = {name: [([65, 66, 67], 2), ([68, 69, 70], 3)]}
+    task = Task("echo", [], "", "auto", [], 1, 2, rows, str(tmp_path), str(tmp_path), None)
+    with caplog.at_level(logging.INFO):
+        Worker(task, World()).work()
+    ends = [message.partition(" took ")[0] for message in caplog.messages if " took " in message]
+    cycles = ("a cycle that is not counted", "cycle 1 of at most 2", "cycle 2 of at most 2")
+    assert ends == [f"{name}: {cycle}" for cycle in cycles]
 
 
 def test_what_had_no_room_ends_larger_batches_of_as_many_ranks_and_a_crash_ends_nothing(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from batchgen.bench import workloads
 from batchgen.engine import EngineError, Setup
 from batchgen.engines import find, parse_options
 from batchgen.engines.accelerate import Accelerate
+from batchgen.models.definition.errors import ModelError
 from batchgen.types import Generation, Prompt, SamplingParams
 from batchgen.world import World
 from tests import tiny_models as models
@@ -83,7 +84,9 @@ def test_the_tokenizer_needs_no_weights(tiny_llama: Path, tmp_path: Path) -> Non
     shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     tokenizer = Accelerate.tokenizer(str(folder))
     assert tokenizer.context == 512
-    with pytest.raises(EngineError, match=r"holds a config but no weights"):
+    with pytest.raises(
+        ModelError, match=r"holds no weights that Transformers reads \(model\.safetensors or the like\)"
+    ):
         load(folder)
 
 

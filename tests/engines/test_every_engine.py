@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import testing
 
-from batchgen.engine import Engine, EngineError, Stream
-from batchgen.engines import __path__, _typed, name_of, parse_options, settings_of
+from batchgen import RunSettings
+from batchgen.commands import main
+from batchgen.engine import DTYPES, Engine, EngineError, Stream
+from batchgen.engines import __path__, _typed, check_dtype, name_of, parse_options, settings_of
 from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
+from batchgen.runs.flow import Host, run
 from batchgen.world import World
 
 FOLDER = Path(next(iter(__path__)))
@@ -36,6 +40,40 @@ def test_names_are_the_file_names_with_dashes() -> None:
 def test_unknown_engine_lists_those_there_are() -> None:
     with pytest.raises(EngineError, match=r"there is no engine 'magic'. Engines: .*accelerate.*echo"):
         find_engine("magic")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "dtypes"),
+    [
+        ("ds-zero", "nf4", "auto, float32, bfloat16, float16"),
+        ("ds-zero", "int8", "auto, float32, bfloat16, float16"),
+        ("paged", "int8", "auto, float32, bfloat16, float16"),
+        ("ds-inference", "nf4", "auto, float32, bfloat16, float16, int8"),
+    ],
+)
+def test_a_dtype_that_an_engine_has_not_is_refused_before_the_model_is_looked_for(
+    name: str, dtype: str, dtypes: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt":"one"}\n')
+    sentence = f"engine {name} has no dtype {dtype}. Its dtypes: {dtypes}. Choose one of them, or another engine"
+    settings = RunSettings(model=str(tmp_path / "no model"), engine=name, dtype=dtype)
+    with pytest.raises(EngineError) as raised:
+        run(tmp_path / "a.jsonl", tmp_path / "out", settings, host=Host(environment={}))
+    assert str(raised.value) == sentence
+    assert not (tmp_path / "out").exists()
+    for words in (["--dtype", dtype, "--engines", name], ["--engines", f"echo,{name}:dtype={dtype}"]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            ended = testing.CliRunner().invoke(main, ["bench", "--random-weights", "llama-8b", *words])
+        assert (ended.exit_code, ended.output) == (4, f"Error: {sentence}\n")
+
+
+def test_every_engine_takes_the_dtypes_that_it_names_and_no_other(kind: type[Engine]) -> None:
+    assert set(kind.dtypes) <= set(DTYPES)
+    for dtype in kind.dtypes:
+        check_dtype(kind, dtype)
+    with pytest.raises(EngineError, match="has no dtype float8"):
+        check_dtype(kind, "float8")
 
 
 def test_nothing_is_left_to_implement(kind: type[Engine]) -> None:

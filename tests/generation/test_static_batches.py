@@ -60,7 +60,7 @@ def test_the_weights_of_the_head_are_read_once_for_all_rows(name: str, request: 
     model = Model(request.getfixturevalue(name))
     model.model.requires_grad_(False)  # as the loader of ds-inference leaves it
     vocabulary = model.model.config.vocab_size
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiled:
         model.run(random_prompts(8))
     products = [
         event.name

@@ -49,6 +49,15 @@ REPOSITORIES = {
         SHARDS[1]: safetensors(b"second"),
         "pytorch_model.bin": b"not needed",
     },
+    "org/folder": {
+        **DEFINITION,
+        "model.safetensors.index.json": json.dumps(
+            {"metadata": {}, "weight_map": {"x": f"parts/{SHARDS[0]}"}}
+        ).encode(),
+        f"parts/{SHARDS[0]}": safetensors(),
+        f"parts/{SHARDS[1]}": b"not needed",
+        SHARDS[0]: b"not needed",
+    },
     "org/bin": {**DEFINITION, "pytorch_model.bin": pickled()},
     "org/gguf": {**DEFINITION, "model.gguf": b"other"},
     "org/data": {"data.csv": b"1,2"},
@@ -170,7 +179,12 @@ def resolve(home: Path, model: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("model", "weights"),
-    [("org/one", ["model.safetensors"]), ("org/shards", SHARDS), ("org/bin", ["pytorch_model.bin"])],
+    [
+        ("org/one", ["model.safetensors"]),
+        ("org/shards", SHARDS),
+        ("org/folder", [f"parts/{SHARDS[0]}"]),
+        ("org/bin", ["pytorch_model.bin"]),
+    ],
 )
 def test_pull_fetches_what_is_needed_and_resolve_finds_it_offline(
     tmp_path: Path, hub: Hub, model: str, weights: list[str]
@@ -180,9 +194,10 @@ def test_pull_fetches_what_is_needed_and_resolve_finds_it_offline(
     folder = Path(done.stdout.removesuffix("\n"))  # the path and nothing else
     assert folder == tmp_path / "hub" / f"models--{model.replace('/', '--')}" / "snapshots" / COMMIT
     index = [name for name in REPOSITORIES[model] if name.endswith("index.json")]
-    assert sorted(file.name for file in folder.iterdir()) == sorted([*DEFINITION, *index, *weights])
-    for file in folder.iterdir():
-        assert file.read_bytes() == REPOSITORIES[model][file.name]
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    assert sorted(files) == sorted([*DEFINITION, *index, *weights])
+    for path, file in files.items():
+        assert file.read_bytes() == REPOSITORIES[model][path]
     for name in (model, f"{model}@main", f"{model}@{COMMIT}", str(folder)):
         assert resolve(tmp_path, name).stdout == f"{folder} {model} {COMMIT}\n"
 

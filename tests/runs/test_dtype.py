@@ -14,7 +14,7 @@ import torch
 from batchgen import RunSettings, device
 from batchgen.checkpoint import DifferentRun, read_json
 from batchgen.device import MatmulSpeed
-from batchgen.engine import Setup
+from batchgen.engine import EngineError, Setup
 from batchgen.engines import find
 from batchgen.models import loading
 from batchgen.models.split_folder import Split, to_json
@@ -134,6 +134,15 @@ def test_a_run_keeps_the_dtype_it_began_with_on_another_machine(
         assert dtype_of(out, number) == "float32"
     with pytest.raises(DifferentRun, match=r'dtype was "float32", now "bfloat16"'):
         start(engine="accelerate", dtype="bfloat16")
+
+
+def test_a_run_goes_on_with_no_engine_that_has_not_its_dtype(start: Callable[..., Any], tmp_path: Path) -> None:
+    start(engine="accelerate", dtype="float32")
+    reopen(tmp_path / "out")
+    manifest = tmp_path / "out" / "run.json"
+    manifest.write_text(manifest.read_text().replace('"dtype": "float32"', '"dtype": "nf4"'))
+    with pytest.raises(EngineError, match=r"engine ds-zero has no dtype nf4\. Its dtypes: auto, float32"):
+        start(engine="ds-zero")
 
 
 def test_a_run_of_an_older_version_goes_on_in_the_models_own_dtype(

@@ -36,12 +36,25 @@ def _sizes(config: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {field.name: SIZES[field.name] for field in dataclasses.fields(config) if field.name in SIZES}
     if "kv_lora_rank" in sizes:  # latent attention has as many keys as queries
         sizes["num_key_value_heads"] = HEADS
-    for name, part in config.sub_configs_defaults.items():
+    parts = _parts(config)
+    for name, (part, model_type) in parts.items():
         mine = own.get(name, {})
-        kind = mine.get("model_type") or part.model_type or getattr(part.config_class, "model_type", None)
-        found = CONFIG_MAPPING[kind] if part.config_class is AutoConfig else part.config_class
+        kind = mine.get("model_type") or model_type or getattr(part, "model_type", None)
+        found = CONFIG_MAPPING[kind] if part is AutoConfig else part
         sizes[name] = {"model_type": kind, **_sizes(found, mine)}
-    return sizes | {name: value for name, value in own.items() if name not in config.sub_configs_defaults}
+    return sizes | {name: value for name, value in own.items() if name not in parts}
+
+
+def _parts(config: Any) -> dict[str, tuple[Any, str | None]]:
+    """The class of each part that a config of this class has, and the `model_type` that it is unless it is told."""
+    if hasattr(config, "sub_configs_defaults"):
+        return {name: (part.config_class, part.model_type) for name, part in config.sub_configs_defaults.items()}
+    if AutoConfig not in config.sub_configs.values():
+        return {name: (part, None) for name, part in config.sub_configs.items()}
+    usual = config()  # in Transformers 5.17 only a whole config knows which parts it takes
+    return {
+        name: (part, getattr(getattr(usual, name), "model_type", None)) for name, part in config.sub_configs.items()
+    }
 
 
 def model_class(config: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from batchgen.engine import EngineError
+from batchgen.models.folder import weight_files
 from batchgen.models.parameters import Parameter, Parameters
 
 Bits = Literal[4, 8]
@@ -75,7 +76,9 @@ def _read_saved_types(model: Path) -> set[str]:
     not looked into.
     """
     types = set()
-    for file in model.glob("*.safetensors"):
+    for file in weight_files(model):
+        if file.suffix != ".safetensors":
+            continue
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         types |= {tensor["dtype"] for tensor in header.values() if len(tensor.get("shape", ())) > 1}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 
 from batchgen.engines.paged.pages import PAGE_SIZE
 from tests.engines.paged.attention_cases import CHUNKS, DECODING, Case, case, with_broken_token, with_stale_cache
+from tests.kernels import assert_none_wrong
 
 ROOT = Path(__file__).parents[3]
 
@@ -79,14 +76,4 @@ def test_only_the_places_of_the_tokens_change() -> None:
 @pytest.mark.slow
 def test_kernels_compute_the_same() -> None:
     """Interpreted, where there is no GPU. Triton is not in the environment: what finds it takes it for a GPU's."""
-    beside = ROOT / ".venv" / "triton"
-    if not beside.exists() and importlib.util.find_spec("triton") is None:
-        why = "no triton: scripts/install test"
-        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    variables = {**os.environ, "PYTHONPATH": f"{beside}{os.pathsep}{ROOT}"}
-    if device == "cpu":
-        variables["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.engines.paged.kernel_cases", device]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
-    assert result.stdout.splitlines()[-1:] == ["0 wrong"], result.stdout + result.stderr
+    assert_none_wrong("tests.engines.paged.kernel_cases")
