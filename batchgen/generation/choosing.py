@@ -71,6 +71,8 @@ class TokenChooser:
     def begin(self, place: int, prompt: Prompt, generated: Sequence[int] = ()) -> None:
         """Lets a row take a free place, maybe with tokens that it has generated (preempted, then computed again)."""
         self.end(place)
+        if not is_chosen(prompt):
+            return  # its best token is all that is wanted, as in a place that is free
         row = self._rows[place] = RowState(place, prompt, generated, self._tokenizer, (self._seen, self._biases))
         if prompt.params.constraint is not None:
             self._constraints.begin(place, prompt.params.constraint, row.answer)
@@ -87,12 +89,13 @@ class TokenChooser:
 
     def is_edited(self, place: int) -> bool:
         """Returns whether the row's logits are changed or masked in the next step, or may be, once it is awaited."""
-        row = self._row(place)
-        return row.is_edited or row.awaits_tokens
+        row = self._rows[place]
+        return row is not None and (row.is_edited or row.awaits_tokens)
 
     def awaits_tokens(self, place: int) -> bool:
         """Returns whether the row's next token cannot be chosen before its last one was given to `advance`."""
-        return self._row(place).awaits_tokens
+        row = self._rows[place]
+        return row is not None and row.awaits_tokens
 
     def advance(self, tokens: Mapping[int, int]) -> None:
         """Takes the last tokens of places that await them. The masks of the next step begin to be made in threads."""
