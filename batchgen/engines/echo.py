@@ -23,7 +23,8 @@ class _ByteTokenizer:
     vocabulary: int | None = 256
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
-        return "".join(f"{message['role']}: {join_texts(message.get('content', ''))}\n" for message in messages)
+        text = "".join(f"{message['role']}: {join_texts(message.get('content', ''))}\n" for message in messages)
+        return text.removesuffix("\n") if kwargs.get("continue_final_message") else text
 
     def template_text(self, **kwargs: object) -> str | None:
         return None

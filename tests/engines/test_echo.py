@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import batchgen
+from batchgen import RunSettings
 from batchgen.engine import EngineError, Setup
 from batchgen.engines.echo import Echo
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
+from tests.commands.starts import read_rows, write_rows
 
 
 def prompt(index: int, text: str = "hello", max_new_tokens: int = 100, tokens: Sequence[int] | None = None) -> Prompt:
@@ -97,3 +101,18 @@ def test_tokenizer_counts_bytes_and_renders_conversations() -> None:
     tokenizer = Echo.tokenizer("")
     assert [list(tokens) for tokens in tokenizer.tokenize(["é", ""], special=True)] == [[195, 169], []]
     assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "user: Hi\n"
+
+
+def test_rows_get_the_samples_that_they_ask_for_and_a_last_message_is_gone_on_with(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Name a colour"}, {"role": "assistant", "content": "Sure: "}]
+    rows = [
+        {"id": "prefill", "messages": messages, "continue_final_message": True},
+        {"id": "whole", "messages": messages},
+        {"id": "samples", "prompt": "a", "n": 4},
+    ]
+    settings = RunSettings(engine="echo")
+    folder = batchgen.run(str(write_rows(tmp_path / "in.jsonl", rows)), tmp_path / "out", settings).folder
+    prefill, whole, samples = read_rows(folder / "generations.jsonl")
+    assert prefill["text"] == "user: Name a colour\nassistant: Sure: "
+    assert whole["text"] == "user: Name a colour\nassistant: Sure: \n"
+    assert samples["texts"] == ["a"] * 4
