@@ -130,6 +130,7 @@ class StepReader:
         self._chooser.advance({sequence.slot: token for sequence, token in going_on})
         failed = []
         for sequence, _ in going_on:
+            sequence.awaits_tokens = self._chooser.awaits_tokens(sequence.slot)  # not when its thinking is over, say
             if self._chooser.find_error(sequence.slot) is not None:
                 ends.pop(sequence, None)
                 failed.append(self._fail(sequence))
