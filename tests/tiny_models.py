@@ -36,7 +36,6 @@ from batchgen.generation.greedy import LoadedModel
 from batchgen.generation.sampling import SamplingTensors, sample
 from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
-from batchgen.generation.stopping import cut
 from batchgen.models import loading
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Generation, Prompt, SamplingParams
@@ -215,6 +214,12 @@ class Model:
             expected = self.logprobs(prompt, tokens[:count])
             apart = [abs(a - b) for a, b in zip(generation.logprobs, expected, strict=True)]
             assert max(apart) < 1e-4, prompt.id
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of these."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
 
 
 def asking_prompts(count: int = 24) -> list[Prompt]:

@@ -1,17 +1,16 @@
 """The log-probability of each token that was chosen, for rows that ask for it.
 
 It is the log of the probability that the model itself gives the token: of the softmax of its raw logits, in float32,
-before temperature, top-k and top-p. So vLLM and OpenAI have it, and so a sampled row and a greedy one can be compared.
+before temperature, penalties, min-p, top-k and top-p. So vLLM and OpenAI have it, and so a sampled row and a greedy one
+can be compared. Of a row with a constraint it is that of the softmax over the tokens that the constraint allows, as
+vLLM has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from transformers import LogitsProcessor
 
-from batchgen.types import Prompt
+from batchgen.generation.edits import apply_bitmask
 
 _ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 32 MiB for each float32 tensor
 
@@ -36,35 +35,34 @@ def log_probabilities(logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Te
     return logprobs
 
 
-class Recorder(LogitsProcessor):
-    """Lets others choose, and keeps the log-probability of what they have chosen for the rows that ask.
+def find_likeliest(
+    logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, count: int, bitmask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Finds the log-probabilities of chosen tokens, and of the likeliest ones beside them; waits for no device.
 
-    It stands around them, since they mark the chosen token in the logits, which then are the model's no more.
+    Args:
+        logits: as the model gives them, [all rows or more, vocabulary].
+        rows: the indices in `logits` of the rows that ask, int64 [rows].
+        tokens: one token id for each of `rows`, int64 [rows].
+        count: of the likeliest tokens; 0 for none.
+        bitmask: what constraints allow, as `apply_bitmask` takes it, for each of `rows`; None: there are none.
+
+    Returns:
+        Of the tokens, float32 [rows]; the likeliest ids, int64 [rows, count], and theirs, float32 [rows, count].
     """
-
-    def __init__(self, prompts: Sequence[Prompt], choosers: Sequence[LogitsProcessor], device: torch.device) -> None:
-        self._row_numbers = [row for row, prompt in enumerate(prompts) if prompt.params.logprobs]
-        self._rows = torch.tensor(self._row_numbers, dtype=torch.long, device=device)
-        self._all = torch.arange(len(self._row_numbers), device=device)
-        self._choosers = choosers
-        self._steps: list[torch.Tensor] = []  # [rows that ask] each, on the device
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether any row asks for log-probabilities."""
-        return bool(self._row_numbers)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        raw, rows = scores, self._rows
-        if self._choosers:
-            raw, rows = scores[self._rows], self._all
-        for chooser in self._choosers:
-            scores = chooser(input_ids, scores)
-        self._steps.append(log_probabilities(raw, rows, scores.argmax(-1)[self._rows]))
-        return scores
-
-    def read(self) -> dict[int, list[float]]:
-        """Returns, for each row that asks, one number for each step, also for the steps after its end."""
-        if not self._steps:
-            return {}
-        return dict(zip(self._row_numbers, torch.stack(self._steps, 1).tolist(), strict=True))
+    size = max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])
+    count = min(count, logits.shape[-1])
+    logprobs = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+    top_ids = torch.empty((len(rows), count), dtype=torch.long, device=logits.device)
+    top = torch.empty((len(rows), count), dtype=torch.float32, device=logits.device)
+    for begin in range(0, len(rows), size):
+        part = slice(begin, begin + size)
+        some = logits[rows[part]].float()
+        if bitmask is not None:
+            apply_bitmask(some, bitmask[part])
+        total = some.logsumexp(-1)
+        logprobs[part] = some.gather(-1, tokens[part, None]).squeeze(-1) - total
+        if count:
+            values, top_ids[part] = some.topk(count)
+            top[part] = values - total[:, None]
+    return logprobs, top_ids, top

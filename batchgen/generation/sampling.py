@@ -1,22 +1,17 @@
-"""Choosing the next token, row by row, inside one `model.generate(do_sample=False)` call.
+"""Drawing the next tokens of rows, each with its own parameters and its own random number.
 
-`generate` has one set of sampling parameters and one random stream for the whole batch. A batch here mixes rows, so
-`Sampler` chooses the token of each sampled row itself and leaves `generate` nothing but the argmax. Nothing here
-depends on a row's position or on the rows beside it.
+Nothing here depends on a row's position or on the rows beside it.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor
 
-from batchgen.types import Prompt
+from batchgen.types import SamplingParams
 
-_STEPS_DRAWN = 64  # random numbers a row that travel to the device together
 _CANDIDATES = 1024  # likeliest tokens of a row, which hold its nucleus unless the row is close to noise
 _ROUNDING = 1e-9  # by which a sum of float64 may differ with the order
 _ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 64 MiB for each float64 tensor
@@ -30,18 +25,40 @@ class SamplingTensors:
     top_k: torch.Tensor  # [rows], int64; 0 is off
     max_top_k: int  # the largest of `top_k`, which is read here without waiting for the device
     top_p: torch.Tensor | None  # [rows], float64; 1 is off; None: off for all rows
+    min_p: torch.Tensor | None = None  # [rows], float64; 0 is off; None: off for all rows
 
-    def part(self, rows: slice) -> SamplingTensors:
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors:
+        """Returns the parameters of rows that are sampled, on `device`, without waiting for it."""
+        numbers = torch.tensor([[p.temperature, p.top_p, p.min_p] for p in params], dtype=torch.float64).reshape(-1, 3)
+        temperature, top_p, min_p = send(numbers.T.contiguous(), device)
+        return cls(
+            temperature,
+            send(torch.tensor([p.top_k for p in params], dtype=torch.long), device),
+            max((p.top_k for p in params), default=0),
+            top_p if any(p.top_p < 1 for p in params) else None,
+            min_p if any(p.min_p > 0 for p in params) else None,
+        )
+
+    def part(self, rows: slice | torch.Tensor) -> SamplingTensors:
         """Returns the parameters of some of these rows."""
         top_p = None if self.top_p is None else self.top_p[rows]
-        return SamplingTensors(self.temperature[rows], self.top_k[rows], self.max_top_k, top_p)
+        min_p = None if self.min_p is None else self.min_p[rows]
+        return SamplingTensors(self.temperature[rows], self.top_k[rows], self.max_top_k, top_p, min_p)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a copy of a tensor of the host on `device`; the host does not wait for it."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingTensors) -> torch.Tensor:
     """Samples one token for each row.
 
-    Temperature comes first, then top-k, then top-p (the order of Transformers' warpers), then the inverse of the
-    cumulative distribution at `uniform`, in the order of token ids.
+    Temperature comes first, then min-p, then top-k, then top-p (vLLM's order), then the inverse of the cumulative
+    distribution at `uniform`, in the order of token ids.
 
     The order of ids, not of probabilities: two nearly equal logits that swap places between devices then move a
     boundary by a rounding error, instead of exchanging two tokens. float64, because a float32 sum over 250,000 tokens
@@ -57,6 +74,9 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingTensors)
     """
     # The maximum goes first, so that a tiny temperature gives -inf and never inf - inf.
     scaled = (logits - logits.amax(-1, keepdim=True)).double() / params.temperature[:, None]
+    if params.min_p is not None:
+        # The largest is 0, so that the logarithm of a token's share of the largest probability is its own number.
+        scaled = scaled.masked_fill(scaled < params.min_p.log()[:, None], -torch.inf)
     if params.max_top_k:
         scaled = _keep_top_k(scaled, params.top_k, min(params.max_top_k, scaled.shape[-1]))
     probabilities = scaled.softmax(-1)
@@ -119,45 +139,3 @@ def sample_rows(
         part = slice(begin, begin + size)
         tokens[part] = sample(logits[rows[part]], uniform[part], params.part(part))
     return tokens
-
-
-class Sampler(LogitsProcessor):
-    """Makes the token that each sampled row draws the only possible one; greedy rows are left as they are.
-
-    Each row draws one number a step from its own generator, seeded with `Prompt.row_seed`, so its text depends neither
-    on the device's random numbers nor on the batch it is in.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], device: torch.device) -> None:
-        sampled = [row for row, prompt in enumerate(prompts) if prompt.params.temperature > 0]
-        params = [prompts[row].params for row in sampled]
-        self._rows = torch.tensor(sampled, dtype=torch.long, device=device)
-        top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-        self._params = SamplingTensors(
-            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device),
-            top_k=torch.tensor([p.top_k for p in params], dtype=torch.long, device=device),
-            max_top_k=max((p.top_k for p in params), default=0),
-            top_p=top_p if any(p.top_p < 1 for p in params) else None,
-        )
-        self._random = [random.Random(prompts[row].row_seed) for row in sampled]
-        self._drawn = torch.empty(0)
-        self._step = 0
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether any row is sampled."""
-        return bool(self._random)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        tokens = sample_rows(scores, self._rows, self._draw(), self._params)
-        scores[self._rows, tokens] = torch.inf
-        return scores
-
-    def _draw(self) -> torch.Tensor:
-        """Returns uniform numbers in [0, 1) for this step, float64 [sampled rows]."""
-        column = self._step % _STEPS_DRAWN
-        if column == 0:
-            drawn = [[generator.random() for _ in range(_STEPS_DRAWN)] for generator in self._random]
-            self._drawn = torch.tensor(drawn, dtype=torch.float64, device=self._rows.device)
-        self._step += 1
-        return self._drawn[:, column]

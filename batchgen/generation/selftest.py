@@ -21,7 +21,7 @@ import torch
 
 from batchgen.engine import EngineError
 from batchgen.generation import finite
-from batchgen.types import Prompt
+from batchgen.types import Prompt, SamplingParams
 
 ROWS = 2  # looked at: with offload each costs a whole pass over the weights
 TOKENS = 32  # of each, at most
@@ -39,10 +39,19 @@ class TextChanged(EngineError):
 
 
 def choose(batch: Sequence[Prompt]) -> list[int]:
-    """Returns the rows of `batch` to look at: of the greedy ones those with the shortest and the longest prompt."""
-    greedy = [row for row, prompt in enumerate(batch) if prompt.params.temperature == 0]
+    """Returns the rows of `batch` to look at: of the greedy ones those with the shortest and the longest prompt.
+
+    Rows whose logits are changed or masked, or whose tokens may be forced, are none of them: theirs need not be the
+    model's best.
+    """
+    greedy = [row for row, prompt in enumerate(batch) if _is_models_best(prompt.params)]
     greedy.sort(key=lambda row: len(batch[row].tokens))
     return greedy if len(greedy) <= ROWS else [greedy[0], greedy[-1]]
+
+
+def _is_models_best(params: SamplingParams) -> bool:
+    is_free = params.constraint is None and params.thinking_tokens is None
+    return params.temperature == 0 and is_free and not params.edits_logits
 
 
 def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: torch.device) -> torch.Tensor:

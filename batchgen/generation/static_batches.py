@@ -8,19 +8,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from batchgen.device import is_out_of_memory, release, take_peak_bytes
 from batchgen.engine import OutOfStep, Peers, SignsOfLife
-from batchgen.generation import finite, refusals, selftest
-from batchgen.generation.agreement import AgreedToken, check_equal_batches
+from batchgen.generation import finite, refusals, results, selftest
+from batchgen.generation.agreement import check_equal_batches
+from batchgen.generation.chosen import ChosenLogprob
 from batchgen.generation.finite import NotFinite
 from batchgen.generation.greedy import LoadedModel, generate_greedily, pad
-from batchgen.generation.logprobs import Recorder
-from batchgen.generation.sampling import Sampler
+from batchgen.generation.processor import ChosenToken
+from batchgen.generation.prompt_logprobs import PromptLogprobs, find_prompt_logprobs
+from batchgen.generation.results import Ended
 from batchgen.generation.selftest import SelfTest
 from batchgen.generation.sizing import BatchSizer, BatchSizing, find_longest, group_by_length
-from batchgen.generation.stopping import Stopper, StopTexts, generation
+from batchgen.generation.stopping import Stopper
 from batchgen.models import loading
 from batchgen.types import Batch, Prompt
 
@@ -152,19 +154,16 @@ class StaticBatches:
         """Generates `batch` in one call of `model.generate`; out of memory is the caller's business."""
         inputs = self._pad(batch)
         width = inputs["input_ids"].shape[1]
-        texts = StopTexts.of(batch, self._tokenizer)
-        not_finite = NotFinite(None if self._peers is None else self._peers.tokens)
-        stopper = Stopper(batch, texts, not_finite, device=self._device, stop=stop, count=self._count_step)
-        sampler = Sampler(batch, self._device)
-        choosers: list[LogitsProcessor] = [sampler] if sampler.is_needed else []
-        if self._peers is not None:
-            choosers.append(AgreedToken(self._peers.tokens))
-        recorder = Recorder(batch, choosers, self._device)
+        agree = None if self._peers is None else self._peers.tokens
+        not_finite = NotFinite(agree)
+        chosen = ChosenToken(batch, self._tokenizer, self._device, not_finite, agree)
+        stopper = Stopper(batch, self._tokenizer, not_finite, chosen, stop=stop, count=self._count_step)
         output = generate_greedily(
             self.loaded,
             inputs,
             max(prompt.params.max_new_tokens for prompt in batch),
-            logits_processor=LogitsProcessorList([not_finite, *([recorder] if recorder.is_needed else choosers)]),
+            end=stopper.ends_by_token,
+            logits_processor=LogitsProcessorList([not_finite, *([chosen] if chosen.is_needed else [])]),
             stopping_criteria=StoppingCriteriaList([stopper]),
         )
         if stopper.abandoned:
@@ -172,7 +171,7 @@ class StaticBatches:
         rows = output[:, width:].tolist()
         if self._must_check:
             self._check(batch, rows, stopper)
-        return self._collect(batch, rows, stopper, width, recorder.read())
+        return self._collect(batch, rows, stopper, width, chosen.read_logprobs())
 
     def _check(self, batch: Sequence[Prompt], rows: list[list[int]], stopper: Stopper) -> None:
         lengths, failed = stopper.lengths.tolist(), stopper.failed.tolist()
@@ -205,7 +204,7 @@ class StaticBatches:
         rows: list[list[int]],
         stopper: Stopper,
         width: int,
-        logprobs: Mapping[int, Sequence[float]],
+        logprobs: Mapping[int, Sequence[ChosenLogprob]],
     ) -> Batch:
         """Returns the rows that have ended.
 
@@ -214,17 +213,32 @@ class StaticBatches:
         """
         generations = []
         padded = 0
-        lengths, stopped, failed = (tensor.tolist() for tensor in (stopper.lengths, stopper.stopped, stopper.failed))
+        lengths, failed, impossible = (
+            tensor.tolist() for tensor in (stopper.lengths, stopper.failed, stopper.impossible)
+        )
+        ends = stopper.read_ends()
         for number, (prompt, row, length) in enumerate(zip(batch, rows, lengths, strict=True)):
             padding = width - len(prompt.tokens)
             padded += padding + stopper.steps - length
-            if not failed[number]:
+            if failed[number]:
+                if not padding:
+                    generations.append(finite.fail(prompt, finite.dtype_of(self._model)))
+            elif number in stopper.errors:
+                generations.append(results.fail_constraint(prompt, stopper.errors[number]))
+            elif impossible[number]:
+                generations.append(results.fail_impossible(prompt))
+            else:
                 own = logprobs[number][:length] if number in logprobs else None
-                generations.append(generation(prompt, row[:length], stopped[number], self._tokenizer, own))
-            elif not padding:
-                generations.append(finite.fail(prompt, finite.dtype_of(self._model)))
-        self._signs.generated_tokens -= sum(failed)  # they were counted with the step in which they failed
+                ended = Ended(prompt, row[:length], ends[number], own, self._find_prompt_logprobs(prompt))
+                generations.append(results.make_generation(ended, self._tokenizer))
+        self._signs.generated_tokens -= sum(failed) + sum(
+            impossible
+        )  # they were counted with the step in which they failed
         return Batch(generations, padded, take_peak_bytes(self._sizer.devices))
+
+    def _find_prompt_logprobs(self, prompt: Prompt) -> PromptLogprobs | None:
+        count = prompt.params.prompt_logprobs
+        return None if count is None else find_prompt_logprobs(self._model, prompt.tokens, count, self._device)
 
     def _count_step(self, tokens: int) -> None:
         self._signs.generated_tokens += tokens

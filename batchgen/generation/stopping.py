@@ -1,120 +1,46 @@
-"""When a row ends, inside one `model.generate` call or row by row: its length, an end of sequence, a stop text.
+"""When a row ends inside one `model.generate` call, which has one length for the whole batch.
 
-`generate` has one length for the whole batch. `Stopper` ends each row on its own.
+`Stopper` ends each row on its own. Rows whose end depends on more than their length and the model's ends of sequence,
+and rows whose next token depends on their last one, are followed on the host (`ends.EndFinder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import StoppingCriteria
 
+from batchgen.generation import ends
+from batchgen.generation.ends import LENGTH, STOP, End, EndFinder
 from batchgen.generation.finite import NotFinite
+from batchgen.generation.processor import ChosenToken
 from batchgen.models.tokenizer import HfTokenizer
-from batchgen.types import Details, FinishReason, Generation, Prompt
-
-# A tail of tokens can begin in the middle of a character and may hold tokens without text (special ones).
-_TAIL_MARGIN = 8
-
-
-class StopTexts:
-    """Finds stop texts in the rows that have some, token by token, by decoding the end of the row."""
-
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        end_tokens: Sequence[int],
-        decode: Callable[[Sequence[int]], str],
-        special_tokens: Mapping[str, int],
-    ) -> None:
-        self._prompts = prompts
-        self._decode = decode
-        self.end_tokens = frozenset(end_tokens)
-        """Ids that end a row."""
-        self._special = special_tokens
-        self.rows = [row for row, prompt in enumerate(prompts) if prompt.params.stop]
-        """Rows that still have to be watched."""
-        self._tokens: dict[int, list[int]] = {row: [] for row in self.rows}
-
-    @classmethod
-    def of(cls, prompts: Sequence[Prompt], tokenizer: HfTokenizer) -> StopTexts:
-        """Makes it with the end tokens, the decoding and the special tokens of the model's tokenizer."""
-        return cls(prompts, tokenizer.end_tokens, tokenizer.decode, tokenizer.special_tokens)
-
-    def append(self, tokens: Sequence[int]) -> list[int]:
-        """Takes the next token of each of `rows`; returns the rows whose text now holds a stop text.
-
-        Those, and the rows that ended by themselves, leave `rows`.
-        """
-        stopped: list[int] = []
-        watched: list[int] = []
-        for row, token in zip(self.rows, tokens, strict=True):
-            generated = self._tokens[row]
-            generated.append(token)
-            if self._stops(row, generated):
-                stopped.append(row)
-            elif token not in self.end_tokens and len(generated) < self._prompts[row].params.max_new_tokens:
-                watched.append(row)
-        self.rows = watched
-        return stopped
-
-    def _stops(self, row: int, generated: list[int]) -> bool:
-        stops = self._prompts[row].params.stop
-        # Special tokens have no text in the output, yet people name them: stop=["<|im_end|>"].
-        if any(self._special.get(stop) == generated[-1] for stop in stops):
-            return True
-        # A token with text has at least one byte, so a stop text of n bytes lies within n tokens.
-        longest = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops)
-        tail = self._decode(generated[-(longest + _TAIL_MARGIN) :])
-        return any(stop in tail for stop in stops)
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """Returns `text` up to the first of `stops`."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
-
-
-def generation(
-    prompt: Prompt, tokens: Sequence[int], stopped: bool, tokenizer: HfTokenizer, logprobs: Sequence[float] | None
-) -> Generation:
-    """Returns the generation of `prompt`: the text of its `tokens` before the first of its stop texts.
-
-    Args:
-        stopped: an end of sequence or a stop text has ended it, not its length.
-        logprobs: of each of `tokens`, if the prompt asks for them.
-    """
-    text = tokenizer.decode(tokens)
-    kept = cut(text, prompt.params.stop)
-    reason: FinishReason = "stop" if stopped or kept != text else "length"
-    texts = None if logprobs is None or prompt.request is None else [tokenizer.token_text(token) for token in tokens]
-    details = None if texts is None else Details(token_texts=texts)
-    return Generation.of(prompt, kept, reason, len(tokens), logprobs, details)
+from batchgen.types import Prompt
 
 
 class Stopper(StoppingCriteria):
-    """Ends each row at its own length, at an end-of-sequence token or at a stop text; the batch when `stop()` is true.
+    """Ends each row at its own end (`generation.ends`); the batch when `stop()` is true.
 
     What a row is worth is read off here after `generate`, never off the padded output: `lengths` counts tokens up to
-    and including the last one, `stopped` says which rows ended before their length, `failed` which ones have ended
-    because their logits were not finite.
+    and including the last one, `failed` says which rows have ended because their logits were not finite.
 
-    The device is not waited for, except by rows with stop texts: `generate` itself waits once a step, and the number
-    of live rows is copied before that and read after it.
+    The device is not waited for, except by rows that are followed on the host: `generate` itself waits once a step,
+    and the number of live rows is copied before that and read after it.
 
     Args:
         prompts: the rows of the batch, in order.
-        texts: finds the stop texts of these rows, and knows the tokens that end one.
+        tokenizer: the model's.
         not_finite: has marked the rows of the current step whose logits are not finite.
-        device: where token ids are.
+        processor: has chosen the tokens of the current step, and is given those that it awaits.
         stop: whether to end the whole batch now; asked at each step.
         count: is called at each step with the number of tokens that the batch has generated in it.
 
     Attributes:
         lengths: generated tokens of each row, int64 [rows].
-        stopped, failed: as above, bool [rows].
+        failed, impossible: rows whose logits were not finite, and those that had no token left, bool [rows].
+        errors: what went wrong with the constraints of rows.
         steps: made so far.
         abandoned: `stop()` has ended the batch.
     """
@@ -122,26 +48,36 @@ class Stopper(StoppingCriteria):
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        texts: StopTexts,
+        tokenizer: HfTokenizer,
         not_finite: NotFinite,
+        processor: ChosenToken,
         *,
-        device: torch.device,
         stop: Callable[[], bool],
         count: Callable[[int], None],
     ) -> None:
-        rows = len(prompts)
+        device, rows = processor.device, len(prompts)
         limits = [prompt.params.max_new_tokens for prompt in prompts]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         self.failed = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.impossible = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.errors: dict[int, str] = {}
         self.steps = 0
         self.abandoned = False
+        self.ends_by_token = not any(prompt.params.ignore_eos for prompt in prompts)
+        """`generate` may end rows at ends of sequence by itself."""
+        if not self.ends_by_token:
+            self.eos_token_id = None  # its being there lets `generate` fill rows that have ended
+        self._stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         self._alive = torch.ones(rows, dtype=torch.bool, device=device)
         self._limits = torch.tensor(limits, dtype=torch.long, device=device)
         self._longest = max(limits)
-        self._end = torch.tensor(sorted(texts.end_tokens), dtype=torch.long, device=device)
-        self._texts = texts
-        self._not_finite = not_finite
+        self._end = torch.tensor(sorted(tokenizer.end_tokens), dtype=torch.long, device=device)
+        awaiting = [row for row, prompt in enumerate(prompts) if ends.needs_tokens(prompt) or processor.may_await(row)]
+        self._finders = {row: EndFinder(prompts[row], tokenizer) for row in awaiting}
+        self._is_followed = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._is_followed[awaiting] = True
+        self._ends: dict[int, End] = {}  # of rows that are followed
+        self._not_finite, self._processor = not_finite, processor
         self._stop = stop
         self._count = count
         self._live = torch.tensor(rows, pin_memory=device.type == "cuda")
@@ -155,13 +91,17 @@ class Stopper(StoppingCriteria):
         failed = self._alive & self._not_finite.rows
         self.failed |= failed
         self._alive &= ~failed
+        if self._processor.impossible is not None:
+            impossible = self._alive & self._processor.impossible
+            self.impossible |= impossible
+            self._alive &= ~impossible
         self.lengths += self._alive
-        ended = torch.isin(input_ids[:, -1], self._end)
-        if self._texts.rows:
-            stopped = self._texts.append(input_ids[self._texts.rows, -1].tolist())
-            if stopped:
-                ended[stopped] = True
-        self.stopped |= self._alive & ended
+        ended = torch.isin(input_ids[:, -1], self._end) & ~self._is_followed
+        if self._finders:
+            followed = self._follow(input_ids)
+            if followed:
+                ended[followed] = True
+        self._stopped |= self._alive & ended
         self._alive &= ~ended & (self._limits > self.steps)
         self._live.copy_(self._alive.sum(), non_blocking=True)
         if self._copied is not None:
@@ -170,3 +110,28 @@ class Stopper(StoppingCriteria):
             self.abandoned = True
             return torch.ones_like(self._alive)
         return ~self._alive
+
+    def read_ends(self) -> list[End]:
+        """Returns why each row has ended; of a row that has failed it means nothing."""
+        stopped = self._stopped.tolist()
+        return [self._ends.get(row, STOP if stopped[row] else LENGTH) for row in range(len(stopped))]
+
+    def _follow(self, input_ids: torch.Tensor) -> list[int]:
+        """Takes the tokens of rows that are followed; returns those that have ended, which are followed no more."""
+        rows = list(self._finders)
+        tokens = dict(zip(rows, input_ids[rows, -1].tolist(), strict=True))
+        found = {row: self._finders[row].append(token) for row, token in tokens.items()}
+        # Whether a constraint is fulfilled also matters to a row that is as long as it may be.
+        self._processor.advance({row: tokens[row] for row, end in found.items() if end is None or end is LENGTH})
+        for row, end in found.items():
+            error = self._processor.find_error(row)
+            if error is not None:
+                self.errors[row] = error
+                found[row] = STOP
+            elif (end is None or end is LENGTH) and self._processor.is_complete(row):
+                found[row] = STOP
+        ended = {row: end for row, end in found.items() if end is not None}
+        self._ends |= ended
+        for row in ended:
+            del self._finders[row]
+        return list(ended)

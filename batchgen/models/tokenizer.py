@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -137,12 +138,32 @@ class HfTokenizer:
         self._lost_letters |= {letter: letter in lost for letter in new}
         return "".join(sorted(letter for letter in letters if self._lost_letters[letter]))
 
-    def decode(self, tokens: Tokens) -> str:
-        """Returns the text of generated tokens. Special ones are left out; nothing is stripped or cleaned up."""
-        text = self._plain_decode([*self._anchor, *tokens])
+    @property
+    def size(self) -> int:
+        """How many tokens there are, added ones included; the model may know more."""
+        return len(self._hf_tokenizer)
+
+    def read_definition(self) -> str | None:
+        """Returns the tokenizer as the library `tokenizers` writes it, in JSON; None: it is not one of that library."""
+        backend = getattr(self._hf_tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        whole = copy.deepcopy(backend)
+        whole.no_padding()
+        whole.no_truncation()
+        return str(whole.to_str())
+
+    def decode(self, tokens: Tokens, *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of generated tokens; nothing is stripped or cleaned up.
+
+        Args:
+            skip_special_tokens: special ones are left out; else they are written as their names.
+        """
+        special = not skip_special_tokens
+        text = self._plain_decode([*self._anchor, *tokens], special)
         if self._anchor_text and text.startswith(self._anchor_text):
             return text[len(self._anchor_text) :]
-        return self._plain_decode(tokens)
+        return self._plain_decode(tokens, special)
 
     def token_text(self, token: int) -> str:
         """Returns the text of one token behind another one.

@@ -21,11 +21,13 @@ from batchgen import engines
 from batchgen.engine import Setup
 from batchgen.models import cache_folder
 from batchgen.runs.schedule import order, shard
-from batchgen.types import Prompt
+from batchgen.types import Generation, Prompt
 from batchgen.world import free_port, from_environment
+from tests.generation import parameter_cases
 from tests.tiny_models import random_prompts
 
 SETS = (1, 2, 3, 7, 50)  # prompts
+CASES = 0  # in the place of their number: the prompts of `parameter_cases`, of which the tokens are what is written
 PATIENCE = 600.0  # s for all the sets
 
 
@@ -38,6 +40,14 @@ def prompts(count: int, most_tokens: int = 40) -> list[Prompt]:
         replace(prompt, params=replace(prompt.params, max_new_tokens=most, logprobs=prompt.index % 3 == 0))
         for prompt, most in zip(made, tokens, strict=True)
     ]
+
+
+def cases() -> list[Prompt]:
+    """The prompts of `parameter_cases`; every third asks for the logprobs of its prompt."""
+    made = parameter_cases.prompts_of_cases()
+    for prompt in made[::3]:
+        prompt.params = replace(prompt.params, prompt_logprobs=1)
+    return made
 
 
 def ranks(
@@ -120,15 +130,27 @@ def main(
         swapped = len(list(Path(disk).rglob(f"rank{world.rank}/*.swp"))) if disk else 0
         (folder / f"swapped-{world.rank}").write_text(str(swapped))
         for count in sets:
-            every = prompts(count, most_tokens)
-            mine = order([every[index] for index in shard(count, stream)], 0)
+            every = prompts(count, most_tokens) if count != CASES else cases()
+            mine = order([every[index] for index in shard(len(every), stream)], 0)
             batches = made.generate(iter(mine), lambda: False)
             done = [generation for batch in batches for generation in batch.generations]
             done = done if stream.writes else []
-            texts[count] = {one.index: one.text for one in done}
+            texts[count] = {one.index: one.text if count != CASES else _name_tokens(one) for one in done}
             logprobs[count] = {one.index: one.logprobs for one in done if one.logprobs is not None}
+            if count == CASES:
+                logprobs[count] = {one.index: _find_prompt_logprobs(one) for one in done if one.index % 3 == 0}
     (folder / f"logprobs-{world.rank}").write_text(json.dumps(logprobs))
     (folder / str(world.rank)).write_text(json.dumps(texts))
+
+
+def _name_tokens(generation: Generation) -> str:
+    assert generation.details is not None, generation.error
+    return str(list(generation.details.token_ids or ()))
+
+
+def _find_prompt_logprobs(generation: Generation) -> list[float]:
+    assert generation.details is not None
+    return [place[0].logprob for place in generation.details.prompt_logprobs or () if place]
 
 
 if __name__ == "__main__":

@@ -1,25 +1,44 @@
-"""Choosing and stopping, on logits and token ids made by hand."""
+"""Drawing and choosing tokens, on logits made by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from batchgen.generation.finite import NotFinite
-from batchgen.generation.sampling import Sampler, SamplingTensors, _keep_nucleus, sample
-from batchgen.generation.stopping import Stopper, StopTexts, cut
+from batchgen.generation.choosing import TokenChooser
+from batchgen.generation.sampling import SamplingTensors, _keep_nucleus, sample
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Prompt, SamplingParams
-from tests.tiny_models import END, END_OF_TURN, byte_tokenizer
 
 CPU = torch.device("cpu")
 
 
 def prompt(number: int = 0, **params: Any) -> Prompt:
     return Prompt(number, f"row-{number}", number + 1, "", [1, 5], SamplingParams(**params), {})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> HfTokenizer:
+    return HfTokenizer(str(tiny_llama))
+
+
+class Chooser:
+    """Chooses for rows whose places are their numbers."""
+
+    def __init__(self, prompts: Sequence[Prompt], tokenizer: HfTokenizer, width: int) -> None:
+        self.chooser = TokenChooser(len(prompts), width, tokenizer, CPU)
+        self._places = range(len(prompts))
+        for place, row in enumerate(prompts):
+            self.chooser.begin(place, row)
+
+    def choose(self, logits: torch.Tensor) -> list[int]:
+        tokens: list[int] = self.chooser.choose(logits, self._places, logits.argmax(-1)).tokens.tolist()
+        return tokens
 
 
 def test_tokens_come_as_often_as_the_softmax_says() -> None:
@@ -37,11 +56,27 @@ def test_tokens_come_as_often_as_the_softmax_says() -> None:
     assert squared.sum() < 43.8
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.8), (5, 1.0), (7, 0.6), (1, 1.0), (1000, 0.5), (0, 1e-9)])
-def test_exactly_the_tokens_are_kept_that_transformers_keeps(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("min_p", "top_k", "top_p"),
+    [
+        (0.0, 0, 0.8),
+        (0.0, 5, 1.0),
+        (0.0, 7, 0.6),
+        (0.0, 1, 1.0),
+        (0.0, 1000, 0.5),
+        (0.0, 0, 1e-9),
+        (0.1, 0, 1.0),
+        (0.05, 4, 1.0),
+        (0.05, 8, 0.7),
+        (1.0, 0, 1.0),
+    ],
+)
+def test_exactly_the_tokens_are_kept_that_transformers_keeps(min_p: float, top_k: int, top_p: float) -> None:
     torch.manual_seed(2)
     logits = torch.randn(30) * 3
     warped = TemperatureLogitsWarper(1.5)(None, logits[None])
+    if min_p:
+        warped = MinPLogitsWarper(min_p)(None, warped)
     if top_k:
         warped = TopKLogitsWarper(top_k)(None, warped)
     if top_p < 1:
@@ -49,8 +84,8 @@ def test_exactly_the_tokens_are_kept_that_transformers_keeps(top_k: int, top_p: 
     kept = set(warped[0].isfinite().nonzero().flatten().tolist())
     draws = 20_000
     uniform = torch.linspace(0, 1, draws + 1, dtype=torch.float64)[:-1]
-    temperatures, nuclei = (torch.full((draws,), number, dtype=torch.float64) for number in (1.5, top_p))
-    params = SamplingTensors(temperatures, torch.full((draws,), top_k), top_k, nuclei)
+    temperatures, nuclei, shares = (torch.full((draws,), n, dtype=torch.float64) for n in (1.5, top_p, min_p))
+    params = SamplingTensors(temperatures, torch.full((draws,), top_k), top_k, nuclei, shares)
     tokens = sample(logits.expand(draws, -1), uniform, params)
     assert set(tokens.tolist()) == kept
     shares = torch.bincount(tokens, minlength=30) / draws
@@ -93,143 +128,60 @@ def test_a_token_of_probability_zero_is_never_chosen(uniform: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e-3])
-def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    sampler = Sampler([prompt(temperature=temperature)], CPU)
-    assert all(sampler(torch.empty(0), logits.clone()).argmax(-1).item() == 1 for _ in range(100))
+def test_the_smallest_temperatures_are_greedy(temperature: float, tokenizer: HfTokenizer) -> None:
+    chooser = Chooser([prompt(temperature=temperature)], tokenizer, 3)
+    assert all(chooser.choose(torch.tensor([[1.0, 3.0, 2.0]])) == [1] for _ in range(100))
 
 
-def test_greedy_rows_keep_their_logits_beside_sampled_ones() -> None:
+def test_greedy_rows_have_the_best_token_beside_sampled_ones(tokenizer: HfTokenizer) -> None:
     torch.manual_seed(3)
-    logits = torch.randn(3, 50)
-    scores = Sampler([prompt(0), prompt(1, temperature=1.0), prompt(2)], CPU)(torch.empty(0), logits.clone())
-    assert torch.equal(scores[[0, 2]], logits[[0, 2]])
-    assert scores[1].isposinf().sum() == 1
+    chooser = Chooser([prompt(0), prompt(1, temperature=5.0), prompt(2)], tokenizer, 50)
+    drawn = set()
+    for _ in range(20):
+        logits = torch.randn(3, 50)
+        before = logits.clone()
+        first, sampled, last = chooser.choose(logits)
+        assert [first, last] == logits[[0, 2]].argmax(-1).tolist()
+        assert torch.equal(logits, before)
+        drawn.add(sampled)
+    assert len(drawn) > 10
 
 
-def test_top_k_of_one_is_greedy_beside_rows_with_other_settings() -> None:
+def test_top_k_of_one_is_greedy_beside_rows_with_other_settings(tokenizer: HfTokenizer) -> None:
     torch.manual_seed(4)
     rows = [prompt(0, temperature=2.0, top_k=1), prompt(1, temperature=2.0, top_k=40), prompt(2, temperature=1.0)]
-    sampler = Sampler(rows, CPU)
+    chooser = Chooser(rows, tokenizer, 50)
     for _ in range(200):
         logits = torch.randn(3, 50)
-        assert sampler(torch.empty(0), logits.clone())[0].argmax() == logits[0].argmax()
+        assert chooser.choose(logits)[0] == logits[0].argmax()
 
 
-def test_a_row_draws_the_same_wherever_it_stands_and_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_draws_the_same_wherever_it_stands_and_whatever_the_chunk(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: HfTokenizer
+) -> None:
     torch.manual_seed(5)
-    steps = torch.randn(150, 64) / 4  # more steps than are drawn at a time
-    rows = [prompt(n, temperature=1.0, top_p=0.9 if n % 2 else 1.0, top_k=n * 8) for n in range(5)]
+    steps = torch.randn(150, 64) / 4
+    rows = [prompt(n, temperature=1.0, top_p=0.9 if n % 2 else 1.0, top_k=n * 8, min_p=n / 50) for n in range(5)]
+    rows += [prompt(n, temperature=1.0, frequency_penalty=0.1) for n in range(5, 8)]
 
     def tokens(order: Sequence[int]) -> dict[int, list[int]]:
-        sampler = Sampler([rows[n] for n in order], CPU)
-        chosen = [sampler(torch.empty(0), step.repeat(len(order), 1)).argmax(-1).tolist() for step in steps]
+        chooser = Chooser([rows[n] for n in order], tokenizer, 64)
+        chosen = [chooser.choose(step.repeat(len(order), 1)) for step in steps]
         return {n: [step[place] for step in chosen] for place, n in enumerate(order)}
 
-    together = tokens([0, 1, 2, 3, 4])
-    assert len(set(map(tuple, together.values()))) == 5
-    assert tokens([3, 0]) == {n: together[n] for n in (3, 0)}
-    monkeypatch.setattr("batchgen.generation.sampling._ELEMENTS_AT_ONCE", 128)
-    assert tokens([4, 3, 2, 1, 0]) == together
+    together = tokens(range(8))
+    assert len(set(map(tuple, together.values()))) == 8
+    assert tokens([3, 0, 6]) == {n: together[n] for n in (3, 0, 6)}
+    for module in ("sampling", "row_groups"):
+        monkeypatch.setattr(f"batchgen.generation.{module}._ELEMENTS_AT_ONCE", 128)
+    assert tokens([7, 4, 6, 3, 2, 5, 1, 0]) == together
 
 
-def test_another_seed_draws_another_text() -> None:
+def test_another_seed_draws_another_text(tokenizer: HfTokenizer) -> None:
     logits = torch.zeros(1, 1000)
-    first, second = (Sampler([prompt(temperature=1.0, seed=seed)], CPU) for seed in (0, 1))
-    draws = [[s(torch.empty(0), logits.clone()).argmax().item() for _ in range(20)] for s in (first, second)]
+    first, second = (Chooser([prompt(temperature=1.0, seed=seed)], tokenizer, 1000) for seed in (0, 1))
+    draws = [[chooser.choose(logits)[0] for _ in range(20)] for chooser in (first, second)]
     assert draws[0] != draws[1]
-
-
-class Feed:
-    """Feeds token ids to a `Stopper` as `generate` does: a column a step, until all rows are done."""
-
-    def __init__(self, prompts: Sequence[Prompt], stop: Callable[[], bool] = lambda: False) -> None:
-        tokenizer = byte_tokenizer()
-        self.counted: list[int] = []
-        special = {token: index for index, token in enumerate(("<pad>", "<s>", "</s>", "<|end|>"))}
-        texts = StopTexts(prompts, [END, END_OF_TURN], lambda ids: tokenizer.decode(ids, True), special)
-        not_finite = NotFinite()
-        not_finite.rows = torch.zeros(len(prompts), dtype=torch.bool)
-        count = self.counted.append
-        self.stopper = Stopper(prompts, texts, not_finite, device=CPU, stop=stop, count=count)
-        self.tokenizer = tokenizer
-
-    def rows(self, rows: Sequence[Sequence[int]]) -> None:
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-        for step in range(1, width + 1):
-            if self.stopper(ids[:, :step], None).all():
-                return
-
-    def texts(self, *texts: str) -> None:
-        self.rows([self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
-
-
-def test_each_row_ends_at_its_own_length() -> None:
-    feed = Feed([prompt(0, max_new_tokens=2), prompt(1, max_new_tokens=5), prompt(2, max_new_tokens=1)])
-    feed.rows([[9] * 8] * 3)
-    assert feed.stopper.lengths.tolist() == [2, 5, 1]
-    assert not feed.stopper.stopped.any()
-    assert feed.stopper.steps == 5
-    assert feed.counted == [3, 2, 1, 1, 1]
-
-
-def test_every_end_token_ends_a_row_and_is_counted() -> None:
-    feed = Feed([prompt(n, max_new_tokens=4) for n in range(4)])
-    feed.rows([[9, END, 0, 0], [9, 9, END_OF_TURN, 0], [9, 9, 9, END], [9, 9, 9, 9]])
-    assert feed.stopper.lengths.tolist() == [2, 3, 4, 4]
-    assert feed.stopper.stopped.tolist() == [True, True, True, False]
-    assert sum(feed.counted) == 13
-
-
-def test_a_row_ends_with_the_token_that_completes_one_of_its_own_stop_texts() -> None:
-    feed = Feed(
-        [
-            prompt(0, max_new_tokens=40, stop=("nowhere", "two")),
-            prompt(1, max_new_tokens=40),
-            prompt(2, max_new_tokens=40, stop=("é!",)),
-            prompt(3, max_new_tokens=3, stop=("two",)),
-        ]
-    )
-    feed.texts("one two three four", "one two three four", "déjà vé! encore", "one two")
-    assert feed.stopper.lengths.tolist() == [7, 18, 11, 3]
-    assert feed.stopper.stopped.tolist() == [True, False, True, False]
-
-
-def test_a_long_stop_text_is_found_after_a_long_beginning() -> None:
-    stop = "→ the end of it, which is long ←" * 3
-    feed = Feed([prompt(max_new_tokens=1000, stop=(stop,))])
-    feed.texts("x" * 300 + stop + "y" * 20)
-    assert feed.stopper.lengths.tolist() == [300 + len(stop.encode())]
-
-
-def test_a_stop_text_that_names_a_special_token_stops_there() -> None:
-    feed = Feed([prompt(max_new_tokens=9, stop=("<pad>",))])
-    feed.rows([[9, 9, 0, 9]])
-    assert feed.stopper.lengths.tolist() == [3]
-    assert feed.stopper.stopped.all()
-
-
-def test_a_stop_request_ends_all_rows_at_once() -> None:
-    answers = iter([False, False, True])
-    feed = Feed([prompt(0, max_new_tokens=50), prompt(1, max_new_tokens=50)], stop=lambda: next(answers))
-    feed.rows([[9] * 50] * 2)
-    assert feed.stopper.abandoned
-    assert feed.stopper.steps == 3
-
-
-def test_a_stop_request_at_the_last_step_lets_the_batch_finish() -> None:
-    feed = Feed([prompt(max_new_tokens=1)], stop=lambda: True)
-    feed.rows([[9]])
-    assert not feed.stopper.abandoned
-
-
-@pytest.mark.parametrize(
-    ("text", "stops", "expected"),
-    [("a b c", (), "a b c"), ("a b c", ("c", "b"), "a "), (" a ", ("x",), " a "), ("stop", ("stop",), "")],
-)
-def test_a_text_is_cut_before_the_first_stop_text(text: str, stops: tuple[str, ...], expected: str) -> None:
-    assert cut(text, stops) == expected
 
 
 def test_probabilities_of_a_large_vocabulary_add_up() -> None:

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from batchgen.engine import Setup
 from batchgen.engines import find as find_engine
-from batchgen.generation.stopping import generation
+from batchgen.generation.ends import LENGTH, STOP
+from batchgen.generation.results import Ended, make_generation
 from batchgen.models import loading
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.planning import auto
@@ -140,7 +141,9 @@ def alone(model: Any, prompts: Sequence[Prompt], tokenizer: HfTokenizer) -> Text
         with torch.inference_mode():
             output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         tokens = output[0, ids.shape[1] :].tolist()
-        found[prompt.id] = generation(prompt, tokens, tokens[-1] in tokenizer.end_tokens, tokenizer, None)
+        found[prompt.id] = make_generation(
+            Ended(prompt, tokens, STOP if tokens[-1] in tokenizer.end_tokens else LENGTH), tokenizer
+        )
     return found
 
 

@@ -6,9 +6,10 @@ How a step is made, by `loop`, in a thread of its own:
 2. plan: preempt if the cache is full, let every running sequence decode a token, admit waiting ones and prefill a chunk
    of each (`scheduler`; `admission` says who fits, `prefill_budget` how much a step takes, `pages` which pages).
 3. launch: send the step's arrays to the device (`step_buffers`), set the layout, run the model as a CUDA graph
-   (`graphs`), choose the next tokens (`runner`, `sampling`); over several ranks, tell the others first (`lockstep`).
+   (`graphs`), choose the next tokens (`runner`); over several ranks, tell the others first (`lockstep`).
 4. read: wait for the tokens of the step before (`launched_step`), give them to their sequences (`finished_rows`).
-5. finish: hand over the rows that have ended, the first ones after the self-test (`first_rows`); `engine` yields them.
+5. choose: where rows of the launched step awaited those tokens, choose its own only now (`runner`).
+6. finish: hand over the rows that have ended, the first ones after the self-test (`first_rows`); `engine` yields them.
 
 Inside the model, `models` has put `attention` (by `kernels` on a GPU) and `linear` (by `skinny_gemm`) in the place of
 Transformers' own; `layout` tells attention which token belongs where.
@@ -20,7 +21,7 @@ Each module imports only modules of the rows below its own:
     first_rows
     lockstep   finished_rows
     runner     scheduler
-    models     sampling   graphs   launched_step   admission   prefill_budget   sizing   alone
+    models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing   alone
     attention  linear
     kernels    skinny_gemm
     layout     step_buffers

@@ -27,6 +27,7 @@ from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.engines.paged.step import StepLimits
 from batchgen.generation import finite
+from batchgen.generation.choosing import TokenChooser
 from batchgen.generation.selftest import SelfTest
 from batchgen.models import footprint, loading
 from batchgen.models.tokenizer import HfTokenizer
@@ -145,7 +146,8 @@ class Paged(Engine):
         token_bytes = footprint.cache_bytes_per_token(self._tokenizer.config, self._model.dtype.itemsize) // peers.count
         free = device.free_bytes([self._device], self._setup.world.local_size)
         limits = self._choose_limits(peers, free, token_bytes)
-        runner = Runner(self._model, limits, peers)
+        chooser = self._make_chooser(limits) if peers.place == 0 else None
+        runner = Runner(self._model, limits, peers, chooser)
         if self._device.type == "cuda":
             free = runner.measure_free_bytes()
         else:  # or what all slots can need
@@ -161,6 +163,10 @@ class Paged(Engine):
             )
         runner.allocate(pages)
         return runner
+
+    def _make_chooser(self, limits: StepLimits) -> TokenChooser:
+        vocabulary = self._model.config.get_text_config().vocab_size
+        return TokenChooser(limits.slots, vocabulary, self._tokenizer, self._device)
 
     def _choose_limits(self, peers: Peers, free: int, token_bytes: int) -> StepLimits:
         """The limits of steps, in `free` bytes of which a token of the cache takes `token_bytes`."""
@@ -213,7 +219,8 @@ class Paged(Engine):
         """Generates on a rank that plans the steps; on its own, or as the leader of others."""
         runner = self._make_ready()
         self._scheduler = Scheduler(runner.limits, runner.pages, self._options.expected_share)
-        reader = StepReader(self._scheduler, self._tokenizer, self.signs)
+        assert runner.chooser is not None  # this rank plans the steps
+        reader = StepReader(self._scheduler, self._tokenizer, runner.chooser, self.signs)
         first_rows = FirstRows(self._make_selftest(runner, leader), leader) if self._setup.selftest else None
         self._loop = loop = Loop(self._scheduler, runner, reader, self.signs, first_rows, leader)
         loop.start()

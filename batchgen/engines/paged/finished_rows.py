@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import chain, islice
+from typing import Any
+
+import torch
 
 from batchgen.engine import SignsOfLife
 from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.runner import NOT_FINITE
 from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.engines.paged.step import Sequence
-from batchgen.generation import finite, refusals
-from batchgen.generation.stopping import StopTexts, generation
+from batchgen.generation import finite, refusals, results
+from batchgen.generation.choosing import TokenChooser
+from batchgen.generation.chosen import NOTHING_LEFT, ChosenLogprob
+from batchgen.generation.ends import LENGTH, STOP, End, EndFinder
+from batchgen.generation.prompt_logprobs import PromptLogprobs
+from batchgen.generation.results import Ended
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Generation, Prompt
+
+
+class Failure(Enum):
+    """Why a row has failed."""
+
+    NO_ROOM = auto()  # in the cache, even alone
+    NOT_FINITE = auto()  # the model's numbers
+    NO_TOKEN = auto()  # that its parameters allow
+    CONSTRAINT = auto()  # could not be followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +39,26 @@ class FinishedRow:
     """A row that has ended."""
 
     prompt: Prompt
-    tokens: list[int] | None  # generated, up to and including the one that ended it; None: it has failed
-    is_stopped: bool = False  # by an end of sequence or a stop text, not by its length
-    logprobs: list[float] | None = None  # of `tokens`, if the prompt asks for them
-    is_not_finite: bool = False  # why it has failed: the model's numbers; else there is no room for it
+    ended: Ended | None  # None: it has failed
+    failure: Failure | None = None  # None: it has not
+    reason: str = ""  # why its constraint could not be followed
+
+    @property
+    def tokens(self) -> list[int] | None:
+        """Those that were generated, up to and including the one that ended the row; None: it has failed."""
+        return None if self.ended is None else list(self.ended.tokens)
 
     def to_generation(self, tokenizer: HfTokenizer, dtype: str) -> Generation:
         """The row's text, or its error; `dtype` is what the model computes in, as `--dtype` calls it."""
-        if self.is_not_finite:
+        if self.ended is not None:
+            return results.make_generation(self.ended, tokenizer)
+        if self.failure is Failure.NOT_FINITE:
             return finite.fail(self.prompt, dtype)
-        if self.tokens is None:
-            return refusals.refuse(self.prompt)
-        return generation(self.prompt, self.tokens, self.is_stopped, tokenizer, self.logprobs)
+        if self.failure is Failure.NO_TOKEN:
+            return results.fail_impossible(self.prompt)
+        if self.failure is Failure.CONSTRAINT:
+            return results.fail_constraint(self.prompt, self.reason)
+        return refusals.refuse(self.prompt)
 
 
 class StepReader:
@@ -40,48 +67,126 @@ class StepReader:
     Args:
         scheduler: whose sequences get these tokens; it is told which of them end.
         tokenizer: of the model: it has the tokens that end a row, and makes texts, in which stop texts are looked for.
+        chooser: of the tokens: it is told those that rows await, and which rows end.
         signs: count the tokens.
     """
 
-    def __init__(self, scheduler: Scheduler, tokenizer: HfTokenizer, signs: SignsOfLife) -> None:
-        self._scheduler, self._tokenizer, self._signs = scheduler, tokenizer, signs
+    def __init__(self, scheduler: Scheduler, tokenizer: HfTokenizer, chooser: TokenChooser, signs: SignsOfLife) -> None:
+        self._scheduler, self._tokenizer, self._chooser, self._signs = scheduler, tokenizer, chooser, signs
         self._end_tokens = frozenset(tokenizer.end_tokens)
-        self._stop_texts: dict[Sequence, StopTexts] = {}
+        # Of the sequences that need them, until they end.
+        self._finders: dict[Sequence, EndFinder] = {}
+        self._logprobs: dict[Sequence, list[ChosenLogprob]] = {}
+        self._prompt_logprobs: dict[Sequence, list[tuple[Any, ...]]] = {}  # a row of `PromptLogprobs` for each token
         self.has_read = False  # the tokens of a step
 
     def read(self, launched: LaunchedStep) -> list[FinishedRow]:
         """Waits for the tokens of a step and gives them to their sequences; the rows that have ended."""
-        tokens = launched.read_tokens()
+        step, tokens = launched.step, launched.read_tokens()
         self.has_read = True
-        for sequence, logprob in launched.read_logprobs():
-            if sequence.slot >= 0 and sequence.logprobs is not None:
-                sequence.logprobs.append(logprob)
+        self._read_prompt_logprobs(launched)
+        self._read_logprobs(launched)
         finished: list[FinishedRow] = []
-        end_tokens, count = self._end_tokens, 0
-        for sequence, token in zip(launched.step.sequences, tokens, strict=True):
+        ends: dict[Sequence, End] = {}
+        count = 0
+        for sequence, token in zip(step.sequences, tokens, strict=True):
             if sequence.slot < 0:
                 continue  # it ended in the step before, when this one had been launched
-            if token == NOT_FINITE:
-                self._end(sequence)
-                finished.append(FinishedRow(sequence.prompt, None, is_not_finite=True))
+            if token < 0:
+                finished.append(self._fail(sequence, token))
                 continue
             sequence.tokens.append(token)
             count += 1
-            is_stopped = token in end_tokens or (bool(sequence.prompt.params.stop) and self._stops(sequence, token))
-            if is_stopped or len(sequence.tokens) == sequence.prompt_tokens + sequence.max_new_tokens:
-                self._end(sequence)
-                generated = sequence.tokens[sequence.prompt_tokens :]
-                finished.append(FinishedRow(sequence.prompt, generated, is_stopped, sequence.logprobs))
+            if (end := self._find_end(sequence, token)) is not None:
+                ends[sequence] = end
+        if step.is_chosen:
+            pairs = zip(step.sequences, tokens, strict=True)
+            finished += self._advance([pair for pair in pairs if pair[0].awaits_tokens and pair[0].slot >= 0], ends)
         self._signs.generated_tokens += count
-        return finished
+        return finished + [self._end(sequence, end) for sequence, end in ends.items()]
 
-    def _end(self, sequence: Sequence) -> None:
+    def _find_end(self, sequence: Sequence, token: int) -> End | None:
+        """Why a sequence ends with its next token, as far as its text says; None: it does not."""
+        if sequence.has_own_ends:
+            if sequence not in self._finders:
+                self._finders[sequence] = EndFinder(sequence.prompt, self._tokenizer)
+            return self._finders[sequence].append(token)
+        if token in self._end_tokens:
+            return STOP
+        return LENGTH if len(sequence.tokens) == sequence.prompt_tokens + sequence.max_new_tokens else None
+
+    def _advance(self, awaiting: list[tuple[Sequence, int]], ends: dict[Sequence, End]) -> list[FinishedRow]:
+        """Gives the chooser the tokens that rows await, unless they have ended with them.
+
+        Args:
+            ends: why sequences end; those whose constraint lets nothing follow are added, and those that fail are
+                taken out.
+
+        Returns:
+            The rows whose constraint could not be followed.
+        """
+        # Whether a constraint is fulfilled also matters to a row that is as long as it may be.
+        going_on = [(sequence, token) for sequence, token in awaiting if ends.get(sequence, LENGTH) is LENGTH]
+        self._chooser.advance({sequence.slot: token for sequence, token in going_on})
+        failed = []
+        for sequence, _ in going_on:
+            sequence.awaits_tokens = self._chooser.awaits_tokens(sequence.slot)  # not when its thinking is over, say
+            if self._chooser.find_error(sequence.slot) is not None:
+                ends.pop(sequence, None)
+                failed.append(self._fail(sequence))
+            elif self._chooser.is_complete(sequence.slot):
+                ends[sequence] = STOP
+        return failed
+
+    def _end(self, sequence: Sequence, end: End) -> FinishedRow:
+        prompt, generated = sequence.prompt, sequence.tokens[sequence.prompt_tokens :]
+        prompt_logprobs = None
+        if prompt.params.prompt_logprobs is not None:
+            prompt_logprobs = _join(self._prompt_logprobs.get(sequence, []), prompt.params.prompt_logprobs)
+        ended = Ended(prompt, generated, end, self._logprobs.get(sequence), prompt_logprobs)
+        self._release(sequence)
+        return FinishedRow(prompt, ended)
+
+    def _fail(self, sequence: Sequence, token: int = NOTHING_LEFT) -> FinishedRow:
+        """Ends a row that has no next token: `token` says why, unless its constraint does."""
+        reason = self._chooser.find_error(sequence.slot)
+        self._release(sequence)
+        if reason is not None:
+            return FinishedRow(sequence.prompt, None, Failure.CONSTRAINT, reason)
+        return FinishedRow(sequence.prompt, None, Failure.NOT_FINITE if token == NOT_FINITE else Failure.NO_TOKEN)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._chooser.end(sequence.slot)
         self._scheduler.finish(sequence)
-        self._stop_texts.pop(sequence, None)
+        for kept in (self._finders, self._logprobs, self._prompt_logprobs):
+            kept.pop(sequence, None)
 
-    def _stops(self, sequence: Sequence, token: int) -> bool:
-        """Whether the token completes one of the row's stop texts."""
-        texts = self._stop_texts.get(sequence)
-        if texts is None:
-            texts = self._stop_texts[sequence] = StopTexts.of([sequence.prompt], self._tokenizer)
-        return bool(texts.append([token]))
+    def _read_logprobs(self, launched: LaunchedStep) -> None:
+        """Gives the log-probabilities of chosen tokens to the sequences that asked, those that have ended left out."""
+        if launched.logprobs is None:
+            return
+        found = launched.logprobs
+        numbers = _read((found.logprobs, found.top_ids, found.top_logprobs))
+        for row, *values in zip(found.rows, *numbers, strict=True):
+            sequence = launched.step.sequences[row]
+            if sequence.slot >= 0:
+                self._logprobs.setdefault(sequence, []).append(ChosenLogprob(*values))
+
+    def _read_prompt_logprobs(self, launched: LaunchedStep) -> None:
+        """The same of prompts; one that is computed again from its beginning is read again, too."""
+        found = chain.from_iterable(zip(*_read(piece), strict=True) for piece in launched.prompt_logprobs)
+        for part in launched.step.prompt_parts:
+            if part.begin == 1:
+                self._prompt_logprobs[part.sequence] = []
+            self._prompt_logprobs[part.sequence] += islice(found, part.end - part.begin)
+            part.sequence.has_prompt_logprobs = part.end == part.sequence.prompt_tokens
+
+
+def _read(tensors: Iterable[torch.Tensor]) -> Iterator[list[Any]]:
+    return (values.tolist() for values in tensors)
+
+
+def _join(tokens: list[tuple[Any, ...]], count: int) -> PromptLogprobs:
+    """The numbers of a prompt's tokens, with so many of the likeliest ones beside each."""
+    columns = [(logprob, rank, ids[:count], top[:count]) for logprob, rank, ids, top in tokens]
+    return PromptLogprobs(*map(list, zip(*columns, strict=True))) if columns else PromptLogprobs([], [], [], [])

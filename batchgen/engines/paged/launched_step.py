@@ -1,12 +1,14 @@
-"""A step in flight: it has been launched, and its tokens have not been read yet."""
+"""A step in flight: its forward has been launched, and its tokens have not been read yet."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from batchgen.engines.paged.step import Sequence, Step
+from batchgen.engines.paged.step import Step
+from batchgen.generation.chosen import TokenLogprobs
+from batchgen.generation.prompt_logprobs import PromptTensors
 
 
 @dataclass
@@ -14,22 +16,21 @@ class LaunchedStep:
     """A step in flight, and the buffers of the host that its tokens arrive in."""
 
     step: Step
-    _tokens: torch.Tensor  # [slots], the first of them those of the step's rows
-    _logprobs: torch.Tensor  # [slots], the first of them those of the rows in `step.logprob_rows`
-    _arrival: torch.cuda.Event | None  # when both have come; None: they are there
+    places: list[int]  # the slots of the step's rows; a sequence that has ended since has none any more
+    slots: torch.Tensor | None  # the same on the device, [rows]
+    logits: torch.Tensor | None  # of the rows, [rows or more, vocabulary], until tokens are chosen from them
+    tokens: torch.Tensor  # [slots], the first of them those chosen for the step's rows, once they have arrived
+    logprobs: TokenLogprobs | None = None  # of the rows that ask for them, likewise
+    prompt_logprobs: list[PromptTensors] = field(default_factory=list)  # of `step.prompt_rows`, in pieces
+    has_chosen: bool = False  # the choice of its tokens has been launched, too
+    arrival: torch.cuda.Event | None = None  # when all has come; None: it is there
 
     def wait(self) -> None:
         """Waits until the step has been made."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
+        if self.arrival is not None:
+            self.arrival.synchronize()
 
     def read_tokens(self) -> list[int]:
         """Waits for the tokens chosen for the step's rows, and reads them."""
         self.wait()
-        return self._tokens[: len(self.step.rows)].tolist()
-
-    def read_logprobs(self) -> list[tuple[Sequence, float]]:
-        """Reads the log-probabilities of those tokens, for the sequences that want them; after `read_tokens`."""
-        rows, sequences = self.step.logprob_rows, self.step.sequences
-        values = self._logprobs[: len(rows)].tolist()
-        return [(sequences[row], value) for row, value in zip(rows, values, strict=True)]
+        return self.tokens[: len(self.step.rows)].tolist()

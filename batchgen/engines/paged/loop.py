@@ -1,5 +1,8 @@
 """The thread that keeps the device busy: it waits for prompts, plans a step, launches it, reads the one before, and
 finishes the rows that have ended. So one step is always in flight while another is read and planned.
+
+Some rows cannot have their next token chosen before the last one has been read, such as those whose text must follow a
+grammar. A step with such a row is launched as far as its logits, and chooses its tokens after the one before was read.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from batchgen.device import is_out_of_memory
 from batchgen.engine import SignsOfLife
 from batchgen.engines.paged import sizing
-from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
+from batchgen.engines.paged.finished_rows import Failure, FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.lockstep import Leader
@@ -152,14 +155,20 @@ class Loop:
                 return
 
     def _make_step(self, in_flight: LaunchedStep | None) -> LaunchedStep | None:
-        """Launches the next step, and then reads and finishes the one in flight; the launched one is in flight then."""
+        """Launches the next step, and then reads and finishes the one in flight; the launched one is in flight then.
+
+        Between reading and finishing, the tokens of the launched one are chosen, where they hang on those just read.
+        """
         if in_flight is not None and self._scheduler.must_preempt():
             self._finish(self._read(in_flight))
             in_flight = None
         step = self._plan()
         launched = self._launch(step) if step is not None else None
-        if in_flight is not None:
-            self._finish(self._read(in_flight))
+        finished = self._read(in_flight) if in_flight is not None else None
+        if launched is not None:
+            self._runner.choose(launched)
+        if finished is not None:
+            self._finish(finished)
         return launched
 
     def _wait(self, *, is_idle: bool) -> None:
@@ -209,7 +218,7 @@ class Loop:
     def _refuse(self, prompts: list[Prompt]) -> None:
         """Hands over rows that the cache has no room for."""
         if prompts:
-            self._outbox.put([FinishedRow(prompt, None) for prompt in prompts])
+            self._outbox.put([FinishedRow(prompt, None, Failure.NO_ROOM) for prompt in prompts])
 
     def _shrink_cache(self) -> None:
         """Goes on with a smaller cache, where all that ran begins again: a forward has found no memory beside it."""

@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 
 from batchgen.engine import Peers
-from batchgen.engines.paged import models, sampling
+from batchgen.engines.paged import models
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.graphs import Graphs, choose_graph_size
 from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.layout import Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.prompt_logprobs import find_prompt_logprobs
 from batchgen.engines.paged.step import Step, StepLimits
 from batchgen.engines.paged.step_buffers import StepArrays, StepBuffers
+from batchgen.generation.choosing import TokenChooser
 from batchgen.generation.finite import are_finite
-from batchgen.generation.logprobs import log_probabilities
 from batchgen.models import footprint
 
 NOT_FINITE = -1
@@ -46,10 +47,14 @@ class Runner:
         model: it is loaded, covered by `models`, on one device, and its attention is its own until now.
         limits: of steps and sequences.
         peers: the ranks that hold one model together, of which `model` is this rank's shard.
+        chooser: of the next tokens of rows that have more to their choice than the largest logit, by their slots; None:
+            another rank chooses them.
     """
 
-    def __init__(self, model: Any, limits: StepLimits, peers: Peers | None = None) -> None:
-        self._peers = peers or Alone()
+    def __init__(
+        self, model: Any, limits: StepLimits, peers: Peers | None = None, chooser: TokenChooser | None = None
+    ) -> None:
+        self._peers, self.chooser = peers or Alone(), chooser
         self.model, self.device, self.limits = model, model.device, limits
         self._body, self._head = model.base_model, model.get_output_embeddings()
         self._layers = models.patch(model, self._peers)
@@ -114,32 +119,60 @@ class Runner:
         self._choose_best(self._head(hidden[:rows]), arrays.slots[:rows])
 
     def launch(self, step: Step) -> LaunchedStep:
-        """Starts a step; on a GPU it is only queued."""
+        """Starts a step; on a GPU it is only queued.
+
+        Where a row awaits the token of the step before, only the forward is started, and `choose` has to follow.
+        """
         turn = self._buffers.next_turn()
+        self._begin_rows(step)
         self._update_block_table(step)
+        places = step.slots[step.rows].tolist()
+        launched = LaunchedStep(step, places, None, None, self._buffers.tokens[turn])
         with torch.inference_mode():
             if len(step.slots) == step.decoding and self._graphs is not None:
-                slots, logits = self._decode(step, turn)
+                launched.slots, launched.logits = self._decode(step, turn)
             else:
                 arrays, hidden = self._prefill(step, turn)
-                if not len(step.rows):  # chunks of prompts, of which none ends here
-                    return self._record_arrival(step, turn)
-                places = self._buffers.send(torch.from_numpy(step.rows.astype(np.int64)))
-                slots = arrays.slots[places]
-                logits = self._head(hidden[places])
-                self._choose_best(logits, slots)
-            self._draw(step, slots, logits)
-            self._find_logprobs(step, turn, logits)
-        rows = len(step.rows)
-        self._buffers.tokens[turn][:rows].copy_(self._next_tokens[:rows], non_blocking=True)
-        return self._record_arrival(step, turn)
+                launched.prompt_logprobs = find_prompt_logprobs(step, hidden, self._head, self._buffers)
+                if len(step.rows):
+                    rows = self._buffers.send(torch.from_numpy(step.rows.astype(np.int64)))
+                    launched.slots = arrays.slots[rows]
+                    launched.logits = self._head(hidden[rows])
+                    self._choose_best(launched.logits, launched.slots)
+        if not (step.is_chosen and any(sequence.awaits_tokens for sequence in step.sequences)):
+            self.choose(launched)
+        return launched
 
-    def _record_arrival(self, step: Step, turn: int) -> LaunchedStep:
-        arrival = None
+    def choose(self, launched: LaunchedStep) -> None:
+        """Starts the choice of the step's tokens, and their way back, unless `launch` has done so.
+
+        Every token that one of its rows awaits has been given to the chooser.
+        """
+        if launched.has_chosen:
+            return
+        step, rows = launched.step, len(launched.step.rows)
+        with torch.inference_mode():
+            tokens = self._next_tokens[:rows]
+            if step.is_chosen and self.chooser is not None:
+                assert launched.logits is not None
+                chosen = self.chooser.choose(launched.logits, launched.places, tokens)
+                tokens = chosen.tokens
+                launched.logprobs = chosen.logprobs and self._buffers.fetch_logprobs(chosen.logprobs)
+            if step.is_chosen:
+                self._last_tokens[launched.slots] = self._peers.tokens(tokens.clamp(min=0))
+            launched.tokens[:rows].copy_(tokens, non_blocking=True)
+        launched.logits, launched.has_chosen = None, True
         if self._graphs is not None:
-            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrival.record()
-        return LaunchedStep(step, self._buffers.tokens[turn], self._buffers.logprobs[turn], arrival)
+            launched.arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            launched.arrival.record()
+
+    def _begin_rows(self, step: Step) -> None:
+        """Tells the chooser of the rows that get their first token in this step, or the first since a preemption."""
+        if self.chooser is not None:
+            for sequence in step.sequences[step.decoding :]:
+                generated = sequence.tokens[sequence.prompt_tokens :]
+                self.chooser.begin(sequence.slot, sequence.prompt, generated)
+                sequence.awaits_tokens = self.chooser.awaits_tokens(sequence.slot)
 
     def _update_block_table(self, step: Step) -> None:
         if len(step.table_places):
@@ -153,7 +186,7 @@ class Runner:
             The slots of its rows, [rows], and their logits, [rows or more, vocabulary], if the step needs them.
         """
         assert self._graphs is not None
-        needs_logits = step.is_sampled or bool(step.logprob_rows)
+        needs_logits = step.is_chosen
         size = choose_graph_size(len(step.slots), self._most_tokens)
         splits = self._choose_splits(size, int(step.positions.max()) + 1)
         if self._kept_logits is None and needs_logits:
@@ -215,21 +248,6 @@ class Runner:
         self._next_tokens[: len(logits)] = torch.where(are_finite(largest), best, NOT_FINITE)
         # The step that is planned before this one is read computes with it, whatever it is.
         self._last_tokens[slots] = self._peers.tokens(best)
-
-    def _draw(self, step: Step, slots: torch.Tensor, logits: torch.Tensor | None) -> None:
-        """Draws the next tokens of rows that are sampled; one rank of a group does so, for all of them."""
-        if step.is_sampled:
-            if step.sequences:
-                assert logits is not None
-                sampling.draw(logits, step.sequences, self._next_tokens, self._buffers)
-            self._last_tokens[slots] = self._peers.tokens(self._next_tokens[: len(step.rows)].clamp(min=0))
-
-    def _find_logprobs(self, step: Step, turn: int, logits: torch.Tensor | None) -> None:
-        if step.logprob_rows and step.sequences:
-            assert logits is not None
-            rows = self._buffers.send(torch.tensor(step.logprob_rows))
-            logprobs = log_probabilities(logits, rows, self._next_tokens[rows].clamp(min=0))
-            self._buffers.logprobs[turn][: len(step.logprob_rows)].copy_(logprobs, non_blocking=True)
 
     def _pad(self, size: int) -> StepArrays:
         """A step of nothing but padding."""

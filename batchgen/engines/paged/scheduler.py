@@ -137,7 +137,6 @@ class Scheduler:
         running = sorted([*self._decoding, *self._prefilling, *self._ending], key=lambda sequence: -sequence.admission)
         for sequence in running:
             self._preempt(sequence)
-            sequence.rewind_random()  # the tokens of steps that were lost are drawn again
         self._pages = Pages(pages)
         self._table_places, self._table_pages = [], []
         all_waiting = [*self._preempted, *(entry[2] for entry in self._waiting)]
@@ -210,7 +209,7 @@ class Scheduler:
         """Admits sequences that wait, until the step has `budget` tokens, or the next one has no room in the cache."""
         forecast = self._make_forecast()
         while draft.tokens < budget and (sequence := self._find_next_waiting()) is not None:
-            pages, prefix = self._pages.find_prefix(sequence.tokens)
+            pages, prefix = self._find_prefix(sequence)
             own = len(sequence.tokens) - len(pages) * PAGE_SIZE
             first = min(own, budget - draft.tokens)
             has_room = self._free_slots and -(-first // PAGE_SIZE) <= self._pages.available
@@ -249,6 +248,10 @@ class Scheduler:
         if self._preempted:
             return self._preempted[0]
         return self._waiting[-1][2] if self._waiting else None
+
+    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], int]:
+        """The pages that the sequence can share, and their node; none where its prompt's own logits are wanted."""
+        return self._pages.find_prefix(sequence.tokens) if sequence.has_prompt_logprobs else ([], 0)
 
     def _admit(self, sequence: Sequence, pages: list[int], prefix: int) -> None:
         if self._preempted:

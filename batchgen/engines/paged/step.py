@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from random import Random
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.generation import ends
+from batchgen.generation.choosing import is_chosen
 from batchgen.types import Prompt
 
 Ints = NDArray[np.int32]
@@ -33,14 +34,16 @@ class Sequence:
 
     __slots__ = (
         "admission",
-        "logprobs",
+        "awaits_tokens",
+        "has_own_ends",
+        "has_prompt_logprobs",
+        "is_chosen",
         "max_new_tokens",
         "pages",
         "planned_tokens",
         "prefix",
         "prompt",
         "prompt_tokens",
-        "random",
         "slot",
         "tokens",
     )
@@ -49,25 +52,22 @@ class Sequence:
         self.prompt = prompt
         self.tokens = list(prompt.tokens)  # those of the prompt, then those that have been generated
         self.prompt_tokens = len(prompt.tokens)
-        self.logprobs: list[float] | None = [] if prompt.params.logprobs else None  # of the generated ones, if wanted
         self.max_new_tokens = prompt.params.max_new_tokens
+        self.is_chosen = is_chosen(prompt)  # more is wanted of its logits than the place of the largest
+        self.awaits_tokens = False  # whether its last token has to be read before the next is chosen, once it has begun
+        self.has_own_ends = ends.needs_tokens(prompt)  # besides its length and the model's ends of sequence
+        # Those of the prompt have been read, or nobody asks for any.
+        self.has_prompt_logprobs = prompt.params.prompt_logprobs is None or self.prompt_tokens < 2
         self.slot = -1  # its row of the block table; -1: it does not run
         self.pages: list[int] = []
         self.planned_tokens = 0  # those of `tokens` that are in the cache once the planned steps have run
         self.prefix = 0  # the node of `Pages` that stands for those of them that fill pages
         self.admission = 0  # its number in the order of admission
-        self.rewind_random()
 
     @property
     def generated_tokens(self) -> int:
         """How many generated tokens have been read."""
         return len(self.tokens) - self.prompt_tokens
-
-    def rewind_random(self) -> None:
-        """Makes the next random number that of the token behind those that have been read."""
-        self.random = Random(self.prompt.row_seed)
-        for _ in self.tokens[self.prompt_tokens :]:
-            self.random.random()
 
 
 @dataclass(slots=True)
@@ -80,6 +80,15 @@ class Chunk:
     length: int  # tokens of the sequence down to the chunk's end
 
 
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Consecutive tokens of a prompt whose log-probabilities a step finds: each follows from the token before it."""
+
+    sequence: Sequence
+    begin: int  # position of the first of them, 1 or more
+    end: int  # behind the last of them
+
+
 @dataclass(slots=True)
 class Step:
     """One forward. First come sequences that decode, a token each, then prefill chunks."""
@@ -89,37 +98,38 @@ class Step:
     ids: Ints  # [tokens]; -1: the token that the step before has chosen for this slot
     decoding: int  # how many of the tokens decode
     chunks: list[Chunk]
-    rows: Ints  # [rows]: the places of the tokens whose logits are wanted
-    sequences: list[Sequence]  # of those rows; none where another rank has planned the step
-    is_sampled: bool  # whether the next token of one of those rows is drawn
-    logprob_rows: list[int]  # places among those rows of the ones whose log-probability is wanted
+    rows: Ints  # [rows]: the places of the tokens behind which the next one is wanted
+    prompt_rows: Ints  # [prompt rows]: the places of the tokens of prompts whose logits are wanted, see `PromptPart`
+    is_chosen: bool  # of some of these rows more is wanted than the best token: one rank chooses, for all of them
     table_places: NDArray[np.int64]  # [changes]: places in the flattened block table that change before this step
     table_pages: Ints  # [changes]: the pages that they become
+    # The rest is known where the step was planned, and empty on the other ranks.
+    sequences: list[Sequence] = field(default_factory=list)  # of `rows`; the first `decoding` of them decode
+    prompt_parts: list[PromptPart] = field(default_factory=list)  # in the order of `prompt_rows`
 
     def pack(self) -> NDArray[np.int64]:
-        """All of it but the sequences, as one row of numbers."""
+        """What the other ranks must know of it, as one row of numbers."""
         numbers = [(chunk.first, chunk.count, chunk.slot, chunk.length) for chunk in self.chunks]
         chunks = np.array(numbers, np.int64).reshape(-1)
-        logprob_rows = np.array(self.logprob_rows, np.int64)
         fields = (
             self.slots,
             self.positions,
             self.ids,
             chunks,
             self.rows,
-            logprob_rows,
+            self.prompt_rows,
             self.table_places,
             self.table_pages,
         )
-        head = np.array([self.decoding, self.is_sampled, *(len(field) for field in fields)], np.int64)
+        head = np.array([self.decoding, self.is_chosen, *(len(field) for field in fields)], np.int64)
         return np.concatenate([head, *fields])
 
     @classmethod
     def unpack(cls, numbers: NDArray[np.int64]) -> Step:
         """The step that `pack` has made numbers of, without its sequences."""
-        decoding, is_sampled, *lengths = numbers[:10].tolist()
+        decoding, is_chosen, *lengths = numbers[:10].tolist()
         fields = np.split(numbers[10:], np.cumsum(lengths)[:-1])
-        slots, positions, ids, chunks, rows, logprob_rows, table_places, table_pages = fields
+        slots, positions, ids, chunks, rows, prompt_rows, table_places, table_pages = fields
         return cls(
             slots.astype(np.int32),
             positions.astype(np.int32),
@@ -127,9 +137,8 @@ class Step:
             decoding,
             [Chunk(*chunk) for chunk in chunks.reshape(-1, 4).tolist()],
             rows.astype(np.int32),
-            [],
-            bool(is_sampled),
-            logprob_rows.tolist(),
+            prompt_rows.astype(np.int32),
+            bool(is_chosen),
             table_places,
             table_pages.astype(np.int32),
         )
@@ -147,6 +156,8 @@ class StepDraft:
         self._chunks: list[Chunk] = []
         self._rows: list[int] = []
         self._sequences: list[Sequence] = []
+        self._prompt_rows: list[int] = []
+        self._prompt_parts: list[PromptPart] = []
 
     def decode(self, sequences: list[Sequence], slots: Ints, positions: Ints) -> None:
         """Adds the next token of each of these sequences."""
@@ -158,6 +169,9 @@ class StepDraft:
     def prefill(self, sequence: Sequence, begin: int, end: int) -> None:
         """Adds tokens `begin` to `end` of a sequence; after its last token the next one is wanted."""
         count = end - begin
+        if not sequence.has_prompt_logprobs and (last := min(end, sequence.prompt_tokens - 1)) > begin:
+            self._prompt_rows += range(self.tokens, self.tokens + last - begin)
+            self._prompt_parts.append(PromptPart(sequence, begin + 1, last + 1))
         self._chunks.append(Chunk(self.tokens, count, sequence.slot, end))
         ids = np.array(sequence.tokens[begin:end], np.int32)
         self._append(np.full(count, sequence.slot, np.int32), np.arange(begin, end, dtype=np.int32), ids)
@@ -180,9 +194,10 @@ class StepDraft:
             self._decoding,
             self._chunks,
             np.array(self._rows, np.int32),
-            self._sequences,
-            any(sequence.prompt.params.temperature > 0 for sequence in self._sequences),
-            [row for row, sequence in enumerate(self._sequences) if sequence.logprobs is not None],
+            np.array(self._prompt_rows, np.int32),
+            any(sequence.is_chosen for sequence in self._sequences),
             np.array(table_places, np.int64),
             np.array(table_pages, np.int32),
+            self._sequences,
+            self._prompt_parts,
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from batchgen.engines.paged.step import Step
+from batchgen.generation.chosen import TokenLogprobs
 
 _STEPS_AT_ONCE = 3  # whose arrays may be on their way: one runs, one waits, one is being filled
 _ALIGN = 16  # numbers: kernels are compiled for addresses that are multiples of 16 bytes, and again for others
@@ -54,9 +55,8 @@ class StepBuffers:
         self._arrays = torch.zeros(length, dtype=torch.int32, device=device)
         self._host = [self._pinned(length, torch.int32) for _ in range(_STEPS_AT_ONCE)]
         self._turn = 0
-        # Of each of the steps at once, [slots]: the tokens that were chosen for its rows, and their log-probabilities.
+        # Of each of the steps at once, [slots]: the tokens that were chosen for its rows.
         self.tokens = [self._pinned(slots, torch.long) for _ in range(_STEPS_AT_ONCE)]
-        self.logprobs = [self._pinned(slots, torch.float32) for _ in range(_STEPS_AT_ONCE)]
 
     def next_turn(self) -> int:
         """Which of the buffers the next step has."""
@@ -92,6 +92,15 @@ class StepBuffers:
     def send(self, values: torch.Tensor) -> torch.Tensor:
         """Sends a tensor of any size to the device."""
         return values.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else values
+
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        """Begins to copy a tensor of any size from the device; it is there when the stream has come so far."""
+        return values.to("cpu", non_blocking=True)  # PyTorch pins that memory, and keeps it until the copy is made
+
+    def fetch_logprobs(self, tokens: TokenLogprobs) -> TokenLogprobs:
+        """The same of all the tensors of the log-probabilities of tokens tokens."""
+        tensors = map(self.fetch, (tokens.logprobs, tokens.top_ids, tokens.top_logprobs))
+        return TokenLogprobs(tokens.rows, *tensors)
 
     def _pinned(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros that a GPU can be sent without waiting, if there is one."""

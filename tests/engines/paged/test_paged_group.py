@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests import tiny_models as models
 from tests.engines import engine_rank
 from tests.engines.ds_zero import zero_matrix
 from tests.engines.runs import altered, command, ended_by, read, rows, run, texts, texts_alone
+from tests.generation import parameter_cases
 
 KINDS = {
     "llama": partial(models.llama, num_key_value_heads=4),
@@ -37,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def over_two(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks generate with each model."""
     results = tmp_path_factory.mktemp("ranks") / "two"
-    engine_rank.ranks(2, list(folders.values()), TIGHT, results, (30,), engine="paged")
+    engine_rank.ranks(2, list(folders.values()), TIGHT, results, (30, engine_rank.CASES), engine="paged")
     return results
 
 
@@ -50,6 +52,23 @@ def test_each_kind_of_model_over_two_ranks_says_what_it_says_alone(
     results = engine_rank.texts(over_two / kind)
     assert results[30] == {index: one.text for index, one in expected.items()}
     zero_matrix.check_logprobs(engine_rank.logprobs(over_two / kind)[30], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_over_two_ranks_each_parameter_does_what_its_definition_says(
+    kind: str, folders: dict[str, Path], over_two: Path
+) -> None:
+    model = models.Model(folders[kind])
+    reference = parameter_cases.Reference(model)
+    found = engine_rank.texts(over_two / kind)[engine_rank.CASES]
+    assert found == {row.index: str(reference.tokens(row)) for row in engine_rank.cases()}
+    logprobs = engine_rank.logprobs(over_two / kind)[engine_rank.CASES]
+    asking = [row for row in engine_rank.cases() if row.params.prompt_logprobs]
+    assert logprobs.keys() == {row.index for row in asking}
+    for row in asking:
+        expected = model.logprobs(replace(row, tokens=row.tokens[:1]), row.tokens[1:])
+        assert logprobs[row.index] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.slow

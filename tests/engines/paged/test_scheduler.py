@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
+import numpy as np
 import pytest
 
 from batchgen.bench import workloads
@@ -47,6 +49,7 @@ class Machine:
         self.sizes: list[int] = []
         self.decoding: list[int] = []
         self.computed = 0
+        self.scored: dict[int, list[int]] = {}  # row → the positions of its prompt whose log-probabilities were found
 
     def run(self) -> None:
         """Until nothing is left, one step always in flight."""
@@ -81,6 +84,11 @@ class Machine:
         for slot, position, _ in tokens:
             for place in range(position + 1):
                 assert self._places[self._at(slot, place)] == self._beginnings[slot][place + 1], (slot, place)
+        scored = [tokens[row][1] + 1 for row in step.prompt_rows.tolist()]
+        assert scored == [place for part in step.prompt_parts for place in range(part.begin, part.end)]
+        assert [tokens[row][0] for row in step.prompt_rows.tolist()] == [
+            part.sequence.slot for part in step.prompt_parts for _ in range(part.begin, part.end)
+        ]
         next_tokens = []
         for row in step.rows.tolist():
             slot, position, _ = tokens[row]
@@ -102,6 +110,12 @@ class Machine:
         return hash(tuple(text[-9:])) % 50
 
     def _read(self, step: Step, next_tokens: list[int]) -> None:
+        for part in step.prompt_parts:
+            found = self.scored.setdefault(part.sequence.prompt.index, [])
+            assert not part.sequence.has_prompt_logprobs
+            assert part.begin in (1, len(found) + 1)
+            found[part.begin - 1 :] = range(part.begin, part.end)
+            part.sequence.has_prompt_logprobs = part.end == part.sequence.prompt_tokens
         for sequence, token in zip(step.sequences, next_tokens, strict=True):
             if sequence.slot < 0:
                 continue
@@ -169,6 +183,56 @@ def test_a_common_beginning_is_computed_once() -> None:
     machine = Machine(scheduler)
     machine.run()
     assert machine.computed == len(begin) + 20 * (5 + 2)  # the last new token is never computed
+
+
+def test_samples_of_a_row_share_the_pages_of_its_prompt_also_within_a_step() -> None:
+    rows = prompts([(70, 4)])
+    rows = [replace(rows[0], sample=sample, index=sample) for sample in range(8)]
+    for step_tokens in (1000, 30):
+        scheduler = make_scheduler(slots=32, pages=100, sequence_tokens=240, step_tokens=step_tokens)
+        scheduler.add(rows)
+        machine = Machine(scheduler)
+        machine.run()
+        assert machine.computed == 70 + 7 * (70 - 4 * PAGE_SIZE) + 8 * 3
+        assert machine.texts == {row.index: machine.expected(row) for row in rows}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"slots": 64, "pages": 1000, "step_tokens": 256},
+        {"slots": 5, "pages": 1000, "step_tokens": 17},
+        {"slots": 64, "pages": 14, "step_tokens": 20, "expected_share": 0.05},
+    ],
+    ids=["ample", "chunks", "tight"],
+)
+def test_prompts_whose_own_logprobs_are_wanted_are_computed_whole_and_looked_at_once(sizes: dict[str, int]) -> None:
+    rows = prompts(lengths(2, 30), begin=list(range(40)))
+    asking = [replace(row, params=replace(row.params, prompt_logprobs=0)) for row in rows[::2]]
+    rows[::2] = asking
+    scheduler = make_scheduler(sequence_tokens=240, **sizes)
+    machine = Machine(scheduler)
+    scheduler.add(rows)
+    machine.run()
+    assert machine.scored == {row.index: list(range(1, len(row.tokens))) for row in asking}
+    assert machine.texts == {row.index: machine.expected(row) for row in rows}
+    assert (scheduler.preemptions > 0) == ("expected_share" in sizes)
+
+
+def test_what_the_other_ranks_of_a_group_are_told_of_a_step_is_what_they_read() -> None:
+    rows = prompts([(40, 5), (3, 9)])
+    rows[0].params = replace(rows[0].params, prompt_logprobs=3, temperature=1.0)
+    scheduler = make_scheduler(slots=4, pages=100, sequence_tokens=240, step_tokens=30)
+    scheduler.add(rows)
+    seen = []
+    for _ in range(4):
+        step = scheduler.plan()
+        assert step is not None
+        told = Step.unpack(step.pack())
+        assert np.array_equal(told.pack(), step.pack())
+        assert (told.is_chosen, told.chunks, told.sequences) == (step.is_chosen, step.chunks, [])
+        seen.append((len(told.prompt_rows), told.is_chosen))
+    assert {count > 0 for count, _ in seen} == {flag for _, flag in seen} == {True, False}
 
 
 def test_a_step_has_no_more_tokens_than_its_budget() -> None:

@@ -1,0 +1,212 @@
+"""Choosing the next tokens of rows, each with its own parameters; the one implementation of all engines.
+
+The order is that of vLLM's V1 sampler: the constraint's mask, then (here log-probabilities are taken) the edits of
+`generation.edits` in float32, tokens that must not come now (`min_tokens`, `bad_words`), the token that a thinking
+budget forces; then the best token of a greedy row, or `generation.sampling.sample`. Rows that ask for none of it cost
+nothing but their argmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from batchgen.generation.chosen import NOTHING_LEFT, Choice, TokenLogprobs
+from batchgen.generation.constraints import Constraints
+from batchgen.generation.edits import apply_bitmask, count_tokens, edit_logits
+from batchgen.generation.logprobs import find_likeliest
+from batchgen.generation.pools import BiasPool, SeenPool
+from batchgen.generation.row_groups import EditedPart, RowGroups
+from batchgen.generation.row_state import RowState
+from batchgen.generation.sampling import sample, sample_rows, send
+from batchgen.models.tokenizer import HfTokenizer
+from batchgen.types import Prompt, SamplingParams
+
+
+def is_chosen(prompt: Prompt) -> bool:
+    """Returns whether a row needs more than the best token of each step: a `TokenChooser`."""
+    params = prompt.params
+    return bool(
+        params.temperature > 0
+        or params.logprobs
+        or params.edits_logits
+        or params.constraint is not None
+        or params.thinking_tokens is not None
+    )
+
+
+class TokenChooser:
+    """Chooses the next tokens of rows. A row in work has a place: its number in a static batch, its slot in `paged`.
+
+    Args:
+        places: how many there are.
+        vocabulary: the model's: the width of its logits.
+        tokenizer: the model's.
+        device: of the logits.
+        agree: overwrites token ids, int64 [rows], with those of the first of several ranks, and returns them
+            (`Peers.tokens`). Their logits should be the same, bit by bit; if ever they are not, ranks that choose
+            differently would end their rows at different steps, and would wait for each other for ever. None: this
+            rank chooses alone.
+    """
+
+    def __init__(
+        self,
+        places: int,
+        vocabulary: int,
+        tokenizer: HfTokenizer,
+        device: torch.device,
+        *,
+        agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self._agree = agree
+        self._tokenizer, self._device, self._vocabulary = tokenizer, device, vocabulary
+        self._seen, self._biases = SeenPool(vocabulary, device), BiasPool(vocabulary, device)
+        self._constraints = Constraints(places, tokenizer)
+        self._rows: list[RowState | None] = [None] * places
+        nobody = Prompt(-1, "", 0, "", (), SamplingParams(), {})
+        self._nobody = RowState(-1, nobody, (), tokenizer, (self._seen, self._biases))
+        self._groups: RowGroups | None = None  # of the places of the step before
+
+    def begin(self, place: int, prompt: Prompt, generated: Sequence[int] = ()) -> None:
+        """Lets a row take a free place, maybe with tokens that it has generated (preempted, then computed again)."""
+        self.end(place)
+        row = self._rows[place] = RowState(place, prompt, generated, self._tokenizer, (self._seen, self._biases))
+        if prompt.params.constraint is not None:
+            self._constraints.begin(place, prompt.params.constraint, row.answer)
+        self._groups = None  # a pool may have grown
+
+    def end(self, place: int) -> None:
+        """Frees the place of a row; nothing happens if it is free."""
+        row, self._rows[place] = self._rows[place], None
+        if row is not None:
+            row.end()
+            self._groups = None
+            if row.params.constraint is not None:
+                self._constraints.end(place)
+
+    def is_edited(self, place: int) -> bool:
+        """Returns whether the row's logits are changed or masked in the next step, or may be, once it is awaited."""
+        row = self._row(place)
+        return row.is_edited or row.awaits_tokens
+
+    def awaits_tokens(self, place: int) -> bool:
+        """Returns whether the row's next token cannot be chosen before its last one was given to `advance`."""
+        return self._row(place).awaits_tokens
+
+    def advance(self, tokens: Mapping[int, int]) -> None:
+        """Takes the last tokens of places that await them. The masks of the next step begin to be made in threads."""
+        answers = {place: token for place, token in tokens.items() if self._row(place).append(token)}
+        self._constraints.advance(
+            {place: token for place, token in answers.items() if self._row(place).params.constraint is not None}
+        )
+
+    def is_complete(self, place: int) -> bool:
+        """Returns whether nothing can follow what the row has, by its constraint, since the last `advance`."""
+        return self._constraints.is_complete(place)
+
+    def find_error(self, place: int) -> str | None:
+        """Returns what has gone wrong with the row's constraint; None: nothing has. Such a row fails, alone.
+
+        It is known after `advance`, or for a row that has just begun, after `choose`.
+        """
+        return self._constraints.find_error(place)
+
+    def choose(self, logits: torch.Tensor, places: Sequence[int], best: torch.Tensor) -> Choice:
+        """Chooses one token for each of some rows, and waits for no device; for the masks of constrained rows it does.
+
+        Args:
+            logits: as the model gives them, [rows or more, vocabulary]; they are not changed.
+            places: of the rows, each of them once; where a row has ended meanwhile, any token is chosen.
+            best: the best token id of each row, int64 [rows or more]; negative where there is none (the logits are not
+                finite), which stays.
+        """
+        rows = [self._rows[place] or self._nobody for place in places]
+        self._constraints.wait()
+        groups = self._find_groups(rows)
+        own = best[: len(rows)]
+        tokens = own
+        if groups.is_sampled:
+            uniform = send(torch.tensor([row.draw() for row in rows], dtype=torch.float64), self._device)
+        if groups.plain is not None:
+            sampled, params = groups.plain
+            tokens = tokens.index_copy(0, sampled, sample_rows(logits, sampled, uniform[sampled], params))
+        for part in groups.edited:
+            numbers = uniform[part.sampled_rows] if part.sampling is not None else None
+            tokens = tokens.index_copy(0, part.rows, self._choose_edited(logits, part, rows, numbers))
+        forced = [
+            (n, row.thinking.forced) for n, row in enumerate(rows) if row.thinking and row.thinking.forced is not None
+        ]
+        if forced:
+            which, ids = send(torch.tensor(forced).T.contiguous(), self._device)
+            tokens = tokens.index_copy(0, which, ids)
+        tokens = torch.where(own < 0, own, tokens)
+        if self._agree is not None:
+            tokens = self._agree(tokens)
+        if groups.seen is not None:
+            assert self._seen.rows is not None
+            which, seen_rows = groups.seen
+            count_tokens(self._seen.rows, seen_rows, tokens[which])
+        chosen = Choice(tokens, self._find_logprobs(logits, groups, rows, tokens))
+        for row in rows:
+            row.generated += 1
+        return chosen
+
+    def _choose_edited(
+        self, logits: torch.Tensor, part: EditedPart, rows: Sequence[RowState], uniform: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the tokens of the rows of `part`; `uniform` has the numbers of those that are sampled."""
+        edited = logits[part.rows].float()
+        some = [rows[number] for number in part.numbers]
+        if part.masked:
+            apply_bitmask(edited[: part.masked], self._find_masks(some[: part.masked]))
+        edit_logits(edited, part.edits)
+        pairs = [(n, token) for n, row in enumerate(some) for token in self._find_forbidden(row)]
+        if pairs:
+            places, ids = send(torch.tensor(pairs).T.contiguous(), self._device)
+            edited[places, ids] = -torch.inf
+        largest, tokens = edited.max(-1)
+        if part.sampling is not None:
+            assert uniform is not None
+            drawn = sample(edited[part.sampled], uniform, part.sampling)
+            tokens = tokens.index_copy(0, part.sampled, drawn)
+        return tokens.masked_fill(largest == -torch.inf, NOTHING_LEFT)
+
+    def _find_masks(self, rows: Sequence[RowState]) -> torch.Tensor:
+        """Returns the masks of rows that have one, int32 [rows, words]."""
+        offered = {row.place: row.thinking.offered for row in rows if row.thinking is not None}
+        also = {place: token for place, token in offered.items() if token is not None}
+        return self._constraints.masks([row.place for row in rows], also, self._device)
+
+    def _find_forbidden(self, row: RowState) -> Sequence[int]:
+        """Returns the tokens that must not come next, besides those of the row's bias and of its constraint."""
+        found = row.find_forbidden()
+        found = [token for token in found if token < self._vocabulary]
+        if found and row.is_masked and self._constraints.leaves_only(row.place, found):
+            return ()  # the answer is whole, so that it ends, whatever `min_tokens` is
+        return found
+
+    def _find_logprobs(
+        self, logits: torch.Tensor, groups: RowGroups, rows: Sequence[RowState], tokens: torch.Tensor
+    ) -> TokenLogprobs | None:
+        found = []
+        for asking in groups.asking:
+            masks = self._find_masks([rows[number] for number in asking.numbers]) if asking.is_masked else None
+            chosen = tokens[asking.rows].clamp(min=0)
+            found.append(find_likeliest(logits, asking.rows, chosen, groups.most_logprobs, masks))
+        if not found:
+            return None
+        numbers = [number for asking in groups.asking for number in asking.numbers]
+        return TokenLogprobs(numbers, *map(torch.cat, zip(*found, strict=True)))
+
+    def _find_groups(self, rows: Sequence[RowState]) -> RowGroups:
+        """Returns the groups of these rows; those of the step before, if they are the same."""
+        if self._groups is None or not self._groups.are_of(rows):
+            self._groups = RowGroups(rows, self._vocabulary, (self._seen, self._biases), self._device)
+        return self._groups
+
+    def _row(self, place: int) -> RowState:
+        row = self._rows[place]
+        if row is None:
+            raise LookupError(f"no row has begun in place {place}")
+        return row
