@@ -28,7 +28,7 @@ class Work:
         """
         lengths: list[tuple[int, int]] = []
         own = 0
-        for prompt in prompts:
+        for prompt in (each for row in prompts for each in (row, *row.others)):
             params = prompt.params
             tokens = -(-len(prompt.tokens) // bytes_per_token)
             own += tokens

@@ -18,7 +18,7 @@ from typing import Literal
 
 from batchgen.requests import openai_completions, openai_responses
 from batchgen.requests.conversations import Conversation, read_conversation
-from batchgen.requests.openai_completions import COMPLETIONS
+from batchgen.requests.openai_completions import COMPLETIONS, read_prompts
 from batchgen.requests.openai_keys import ENDPOINTS, check_keys
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.openai_sampling import read_sampling
@@ -43,6 +43,7 @@ class Request:
     sampling: Mapping[str, object]  # values as they stand, by their names in `SamplingParams`
     spelled: Mapping[str, str]  # how the line spells those names, for sentences: max_new_tokens is body.max_tokens
     ignored: Sequence[str]  # keys of the body that are not known here
+    further: Sequence[str | Sequence[int]] = ()  # prompts of a completion behind the first one, of the same type
 
 
 def parse(line: Mapping[str, object], model: str | None = None) -> Request:
@@ -77,8 +78,9 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
     if url != COMPLETIONS:
         read = openai_responses.conversation_of if url == RESPONSES else _messages
         return Request(read_conversation(body, read(body), "body."), None, None, sampling, spelled, ignored)
-    text, tokens = _completion_prompt(body.get("prompt"))
-    return Request(None, text, tokens, sampling, spelled, ignored)
+    first, *further = read_prompts(body.get("prompt"))
+    text, tokens = (first, None) if isinstance(first, str) else (None, first)
+    return Request(None, text, tokens, sampling, spelled, ignored, further)
 
 
 def _messages(body: Mapping[str, object]) -> list[dict[str, object]]:
@@ -99,22 +101,6 @@ def _check_model(named: object, model: str | None) -> None:
             f"body.model is {quote(named)}, but this run's model is {quote(model)}: write that into the body, "
             "or give the name that the lines use with --served-model-name",
         )
-
-
-def _completion_prompt(prompt: object) -> tuple[str | None, Sequence[int] | None]:
-    if prompt is None:
-        raise Refused("missing_prompt", "body.prompt is missing")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-        if len(prompt) > 1:
-            raise Refused(
-                "wrong_type", f"body.prompt holds {len(prompt)} prompts; give each a line and a custom_id of its own"
-            )
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        return prompt, None
-    if isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt):
-        return None, prompt
-    raise Refused("wrong_type", f"body.prompt must be a text or a list of token ids, not {quote(prompt)}")
 
 
 # HTTP's answer to each type of `RowError` that is not the request's fault, or not only a bad request.

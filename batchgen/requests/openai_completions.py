@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from batchgen.requests import openai_logprobs
 from batchgen.requests.openai_message import chat_message, read_message, reasoning_tokens
+from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.token_texts import join
-from batchgen.types import Generation
+from batchgen.types import Details, Generation
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+
+_MOST_PROMPTS = 1024  # of one completion, as in vLLM
+
+
+def read_prompts(prompt: object) -> Sequence[str | Sequence[int]]:
+    """The prompts of a completion's body, at least one: texts, or lists of token ids.
+
+    Raises:
+        Refused: there is none, or it is something else.
+    """
+    if prompt is None:
+        raise Refused("missing_prompt", "body.prompt is missing")
+    are_several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))
+    prompts: list[object] = list(prompt) if isinstance(prompt, list) and are_several else [prompt]
+    if len(prompts) > _MOST_PROMPTS:
+        raise Refused("wrong_type", f"body.prompt holds {len(prompts)} prompts; {_MOST_PROMPTS} are the most of a line")
+    kind = type(prompts[0])
+    for place, each in enumerate(prompts):
+        is_tokens = isinstance(each, list) and all(type(token) is int and token >= 0 for token in each)
+        if type(each) is not kind or not (isinstance(each, str) or is_tokens):
+            name = f"body.prompt[{place}]" if len(prompts) > 1 else "body.prompt"
+            raise Refused("wrong_type", f"{name} must be a text or a list of token ids, not {quote(each)}")
+    return cast("list[str | Sequence[int]]", prompts)
 
 
 def completion(
     generation: Generation, digest: str, model: str, created: int, *, is_completion: bool, stop_reason: bool
 ) -> dict[str, object]:
-    """OpenAI's object of a good generation for a chat or a completion, with a choice for each sample.
+    """OpenAI's object of a good generation for a chat or a completion.
+
+    It has a choice for each sample; of several prompts, those of the first one come first.
 
     Args:
         digest: letters and digits that tell this answer from all others, for its id.
@@ -26,9 +53,14 @@ def completion(
     """
     samples = [generation, *generation.others]
     body = body_of(generation)
+    echoed = _echoes(samples, body) if is_completion else []
     choices = [
         {"index": place}
-        | (_make_text_choice(sample, body) if is_completion else _make_chat_choice(sample, digest, stop_reason))
+        | (
+            _make_text_choice(sample, body, echoed[place])
+            if is_completion
+            else _make_chat_choice(sample, digest, stop_reason)
+        )
         for place, sample in enumerate(samples)
     ]
     if stop_reason:
@@ -66,11 +98,11 @@ def _make_chat_choice(sample: Generation, digest: str, is_vllm: bool) -> dict[st
     return choice | _token_ids(sample)
 
 
-def _make_text_choice(sample: Generation, body: Mapping[str, object]) -> dict[str, object]:
+def _make_text_choice(sample: Generation, body: Mapping[str, object], echoed: str) -> dict[str, object]:
     echo, is_hidden = body.get("echo") is True, hides_text(body)
     text = "" if is_hidden else str(sample.text)
     choice: dict[str, object] = {
-        "text": _prompt_text(sample, body) + text if echo else text,
+        "text": echoed + text,
         "logprobs": openai_logprobs.of_completion(sample, echo=echo, hides_text=is_hidden),
         "finish_reason": "length" if is_hidden else sample.finish_reason,
     }
@@ -105,14 +137,20 @@ def _of_chats_prompt(generation: Generation) -> dict[str, object]:
     return answer
 
 
-def _prompt_text(sample: Generation, body: Mapping[str, object]) -> str:
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
-        prompt = prompt[0]
+def _echoes(samples: Sequence[Generation], body: Mapping[str, object]) -> list[str]:
+    """The text that stands before that of each sample: its prompt, if the body says so."""
+    if body.get("echo") is not True:
+        return [""] * len(samples)
+    prompts = read_prompts(body.get("prompt"))
+    return [
+        _text_of(prompts[place * len(prompts) // len(samples)], sample.details) for place, sample in enumerate(samples)
+    ]
+
+
+def _text_of(prompt: str | Sequence[int], details: Details | None) -> str:
     if isinstance(prompt, str):
         return prompt
-    texts = None if sample.details is None else sample.details.prompt_token_texts
-    return join(texts or ())
+    return join((details and details.prompt_token_texts) or ())
 
 
 def body_of(generation: Generation) -> Mapping[str, object]:

@@ -85,7 +85,8 @@ def _read_echo(body: Mapping[str, object], sampling: dict[str, object]) -> None:
         raise Refused("wrong_type", f"body.echo must be true or false, not {quote(echo)}")
     if not echo:
         return
-    if not isinstance(body.get("prompt"), str):
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], str):
         sampling["return_token_ids"] = True
     if hides_text(body):
         sampling["max_new_tokens"] = 1  # the answer leaves it out

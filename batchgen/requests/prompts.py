@@ -8,6 +8,7 @@ rows of Parquet and Arrow it is so at every depth of a conversation, its variabl
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,7 @@ class PromptReader:
         plain: list[Prompt] = []  # for the tokenizer to add its special tokens to
         templated: list[Prompt] = []  # a chat template's text has them
         outcomes = [self._draft(row, plain, templated) for row in rows]
+        plain += [other for prompt in plain for other in prompt.others]
         for prompts, special in ((plain, True), (templated, False)):
             if prompts:
                 tokens = self._tokenizer.tokenize([prompt.text for prompt in prompts], special=special)
@@ -197,6 +199,7 @@ class PromptReader:
         check_encodable(text)
         tokens = request.tokens or ()
         prompt = Prompt(row.index, self._id(row), row.line, text, tokens, params, {}, value, markup=markup)
+        prompt.others = [_make_other(prompt, further) for further in request.further]
         return prompt, None if request.tokens is not None else request.conversation is not None
 
     def _from_chat(self, row: Row, said: Conversation) -> tuple[str, Markup | None]:
@@ -218,10 +221,13 @@ class PromptReader:
 
     def _limited(self, row: Row, prompt: Prompt) -> Prompt | Generation:
         """`prompt`, which has its tokens now, or why it cannot be generated from."""
-        try:
-            self._limits.apply(prompt)
-        except Refused as refused:
-            return self._failed(row, refused)
+        for place, each in enumerate((prompt, *prompt.others)):
+            try:
+                self._limits.apply(each)
+            except Refused as refused:
+                if prompt.others:
+                    refused = Refused(refused.type, f"body.prompt[{place}]: {refused.message}")
+                return self._failed(row, refused)
         return prompt
 
     def _failed(self, row: Row, refused: Refused) -> Generation:
@@ -229,6 +235,14 @@ class PromptReader:
         value = {} if isinstance(row.value, RowError) else row.value
         columns, request = ({}, value) if self._is_request(value) else (value, None)
         return Generation(row.index, self._id(row), None, None, 0, 0, error, columns, request)
+
+
+def _make_other(prompt: Prompt, further: str | Sequence[int]) -> Prompt:
+    """A further prompt of the same row."""
+    if isinstance(further, str):
+        check_encodable(further)
+        return dataclasses.replace(prompt, text=further)
+    return dataclasses.replace(prompt, tokens=further)
 
 
 def _given(row: Row, value: object) -> object:

@@ -1,7 +1,8 @@
-"""Rows of several samples: a prompt for the engine for each sample, and one generation of the run for each row.
+"""Rows of several texts: a prompt for the engine for each of them, and one generation of the run for each row.
 
-An engine never sees how many samples a row has. What is finished of a row whose other samples are still in work is held
-back and is not recorded, so that a row is done when all its samples are; after a stop, such a row is generated again.
+A row has several samples of its prompt, several prompts, or both. An engine never sees how many texts a row has. What
+is finished of a row whose other texts are still in work is held back and is not recorded, so that a row is done when
+all its texts are; after a stop, such a row is generated again.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from batchgen.types import Batch, Generation, Prompt
 
 @dataclass(slots=True)
 class _Row:
-    """A row in work that has several samples."""
+    """A row in work that has several texts."""
 
-    count: int  # of its samples
-    is_repeated: bool  # it is greedy: one text is generated, and stands for all of them
+    count: int  # samples of each of its prompts
+    prompts: int
+    is_repeated: bool  # it is greedy: one text is generated of each prompt, and stands for all samples
     finished: list[Generation] = field(default_factory=list)  # in the order in which they ended
 
     @property
     def is_whole(self) -> bool:
-        return len(self.finished) == (1 if self.is_repeated else self.count)
+        return len(self.finished) == self.prompts * (1 if self.is_repeated else self.count)
 
 
 class Samples:
@@ -33,20 +35,20 @@ class Samples:
         self._held_back = Batch([])  # figures of batches of which nothing was recorded
 
     def spread(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
-        """Gives the prompts for an engine: those of a row come one after the other, so that they share their prefix.
+        """Gives the prompts for an engine: the samples of a prompt come one after the other and share their prefix.
 
-        A greedy row has one, since all its samples would be the same text.
+        A greedy prompt is given once, since all its samples would be the same text.
         """
         for prompt in prompts:
             count = prompt.params.n
-            if count == 1:
+            if count == 1 and not prompt.others:
                 yield prompt
                 continue
             is_repeated = prompt.params.temperature == 0
-            self._rows[prompt.index] = _Row(count, is_repeated)
-            yield prompt
-            if not is_repeated:
-                yield from (replace(prompt, sample=sample) for sample in range(1, count))
+            self._rows[prompt.index] = _Row(count, 1 + len(prompt.others), is_repeated)
+            for place, each in enumerate((prompt, *prompt.others)):
+                samples = range(place * count, place * count + (1 if is_repeated else count))
+                yield from (replace(each, sample=sample, others=()) for sample in samples)
 
     def join(self, batch: Batch) -> Batch:
         """Gives the rows that are whole with this batch: the first sample of each, with the others in it, in order.
@@ -68,7 +70,8 @@ class Samples:
                 del self._rows[generation.index]
                 rows.append(joined := _join(row))
                 if row.is_repeated:
-                    repeated += sum(other.generated_tokens for other in joined.others)
+                    texts = (joined, *joined.others)
+                    repeated += sum(text.generated_tokens for text in texts if text.sample % row.count)
         before, self._held_back = self._held_back, Batch([])
         figures = _add(before, batch)
         if not rows:
@@ -83,8 +86,9 @@ def _join(row: _Row) -> Generation:
     if failed is not None:
         return replace(failed, sample=0)
     if row.is_repeated:
-        samples += [replace(samples[0], sample=sample) for sample in range(1, row.count)]
-    return replace(samples[0], others=tuple(samples[1:]))
+        samples = [replace(sample, sample=sample.sample + number) for sample in samples for number in range(row.count)]
+    tokens = sum(sample.prompt_tokens for sample in samples[:: row.count])
+    return replace(samples[0], others=tuple(samples[1:]), prompt_tokens=tokens)
 
 
 def _add(before: Batch, batch: Batch) -> Batch:

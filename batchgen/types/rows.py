@@ -69,8 +69,9 @@ class Prompt:
     params: SamplingParams
     columns: Mapping[str, object]  # the row's own columns, its id among them, carried to the output
     request: Mapping[str, object] | None = None  # the OpenAI batch line it came from, if it is one
-    sample: int = 0  # which of the row's `params.n` samples an engine is to generate
+    sample: int = 0  # which of the row's texts an engine is to generate: `params.n` of this prompt, then of `others`
     markup: Markup | None = None  # what the model may write beside the answer; None: all of its text is the answer
+    others: Sequence[Prompt] = ()  # the further prompts of the same row, each with this row's index and id
 
     @property
     def row_seed(self) -> int:
@@ -121,7 +122,7 @@ class Generation:
     id: str
     text: str | None  # decoded without special tokens, the prompt not included; None with an error
     finish_reason: FinishReason | None  # None with an error
-    prompt_tokens: int
+    prompt_tokens: int  # of a row with several prompts: of all of them
     generated_tokens: int  # up to and including the end-of-sequence token; padding never
     error: RowError | None
     columns: Mapping[str, object]

@@ -69,12 +69,20 @@ def test_what_the_body_leaves_out_is_left_to_the_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "text", "tokens"),
-    [("a", "a", None), (["a"], "a", None), ([1, 2], None, [1, 2]), ([[1, 2]], None, [1, 2]), ([], None, [])],
+    ("prompt", "text", "tokens", "further"),
+    [
+        ("a", "a", None, []),
+        (["a"], "a", None, []),
+        ([1, 2], None, [1, 2], []),
+        ([[1, 2]], None, [1, 2], []),
+        ([], None, [], []),
+        (["a", "b", ""], "a", None, ["b", ""]),
+        ([[1], [], [2, 3]], None, [1], [[], [2, 3]]),
+    ],
 )
-def test_completion_prompts(prompt: object, text: str | None, tokens: list[int] | None) -> None:
+def test_completion_prompts(prompt: object, text: str | None, tokens: list[int] | None, further: list[object]) -> None:
     request = parse(line({"prompt": prompt}, COMPLETIONS))
-    assert (request.conversation, request.text, request.tokens) == (None, text, tokens)
+    assert (request.conversation, request.text, request.tokens, request.further) == (None, text, tokens, further)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +100,18 @@ def test_completion_prompts(prompt: object, text: str | None, tokens: list[int] 
         (line(None), "wrong_type", "body must be an object, not null"),
         (line({}), "missing_prompt", "body.messages is missing"),
         (line({}, COMPLETIONS), "missing_prompt", "body.prompt is missing"),
-        (line({"prompt": ["a", "b"]}, COMPLETIONS), "wrong_type", "body.prompt holds 2 prompts"),
+        (
+            line({"prompt": ["a"] * 1025}, COMPLETIONS),
+            "wrong_type",
+            "body.prompt holds 1025 prompts; 1024 are the most",
+        ),
+        (line({"prompt": ["a", 5]}, COMPLETIONS), "wrong_type", "body.prompt[1] must be a text or a list of token ids"),
+        (
+            line({"prompt": ["a", [5]]}, COMPLETIONS),
+            "wrong_type",
+            "body.prompt[1] must be a text or a list of token ids",
+        ),
+        (line({"prompt": [[5], [-1]]}, COMPLETIONS), "wrong_type", "body.prompt[1] must be a text or a list of token"),
         (line({"prompt": [1, -1]}, COMPLETIONS), "wrong_type", "body.prompt must be a text or a list of token ids"),
         (line({"prompt": 7}, COMPLETIONS), "wrong_type", "body.prompt must be a text or a list of token ids, not 7"),
         (chat(stream=True), "stream", "Request must not be sent in stream mode"),

@@ -45,8 +45,13 @@ def test_an_example_is_answered_or_refused(number: int, answers: list[dict[str, 
     if example["refused"] is None:
         assert response["status_code"] == 200, response
         body = MODELS[example["url"]].model_validate(response["body"], strict=True)
-        assert body.choices[0].finish_reason in ("stop", "length")
-        assert (body.choices[0].logprobs is None) == (not example["body"].get("logprobs"))
+        asked = example["body"]
+        prompts = (
+            asked["prompt"] if isinstance(asked.get("prompt"), list) and isinstance(asked["prompt"][0], str) else [""]
+        )
+        assert [choice.index for choice in body.choices] == [*range(len(prompts) * asked.get("n", 1))]
+        assert {choice.finish_reason for choice in body.choices} <= {"stop", "length"}
+        assert (body.choices[0].logprobs is None) == (not asked.get("logprobs"))
         return
     assert response["status_code"] == 400
     assert example["refused"] in response["body"]["error"]["message"]

@@ -57,6 +57,35 @@ def test_vllms_shape_says_what_has_ended_a_text() -> None:
         assert reasons == (expected or [])
 
 
+LINES: list[dict[str, Any]] = [
+    line(COMPLETIONS, prompt=["hé", "xyz"], n=2, temperature=1, echo=True, max_tokens=2),
+    line(COMPLETIONS, prompt=["hé", "xyz"], n=3, echo=True, max_tokens=9),
+    line(COMPLETIONS, prompt=[[104, 195], [169]], echo=True, logprobs=1, max_tokens=1, return_token_ids=True),
+    line(COMPLETIONS, prompt=["a", ""]),
+]
+
+
+def test_a_line_with_several_prompts_has_choices_for_each(tmp_path: Path) -> None:
+    """The engine says the first tokens of each prompt once more."""
+    lines = [{**each, "custom_id": str(number)} for number, each in enumerate(LINES)]
+    source = str(write_rows(tmp_path / "in.jsonl", lines))
+    out = run(source, tmp_path / "out", RunSettings(engine="echo"), host=Host(ENVIRONMENT)).folder
+    sampled, greedy, ids, bad = (row["response"] for row in read_rows(out / "generations.jsonl"))
+    body = Completion.model_validate(sampled["body"], strict=True)
+    assert [choice.text for choice in body.choices] == ["héh\ufffd"] * 2 + ["xyzxy"] * 2
+    assert body.usage is not None
+    assert (body.usage.prompt_tokens, body.usage.completion_tokens) == (6, 8)
+    assert [choice["text"] for choice in greedy["body"]["choices"]] == ["héhé"] * 3 + ["xyzxyz"] * 3
+    assert greedy["body"]["usage"]["prompt_tokens"] == 6
+    first, second = ids["body"]["choices"]
+    assert (first["text"], first["logprobs"]["tokens"]) == ("h\ufffdh", ["h", "\ufffd", "h"])
+    assert (second["prompt_token_ids"], second["token_ids"]) == ([169], [169])
+    assert second["logprobs"]["token_logprobs"] == [None, 0.0]
+    assert "body.prompt[1]: the prompt is empty" in bad["body"]["error"]["message"]
+    [record] = read_rows(out / "timing.jsonl")
+    assert record["prompt_tokens"] == 6 + 6 + 3
+
+
 def plain(generation: Generation) -> dict[str, Any]:
     row: dict[str, Any] = json.loads(renderer("m", 0, "openai", False)(generation))
     return row
