@@ -15,7 +15,7 @@ def check_equal_batches(peers: Peers, batch: Sequence[Prompt]) -> None:
     Raises:
         Died: on all ranks, if their batches differ: together they would generate the text of neither.
     """
-    digest = zlib.crc32(repr([prompt.index for prompt in batch]).encode())
+    digest = zlib.crc32(repr([(prompt.index, prompt.sample) for prompt in batch]).encode())
     if peers.any_rank(peers.least(digest) != digest):
         raise Died(
             "the ranks that share a model have not found the same rows finished, as if another process had "

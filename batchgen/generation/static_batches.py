@@ -115,8 +115,9 @@ class StaticBatches:
             finished = self._attempt(part, stop)
             if finished is not None:
                 yield finished
-                done = {generation.index for generation in finished.generations}
-                parts.extendleft(group_by_length([prompt for prompt in part if prompt.index not in done]))
+                done = {(generation.index, generation.sample) for generation in finished.generations}
+                rest = [prompt for prompt in part if (prompt.index, prompt.sample) not in done]
+                parts.extendleft(group_by_length(rest))
             elif len(part) == 1:
                 yield self._refuse(part)
             else:
