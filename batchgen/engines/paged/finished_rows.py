@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -86,22 +86,27 @@ class StepReader:
         self.has_read = True
         self._read_prompt_logprobs(launched)
         self._read_logprobs(launched)
-        # A sequence without a slot has ended in the step before, when this one had been launched.
-        running = [
-            (sequence, token) for sequence, token in zip(step.sequences, tokens, strict=True) if sequence.slot >= 0
-        ]
-        finished = [self._fail(sequence, token) for sequence, token in running if token < 0]
-        running = [(sequence, token) for sequence, token in running if token >= 0]
-        found = {sequence: end for sequence, token in running if (end := self._append(sequence, token)) is not None}
+        finished: list[FinishedRow] = []
+        ends: dict[Sequence, End] = {}
+        count = 0
+        for sequence, token in zip(step.sequences, tokens, strict=True):
+            if sequence.slot < 0:
+                continue  # it ended in the step before, when this one had been launched
+            if token < 0:
+                finished.append(self._fail(sequence, token))
+                continue
+            sequence.tokens.append(token)
+            count += 1
+            if (end := self._find_end(sequence, token)) is not None:
+                ends[sequence] = end
         if step.is_chosen:
-            finished += self._advance([pair for pair in running if pair[0].awaits_tokens], found)
-        finished += [self._end(sequence, end) for sequence, end in found.items()]
-        self._signs.generated_tokens += len(running)
-        return finished
+            pairs = zip(step.sequences, tokens, strict=True)
+            finished += self._advance([pair for pair in pairs if pair[0].awaits_tokens and pair[0].slot >= 0], ends)
+        self._signs.generated_tokens += count
+        return finished + [self._end(sequence, end) for sequence, end in ends.items()]
 
-    def _append(self, sequence: Sequence, token: int) -> End | None:
-        """Gives a sequence its next token; why it ends with it, by what its text is, or None."""
-        sequence.tokens.append(token)
+    def _find_end(self, sequence: Sequence, token: int) -> End | None:
+        """Why a sequence ends with its next token, as far as its text says; None: it does not."""
         if sequence.has_own_ends:
             if sequence not in self._finders:
                 self._finders[sequence] = EndFinder(sequence.prompt, self._tokenizer)
@@ -110,26 +115,27 @@ class StepReader:
             return STOP
         return LENGTH if len(sequence.tokens) == sequence.prompt_tokens + sequence.max_new_tokens else None
 
-    def _advance(self, awaiting: list[tuple[Sequence, int]], found: dict[Sequence, End]) -> list[FinishedRow]:
+    def _advance(self, awaiting: list[tuple[Sequence, int]], ends: dict[Sequence, End]) -> list[FinishedRow]:
         """Gives the chooser the tokens that rows await, unless they have ended with them.
 
         Args:
-            found: why sequences end; those whose constraint lets nothing follow are added, and those that fail are
+            ends: why sequences end; those whose constraint lets nothing follow are added, and those that fail are
                 taken out.
 
         Returns:
             The rows whose constraint could not be followed.
         """
         # Whether a constraint is fulfilled also matters to a row that is as long as it may be.
-        going_on = [(sequence, token) for sequence, token in awaiting if found.get(sequence, LENGTH) is LENGTH]
+        going_on = [(sequence, token) for sequence, token in awaiting if ends.get(sequence, LENGTH) is LENGTH]
         self._chooser.advance({sequence.slot: token for sequence, token in going_on})
         failed = []
         for sequence, _ in going_on:
+            sequence.awaits_tokens = self._chooser.awaits_tokens(sequence.slot)  # not when its thinking is over, say
             if self._chooser.find_error(sequence.slot) is not None:
-                found.pop(sequence, None)
+                ends.pop(sequence, None)
                 failed.append(self._fail(sequence))
             elif self._chooser.is_complete(sequence.slot):
-                found[sequence] = STOP
+                ends[sequence] = STOP
         return failed
 
     def _end(self, sequence: Sequence, end: End) -> FinishedRow:
@@ -168,7 +174,9 @@ class StepReader:
 
     def _read_prompt_logprobs(self, launched: LaunchedStep) -> None:
         """The same of prompts; one that is computed again from its beginning is read again, too."""
-        found = chain.from_iterable(zip(*_read(piece), strict=True) for piece in launched.prompt_logprobs)
+        if launched.prompt_logprobs is None:
+            return
+        found = zip(*_read(launched.prompt_logprobs), strict=True)
         for part in launched.step.prompt_parts:
             if part.begin == 1:
                 self._prompt_logprobs[part.sequence] = []
@@ -180,7 +188,7 @@ def _read(tensors: Iterable[torch.Tensor]) -> Iterator[list[Any]]:
     return (values.tolist() for values in tensors)
 
 
-def _join(found: list[tuple[Any, ...]], count: int) -> PromptLogprobs:
+def _join(tokens: list[tuple[Any, ...]], count: int) -> PromptLogprobs:
     """The numbers of a prompt's tokens, with so many of the likeliest ones beside each."""
-    columns = [(logprob, rank, ids[:count], top[:count]) for logprob, rank, ids, top in found]
+    columns = [(logprob, rank, ids[:count], top[:count]) for logprob, rank, ids, top in tokens]
     return PromptLogprobs(*map(list, zip(*columns, strict=True))) if columns else PromptLogprobs([], [], [], [])

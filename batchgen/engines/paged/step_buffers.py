@@ -97,10 +97,10 @@ class StepBuffers:
         """Begins to copy a tensor of any size from the device; it is there when the stream has come so far."""
         return values.to("cpu", non_blocking=True)  # PyTorch pins that memory, and keeps it until the copy is made
 
-    def fetch_logprobs(self, found: TokenLogprobs) -> TokenLogprobs:
-        """The same of all the tensors of log-probabilities."""
-        tensors = map(self.fetch, (found.logprobs, found.top_ids, found.top_logprobs))
-        return TokenLogprobs(found.rows, *tensors)
+    def fetch_logprobs(self, tokens: TokenLogprobs) -> TokenLogprobs:
+        """The same of all the tensors of the log-probabilities of tokens tokens."""
+        tensors = map(self.fetch, (tokens.logprobs, tokens.top_ids, tokens.top_logprobs))
+        return TokenLogprobs(tokens.rows, *tensors)
 
     def _pinned(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros that a GPU can be sent without waiting, if there is one."""
