@@ -70,9 +70,26 @@ class Tokenizer(Protocol):
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
         """Returns the conversation as one text, through the model's chat template, ready for the assistant's turn.
 
+        Args:
+            kwargs: variables of the template, `tools` and `documents` among them; `add_generation_prompt` and
+                `continue_final_message` as Transformers has them; `chat_template`, to be taken in the place of the
+                model's.
+
         Raises:
-            ValueError: the model has no chat template, or the template refused the conversation.
+            ValueError: the model has no chat template, or the template refused the conversation or leaves a part of it
+                out.
         """
+
+    def template_text(self, **kwargs: object) -> str | None:
+        """Returns the text of the chat template that `chat` takes for these variables; None: it is no template.
+
+        Raises:
+            ValueError: the model has none.
+        """
+
+    def find_turn(self, text: str, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
+        """Returns the end of `text`, which `chat` has made of the same, that belongs to the assistant's next turn: its
+        header, and what the prompt has begun of it."""
 
     def token_name(self, token: int) -> str | None:
         """Returns the tokenizer's name of a token, for a sentence; None: it has no such token, or no names."""

@@ -26,6 +26,12 @@ class ByteTokenizer:
         turns = "".join(f"<{message['role']}>{message.get('content')}" for message in messages)
         return turns + "".join(f"[{name}={value}]" for name, value in sorted(kwargs.items()))
 
+    def template_text(self, **kwargs: object) -> str | None:
+        return None
+
+    def find_turn(self, text: str, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
+        return ""
+
     def token_name(self, token: int) -> str | None:
         return "<bos>" if token == BOS else None
 

@@ -20,6 +20,10 @@ TEMPLATES = Path(__file__).parent / "chat_templates"
 PARTS_ALONE = ("idefics", "llava")
 EITHER = ("gemma-3", "glm-4", "llama-3-vision", "qwen2-vl")
 
+# How each reads the arguments of a call; all others read objects.
+TEXT_ARGUMENTS = ("deepseek-r1",)
+EITHER_ARGUMENTS = ("qwen3",)
+
 TOOL = {
     "type": "function",
     "function": {
@@ -57,13 +61,27 @@ class Family:
 
     def rendered(self, messages: Sequence[Mapping[str, object]], **kwargs: Any) -> str | None:
         """What Transformers' own call makes of the messages; None: the template refuses them."""
-        own = copy.deepcopy([dict(message) for message in messages])
+        own = copy.deepcopy([with_arguments(message, self.name) for message in messages])
         try:
             return str(
                 self._hf_tokenizer.apply_chat_template(own, tokenize=False, add_generation_prompt=True, **kwargs)
             )
         except Exception:
             return None
+
+
+def with_arguments(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The message with the arguments of its calls as the template reads them: most read objects, one JSON text."""
+    if "tool_calls" not in message or name in EITHER_ARGUMENTS:
+        return dict(message)
+    calls = copy.deepcopy(message["tool_calls"])
+    for call in calls:
+        function = call["function"]
+        if name in TEXT_ARGUMENTS and not isinstance(function["arguments"], str):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        elif name not in TEXT_ARGUMENTS and isinstance(function["arguments"], str):
+            function["arguments"] = json.loads(function["arguments"])
+    return {**message, "tool_calls": calls}
 
 
 _MADE: dict[str, Family] = {}

@@ -52,8 +52,6 @@ INSTEAD = {
     "--chat-template-content-format": "the form of a message is what the template takes. Leave it out",
     "--response-role": "the role of an answer is assistant. Leave it out",
     "--return-tokens-as-token-ids": "tokens are shown as texts. Leave it out",
-    "--reasoning-parser": "reasoning stays in the text of the answer. Leave it out, and take the text apart afterwards",
-    "--enable-reasoning": "reasoning stays in the text of the answer. Leave it out, and take the text apart afterwards",
     **dict.fromkeys(("--lora-modules", "--default-mm-loras", "--prompt-adapters"), _ADAPTER),
     "--qlora-adapter-name-or-path": _ADAPTER,
     **dict.fromkeys(("--tokenizer", "--tokenizer-revision", "--tokenizer-mode", "--skip-tokenizer-init"), _TOKENIZER),
@@ -158,8 +156,8 @@ speculative-config speculative-disable-by-batch-size speculative-disable-mqa-sco
 speculative-draft-tensor-parallel-size speculative-max-model-len speculative-model speculative-model-quantization
 sse-keep-alive-interval ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile stream-interval
 swa-bounded-replay swap-space tensor-parallel-size tokenizer-pool-extra-config tokenizer-pool-size tokenizer-pool-type
-tokens-only tool-call-parser tool-parser-plugin tool-server tool-strict-level trust-remote-code
-trust-request-chat-template trust-request-mm-kwargs typical-acceptance-sampler-posterior-alpha
+tokens-only tool-parser-plugin tool-server tool-strict-level trust-remote-code
+enable-reasoning trust-request-mm-kwargs typical-acceptance-sampler-posterior-alpha
 typical-acceptance-sampler-posterior-threshold ubatch-size uds url use-fp64-gumbel use-replayssm use-tqdm-on-load
 use-v2-block-manager uvicorn-log-level video-pruning-method video-pruning-rate watermark weight-transfer-config
 worker-cls worker-extension-cls

@@ -11,6 +11,7 @@ import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import fail, generation_config_option, log_to_stderr, results_only_on_stdout
+from batchgen.commands._conversations import CONVERSATION_OPTIONS, conversation_options
 from batchgen.commands._options import engine_options
 from batchgen.commands._runs import carry_out, conclude, settings_of
 from batchgen.commands._sampling import read_sampling, sampling_options
@@ -45,6 +46,7 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str | None)
 @engine_options
 @sampling_options
 @generation_config_option("none")
+@conversation_options
 @click.option(
     "--prompt-column",
     metavar="NAME",
@@ -145,7 +147,7 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
     try:
         sampling, typed = read_sampling(options)
         columns = {name: options.pop(name, None) for name in ("prompt_column", "template", "truncate", "id_prefix")}
-        further = ("chat_template_kwargs", "generation_config")
+        further = ("chat_template_kwargs", "generation_config", *CONVERSATION_OPTIONS)
         columns |= {name: options.pop(name) for name in further if name in options}
         return Recipe(sampling=sampling, model=model, set_by_user=typed, **columns)
     except ValueError as error:

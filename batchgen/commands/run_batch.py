@@ -14,6 +14,7 @@ import click
 
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
+from batchgen.commands._conversations import conversation_options
 from batchgen.commands._options import engine_options
 from batchgen.commands._runs import carry_out, conclude
 from batchgen.commands._sampling import sampling_options
@@ -96,6 +97,7 @@ _RUN_FILES = (
 @engine_options
 @sampling_options
 @generation_config_option("auto")
+@conversation_options
 @id_prefix
 @click.pass_context
 def command(context: click.Context, /, input_file: str, output_file: str, **options: Any) -> None:

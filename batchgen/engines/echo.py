@@ -25,6 +25,12 @@ class _ByteTokenizer:
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
         return "".join(f"{message['role']}: {join_texts(message.get('content', ''))}\n" for message in messages)
 
+    def template_text(self, **kwargs: object) -> str | None:
+        return None
+
+    def find_turn(self, text: str, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
+        return ""
+
     def token_name(self, token: int) -> str | None:
         return None
 

@@ -9,7 +9,6 @@ import torch
 from llguidance import LLMatcher
 
 from batchgen.generation.matchers import Matchers, describe_error, matchers_of
-from batchgen.generation.sampling import send
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Constraint
 
@@ -90,11 +89,13 @@ class Constraints:
             also: a token that is allowed besides, by its place.
         """
         self.wait()
-        masks = self._masks[list(places)]
+        shape = (len(places), self._masks.shape[1])
+        masks = torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        torch.index_select(self._masks, 0, torch.tensor(places), out=masks)
         for row, place in enumerate(places):
             if place in also:
                 masks[row, also[place] // 32] |= _bit(also[place])
-        return send(masks, device)
+        return masks.to(device, non_blocking=True)
 
     def wait(self) -> None:
         """Waits for the masks."""
@@ -107,8 +108,8 @@ class Constraints:
         self._forget(place)
         try:
             matcher = self._made.copy(constraint)
-        except ValueError as error:  # no grammar
-            self._errors[place] = str(error)
+        except (ValueError, RecursionError) as error:  # no grammar, or one that is nested too deeply
+            self._errors[place] = " ".join(str(error).split())[:300].rstrip(".")
             return
         self._rows[place] = matcher
         if tokens:

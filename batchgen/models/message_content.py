@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from batchgen.requests.template import GENERATION_TAGS
+
 if TYPE_CHECKING:
     from jinja2 import nodes
 
@@ -33,7 +35,6 @@ _TOOL = {
     },
 }
 _RESULT: Message = {"tool_call_id": "abcdefghi", "name": "look"}  # of calling it
-_GENERATION_TAGS = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")  # Transformers' own, unknown to Jinja
 
 
 class Forms(NamedTuple):
@@ -208,7 +209,7 @@ def loops_over_content(source: str) -> bool:
 
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        tree = environment.parse(_GENERATION_TAGS.sub("", source))
+        tree = environment.parse(GENERATION_TAGS.sub("", source))
     except (TemplateError, RecursionError):
         return False
     names = {"content"}  # also what macros call it

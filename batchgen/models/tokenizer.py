@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from batchgen.models.byte_tokens import decode_parts
+from batchgen.models.conversation import Conversations
 from batchgen.models.definition.build import build_empty
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.models.generation_config import read_generation_config
-from batchgen.models.message_content import ChatTemplate, Message
-from batchgen.requests.refusal import quote
 from batchgen.types import Tokens
 
 # What configs call the longest sequence. BLOOM (ALiBi) has no limit of its own, but may say what it was trained with.
@@ -41,7 +39,6 @@ class HfTokenizer:
         # Only a warning hangs on this number, and `prompts` measures against the model's context itself.
         self._hf_tokenizer.model_max_length = 10**30
         text = self.config.get_text_config()
-        self._model = model
         lengths = (getattr(text, name, None) for name in _CONTEXT_NAMES)
         self.context = next((length for length in lengths if type(length) is int and length > 0), None)
         self.vocabulary = getattr(text, "vocab_size", None)
@@ -58,60 +55,32 @@ class HfTokenizer:
         self._anchor: list[int] = self._hf_tokenizer("a", add_special_tokens=False)["input_ids"]
         self._anchor_text = self._plain_decode(self._anchor)
         self._token_texts: dict[int, str] = {}
-        self._chat_templates: dict[str, ChatTemplate] = {}
+        self._conversations = Conversations(model, self._hf_tokenizer)
         self._loses_letters = bool(find_lost(self._hf_tokenizer, LETTERS))
         self._lost_letters: dict[str, bool] = {}
 
     def chat(self, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
         """Returns the conversation through the model's chat template, ready for the assistant's turn.
 
-        A content may be a text or a list of parts of type "text": it becomes what the template takes.
+        A content may be a text or a list of parts of type "text": it becomes what the template takes. For `kwargs`, see
+        `engine.Tokenizer.chat`.
 
         Raises:
             ValueError: there is no template, or it refused the conversation, or leaves words of it out.
         """
-        source = self._choose_template(kwargs.get("tools"))
-        if source not in self._chat_templates:
-            self._chat_templates[source] = ChatTemplate(source, partial(self._render, source))
-        template, with_tools = self._chat_templates[source], bool(kwargs.get("tools"))
-        fitted = template.fit(messages, with_tools=with_tools)
-        options = {"add_generation_prompt": True, **kwargs, "tokenize": False, "chat_template": source}
-        try:
-            text = str(self._hf_tokenizer.apply_chat_template(fitted, **options))
-        except Exception as error:  # a template is a program that came with the model: it can raise anything
-            detail = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"the model's chat template refused these messages: {detail}") from error
-        render = partial(self._hf_tokenizer.apply_chat_template, **options)
-        place = template.find_left_out(fitted, text, render, with_tools=with_tools)
-        if place is not None:
-            raise ValueError(
-                f"the model's chat template leaves out what message {place + 1} of {len(fitted)} says, whose role is "
-                f"{quote(fitted[place].get('role'))}. Give it a role and a place that the template knows"
-            )
-        return text
+        return self._conversations.chat(messages, **kwargs)
 
-    def _choose_template(self, tools: object) -> str:
-        """Returns the template for a conversation with these tools; of several, by the names that Transformers has."""
-        templates = self._hf_tokenizer.chat_template
-        if not templates:
-            raise ValueError(
-                f"the model in {self._model} has no chat template, so it cannot take messages; "
-                "give the text as `prompt`, or render it with --template"
-            )
-        if isinstance(templates, str):
-            return templates
-        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
-        if name not in templates:
-            raise ValueError(
-                f"the model in {self._model} has chat templates named {', '.join(sorted(templates))}, and none named "
-                "default; give the text as `prompt`, or render it with --template"
-            )
-        return str(templates[name])
+    def template_text(self, **kwargs: object) -> str:
+        """Returns the text of the chat template that `chat` takes for these variables.
 
-    def _render(self, source: str, messages: Sequence[Message], tools: Sequence[Message] | None) -> str:
-        copied = [dict(message) for message in messages]
-        options = {"tools": tools, "add_generation_prompt": True, "tokenize": False, "chat_template": source}
-        return str(self._hf_tokenizer.apply_chat_template(copied, **options))
+        Raises:
+            ValueError: there is none.
+        """
+        return self._conversations.template_text(**kwargs)
+
+    def find_turn(self, text: str, messages: Sequence[Mapping[str, object]], **kwargs: object) -> str:
+        """Returns the end of `text`, which `chat` has made, that belongs to the assistant's next turn."""
+        return self._conversations.find_turn(text, messages, **kwargs)
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[Tokens]:
         """Returns the token ids of each text; see `engine.Tokenizer.tokenize`.

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from batchgen.requests import openai_completions, openai_responses
+from batchgen.requests.conversations import Conversation, read_conversation
 from batchgen.requests.openai_completions import COMPLETIONS, read_prompts
 from batchgen.requests.openai_keys import ENDPOINTS, check_keys
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.openai_sampling import read_sampling
 from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.row_ids import endpoint, own_id
-from batchgen.requests.template import conversation, template_kwargs
+from batchgen.requests.template import conversation
 from batchgen.requests.truncation import read_truncation
 from batchgen.types import MACHINE_ERRORS, Generation, RowError
 
@@ -34,14 +35,13 @@ _STREAMED = "Request must not be sent in stream mode"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a request line asks for: exactly one of `messages`, `text` and `tokens` is set."""
+    """What a request line asks for: exactly one of `conversation`, `text` and `tokens` is set."""
 
-    messages: Sequence[Mapping[str, object]] | None
+    conversation: Conversation | None
     text: str | None
     tokens: Sequence[int] | None
     sampling: Mapping[str, object]  # values as they stand, by their names in `SamplingParams`
     spelled: Mapping[str, str]  # how the line spells those names, for sentences: max_new_tokens is body.max_tokens
-    chat_template_kwargs: Mapping[str, object]
     ignored: Sequence[str]  # keys of the body that are not known here
     further: Sequence[str | Sequence[int]] = ()  # prompts of a completion behind the first one, of the same type
 
@@ -77,12 +77,10 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
     read_truncation(body)
     if url != COMPLETIONS:
         read = openai_responses.conversation_of if url == RESPONSES else _messages
-        messages = read(body)
-        kwargs = template_kwargs(body.get("chat_template_kwargs"), "body.chat_template_kwargs")
-        return Request(messages, None, None, sampling, spelled, kwargs, ignored)
+        return Request(read_conversation(body, read(body), "body."), None, None, sampling, spelled, ignored)
     first, *further = read_prompts(body.get("prompt"))
     text, tokens = (first, None) if isinstance(first, str) else (None, first)
-    return Request(None, text, tokens, sampling, spelled, {}, ignored, further)
+    return Request(None, text, tokens, sampling, spelled, ignored, further)
 
 
 def _messages(body: Mapping[str, object]) -> list[dict[str, object]]:

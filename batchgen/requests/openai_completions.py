@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from batchgen.requests import openai_logprobs
+from batchgen.requests.openai_message import chat_message, read_message, reasoning_tokens
 from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.token_texts import join
 from batchgen.types import Details, Generation
@@ -54,10 +55,12 @@ def completion(
     body = body_of(generation)
     echoed = _echoes(samples, body) if is_completion else []
     choices = [
-        {
-            "index": place,
-            **(_make_text_choice(sample, body, echoed[place]) if is_completion else _make_chat_choice(sample)),
-        }
+        {"index": place}
+        | (
+            _make_text_choice(sample, body, echoed[place])
+            if is_completion
+            else _make_chat_choice(sample, digest, stop_reason)
+        )
         for place, sample in enumerate(samples)
     ]
     if stop_reason:
@@ -67,26 +70,30 @@ def completion(
     if hides_text(body):
         generated = 0
     name, kind = ("cmpl-", "text_completion") if is_completion else ("chatcmpl-", "chat.completion")
+    usage: dict[str, object] = {
+        "prompt_tokens": generation.prompt_tokens,
+        "completion_tokens": generated,
+        "total_tokens": generation.prompt_tokens + generated,
+    }
+    if (thought := reasoning_tokens(generation)) is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": thought}
     answer = {
         "id": name + digest,
         "object": kind,
         "created": created,
         "model": model,
         "choices": choices,
-        "usage": {
-            "prompt_tokens": generation.prompt_tokens,
-            "completion_tokens": generated,
-            "total_tokens": generation.prompt_tokens + generated,
-        },
+        "usage": usage,
     }
     return answer if is_completion else answer | _of_chats_prompt(generation)
 
 
-def _make_chat_choice(sample: Generation) -> dict[str, object]:
+def _make_chat_choice(sample: Generation, digest: str, is_vllm: bool) -> dict[str, object]:
+    said = read_message(sample, digest)
     choice: dict[str, object] = {
-        "message": {"role": "assistant", "content": sample.text, "refusal": None},
+        "message": chat_message(said, is_vllm=is_vllm),
         "logprobs": openai_logprobs.of_chat(sample),
-        "finish_reason": sample.finish_reason,
+        "finish_reason": said.finish_reason,
     }
     return choice | _token_ids(sample)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from batchgen.requests import openai_constraints, openai_responses
+from batchgen.requests import conversations, openai_constraints, openai_responses
 from batchgen.requests.constraints import KINDS
 from batchgen.requests.openai_completions import CHAT, COMPLETIONS
 from batchgen.requests.openai_responses import RESPONSES
@@ -63,6 +63,8 @@ _NEUTRAL_AT: Mapping[str, Mapping[str, tuple[object, ...]]] = {
 _INSTEAD = {
     "extra_body": "put what is in it into the body itself, as the openai package does",
     "enable_thinking": "put it into body.chat_template_kwargs",
+    "functions": "body.tools has taken its place",
+    "function_call": "body.tool_choice has taken its place",
     "max_new_tokens": "its name in a body is max_tokens",
     "max_output_tokens": "its name in a body is max_tokens",
     "max_length": "give max_tokens",
@@ -98,7 +100,7 @@ _HARMLESS = frozenset(
     }
 )
 _READ_AT = {
-    CHAT: frozenset({"messages", "chat_template_kwargs", "top_logprobs"}),
+    CHAT: frozenset({"messages", "top_logprobs"}) | conversations.KEYS,
     COMPLETIONS: frozenset({"prompt", "echo"}),
     RESPONSES: frozenset({"max_output_tokens", "top_logprobs"}) | openai_responses.READ | openai_responses.HARMLESS,
 }
@@ -116,7 +118,7 @@ def _spelled(name: str) -> list[str]:
 
 # What people take for a setting in a plain row, beside the keys of a body, and what to do instead.
 _PLAIN_ROWS_ALSO = {
-    "enable_thinking": 'the row\'s chat_template_kwargs may hold it, as in {"enable_thinking": false}',
+    **dict.fromkeys(conversations.KEYS, "the row has no messages"),
     **dict.fromkeys(
         ("max_tokens", "max_completion_tokens", "maxTokens", "maxOutputTokens", "max_output_tokens"),
         "max_new_tokens is what a plain row may set",
@@ -140,15 +142,14 @@ _PLAIN_ROWS_ALSO = {
     **dict.fromkeys(TRUNCATION, "--truncate cuts prompts that are too long"),
     "prompt_token_ids": "a request to /v1/completions may bring token ids",
     "model": "the run has one model for all rows",
-    "prefill": "put it into messages, or behind the prompt",
-    "chat_template_kwargs": "the row has no messages",
+    "prefill": "put it into messages with continue_final_message, or behind the prompt",
     "system": "put it into messages",
     "system_prompt": "put it into messages",
 }
 SETTINGS = frozenset(
     {
         *(*_NEUTRAL, *SAMPLING, *_PLAIN_ROWS_ALSO, *openai_constraints.KEYS),
-        *("stream", "add_special_tokens", "chat_template", *TRUNCATION),
+        *("stream", "add_special_tokens", *TRUNCATION),
     }
 ).difference(PARAMS, KINDS)
 """Columns of a plain row that somebody may take for settings, and that are none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from batchgen.requests import openai_logprobs
+from batchgen.requests.openai_message import read_message, reasoning_tokens
 from batchgen.requests.refusal import Refused, quote
 from batchgen.requests.template import why_no_text, without_null_keys
 from batchgen.types import Generation
@@ -108,10 +109,15 @@ def response(generation: Generation, digest: str, model: str, created: int) -> d
     settings = body if isinstance(body, Mapping) else {}
     cut_off = generation.finish_reason == "length"
     status = "incomplete" if cut_off else "completed"
-    text: dict[str, object] = {"type": "output_text", "text": generation.text, "annotations": []}
+    said = read_message(generation, digest)
+    text: dict[str, object] = {"type": "output_text", "text": said.content, "annotations": []}
     if (logprobs := openai_logprobs.of_chat(generation)) is not None:
         text["logprobs"] = logprobs["content"]
     message = {"id": f"msg_{digest}", "type": "message", "role": "assistant", "status": status, "content": [text]}
+    output = [message]
+    if said.reasoning is not None:
+        thought = {"type": "reasoning_text", "text": said.reasoning}
+        output.insert(0, {"id": f"rs_{digest}", "type": "reasoning", "summary": [], "content": [thought]})
     return {
         "id": f"resp_{digest}",
         "object": "response",
@@ -123,7 +129,7 @@ def response(generation: Generation, digest: str, model: str, created: int) -> d
         "max_output_tokens": settings.get("max_output_tokens"),
         "metadata": settings.get("metadata") or {},
         "model": model,
-        "output": [message],
+        "output": output,
         "parallel_tool_calls": True,
         "previous_response_id": None,
         "temperature": settings.get("temperature"),
@@ -149,6 +155,6 @@ def _usage(generation: Generation) -> dict[str, object]:
         "input_tokens": generation.prompt_tokens,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": generation.generated_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens(generation) or 0},
         "total_tokens": generation.prompt_tokens + generation.generated_tokens,
     }

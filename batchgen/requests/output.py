@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from batchgen.requests import openai
+from batchgen.requests.openai_message import Message, read_message
 from batchgen.requests.token_texts import to_text
 from batchgen.types import MACHINE_ERRORS, Alternative, Details, Generation
 
@@ -23,6 +24,7 @@ RESULT = ("id", "index", "text", "finish_reason", "prompt_tokens", "generated_to
 WANTED = (
     *("texts", "finish_reasons", "logprobs", "texts_logprobs", "top_logprobs", "prompt_logprobs"),
     *("token_ids", "texts_token_ids", "prompt_token_ids", "stop_reason"),
+    *("reasoning", "tool_calls", "texts_reasoning", "texts_tool_calls"),
 )
 """Come behind these, in this order, in rows that ask for them alone: the others are as they always were."""
 
@@ -71,19 +73,28 @@ def _plain(generation: Generation) -> str:
     own = "".join(f",{_quoted(name)}:{_any(value)}" for name, value in columns.items() if name != "id")
     generated = generation.generated_tokens
     wanted = ""
-    if generation.logprobs is not None or generation.details is not None or generation.others:
-        wanted = "".join(f',"{name}":{_json(value)}' for name, value in _wanted(generation).items())
+    said = _said(generation)
+    text, reason = (said[0].content, said[0].finish_reason) if said else (generation.text, generation.finish_reason)
+    if said or generation.logprobs is not None or generation.details is not None or generation.others:
+        wanted = "".join(f',"{name}":{_json(value)}' for name, value in _wanted(generation, said).items())
         generated += sum(sample.generated_tokens for sample in generation.others)
     return (
         f'{{"id":{_quoted(generation.id)},"index":{generation.index},'
-        f'"text":{"null" if generation.text is None else _quoted(generation.text)},'
-        f'"finish_reason":{"null" if generation.finish_reason is None else _quoted(generation.finish_reason)},'
+        f'"text":{"null" if text is None else _quoted(text)},'
+        f'"finish_reason":{"null" if reason is None else _quoted(reason)},'
         f'"prompt_tokens":{generation.prompt_tokens},"generated_tokens":{generated},'
         f'"error":{"null" if failure is None else _json(failure)}{wanted}{own}}}'
     )
 
 
-def _wanted(generation: Generation) -> dict[str, object]:
+def _said(generation: Generation) -> Sequence[Message]:
+    """What each sample says, where the model may have written more than its answer."""
+    if generation.markup is None or generation.error is not None:
+        return ()
+    return [read_message(sample) for sample in (generation, *generation.others)]
+
+
+def _wanted(generation: Generation, said: Sequence[Message]) -> dict[str, object]:
     """What stands in the row beside its text, by the names in `WANTED` and in their order.
 
     Where a row has several samples, the other values are those of the first one, and lists of all of them stand beside
@@ -98,10 +109,16 @@ def _wanted(generation: Generation) -> dict[str, object]:
         "prompt_token_ids": details.prompt_token_ids,
         "stop_reason": details.stop_reason,
     }
+    if said:
+        values |= {"reasoning": said[0].reasoning, "tool_calls": said[0].tool_calls or None}
     if generation.others:
         samples = [generation, *generation.others]
-        values["texts"] = [sample.text for sample in samples]
-        values["finish_reasons"] = [sample.finish_reason for sample in samples]
+        values["texts"] = [each.content for each in said] or [sample.text for sample in samples]
+        values["finish_reasons"] = [each.finish_reason for each in said or samples]
+        if any(each.reasoning is not None for each in said):
+            values["texts_reasoning"] = [each.reasoning for each in said]
+        if any(each.tool_calls for each in said):
+            values["texts_tool_calls"] = [each.tool_calls for each in said]
         if generation.logprobs is not None:
             values["texts_logprobs"] = [sample.logprobs for sample in samples]
         if details.token_ids is not None:

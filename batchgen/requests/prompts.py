@@ -14,16 +14,17 @@ import re
 from collections.abc import Mapping, Sequence
 
 from batchgen.engine import Tokenizer
-from batchgen.requests import openai
+from batchgen.requests import conversations, openai
 from batchgen.requests.constraints import KINDS, read_constraint
+from batchgen.requests.conversations import Conversation, Conversations, constrained, read_conversation
 from batchgen.requests.openai_keys import SETTINGS, advice, is_neutral
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.recipe import Recipe
 from batchgen.requests.refusal import Refused, check_encodable, quote, sampling_params
 from batchgen.requests.row_ids import endpoint, is_request, make_id, may_be_request, read_id, row_id
-from batchgen.requests.template import compile_template, conversation, template_kwargs, without_nulls
+from batchgen.requests.template import compile_template, conversation, without_nulls
 from batchgen.requests.token_limits import TokenLimits
-from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, SamplingParams
+from batchgen.types import FIT, PARAMS, Generation, Markup, Prompt, Row, RowError, SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class PromptReader:
             )
         self._recipe = recipe
         self._tokenizer = tokenizer
+        self._conversations = Conversations(recipe, tokenizer)
         self._duplicates = duplicates
         self._among_requests = among_requests
         self._warns = warns
@@ -120,16 +122,20 @@ class PromptReader:
     def _plain(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool]:
         """The prompt, and whether its text is from a chat template."""
         own = read_id(value)
-        text, from_chat = self._plain_text(row, value)
+        said = self._plain_conversation(row, value)
+        text, markup = (self._plain_text(value), None) if said is None else self._from_chat(row, said)
+        from_chat = said is not None
         params = self._recipe.sampling
         if not self._settings.isdisjoint(value):
             self._report_settings(row, value, from_chat)
         if not _READ_OF_ROWS.isdisjoint(value):
             params = sampling_params(params, self._own_params(row, value), {})
+        if said is not None:
+            params = constrained(params, said, "")
         if not text.isascii():
             check_encodable(text)
         id = make_id(row, own, self._recipe.id_prefix)
-        return Prompt(row.index, id, row.line, text, (), params, value), from_chat
+        return Prompt(row.index, id, row.line, text, (), params, value, markup=markup), from_chat
 
     def _own_params(self, row: Row, value: Mapping[str, object]) -> dict[str, object]:
         """The sampling parameters that a plain row sets itself, its constraint among them."""
@@ -144,11 +150,15 @@ class PromptReader:
             given["constraint"] = read_constraint(kind, _given(row, value[kind]), kind)
         return given
 
-    def _plain_text(self, row: Row, value: Mapping[str, object]) -> tuple[str, bool]:
-        """The text of a plain row, and whether it is from a chat template."""
+    def _plain_text(self, value: Mapping[str, object]) -> str:
+        """The text of a plain row that has no conversation."""
+        return _text(value, self._recipe.prompt_column) if self._render is None else self._render(value)
+
+    def _plain_conversation(self, row: Row, value: Mapping[str, object]) -> Conversation | None:
+        """The conversation of a plain row; None: its prompt is a text."""
         column = self._recipe.prompt_column
         if self._render is not None:
-            return self._render(value), False
+            return None
         messages = value.get("messages")
         if column is None and messages is not None and value.get("prompt") is not None:
             raise Refused(
@@ -157,13 +167,13 @@ class PromptReader:
                 "--prompt-column prompt or --prompt-column messages",
             )
         if messages is None or not (column is None or (column == "messages" and not isinstance(messages, str))):
-            return _text(value, column), False
-        kwargs = template_kwargs(_given(row, value.get("chat_template_kwargs")), "chat_template_kwargs")
-        return self._chat(conversation(_given(row, messages), "messages", whole=True), kwargs), True
+            return None
+        given = {key: _given(row, value[key]) for key in conversations.KEYS if key in value}
+        return read_conversation(given, conversation(_given(row, messages), "messages", whole=True), "")
 
     def _report_settings(self, row: Row, value: Mapping[str, object], from_chat: bool) -> None:
         for key in sorted(self._settings.intersection(value)):
-            if not is_neutral(key, value[key]) and not (from_chat and key == "chat_template_kwargs"):
+            if not is_neutral(key, value[key]) and not (from_chat and key in conversations.KEYS):
                 self._say_once(row, "the column %s is carried along and changes no text", key, advice(key))
 
     def _request(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool | None]:
@@ -182,19 +192,23 @@ class PromptReader:
                 row, "neither the body nor generation_config.json sets %s: its answer is greedy", "temperature"
             )
         params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
-        text = request.text or ""
-        if request.messages is not None:
-            text = self._chat(request.messages, request.chat_template_kwargs)
+        text, markup = request.text or "", None
+        if request.conversation is not None:
+            text, markup = self._from_chat(row, request.conversation)
+            params = constrained(params, request.conversation, "body.")
         check_encodable(text)
-        prompt = Prompt(row.index, self._id(row), row.line, text, request.tokens or (), params, {}, value)
+        tokens = request.tokens or ()
+        prompt = Prompt(row.index, self._id(row), row.line, text, tokens, params, {}, value, markup=markup)
         prompt.others = [_make_other(prompt, further) for further in request.further]
-        return prompt, None if request.tokens is not None else request.messages is not None
+        return prompt, None if request.tokens is not None else request.conversation is not None
 
-    def _chat(self, messages: Sequence[Mapping[str, object]], kwargs: Mapping[str, object]) -> str:
-        try:
-            return self._tokenizer.chat(messages, **{**self._recipe.chat_template_kwargs, **kwargs})
-        except (ValueError, RecursionError) as error:
-            raise Refused("template", str(error)) from error
+    def _from_chat(self, row: Row, said: Conversation) -> tuple[str, Markup | None]:
+        text, markup = self._conversations.render(said)
+        if self._conversations.leaves_calls_in_text(said, markup):
+            self._say_once(
+                row, "the chat template shows no form of calls that is known, so that calls of %s stay in text", "tools"
+            )
+        return text, markup
 
     def _report(self, row: Row, ignored: Sequence[str]) -> None:
         for key in ignored:

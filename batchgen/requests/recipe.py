@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from batchgen.requests import thinking, tools
 from batchgen.requests.constraints import check
 from batchgen.requests.refusal import Refused
 from batchgen.requests.row_ids import IdPrefix
@@ -27,6 +28,9 @@ class Recipe:
     truncate: Literal["left", "right"] | None = None  # the side cut off a prompt that is too long; None: an error row
     chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)  # a row's own win
     id_prefix: IdPrefix | None = None  # what stands before a row's own id; None: nothing
+    reasoning_parser: str = "auto"  # the form of thinking: auto (as the chat template shows it), none or its name
+    tool_parser: str = "auto"  # the same of calls of tools
+    trusts_templates: bool = False  # a row may bring a chat template of its own
     model: str | None = None  # every row must be a request line, for this model or none; None: any row, any model
     generation_config: str = "none"
     """Whose `generation_config.json` says what neither a row nor `sampling` says: none, auto (the model's own), or that
@@ -50,6 +54,12 @@ class Recipe:
             except ValueError as error:
                 flag = self.sampling.constraint.kind.replace("_", "-")
                 raise ValueError(f"--{flag}: {error}") from None
+        for flag, name, forms in (
+            ("--reasoning-parser", self.reasoning_parser, thinking.FORMS),
+            ("--tool-parser", self.tool_parser, tools.FORMS),
+        ):
+            if name not in ("auto", "none", *forms):
+                raise ValueError(f"{flag} must be auto, none or one of {', '.join(forms)}, not {name!r}")
         try:
             template_kwargs(self.chat_template_kwargs, "chat_template_kwargs")
         except Refused as refused:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 from batchgen.requests.refusal import Refused, quote
+
+GENERATION_TAGS = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
+"""Tags that Transformers adds to Jinja in chat templates; they change no prompt."""
 
 # What other kinds of parts hold, in the words of OpenAI's requests and of Transformers' templates.
 _SEEN_OR_HEARD = {
@@ -20,8 +24,8 @@ _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reas
 def conversation(messages: object, name: str, *, whole: bool) -> list[dict[str, object]]:
     """`messages` as `Tokenizer.chat` takes them: a content is a text or a list of text parts, nulls are left out.
 
-    With `whole`, keys beyond role and content go to the template as they stand (its author's business); without, tool
-    calls are refused, since OpenAI's form of them is not what templates expect.
+    Keys beyond role and content go to the template as they stand: what they mean is its author's business. In bodies
+    (without `whole`), calls of tools must have OpenAI's form, and what is of another kind than text is refused.
 
     Raises:
         Refused: `name` (for the sentence) is not a list of messages of text.
@@ -40,12 +44,35 @@ def _message(message: object, name: str, whole: bool) -> dict[str, object]:
     if not isinstance(given.get("role"), str):
         raise Refused("wrong_type", f"{name}: role must be a text, not {quote(given.get('role'))}")
     if not whole:
-        for key in ("tool_calls", "function_call", "audio"):
+        _check_calls(given.get("tool_calls"), name)
+        for key, instead in (("function_call", ": write it into tool_calls"), ("audio", "")):
             if given.get(key):
-                raise Refused("unknown_parameter", f"{name}: {key} is not supported")
+                raise Refused("unknown_parameter", f"{name}: {key} is not supported{instead}")
     if "content" in given or not any(given.get(key) for key in _INSTEAD_OF_CONTENT):
         given["content"] = _content(given.get("content"), name)
     return given
+
+
+def _check_calls(calls: object, name: str) -> None:
+    """Checks that the calls of a message are OpenAI's: functions, whose arguments are an object or JSON of one."""
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise Refused("wrong_type", f"{name}: tool_calls must be a list, not {quote(calls)}")
+    for number, call in enumerate(calls):
+        place = f"{name}.tool_calls[{number}]"
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+            raise Refused("wrong_type", f"{place} must be an object with id, type and function")
+        if call.get("type", "function") != "function":
+            raise Refused("unknown_parameter", f'{place}: type must be "function", not {quote(call["type"])}')
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            raise Refused("wrong_type", f"{place}: function.name must be a text, not {quote(function.get('name'))}")
+        if not isinstance(function.get("arguments", ""), (str, Mapping)):
+            raise Refused(
+                "wrong_type",
+                f"{place}: function.arguments must be JSON of an object, not {quote(function['arguments'])}",
+            )
 
 
 def _given(message: Mapping[str, object]) -> dict[str, object]:

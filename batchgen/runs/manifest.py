@@ -37,6 +37,13 @@ def identity(ready: Ready) -> dict[str, object]:
         "chat_template_kwargs": dict(recipe.chat_template_kwargs),
         "truncate": recipe.truncate,
         **({} if recipe.id_prefix is None else {"id_prefix": recipe.id_prefix}),
+        # Left out where nothing is split off: run folders from before there was such a thing go on without it.
+        **{
+            name: value
+            for name, value in (("reasoning_parser", recipe.reasoning_parser), ("tool_parser", recipe.tool_parser))
+            if value != "none"
+        },
+        **({"trusts_templates": True} if recipe.trusts_templates else {}),
         "request_model": recipe.model,
         "error_format": ready.settings.error_format,
     }

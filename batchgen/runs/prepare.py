@@ -110,6 +110,7 @@ def prepare(
     needs_model = choice is None or choice.kind.needs_model
     resolved = _resolve_model(settings.model, own_cache, say=says) if needs_model else _NO_MODEL
     recipe = _with_sampling(settings.recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=says)
+    recipe = _with_parsers(recipe, folder, say=says)
     settings = replace(settings, recipe=recipe)
     dtype_found = dtype_of.find(settings.dtype, folder, resolved.folder)
     if choice is None:
@@ -153,6 +154,23 @@ def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) 
         left_out = {name for name in TAKEN_LATER if f"sampling.{name}" not in recorded}
         recipe = replace(recipe, set_by_user=recipe.set_by_user | left_out)
     return with_authors_sampling(recipe, model, say=say)
+
+
+def _with_parsers(recipe: Recipe, folder: RunFolder, *, say: bool) -> Recipe:
+    """The recipe without what the run does not know that began before texts were split into answer, thinking and calls
+    of tools."""
+    if not folder.has_manifest():
+        return recipe
+    recorded = folder.read_identity()
+    if "reasoning_parser" not in recorded and recipe.reasoning_parser == "auto":
+        if say:
+            logger.info("this run began with --reasoning-parser none, and goes on with it")
+        recipe = replace(recipe, reasoning_parser="none")
+    if "tool_parser" not in recorded and recipe.tool_parser == "auto":
+        if say:
+            logger.info("this run began with --tool-parser none, and goes on with it")
+        recipe = replace(recipe, tool_parser="none")
+    return recipe
 
 
 def check_engine(ready: Ready, role: Role) -> None:

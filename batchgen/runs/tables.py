@@ -49,6 +49,10 @@ _WANTED_TYPES: dict[str, pa.DataType] = {  # of columns that are there if a row 
     "texts_token_ids": pa.list_(_IDS),
     "prompt_token_ids": _IDS,
     "stop_reason": pa.string(),  # a stop text, or the id of a stop token
+    "reasoning": pa.string(),
+    "tool_calls": pa.string(),  # JSON: a column of objects would give each of them the keys of all
+    "texts_reasoning": pa.list_(pa.string()),
+    "texts_tool_calls": pa.string(),
 }
 _ERROR_KEYS = {field.name for field in _RESULT_TYPES["error"]}
 
@@ -139,7 +143,9 @@ def _find_wanted(lines: Iterable[bytes]) -> set[str]:
 
 def _fits(name: str, kind: str) -> bool:
     """Whether a value of this kind is what batchgen itself writes under this name of `WANTED`."""
-    return kind in ("text", "int") if name == "stop_reason" else kind in ("floats", "list")
+    if name in ("stop_reason", "reasoning"):
+        return kind == "text" or (kind == "int" and name == "stop_reason")
+    return kind in ("floats", "list")
 
 
 def _as(column: pa.Array, kind: pa.DataType) -> pa.Array:

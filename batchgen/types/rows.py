@@ -131,6 +131,7 @@ class Generation:
     details: Details | None = None  # None: there are none
     sample: int = 0  # which of the row's samples this is
     others: Sequence[Generation] = ()  # the samples after this one, in order, where the row has several
+    markup: Markup | None = None  # the prompt's
 
     @classmethod
     def of(
@@ -156,6 +157,7 @@ class Generation:
             logprobs,
             details,
             prompt.sample,
+            markup=prompt.markup,
         )
 
     @classmethod

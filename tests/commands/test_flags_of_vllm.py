@@ -90,7 +90,6 @@ def test_what_is_ours_is_carried_out(words: list[str], name: str, value: Any) ->
         (["--lora-modules", "a=b"], "Merge the adapter"),
         (["--tokenizer", "other"], "the tokenizer is the model's"),
         (["--tokenizer-mode", "mistral"], "the tokenizer is the model's"),
-        (["--reasoning-parser", "qwen3"], "reasoning stays in the text"),
         (["--hf-overrides.rope_theta", "1"], "Change config.json"),
         (["--load-format", "dummy"], "as the model's folder has them"),
         (["--structured-outputs-config.disable_any_whitespace", "true"], "structured_outputs"),

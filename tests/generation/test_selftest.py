@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from batchgen.engine import EngineError, Setup
 from batchgen.engines.accelerate import Accelerate
 from batchgen.generation import selftest
 from batchgen.generation.selftest import SelfTest
-from batchgen.types import Prompt
+from batchgen.types import Constraint, Prompt
 from batchgen.world import World
 from tests.engines.runs import ROOT, command, rows
 from tests.tiny_models import Model, random_prompts
@@ -80,6 +81,22 @@ def test_greedy_rows_are_looked_at_the_shortest_and_the_longest() -> None:
     sampled = [replace(prompt, params=replace(prompt.params, temperature=1.0)) for prompt in prompts]
     assert selftest.choose(sampled) == []
     assert selftest.choose([*sampled, prompts[0]]) == [9]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 1.1},
+        {"allowed_token_ids": (5,)},
+        {"min_tokens": 1},
+        {"constraint": Constraint("regex", "a")},
+        {"thinking_tokens": 3},
+    ],
+)
+def test_rows_whose_tokens_need_not_be_the_models_best_are_not_looked_at(params: dict[str, Any]) -> None:
+    first, second = random_prompts(2)
+    first.params = replace(first.params, **({"max_new_tokens": 9} | params))
+    assert selftest.choose([first, second]) == [1]
 
 
 BROKEN = """

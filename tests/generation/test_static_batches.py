@@ -148,6 +148,22 @@ def test_each_row_stops_at_its_own_stop_text_and_is_cut_before_it(llama: Model) 
             assert generation == free
 
 
+def test_each_sample_of_a_row_has_its_own_generation_also_where_one_of_them_fails(tiny_llama: Path) -> None:
+    """A padded row that is not finite is left out of its batch, and generated once more without padding."""
+    model = Model(tiny_llama)
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[range(4, 260, 12)] = torch.nan
+    tokens = [[1, 5, 6], [1, 7, 9, 10, 11], [1, 13]]
+    base = [dataclasses.replace(p, tokens=t) for p, t in zip(random_prompts(3), tokens, strict=True)]
+    params = SamplingParams(8, temperature=1.5)
+    prompts = [dataclasses.replace(p, sample=sample, params=params) for p in base for sample in range(3)]
+    found = {(g.index, g.sample): g for batch in model.run(prompts) for g in batch.generations}
+    assert sorted(found) == [(p.index, p.sample) for p in prompts]
+    outcomes = [{found[p.index, sample].error is None for sample in range(3)} for p in base]
+    assert {True, False} in outcomes
+    assert len({g.text for g in found.values() if g.error is None}) == sum(g.error is None for g in found.values()) > 2
+
+
 def test_a_sampled_row_has_the_same_text_in_any_batch_and_order(llama: Model) -> None:
     prompts = [
         dataclasses.replace(p, params=dataclasses.replace(p.params, temperature=0.0 if p.index % 3 == 0 else 1.2))

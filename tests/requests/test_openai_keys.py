@@ -41,7 +41,8 @@ def test_no_key_of_openai_or_vllm_is_unknown(endpoint: str) -> None:
     ("key", "value", "instead"),
     [
         ("extra_body", {"top_k": 5}, "put what is in it into the body itself"),
-        ("enable_thinking", False, "put it into body.chat_template_kwargs"),
+        ("functions", [{"name": "f"}], "body.tools has taken its place"),
+        ("function_call", {"name": "f"}, "body.tool_choice has taken its place"),
         ("max_new_tokens", 5, "its name in a body is max_tokens"),
         ("stop_sequences", ["a"], "its name in a body is stop"),
         ("num_return_sequences", 3, "its name in a body is n"),

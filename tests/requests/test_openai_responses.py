@@ -61,7 +61,8 @@ def parts(kind: str, *texts: str) -> list[dict[str, object]]:
 )
 def test_input_is_a_conversation(body: dict[str, Any], messages: list[dict[str, object]]) -> None:
     asked = parse(line(**body))
-    assert (asked.messages, asked.text, asked.tokens, asked.ignored) == (messages, None, None, [])
+    assert asked.conversation is not None
+    assert (asked.conversation.messages, asked.text, asked.tokens, asked.ignored) == (messages, None, None, [])
 
 
 def test_sampling_and_what_changes_nothing() -> None:

@@ -37,9 +37,12 @@ def test_without_nulls_reaches_every_depth_but_keeps_the_nulls_of_a_list() -> No
 def test_call_of_a_tool_needs_no_content_and_is_left_as_it_is() -> None:
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     assert conversation([{**call, "content": None}], "messages", whole=True) == [call]
-    with pytest.raises(Refused, match="tool_calls is not supported") as caught:
+    with pytest.raises(Refused, match=r"tool_calls\[0\] must be an object with id, type and function") as caught:
         conversation([call], "body.messages", whole=False)
-    assert caught.value.type == "unknown_parameter"
+    assert caught.value.type == "wrong_type"
+    openai_call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [openai_call]}
+    assert conversation([message], "body.messages", whole=False) == [{"role": "assistant", "tool_calls": [openai_call]}]
 
 
 @pytest.mark.parametrize(
