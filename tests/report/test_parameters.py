@@ -104,6 +104,9 @@ def test_row_opens_to_its_thinking_its_calls_and_its_samples(tmp_path: Path, ope
         ]  # fmt: skip
         page.locator("#rows tr.row button").first.click()
         assert titles(page) == ["prompt", "thinking", "generation", "tool calls"]
+        box = page.locator(".texts").bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= width  # the table may be wider, the texts are not
         expect(page.locator(".texts .thinking pre")).to_have_text(f"Perhaps {folders.EVIL}")
         expect(page.locator(".texts .tool pre")).to_have_text(
             'weather({"city": "Bonn"})\nweather({"city": "<b>Ulm</b>"})', use_inner_text=True
