@@ -36,7 +36,7 @@ def follow(row: ThinkingRow, tokenizer: HfTokenizer, said: str) -> tuple[str, st
         (True, 9, "abc</t>x", "abc</t>x", "x"),
         (True, 0, "abc", "</t>abc", "abc"),
         (True, 2, "abcd", "ab</t>cd", "cd"),
-        (True, 3, "ab<t>x", "ab</t>t>x", "t>x"),  # it had begun to end: the mark is not written twice
+        (True, 3, "ab<t>x", "ab</t>x", "x"),  # it had begun to end: the mark is not written twice
         (True, 3, "a</t>x", "a</t>x", "x"),
         (True, 2, "a</t>x</t>y", "a</t>x</t>y", "x</t>y"),
         (False, 2, "<t>abcd", "<t>ab</t>cd", "cd"),
