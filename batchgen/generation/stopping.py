@@ -19,6 +19,8 @@ from batchgen.generation.processor import ChosenToken
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Prompt
 
+_NO_TOKEN = -1  # in the place of one: the row has failed
+
 
 class Stopper(StoppingCriteria):
     """Ends each row at its own end (`generation.ends`); the batch when `stop()` is true.
@@ -119,16 +121,21 @@ class Stopper(StoppingCriteria):
     def _follow(self, input_ids: torch.Tensor) -> list[int]:
         """Takes the tokens of rows that are followed; returns those that have ended, which are followed no more."""
         rows = list(self._finders)
-        tokens = dict(zip(rows, input_ids[rows, -1].tolist(), strict=True))
-        found = {row: self._finders[row].append(token) for row, token in tokens.items()}
+        last = torch.where(self._not_finite.rows[rows], _NO_TOKEN, input_ids[rows, -1])
+        if self._processor.impossible is not None:
+            last = torch.where(self._processor.impossible[rows], _NO_TOKEN, last)
+        tokens = dict(zip(rows, last.tolist(), strict=True))
+        found: dict[int, End | None] = {
+            row: STOP if token < 0 else self._finders[row].append(token) for row, token in tokens.items()
+        }
         # Whether a constraint is fulfilled also matters to a row that is as long as it may be.
-        self._processor.advance({row: tokens[row] for row, end in found.items() if end is None or end is LENGTH})
-        for row, end in found.items():
-            error = self._processor.find_error(row)
-            if error is not None:
+        going_on = [row for row, end in found.items() if end is None or end is LENGTH]
+        self._processor.advance({row: tokens[row] for row in going_on})
+        for row in found:
+            if (error := self._processor.find_error(row)) is not None:
                 self.errors[row] = error
                 found[row] = STOP
-            elif (end is None or end is LENGTH) and self._processor.is_complete(row):
+            elif row in going_on and self._processor.is_complete(row):
                 found[row] = STOP
         ended = {row: end for row, end in found.items() if end is not None}
         self._ends |= ended

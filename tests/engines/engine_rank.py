@@ -42,6 +42,14 @@ def prompts(count: int, most_tokens: int = 40) -> list[Prompt]:
     ]
 
 
+def cases() -> list[Prompt]:
+    """The prompts of `parameter_cases`; every third asks for the logprobs of its prompt."""
+    made = parameter_cases.prompts_of_cases()
+    for prompt in made[::3]:
+        prompt.params = replace(prompt.params, prompt_logprobs=1)
+    return made
+
+
 def ranks(
     count: int,
     model: Path | Sequence[Path],
@@ -122,13 +130,15 @@ def main(
         swapped = len(list(Path(disk).rglob(f"rank{world.rank}/*.swp"))) if disk else 0
         (folder / f"swapped-{world.rank}").write_text(str(swapped))
         for count in sets:
-            every = prompts(count, most_tokens) if count != CASES else parameter_cases.prompts_of_cases()
+            every = prompts(count, most_tokens) if count != CASES else cases()
             mine = order([every[index] for index in shard(len(every), stream)], 0)
             batches = made.generate(iter(mine), lambda: False)
             done = [generation for batch in batches for generation in batch.generations]
             done = done if stream.writes else []
             texts[count] = {one.index: one.text if count != CASES else _name_tokens(one) for one in done}
             logprobs[count] = {one.index: one.logprobs for one in done if one.logprobs is not None}
+            if count == CASES:
+                logprobs[count] = {one.index: _find_prompt_logprobs(one) for one in done if one.index % 3 == 0}
     (folder / f"logprobs-{world.rank}").write_text(json.dumps(logprobs))
     (folder / str(world.rank)).write_text(json.dumps(texts))
 
@@ -136,6 +146,11 @@ def main(
 def _name_tokens(generation: Generation) -> str:
     assert generation.details is not None, generation.error
     return str(list(generation.details.token_ids or ()))
+
+
+def _find_prompt_logprobs(generation: Generation) -> list[float]:
+    assert generation.details is not None
+    return [place[0].logprob for place in generation.details.prompt_logprobs or () if place]
 
 
 if __name__ == "__main__":

@@ -115,6 +115,41 @@ def prompts_of_cases(each: int = 2, seed: int = 0) -> list[Prompt]:
     return rows
 
 
+_CHOICES: dict[str, Sequence[Any]] = {
+    "temperature": (0.0, 0.7, 1.0, 1.8),
+    "top_p": (0.6, 0.9),
+    "top_k": (3, 40),
+    "min_p": (0.05, 0.3),
+    "seed": (1, 2),
+    "repetition_penalty": (0.9, 1.2, 1.6),
+    "presence_penalty": (-0.5, 1.0),
+    "frequency_penalty": (-0.2, 0.4),
+    "logit_bias": (((END, 4.0),), ((68, 3.0), (69, -5.0), (70, 2.5))),
+    "allowed_token_ids": ((END, *range(40, 140)), (*FEW_LETTERS, END)),
+    "bad_words": (("a", "bc"), ("de", "ee")),
+    "min_tokens": (2, 7),
+    "stop_token_ids": ((70, 71), tuple(range(100, 130))),
+    "ignore_eos": (True,),
+    "constraint": (
+        Constraint("regex", "([a-h]{2}[.,])+"),
+        Constraint("json_schema", json.dumps({"type": "array", "items": {"enum": ["a", "bad", 3]}})),
+    ),
+    "thinking_tokens": (0, 3),
+}
+
+
+def mixtures(count: int, seed: int = 0) -> list[Prompt]:
+    """Returns rows, each with a random mixture of parameters; some are impossible together."""
+    source = random.Random(seed)
+    rows = random_prompts(count, longest=40)
+    for row in rows:
+        names = source.sample(sorted(_CHOICES), source.randrange(1, 8))
+        params = {name: source.choice(_CHOICES[name]) for name in names}
+        row.id, row.markup = f"mixture #{row.index}", THINKS if "thinking_tokens" in params else None
+        row.params = SamplingParams(max_new_tokens=18, return_token_ids=True, **params)
+    return rows
+
+
 class Reference:
     """Decodes rows of a tiny model, one at a time."""
 
@@ -125,7 +160,7 @@ class Reference:
         self._constrained = LLTokenizer(definition, eos_token=model.tokenizer.end_tokens)
 
     def tokens(self, prompt: Prompt) -> list[int]:
-        """Returns what the row generates, up to and including the token that ends it."""
+        """Returns what the row generates, up to and including the token that ends it; [] if no token is left for it."""
         params, numbers = prompt.params, random.Random(prompt.row_seed)
         found: list[int] = []
         ends = {*([] if params.ignore_eos else self._tokenizer.end_tokens), *params.stop_token_ids}
@@ -139,6 +174,8 @@ class Reference:
             with torch.inference_mode():
                 logits = self._model.model(ids, use_cache=False).logits[:, -1].float()
             token = self._choose(prompt, ids, logits, numbers, None if thinks else matcher)
+            if token is None:
+                return []
             if thinks and params.thinking_tokens is not None and len(found) >= params.thinking_tokens:
                 token = end_mark[len(found) - params.thinking_tokens]
             found.append(token)
@@ -158,7 +195,7 @@ class Reference:
         logits: torch.Tensor,
         numbers: random.Random,
         matcher: LLMatcher | None,
-    ) -> int:
+    ) -> int | None:
         params, number = prompt.params, 0.0
         if params.temperature > 0:
             number = numbers.random()
@@ -166,6 +203,8 @@ class Reference:
             bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
             logits = logits.masked_fill(torch.from_numpy(bits[: logits.shape[1]] == 0), -torch.inf)
         logits = self._edit(prompt, ids, logits)
+        if not logits.isfinite().any():
+            return None
         if params.temperature == 0:
             return int(logits.argmax())
         warpers: list[Any] = [TemperatureLogitsWarper(params.temperature)]

@@ -1,7 +1,8 @@
 """One model over several ranks: the first one leads, and the others make the same steps as it tells them to.
 
-The leader alone has prompts, plans steps and reads tokens. Before each step it tells the others what to compute, so
-that all ranks make the same forwards in the same order.
+The leader alone has prompts, plans steps, chooses tokens and reads them. Before each step it tells the others what to
+compute, so that all ranks make the same forwards in the same order; where more than the best tokens is wanted, the others
+wait for those that it chooses.
 """
 
 from __future__ import annotations

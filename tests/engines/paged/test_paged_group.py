@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,9 +59,16 @@ def test_each_kind_of_model_over_two_ranks_says_what_it_says_alone(
 def test_over_two_ranks_each_parameter_does_what_its_definition_says(
     kind: str, folders: dict[str, Path], over_two: Path
 ) -> None:
-    reference = parameter_cases.Reference(models.Model(folders[kind]))
+    model = models.Model(folders[kind])
+    reference = parameter_cases.Reference(model)
     found = engine_rank.texts(over_two / kind)[engine_rank.CASES]
-    assert found == {row.index: str(reference.tokens(row)) for row in parameter_cases.prompts_of_cases()}
+    assert found == {row.index: str(reference.tokens(row)) for row in engine_rank.cases()}
+    logprobs = engine_rank.logprobs(over_two / kind)[engine_rank.CASES]
+    asking = [row for row in engine_rank.cases() if row.params.prompt_logprobs]
+    assert logprobs.keys() == {row.index for row in asking}
+    for row in asking:
+        expected = model.logprobs(replace(row, tokens=row.tokens[:1]), row.tokens[1:])
+        assert logprobs[row.index] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.slow
