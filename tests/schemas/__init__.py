@@ -1,0 +1,1 @@
+"""Rows whose text must follow a JSON schema, judged by `jsonschema`: see `scripts/schemas`."""
