@@ -122,8 +122,9 @@ def test_what_a_row_needs_is_said_before_its_token_is_chosen(tokenizer: HfTokeni
         found[name] = (chooser.is_edited(place), chooser.awaits_tokens(place))
     awaiting = {"bad words", "regex", "thinking"}
     assert found == {name: (name not in ("greedy", "sampled"), name in awaiting) for name in ROWS}
+    assert not chooser.is_edited(len(ROWS)), "nobody is there"
     with pytest.raises(LookupError, match="no row has begun in place 8"):
-        chooser.is_edited(len(ROWS))
+        chooser.advance({len(ROWS): 1})
 
 
 def test_a_row_is_edited_only_while_it_needs_to_be(tokenizer: HfTokenizer) -> None:
