@@ -20,6 +20,7 @@ from batchgen.types import Constraint
 
 _MOST_KEPT = 4096  # compiled constraints; a medium schema takes some hundred kilobytes
 _BYTES = 256
+_REASONS = {"NoExtensionBias": "none of the model's tokens can come next, and the text is not complete"}
 
 
 class Matchers:
@@ -64,7 +65,9 @@ def describe_error(matcher: LLMatcher) -> str:
     if not matcher.is_error():
         return ""
     lines = [line.strip() for line in re.split(r"\n|<", matcher.get_error()) if line.strip()]
-    return lines[0][:300].rstrip(".") if lines else "llguidance does not say why"
+    if not lines:
+        return "llguidance does not say why"
+    return _REASONS.get(lines[0]) or lines[0][:300].rstrip(".")
 
 
 def _make_tokenizer(tokenizer: HfTokenizer) -> LLTokenizer:
