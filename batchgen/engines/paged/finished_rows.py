@@ -129,13 +129,9 @@ class StepReader:
         going_on = [(sequence, token) for sequence, token in awaiting if ends.get(sequence, LENGTH) is LENGTH]
         self._chooser.advance({sequence.slot: token for sequence, token in going_on})
         failed = []
-<<<<<<< HEAD
-        for sequence, _ in going_on:
-            sequence.awaits_tokens = self._chooser.awaits_tokens(sequence.slot)  # not when its thinking is over, say
-=======
         for sequence, _ in awaiting:
+            sequence.awaits_tokens = self._chooser.awaits_tokens(sequence.slot)  # not when its thinking is over, say
             # llguidance lets a text that cannot be completed end: it is no text by the constraint.
->>>>>>> h7
             if self._chooser.find_error(sequence.slot) is not None:
                 ends.pop(sequence, None)
                 failed.append(self._fail(sequence))
