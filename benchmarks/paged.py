@@ -2,9 +2,10 @@
 
 MODEL is a shape (`bloom-7b1`, `llama-8b`, `qwen3-0.6b`); JOB one of `seed:ROWS` (prompts of 8 tokens, 100 new ones),
 `mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `short` (8,192 prompts of 16 to 64, 16 to 128 new
-ones), the last two also with `+` and one of `VARIANTS`; each is timed three times (RUNS) after a warm-up. The last is
-`check` (tokens and log-probabilities against a float32 model). PROFILE=1 prints the kernels that take most time,
-TRACE=1 the steps. Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
+ones), the last two also with `+` and one of `VARIANTS`; `samples` (eight of each of 128 prompts) and `shared` (1,024
+rows, of which eight each have the same prompt); each is timed three times (RUNS) after a warm-up. The last is `check`
+(tokens and log-probabilities against a float32 model). PROFILE=1 prints the kernels that take most time, TRACE=1 the
+steps. Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from batchgen.engine import Setup
 from batchgen.engines import find, parse_options
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.models import shapes
+from batchgen.runs.samples import Samples
 from batchgen.types import Constraint, Prompt
 from batchgen.world import from_environment
 
@@ -91,6 +93,11 @@ def job(name: str) -> list[Prompt]:
     """The prompts of a job."""
     if name.startswith("seed:"):
         return workloads.mixed(int(name.partition(":")[2]), 32_000, (8, 8), (100, 100))
+    if name in ("samples", "shared"):
+        rows = [with_params(prompt, **SAMPLED) for prompt in workloads.mixed(128, 32_000, (32, 512), (16, 512))]
+        if name == "samples":
+            return list(Samples().spread(with_params(prompt, n=8) for prompt in rows))
+        return [replace(prompt, index=8 * prompt.index + n, id=f"{prompt.id}-{n}") for prompt in rows for n in range(8)]
     rows, prompt_tokens, new_tokens = JOBS[name.partition("+")[0]]
     prompts = workloads.mixed(rows, 32_000, prompt_tokens, new_tokens)
     _, _, variant = name.partition("+")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -19,6 +20,7 @@ import pytest
 import batchgen
 from batchgen import engines
 from batchgen.commands import _vllm_flag_names, main
+from tests.commands.starts import read_rows
 from tests.pages import PAGES, README, ROOT, blocks, loads_a_model, run_python, run_shell, text_of
 
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -59,6 +61,21 @@ def test_commands_without_a_model_run_as_they_stand(page: Path, folder: Path) ->
 @pytest.mark.parametrize("page", [page for page in COMMANDS if loads_a_model(page)], ids=named)
 def test_commands_with_a_model_run_as_they_stand(page: Path, smollm2: Path, folder: Path) -> None:
     run_page(page, folder)
+    if page.name == "parameters.md":
+        check_asks({row["id"]: row for row in read_rows(folder / "out" / "asks" / "generations.jsonl")}, page)
+
+
+def check_asks(rows: dict[str, dict[str, Any]], page: Path) -> None:
+    """Whether each row of the example is what it asks for, and what the page shows of it that no rounding changes."""
+    assert list(json.loads(rows["schema"]["text"])) == ["age"]
+    assert rows["choice"]["text"] in ("yes", "no")
+    assert re.fullmatch(r" (18|19|20)[0-9]{2}", rows["regex"]["text"])
+    assert len(rows["samples"]["texts"]) == 3
+    assert "Paris" not in rows["without"]["text"]
+    assert len(rows["alternatives"]["top_logprobs"][0]) == 2
+    shown = {row["id"]: row for row in map(json.loads, blocks(page, "json")[0].splitlines())}
+    assert shown.keys() == rows.keys()
+    assert shown["refused"]["error"] == rows["refused"]["error"]
 
 
 def test_the_run_folder_can_be_read_as_its_page_says(folder: Path) -> None:

@@ -62,7 +62,9 @@ def append(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], files:
     grown = {"asked": asked, "inputs": _listed(files), "grown": number}
     history = {"rows_before": recorded["rows"], "appended": int(time.time())}
     if make_exclusive(_growth(path, number), to_json(grown | history)):
-        logger.info("%d rows have been appended to the input", int(now["rows"]) - int(recorded["rows"]))
+        rows = int(now["rows"]) - int(recorded["rows"])
+        if rows:
+            logger.info("%s been appended to the input", "1 row has" if rows == 1 else f"{rows} rows have")
         write_atomic(path, to_json(content | grown))
 
 

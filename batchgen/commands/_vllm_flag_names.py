@@ -43,7 +43,7 @@ _KIND = "batchgen answers chats and completions. Leave it out"
 
 _STRUCTURED = (
     "texts are constrained by llguidance, whatever the backend. What changes them is set line by line: "
-    "disable_any_whitespace and disable_additional_properties in structured_outputs"
+    "disable_any_whitespace and disable_additional_properties in structured_outputs. It begins behind the thinking"
 )
 
 INSTEAD = {
@@ -51,7 +51,8 @@ INSTEAD = {
     "chat_template.jinja, and leave it out",
     "--chat-template-content-format": "the form of a message is what the template takes. Leave it out",
     "--response-role": "the role of an answer is assistant. Leave it out",
-    "--return-tokens-as-token-ids": "tokens are shown as texts. Leave it out",
+    "--return-tokens-as-token-ids": "tokens are shown as texts. Leave it out; return_token_ids in "
+    "a line, or --return-token-ids, gives their ids",
     **dict.fromkeys(("--lora-modules", "--default-mm-loras", "--prompt-adapters"), _ADAPTER),
     "--qlora-adapter-name-or-path": _ADAPTER,
     **dict.fromkeys(("--tokenizer", "--tokenizer-revision", "--tokenizer-mode", "--skip-tokenizer-init"), _TOKENIZER),
@@ -61,14 +62,22 @@ INSTEAD = {
     "--kv-cache-dtype": "keys and values are kept in the dtype of the model. Leave it out",
     "--override-generation-config": "give --temperature, --top-p, --top-k, --min-p, --repetition-penalty, "
     "--max-new-tokens, or set them line by line",
-    "--logits-processors": "the probabilities are the model's. Leave it out",
+    "--logits-processors": "code for logits is not loaded. Leave it out; lines set logit_bias, allowed_token_ids, "
+    "bad_words and penalties",
     "--logprobs-mode": "logprobs are the model's own, before temperature. Leave it out",
     **dict.fromkeys(("--task", "--runner", "--convert"), _KIND),
     "--watermark-config": "texts are not watermarked. Leave it out",
     "--diffusion-config": "models that generate by diffusion are not supported. Leave it out",
     "--structured-outputs-config": _STRUCTURED,
+    "--guided-decoding-backend": _STRUCTURED,
     "--guided-decoding-disable-any-whitespace": _STRUCTURED,
     "--guided-decoding-disable-additional-properties": _STRUCTURED,
+    "--reasoning-config": "thinking that is over its budget ends with the model's own mark, and no words before it. "
+    "Leave it out; --reasoning-parser names the marks",
+    "--tool-strict-level": "calls that a line may make are read as the model writes them; tool_choice required, or a "
+    "named function, follows the schemas. Leave it out",
+    "--no-exclude-tools-when-tool-choice-none": "the model is not told of the tools of a line whose tool_choice is "
+    "none. Leave it out",
     "--cohere-format": "the template is the model's. Leave it out",
     "--spec-decoding-acceptance-method": "every token is the model's. Leave it out",
     "--config": "write the flags that are in that file on the command line",
@@ -86,6 +95,7 @@ NEUTRAL: Mapping[str, Collection[str]] = {
     "--kv-cache-dtype": ("auto",),
     "--override-generation-config": ("{}",),
     "--logprobs-mode": ("raw_logprobs",),
+    "--tool-strict-level": ("0", "off"),
     "--task": ("auto", "generate"),
     "--runner": ("auto", "generate"),
     "--convert": ("auto", "none"),
@@ -123,7 +133,7 @@ enable-server-load-tracking enable-shm-tensor-arena enable-sleep-mode enable-ssl
 enable-tokenizer-info-endpoint enable-tower-connector-lora enable-trace-replay enforce-eager engram-config eplb-config
 eplb-log-balancedness eplb-step-interval eplb-window-size exclude-tools-when-tool-choice-none
 expert-placement-strategy fail-on-environ-validation fault-tolerance-config fingerprint-mode fingerprint-value
-fully-sharded-loras gdn-prefill-backend gpu-memory-utilization grpc grpc-port guided-decoding-backend
+fully-sharded-loras gdn-prefill-backend gpu-memory-utilization grpc grpc-port
 guided-decoding-disable-fallback
 h11-max-header-count h11-max-incomplete-event-size headless hf-token host ignore-patterns interleave-mm-strings
 io-processor-plugin ir-op-priority jit-monitor-mode jit-monitor-verbose kda-decode-backend kda-prefill-backend
@@ -147,7 +157,7 @@ offload-num-in-group offload-params offload-prefetch-step optimization-level otl
 override-attention-dtype override-neuron-config override-pooler-config per-request-spec-decode-metrics
 performance-mode pipeline-parallel-size pooler-config port preemption-mode prefill-context-parallel-size
 prefill-schedule-interval prefix-cache-retention-interval prefix-caching-hash-algo prefix-match-unit profiler-config
-pt-load-map-location ray-workers-use-nsight reasoning-config reasoning-parser-plugin renderer-num-workers
+pt-load-map-location ray-workers-use-nsight reasoning-parser-plugin renderer-num-workers
 replayssm-buffer-len return-sampling-mask root-path safetensors-load-strategy safetensors-prefetch-block-size
 safetensors-prefetch-num-threads scheduler-cls scheduler-delay-factor scheduler-reserve-full-isl scheduling-policy
 show-hidden-metrics-for-version shutdown-timeout skip-mm-profiling sleep-mode-offload-cudagraph
@@ -156,8 +166,8 @@ speculative-config speculative-disable-by-batch-size speculative-disable-mqa-sco
 speculative-draft-tensor-parallel-size speculative-max-model-len speculative-model speculative-model-quantization
 sse-keep-alive-interval ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile stream-interval
 swa-bounded-replay swap-space tensor-parallel-size tokenizer-pool-extra-config tokenizer-pool-size tokenizer-pool-type
-tokens-only tool-parser-plugin tool-server tool-strict-level trust-remote-code
-enable-reasoning trust-request-mm-kwargs typical-acceptance-sampler-posterior-alpha
+tokens-only tool-parser-plugin tool-server trust-remote-code
+enable-reasoning no-trust-request-chat-template trust-request-mm-kwargs typical-acceptance-sampler-posterior-alpha
 typical-acceptance-sampler-posterior-threshold ubatch-size uds url use-fp64-gumbel use-replayssm use-tqdm-on-load
 use-v2-block-manager uvicorn-log-level video-pruning-method video-pruning-rate watermark weight-transfer-config
 worker-cls worker-extension-cls

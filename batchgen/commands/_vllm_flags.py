@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,8 @@ def _judge(flags: Sequence[Foreign], model: str | None, own: Collection[str]) ->
         name = SHORT.get(flag.name, flag.name)
         positive = f"--{name.removeprefix('--no-')}" if name.startswith("--no-") else name
         is_off = positive != name and positive in INSTEAD
-        if name in IGNORED or positive in IGNORED or is_off or _is_neutral(name, flag, model):
+        is_ignored = name in IGNORED or (positive in IGNORED and name not in INSTEAD)
+        if is_ignored or is_off or _is_neutral(name, flag, model):
             continue
         if name in INSTEAD:
             raise CommandError(f"run-batch has no {flag.written}, which would change the answers: {INSTEAD[name]}")
@@ -124,8 +125,8 @@ def _judge(flags: Sequence[Foreign], model: str | None, own: Collection[str]) ->
 
 
 def _is_neutral(name: str, flag: Foreign, model: str | None) -> bool:
-    if name == "--structured-outputs-config":
-        return _changes_no_text(flag)
+    if name in _JUDGES:
+        return _JUDGES[name](flag)
     if flag.key or name not in INSTEAD:
         return False
     value = " ".join(flag.values)
@@ -136,15 +137,52 @@ def _is_neutral(name: str, flag: Foreign, model: str | None) -> bool:
 _HOW = frozenset({"backend", "disable_fallback", "reasoning_parser", "reasoning_parser_plugin"})
 
 
-def _changes_no_text(flag: Foreign) -> bool:
+def _says_only_how(flag: Foreign) -> bool:
+    return all(key in _HOW or not value for key, value in _values(flag).items())
+
+
+def _names_a_backend_alone(flag: Foreign) -> bool:
+    """vLLM 0.8 took `xgrammar:no-fallback,disable-any-whitespace`."""
+    return set("".join(flag.values).partition(":")[2].split(",")) <= {"", "no-fallback", "disable-fallback"}
+
+
+# Of --reasoning-config: the texts that it takes for the start and the end of the thinking, in any version.
+_STARTS = ("reasoning_start_str", "think_start_str")
+_ENDS = ("reasoning_end_str", "think_end_str")
+
+
+def _has_marks_of_models(flag: Foreign) -> bool:
+    """Whether a thinking that is over its budget would end as it does here: by the mark of the model alone."""
+    from batchgen.requests.thinking import MARKS
+
+    starts, ends = {marks.start for marks in MARKS}, {marks.end for marks in MARKS}
+    return all(
+        not value
+        or key == "reasoning_parser"
+        or (key in _STARTS and value in starts)
+        or (key in _ENDS and value in ends)
+        for key, value in _values(flag).items()
+    )
+
+
+def _values(flag: Foreign) -> dict[str, Any]:
+    """What a flag that takes an object says, with _ in its keys; a text that is no object stands behind "?"."""
     text = " ".join(flag.values)
     if flag.key:
-        return flag.key.replace("-", "_") in _HOW or text.lower() == "false"
+        return {flag.key.replace("-", "_"): "" if text.lower() in ("false", "none", "null") else text}
     try:
         value = json.loads(text)
     except ValueError:
-        return False
-    return isinstance(value, dict) and all(key in _HOW or not each for key, each in value.items())
+        value = None
+    return value if isinstance(value, dict) else {"?": True}
+
+
+_JUDGES: Mapping[str, Callable[[Foreign], bool]] = {
+    "--structured-outputs-config": _says_only_how,
+    "--reasoning-config": _has_marks_of_models,
+    "--guided-decoding-backend": _names_a_backend_alone,
+}
+"""Flags some of whose values change nothing, besides those of `NEUTRAL`; whether a value is one of them."""
 
 
 def _meant(name: str, own: Collection[str]) -> str:

@@ -6,11 +6,11 @@ import hashlib
 import json
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from batchgen.files import replacing
 from batchgen.types import UserError
 
 _PIECE = 1 << 18  # bytes read at once
@@ -55,9 +55,9 @@ class RowChecksums(NamedTuple):
     text_digest: str  # as in `Original`
     rows: array[int]  # 4 bytes a row
 
-    def save(self, path: Path, open_replacing: Callable[[Path], AbstractContextManager[IO[bytes]]]) -> None:
-        """Writes them to `path`."""
-        with open_replacing(path) as file:
+    def save(self, path: Path) -> None:
+        """Writes them to `path`. They need not outlive a power cut, after which they are made again."""
+        with replacing(path, durable=False) as scratch, scratch.open("xb") as file:
             header = [self.digest, self.text_digest, len(self.rows), zlib.crc32(self.rows)]
             file.write(json.dumps(header).encode() + b"\n")
             self.rows.tofile(file)

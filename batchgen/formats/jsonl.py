@@ -164,7 +164,7 @@ class Jsonl(Source):
 
     def _save(self, digest: str, size: int, text_digest: str) -> Scan:
         self._text_digest = text_digest
-        RowChecksums(digest, text_digest, self._sums).save(self._checksums, _open_replacing)
+        RowChecksums(digest, text_digest, self._sums).save(self._checksums)
         self._sums = array("I")
         self._expected = self._checksum()
         with _open_replacing(self._index) as file:

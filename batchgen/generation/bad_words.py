@@ -27,8 +27,4 @@ def find_sequences(words: Iterable[str], tokenizer: HfTokenizer) -> list[list[in
 
 def find_forbidden(sequences: Sequence[Sequence[int]], generated: Sequence[int]) -> list[int]:
     """Returns the tokens that would complete one of these sequences, of two tokens or more, behind `generated`."""
-    return [
-        sequence[-1]
-        for sequence in sequences
-        if len(sequence) <= len(generated) + 1 and list(generated[-(len(sequence) - 1) :]) == list(sequence[:-1])
-    ]
+    return [sequence[-1] for sequence in sequences if list(generated[-(len(sequence) - 1) :]) == list(sequence[:-1])]

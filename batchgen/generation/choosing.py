@@ -164,7 +164,8 @@ class TokenChooser:
         if part.masked:
             apply_bitmask(edited[: part.masked], self._find_masks(some[: part.masked]))
         edit_logits(edited, part.edits)
-        pairs = [(n, token) for n, row in enumerate(some) for token in self._find_forbidden(row)]
+        forbidden = [(n, token) for n, row in enumerate(some) for token in row.find_forbidden()]
+        pairs = [(n, token) for n, token in forbidden if token < self._vocabulary]
         if pairs:
             places, ids = send(torch.tensor(pairs).T.contiguous(), self._device)
             edited[places, ids] = -torch.inf
@@ -180,14 +181,6 @@ class TokenChooser:
         offered = {row.place: row.thinking.offered for row in rows if row.thinking is not None}
         also = {place: token for place, token in offered.items() if token is not None}
         return self._constraints.masks([row.place for row in rows], also)
-
-    def _find_forbidden(self, row: RowState) -> Sequence[int]:
-        """Returns the tokens that must not come next, besides those of the row's bias and of its constraint."""
-        found = row.find_forbidden()
-        found = [token for token in found if token < self._vocabulary]
-        if found and row.is_masked and self._constraints.leaves_only(row.place, found):
-            return ()  # the answer is whole, so that it ends, whatever `min_tokens` is
-        return found
 
     def _find_logprobs(
         self, logits: torch.Tensor, groups: RowGroups, rows: Sequence[RowState], tokens: torch.Tensor

@@ -79,14 +79,6 @@ class Constraints:
         """
         return self._errors.get(place)
 
-    def leaves_only(self, place: int, tokens: Collection[int]) -> bool:
-        """Returns whether none but some of `tokens` may come next in the row; its mask must be there."""
-        mask = self._masks[place].clone()
-        for token in tokens:
-            if token // 32 < len(mask):
-                mask[token // 32] &= ~_bit(token)
-        return not bool(mask.any())
-
     def masks(self, places: Sequence[int], also: Mapping[int, int]) -> torch.Tensor:
         """Returns the masks of the rows in some places, int32 [rows, words], on the device.
 

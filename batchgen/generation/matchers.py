@@ -15,6 +15,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, Token
 
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.requests.constraints import make_grammar
+from batchgen.requests.token_texts import to_bytes
 from batchgen.types import Constraint
 
 _MOST_KEPT = 4096  # compiled constraints; a medium schema takes some hundred kilobytes
@@ -81,13 +82,14 @@ def _make_tokenizer(tokenizer: HfTokenizer) -> LLTokenizer:
 
 
 class _TokenTexts:
-    """A tokenizer as llguidance takes it, by the texts of single tokens; those of parts of characters are none."""
+    """A tokenizer as llguidance takes it, by the texts of single tokens."""
 
     def __init__(self, tokenizer: HfTokenizer) -> None:
         special = set(tokenizer.special_tokens.values())
         texts = [tokenizer.token_text(token) for token in range(tokenizer.size)]
+        # A part of a character of which nobody knows the bytes is no token of a constrained text.
         self.tokens = [
-            b"" if "\ufffd" in text and token not in special else text.encode() for token, text in enumerate(texts)
+            b"" if "\ufffd" in text and token not in special else to_bytes(text) for token, text in enumerate(texts)
         ]
         self.special_token_ids = sorted(special)
         self.bos_token_id = None

@@ -92,6 +92,8 @@ def _find_details(row: Ended, tokenizer: HfTokenizer) -> Details | None:
         ]
     if params.return_token_ids:
         details.token_ids, details.prompt_token_ids = list(row.tokens), list(prompt.tokens)
+    if prompt.request is not None and (params.return_token_ids or params.prompt_logprobs is not None):
+        details.prompt_token_texts = [tokenizer.token_text(token) for token in prompt.tokens]
     if row.prompt_logprobs is not None:
         details.prompt_logprobs = _describe_prompt(prompt, row.prompt_logprobs, tokenizer)
     if prompt.markup is not None:

@@ -135,6 +135,84 @@ def _find_threshold(
 
 
 @triton.jit
+def _find_floor(
+    base, vocabulary, peak, temperature, least, top_k, top_p, lowest, highest, BLOCK: tl.constexpr, SHIFT: tl.constexpr
+):
+    """What a token must have in order to be drawn, by top-k and then by top-p, and how many of those that have exactly
+    that, the ones with the smallest ids."""
+    floor = lowest.to(tl.int32)  # in order: tokens below it are not drawn, those of -inf among them
+    ties_kept = vocabulary.to(tl.float64)  # of the tokens exactly at the floor, those with the smallest ids
+    # Once for top-k, then for top-p; one loop, so that the compiler makes the search only once.
+    for search in range(2):
+        counts = search == 0
+        is_wanted = tl.where(counts, (top_k > 0) & (top_k < vocabulary), top_p < 1)
+        if is_wanted:
+            wanted = top_k.to(tl.float64)
+            if search == 1:
+                whole = tl.zeros([BLOCK], tl.float64)
+                for begin in range(0, vocabulary, BLOCK):
+                    values = _load(base, begin, vocabulary, BLOCK)
+                    weight = _weigh(values, peak, temperature)
+                    whole += tl.where((_order(values, SHIFT) >= floor) & (weight >= least), weight, 0.0)
+                wanted = top_p * tl.sum(whole)
+            # Fewer tokens than top-k may be there, if others are -inf: then the search ends with all of them.
+            threshold, above = _find_threshold(
+                base, vocabulary, peak, temperature, least, floor, wanted, floor.to(tl.int64), highest, counts,
+                BLOCK, SHIFT,
+            )  # fmt: skip
+            floor = threshold.to(tl.int32)
+            if search == 1:
+                bits = floor << SHIFT
+                bits = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT) << SHIFT
+                weight_at = _weigh(bits.to(tl.float32, bitcast=True), peak, temperature).to(tl.float64)
+                ties_kept = tl.maximum(tl.ceil((wanted - above) / tl.maximum(weight_at, 1e-300)), 1.0)
+    return floor, ties_kept
+
+
+@triton.jit
+def _find_token(
+    base, vocabulary, peak, temperature, least, floor, ties_kept, uniform,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """The token at `uniform` of the cumulative distribution."""
+    # The inverse of the cumulative distribution: first the chunk, then the token in it.
+    chunk = tl.arange(0, CHUNKS)
+    sums = tl.zeros([CHUNKS], tl.float64)
+    ties_before = tl.zeros([CHUNKS], tl.float64)
+    ties = ties_kept * 0
+    for number in range(tl.cdiv(vocabulary, BLOCK)):
+        values = _load(base, number * BLOCK, vocabulary, BLOCK)
+        order = _order(values, SHIFT)
+        weight = _weigh(values, peak, temperature)
+        weight = tl.where(weight >= least, weight, 0.0).to(tl.float64)
+        own = tl.sum(tl.where(order == floor, 1.0, 0.0)).to(tl.float64)
+        kept = tl.minimum(tl.maximum(ties_kept - ties, 0.0), own)
+        at_floor = tl.max(tl.where(order == floor, weight, 0.0))
+        total = tl.sum(tl.where(order > floor, weight, 0.0)) + kept * at_floor
+        sums = tl.where(chunk == number, total, sums)
+        ties_before = tl.where(chunk == number, ties, ties_before)
+        ties += own
+    reached = tl.cumsum(sums, 0)
+    target = uniform * tl.sum(sums)
+    # The last chunk that holds anything, if rounding puts the target behind them all.
+    last = tl.max(tl.where(sums > 0, chunk, 0))
+    number = tl.minimum(tl.sum((reached <= target).to(tl.int32)), last)
+    target -= tl.sum(tl.where(chunk == number, reached - sums, 0.0))
+    ties = tl.sum(tl.where(chunk == number, ties_before, 0.0))
+
+    values = _load(base, number * BLOCK, vocabulary, BLOCK)
+    order = _order(values, SHIFT)
+    weight = _weigh(values, peak, temperature)
+    weight = tl.where((weight >= least) & (order >= floor), weight, 0.0).to(tl.float64)
+    is_tie = (order == floor).to(tl.int32)
+    is_kept = (order > floor) | ((is_tie > 0) & (ties + (tl.cumsum(is_tie, 0) - is_tie) < ties_kept))
+    weight = tl.where(is_kept, weight, 0.0)
+    offset = tl.arange(0, BLOCK)
+    last = tl.max(tl.where(weight > 0, offset, 0))
+    return number * BLOCK + tl.minimum(tl.sum((tl.cumsum(weight, 0) <= target).to(tl.int32)), last)
+
+
+@triton.jit
 def _sample(
     logits, stride, rows, uniform, temperatures, top_ps, min_ps, top_ks, tokens, vocabulary,
     TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
@@ -162,66 +240,10 @@ def _sample(
     lowest = _order(tl.min(smallest), SHIFT).to(tl.int64)
     highest = _order(peak, SHIFT).to(tl.int64) + 1
 
-    floor = lowest.to(tl.int32)  # in order: tokens below it are not drawn, those of -inf among them
-    ties_kept = vocabulary.to(tl.float64)  # of the tokens exactly at the floor, those with the smallest ids
-    # Once for top-k, then for top-p; one loop, so that the compiler makes the search only once.
-    for search in range(2):
-        counts = search == 0
-        is_wanted = tl.where(counts, (top_k > 0) & (top_k < vocabulary), top_p < 1)
-        if is_wanted:
-            wanted = top_k.to(tl.float64)
-            if search == 1:
-                whole = tl.zeros([BLOCK], tl.float64)
-                for begin in range(0, vocabulary, BLOCK):
-                    values = _load(base, begin, vocabulary, BLOCK)
-                    weight = _weigh(values, peak, temperature)
-                    whole += tl.where((_order(values, SHIFT) >= floor) & (weight >= least), weight, 0.0)
-                wanted = top_p * tl.sum(whole)
-            # Fewer tokens than top-k may be there, if others are -inf: then the search ends with all of them.
-            threshold, above = _find_threshold(
-                base, vocabulary, peak, temperature, least, floor, wanted, floor.to(tl.int64), highest, counts,
-                BLOCK, SHIFT,
-            )  # fmt: skip
-            floor = threshold.to(tl.int32)
-            if search == 1:
-                bits = floor << SHIFT
-                bits = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT) << SHIFT
-                weight_at = _weigh(bits.to(tl.float32, bitcast=True), peak, temperature).to(tl.float64)
-                ties_kept = tl.maximum(tl.ceil((wanted - above) / tl.maximum(weight_at, 1e-300)), 1.0)
-
-    # The inverse of the cumulative distribution: first the chunk, then the token in it.
-    chunk = tl.arange(0, CHUNKS)
-    sums = tl.zeros([CHUNKS], tl.float64)
-    ties_before = tl.zeros([CHUNKS], tl.float64)
-    ties = ties_kept * 0
-    for number in range(tl.cdiv(vocabulary, BLOCK)):
-        values = _load(base, number * BLOCK, vocabulary, BLOCK)
-        order = _order(values, SHIFT)
-        weight = _weigh(values, peak, temperature)
-        weight = tl.where(weight >= least, weight, 0.0).to(tl.float64)
-        own = tl.sum(tl.where(order == floor, 1.0, 0.0)).to(tl.float64)
-        kept = tl.minimum(tl.maximum(ties_kept - ties, 0.0), own)
-        at_floor = tl.max(tl.where(order == floor, weight, 0.0))
-        total = tl.sum(tl.where(order > floor, weight, 0.0)) + kept * at_floor
-        sums = tl.where(chunk == number, total, sums)
-        ties_before = tl.where(chunk == number, ties, ties_before)
-        ties += own
-    reached = tl.cumsum(sums, 0)
-    target = tl.load(uniform + place) * tl.sum(sums)
-    # The last chunk that holds anything, if rounding puts the target behind them all.
-    last = tl.max(tl.where(sums > 0, chunk, 0))
-    number = tl.minimum(tl.sum((reached <= target).to(tl.int32)), last)
-    target -= tl.sum(tl.where(chunk == number, reached - sums, 0.0))
-    ties = tl.sum(tl.where(chunk == number, ties_before, 0.0))
-
-    values = _load(base, number * BLOCK, vocabulary, BLOCK)
-    order = _order(values, SHIFT)
-    weight = _weigh(values, peak, temperature)
-    weight = tl.where((weight >= least) & (order >= floor), weight, 0.0).to(tl.float64)
-    is_tie = (order == floor).to(tl.int32)
-    is_kept = (order > floor) | ((is_tie > 0) & (ties + (tl.cumsum(is_tie, 0) - is_tie) < ties_kept))
-    weight = tl.where(is_kept, weight, 0.0)
-    offset = tl.arange(0, BLOCK)
-    last = tl.max(tl.where(weight > 0, offset, 0))
-    token = number * BLOCK + tl.minimum(tl.sum((tl.cumsum(weight, 0) <= target).to(tl.int32)), last)
+    floor, ties_kept = _find_floor(
+        base, vocabulary, peak, temperature, least, top_k, top_p, lowest, highest, BLOCK, SHIFT
+    )
+    token = _find_token(
+        base, vocabulary, peak, temperature, least, floor, ties_kept, tl.load(uniform + place), BLOCK, CHUNKS, SHIFT
+    )
     tl.store(tokens + place, token.to(tl.int64))

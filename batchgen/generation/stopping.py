@@ -67,8 +67,6 @@ class Stopper(StoppingCriteria):
         self.abandoned = False
         self.ends_by_token = not any(prompt.params.ignore_eos for prompt in prompts)
         """`generate` may end rows at ends of sequence by itself."""
-        if not self.ends_by_token:
-            self.eos_token_id = None  # its being there lets `generate` fill rows that have ended
         self._stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         self._alive = torch.ones(rows, dtype=torch.bool, device=device)
         self._limits = torch.tensor(limits, dtype=torch.long, device=device)

@@ -37,16 +37,20 @@
     return JSON.parse(await new Response(stream).text());
   }
 
-  // The texts of a chunk: for each row [prompt, characters cut, text, characters cut, columns, characters cut].
+  // The texts of a chunk: for each row [prompt, characters cut, text, characters cut, columns, characters cut], and in
+  // some rows a list of further parts, each [title, text, characters cut].
   async function textsOf(number) {
     let texts = unpacked.get(number);
     if (texts) return texts;
     texts = await unpack(chunks[number]);
     if (unpacked.has(number) || kept > KEPT) return texts; // none is let go: a search goes through all, in order
-    for (const row of texts) kept += row[0].length + row[2].length + row[4].length;
+    for (const row of texts) kept += stringsOf(row).reduce((sum, text) => sum + text.length, 0);
     unpacked.set(number, texts);
     return texts;
   }
+
+  const partsOf = (row) => row[6] || [];
+  const stringsOf = (row) => [row[0], row[2], row[4], ...partsOf(row).map((part) => part[1])];
 
   async function rowOf(position) {
     const texts = await textsOf(Math.floor(position / index.chunk));
@@ -101,7 +105,7 @@
       texts.forEach((row, i) => {
         const position = first + i;
         if (!passes(position)) return;
-        if (pattern.test(index.id[position]) || pattern.test(row[0]) || pattern.test(row[2]) || pattern.test(row[4]) ||
+        if (pattern.test(index.id[position]) || stringsOf(row).some((text) => pattern.test(text)) ||
             (index.failed[position] && pattern.test(index.names[index.ending[position]]))) holds[position] = 1;
       });
       if (performance.now() - last > (shown ? 400 : 120) && number + 1 < chunks.length) {
@@ -142,6 +146,15 @@
     return made;
   }
 
+  // What a line shows of a generation: its text, or the part that holds the searched words, or what there is instead.
+  function generationOf(row) {
+    const holds = (text) => pattern && pattern.test(text);
+    const parts = partsOf(row);
+    const found = !holds(row[2]) && parts.find(([, text]) => holds(text));
+    const part = found || (!row[2] && (parts.find(([title]) => title === "tool calls") || parts[0]));
+    return part ? `${part[0]}: ${glance(part[1])}` : glance(row[2]);
+  }
+
   // The part of a long text that a line shows: its beginning, or what is around the searched words.
   function glance(text) {
     const found = pattern && pattern.exec(text);
@@ -153,12 +166,13 @@
     const line = document.createElement("tr");
     const box = document.createElement("div");
     box.className = "texts";
-    const failed = index.failed[position];
-    const parts = [["prompt", row[0], row[1]], [failed ? "error" : "generation", row[2], row[3]], ["columns", row[4], row[5]]];
+    const parts = [["prompt", row[0], row[1]], ...partsOf(row), ["columns", row[4], row[5]]];
+    const thought = parts[1][0] === "thinking" ? 1 : 0; // by the first sample, before its text
+    parts.splice(1 + thought, 0, [index.failed[position] ? "error" : "generation", row[2], row[3]]);
     for (const [name, text, cut] of parts) {
-      if (!text && name !== "generation") continue;
+      if (!text && name !== "generation" && !name.startsWith("sample")) continue;
       const part = document.createElement("div");
-      part.className = name;
+      part.className = name.split(" ")[0];
       const title = document.createElement("h3");
       title.textContent = { columns: "other columns" }[name] || name;
       const content = document.createElement("pre");
@@ -200,7 +214,7 @@
       cell(count(index.generated[position]), "number"),
       cell(seconds === null ? "" : Number(seconds.toPrecision(3)).toString(), "number"),
       cell(glance(row[0])),
-      cell(glance(row[2]), index.failed[position] ? "error" : ""),
+      cell(generationOf(row), index.failed[position] ? "error" : ""),
     );
     line.children[1].title = index.id[position];
     let opened = null;

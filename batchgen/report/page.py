@@ -18,6 +18,7 @@ from batchgen.report.batches import Clock, Speed
 from batchgen.report.drawing import Plot
 from batchgen.report.history import Start, unseen_gpu_seconds
 from batchgen.report.rows import Rows, endings
+from batchgen.report.tiles import tile, tiles_of_parameters
 from batchgen.report.words import counted, duration, machine_time, moment, percent, plural, rate
 
 _HERE = Path(__file__).parent
@@ -93,36 +94,28 @@ def _sampling(identity: Mapping[str, Any]) -> Iterator[str]:
         yield "new tokens as far as the context goes" if limit == "fit" else f"at most {limit} new tokens"
 
 
-def _tile(label: str, value: str, note: str, parts: Sequence[tuple[str, float]] = ()) -> dict[str, object]:
-    return {
-        "label": label,
-        "value": value,
-        "note": note,
-        "parts": [{"colour": colour, "share": share} for colour, share in parts if share],
-    }
-
-
 def _tiles(report: Report) -> Iterator[dict[str, object]]:
     status, starts = report.status, report.starts
     parts = (("teal", status.good), ("red", status.failed), ("line", status.open))
     note = f"{counted(status.good)} good, {counted(status.failed)} failed, {counted(status.open)} open"
     done = status.good + status.failed
-    yield _tile("rows finished", percent(done, status.rows) if status.open else counted(status.rows), note, parts)
+    yield tile("rows finished", percent(done, status.rows) if status.open else counted(status.rows), note, parts)
     reads = f"from {counted(status.prompt_tokens)} of prompts, in {plural(status.batches, 'batch', 'batches')}"
-    yield _tile("tokens generated", counted(status.generated_tokens), reads)
+    yield tile("tokens generated", counted(status.generated_tokens), reads)
+    yield from tiles_of_parameters(status, report.rows, report.manifest["asked"])
     if not starts:
         return
     span = max(start.end for start in starts) - min(start.begin for start in starts)
     overall = status.generated_tokens / span if span > 0 else 0.0
     rates = f"peak {rate(report.speed.peak)}; {rate(overall)} over all, pauses and loading included"
-    yield _tile("tokens a second", rate(report.speed.median), f"median while it worked; {rates}")
+    yield tile("tokens a second", rate(report.speed.median), f"median while it worked; {rates}")
     unseen = unseen_gpu_seconds(starts)
     gpus, ranks = unseen + sum(start.gpu_seconds for start in starts), sum(start.rank_seconds for start in starts)
     name, unit, spent = ("GPU time", "GPU", gpus) if gpus else ("time of all ranks", "rank", ranks)
     each = f"{status.generated_tokens / spent * 3600:,.0f} tokens a {unit} hour" if spent else ""
     kinds = ", ".join(dict.fromkeys(kind for start in starts for kind in start.devices))
     assumed = f"{machine_time(unseen)} of it by ranks that had not loaded, counted like others" if unseen else ""
-    yield _tile(name, machine_time(spent), "; ".join(filter(None, [each, kinds or "no GPU is recorded", assumed])))
+    yield tile(name, machine_time(spent), "; ".join(filter(None, [each, kinds or "no GPU is recorded", assumed])))
     lost = sum(start.lost_tokens for start in starts)
     waited = sum(seconds for _, _, seconds in report.clock.pauses)
     loss = "no generated token was lost"
@@ -130,7 +123,7 @@ def _tiles(report: Report) -> Iterator[dict[str, object]]:
         loss = f"{counted(lost)} tokens were generated and never recorded"
     elif not all(start.orderly for start in starts):
         loss = "no lost token is known of; what died was counted up to its last heartbeat"
-    yield _tile("between attempts", duration(waited) if waited else "none", loss)
+    yield tile("between attempts", duration(waited) if waited else "none", loss)
 
 
 def _went(starts: Sequence[Start], clock: Clock) -> dict[str, object] | None:

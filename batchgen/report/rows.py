@@ -6,9 +6,8 @@ import base64
 import gzip
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,25 +15,10 @@ from numpy.typing import NDArray
 from batchgen.checkpoint import Places
 from batchgen.checkpoint.done import FAILED, GOOD
 from batchgen.report.batches import Batches
-from batchgen.requests.output import RESULT, WANTED, failure_of
+from batchgen.report.lines import TableRow, read
 
 _CHUNK = 1000  # rows that a browser unpacks at once
 _ENDINGS = ("stop", "length")
-_LEFT_OUT = {*RESULT, *WANTED} - {"texts"}  # what a row's other columns are not
-
-
-@dataclass(slots=True)
-class TableRow:
-    """What one line of a generations file says."""
-
-    id: str
-    prompt: str  # "" where the line does not hold it: an OpenAI answer
-    text: str  # of a failed row its error's message
-    ending: str  # stop, length, or the type of its error
-    failed: bool
-    prompt_tokens: int
-    generated_tokens: int
-    columns: str  # the row's other columns as JSON, or ""
 
 
 def choose(states: bytearray, max_rows: int) -> list[int]:
@@ -53,72 +37,6 @@ def choose(states: bytearray, max_rows: int) -> list[int]:
 def _rows_in(states: bytearray, state: int) -> NDArray[np.int64]:
     """Numbers of the rows in that state: 8 bytes each, where a list would take 36."""
     return np.flatnonzero(np.frombuffer(states, dtype=np.uint8) == state).astype(np.int64, copy=False)
-
-
-def read(line: bytes, prompt_column: str | None) -> TableRow:
-    """What `line` says: a plain row, or OpenAI's answer to a request.
-
-    Args:
-        prompt_column: the column that was named to be the prompt.
-    """
-    row = json.loads(line)
-    return _plain(row, prompt_column) if "finish_reason" in row else _answer(row)
-
-
-def _plain(row: dict[str, Any], prompt_column: str | None) -> TableRow:
-    own = {name: value for name, value in row.items() if name not in _LEFT_OUT}
-    name = next((name for name in _names(prompt_column) if name in own), None)
-    error = row["error"]
-    return TableRow(
-        id=str(row["id"]),
-        prompt="" if name is None else _conversation(own.pop(name)),
-        text=row["text"] or "" if error is None else str(error["message"]),
-        ending=str(row["finish_reason"] if error is None else error["type"]),
-        failed=error is not None,
-        prompt_tokens=int(row["prompt_tokens"]),
-        generated_tokens=int(row["generated_tokens"]),
-        columns=json.dumps(own, ensure_ascii=False) if own else "",
-    )
-
-
-def _names(prompt_column: str | None) -> Iterator[str]:
-    if prompt_column is not None:
-        yield f"input_{prompt_column}" if prompt_column in (*RESULT, *WANTED) else prompt_column
-    yield from ("prompt", "messages")
-
-
-def _conversation(value: object) -> str:
-    """A prompt as a person reads it."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):
-        turns = [(turn["role"], turn.get("content")) for turn in value]
-        if len(turns) == 1 and isinstance(turns[0][1], str):
-            return turns[0][1]
-        return "\n\n".join(f"{role}: {text if isinstance(text, str) else json.dumps(text)}" for role, text in turns)
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _answer(row: dict[str, Any]) -> TableRow:
-    body = (row.get("response") or {}).get("body") or {}
-    failure = failure_of(row)
-    usage = body.get("usage") or {}
-    choice = (body.get("choices") or [{}])[0]
-    text = choice.get("text", (choice.get("message") or {}).get("content"))
-    ending = choice.get("finish_reason")
-    if failure is not None:
-        text = failure.get("message")
-        ending = next((failure[name] for name in ("code", "type") if isinstance(failure.get(name), str)), "error")
-    return TableRow(
-        id=str(row.get("custom_id")),
-        prompt="",
-        text=str(text or ""),
-        ending=str(ending),
-        failed=failure is not None,
-        prompt_tokens=int(usage.get("prompt_tokens", 0)),
-        generated_tokens=int(usage.get("completion_tokens", 0)),
-        columns="",
-    )
 
 
 @dataclass
@@ -145,9 +63,22 @@ class Rows:
     seconds: list[float | None] = field(default_factory=list)  # of the batch it was finished in
     chunks: list[str] = field(default_factory=list)  # base64 of gzip of JSON, `_CHUNK` rows each
     good: int = 0  # rows of the run, read or not
+    with_samples: int = 0  # good rows that have several texts
+    samples: int = 0  # the texts of these
+    with_calls: int = 0  # good rows that call tools
+    calls: int = 0  # the calls of these
     cut: int = 0  # rows of which something was left out
     without_prompt: int = 0
     kinds: list[Kind] = field(default_factory=list)  # the most frequent first
+
+    def count(self, row: TableRow) -> None:
+        """Counts what a row has beside its text."""
+        if row.failed:
+            return
+        self.with_samples += row.samples > 1
+        self.samples += row.samples if row.samples > 1 else 0
+        self.with_calls += row.calls > 0
+        self.calls += row.calls
 
     def index(self) -> str:
         """What the table is sorted and paged by, packed like a chunk."""
@@ -175,7 +106,8 @@ def gather(places: Places, batches: Batches, prompt_column: str | None, max_rows
         max_rows: the most rows of each state that the table has.
         characters: the most characters of a text that the table keeps.
     """
-    rows, block = Rows(good=places.states.count(GOOD)), []
+    rows = Rows(good=places.states.count(GOOD))
+    block: list[list[object]] = []
     for row, line in places.lines(choose(places.states, max_rows)):
         values = read(line, prompt_column)
         rows.row_numbers.append(row)
@@ -185,9 +117,10 @@ def gather(places: Places, batches: Batches, prompt_column: str | None, max_rows
         rows.prompt_tokens.append(values.prompt_tokens)
         rows.generated_tokens.append(values.generated_tokens)
         rows.without_prompt += not values.prompt
-        texts = [_cut(text, characters) for text in (values.prompt, values.text, values.columns)]
-        rows.cut += any(is_cut for _, is_cut in texts)
-        block.append([part for pair in texts for part in pair])
+        rows.count(values)
+        entry, is_cut = _entry(values, characters)
+        rows.cut += is_cut
+        block.append(entry)
         if len(block) == _CHUNK:
             rows.chunks.append(_packed(block))
             block = []
@@ -196,6 +129,21 @@ def gather(places: Places, batches: Batches, prompt_column: str | None, max_rows
     rows.seconds = _seconds(places, batches, rows.row_numbers)
     rows.kinds = _kinds(places, prompt_column)
     return rows
+
+
+def _entry(row: TableRow, characters: int) -> tuple[list[object], bool]:
+    """The texts of a row as `page.js` reads them, and whether something of them is left out.
+
+    They are prompt, characters cut, text, characters cut, columns, characters cut; then, if the row has further parts,
+    a list of [title, text, characters cut].
+    """
+    texts = [_cut(text, characters) for text in (row.prompt, row.text, row.columns)]
+    parts = [(part.title, *_cut(part.text, characters)) for part in row.parts]
+    entry: list[object] = [part for pair in texts for part in pair]
+    is_cut = any(cut for _, cut in texts) or any(cut for *_, cut in parts)
+    if row.left_out:
+        parts.append(("further samples", f"{row.left_out:,}, which this page leaves out", 0))
+    return [*entry, parts] if parts else entry, is_cut
 
 
 def _cut(text: str, characters: int) -> tuple[str, int]:

@@ -139,7 +139,9 @@ def _find_problem(constraint: Constraint) -> str:
 
     try:
         problem = LLMatcher.validate_grammar(make_grammar(constraint))
-    except (ValueError, RecursionError) as error:
+    except BaseException as error:  # what Rust panics with is no Exception
+        if not isinstance(error, (ValueError, RecursionError)) and type(error).__name__ != "PanicException":
+            raise
         problem = str(error) or type(error).__name__
     if not problem:
         return ""

@@ -120,6 +120,7 @@ class Conversations:
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self._recipe = recipe
         self._tokenizer = tokenizer
+        self._turn = ""  # how the last row began the assistant's turn, where marks stood in its prompt
 
     def render(self, conversation: Conversation) -> tuple[str, Markup | None]:
         """The text of a prompt, and what the model may write beside the answer; None: nothing that is known here.
@@ -149,12 +150,29 @@ class Conversations:
                 return text, None
             _check_reads(template, offer, variables)
             marks = self._marks(template)
-            turn = ""
-            if marks is not None and (marks.start in text or marks.end in text):
-                turn = self._tokenizer.find_turn(text, conversation.messages, **options)
+            turn = "" if marks is None else self._find_turn(text, conversation, marks, options)
         except (ValueError, RecursionError) as error:
             raise Refused("template", str(error)) from error
         return text, self._markup(template, offer, marks, turn)
+
+    def leaves_calls_in_text(self, conversation: Conversation, markup: Markup | None) -> bool:
+        """Whether the model may call tools in a form that its template does not show, after `render` gave `markup`."""
+        offer = conversation.offer
+        if offer is None or offer.is_forced or self._recipe.tool_parser != "auto" or (markup and markup.tools):
+            return False
+        return conversation.template is not None or self._tokenizer.template_text() is not None
+
+    def _find_turn(self, text: str, conversation: Conversation, marks: Marks, options: Mapping[str, object]) -> str:
+        """The end of the prompt that is the assistant's, as far as marks of thinking stand in it."""
+        if marks.start not in text and marks.end not in text:
+            return ""
+        if not conversation.begins_turn:
+            return self._tokenizer.find_turn(text, conversation.messages, **options)
+        # Most rows of a run begin the turn alike, and to find it, they are rendered once more.
+        begin = text.removesuffix(self._turn)
+        if not self._turn or len(begin) == len(text) or marks.start in begin or marks.end in begin:
+            self._turn = self._tokenizer.find_turn(text, conversation.messages, **options)
+        return self._turn
 
     def _marks(self, template: str) -> Marks | None:
         parser = self._recipe.reasoning_parser

@@ -48,7 +48,7 @@ def chat_message(message: Message, *, is_vllm: bool) -> dict[str, object]:
     """The object in a choice. vLLM calls the thinking `reasoning`, older versions and others `reasoning_content`; in
     vLLM's shape it has both names.
 
-    The content is null where it is empty beside calls or thinking.
+    Where the model may have written more than its answer, a content that is empty is null.
     """
     content = None if message.has_markup and not message.content else message.content
     written: dict[str, object] = {"role": "assistant", "content": content, "refusal": None}

@@ -24,7 +24,7 @@ from batchgen.requests.refusal import Refused, check_encodable, quote, sampling_
 from batchgen.requests.row_ids import endpoint, is_request, make_id, may_be_request, read_id, row_id
 from batchgen.requests.template import compile_template, conversation, without_nulls
 from batchgen.requests.token_limits import TokenLimits
-from batchgen.types import FIT, PARAMS, Generation, Prompt, Row, RowError, SamplingParams
+from batchgen.types import FIT, PARAMS, Generation, Markup, Prompt, Row, RowError, SamplingParams
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class PromptReader:
         """The prompt, and whether its text is from a chat template."""
         own = read_id(value)
         said = self._plain_conversation(row, value)
-        text, markup = (self._plain_text(value), None) if said is None else self._conversations.render(said)
+        text, markup = (self._plain_text(value), None) if said is None else self._from_chat(row, said)
         from_chat = said is not None
         params = self._recipe.sampling
         if not self._settings.isdisjoint(value):
@@ -194,13 +194,21 @@ class PromptReader:
         params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
         text, markup = request.text or "", None
         if request.conversation is not None:
-            text, markup = self._conversations.render(request.conversation)
+            text, markup = self._from_chat(row, request.conversation)
             params = constrained(params, request.conversation, "body.")
         check_encodable(text)
         tokens = request.tokens or ()
         prompt = Prompt(row.index, self._id(row), row.line, text, tokens, params, {}, value, markup=markup)
         prompt.others = [_make_other(prompt, further) for further in request.further]
         return prompt, None if request.tokens is not None else request.conversation is not None
+
+    def _from_chat(self, row: Row, said: Conversation) -> tuple[str, Markup | None]:
+        text, markup = self._conversations.render(said)
+        if self._conversations.leaves_calls_in_text(said, markup):
+            self._say_once(
+                row, "the chat template shows no form of calls that is known, so that calls of %s stay in text", "tools"
+            )
+        return text, markup
 
     def _report(self, row: Row, ignored: Sequence[str]) -> None:
         for key in ignored:

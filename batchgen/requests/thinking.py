@@ -38,6 +38,9 @@ _ALIASES: Mapping[str, str] = {
         ("deepseek_r1", "deepseek_v3", "qwen3", "glm45", "minimax_m2", "kimi_k2", "ernie45", "step3", "olmo3"), "think"
     ),
 }
+MARKS = tuple(_FORMS.values())
+"""Those that are known."""
+
 FORMS = (*_FORMS, *_ALIASES)
 """What `--reasoning-parser` takes besides auto and none."""
 

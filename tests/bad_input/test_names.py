@@ -53,7 +53,7 @@ def test_every_command_prints_names_that_are_no_utf8(tmp_path: Path) -> None:
         (["status", ODD], 0, f"{ODD}: finished\n", ""),
         (["status", ODD, "--json"], 0, r'"folder": "\udcff"', ""),
         (["run", f"{ODD}x.jsonl", *RUN[2:]], 4, "", f"there is no file {ODD}x.jsonl\n"),
-        ([*RUN, ODD], 4, "", f"({ODD}.jsonl, {ODD}) is not what the run began with"),
+        ([*RUN, ODD], 4, "", f"{ODD} is a folder, but not one that datasets saved"),
         ([*RUN, f"--{ODD}"], 2, "", "No such option"),
         (["merge", f"{ODD}.jsonl"], 4, "", f"{ODD}.jsonl"),
         (["cancel", f"{ODD}.jsonl"], 4, "", f"there is no run folder {ODD}.jsonl\n"),

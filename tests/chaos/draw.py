@@ -28,7 +28,9 @@ _NEEDS_PEERS = ("stop two", "freeze one")  # a lone process is the starter too, 
 HARMS = ("cut file", "flip bytes", "tear tail", "delete file", "move folder")
 REFUSED = ("change input", "read-only folder", "lose run.json")  # the next start says why, and this one is undone
 
-KINDS = tuple(dict.fromkeys((*STRIKES, *HARMS, *REFUSED)))
+APPEND = "append rows"  # to the input: until then, the run has only the beginning of it
+
+KINDS = tuple(dict.fromkeys((*STRIKES, *HARMS, *REFUSED, APPEND)))
 _STARTS = 3  # of a history that `deal` makes, besides the last one
 
 
@@ -85,7 +87,10 @@ def draw(seed: int, engine: str) -> list[Start | Harm]:
         steps += [Harm(choose.choice(HARMS), choose.getrandbits(32)) for _ in range(choose.choice((0, 0, 1, 1, 2)))]
         if choose.random() < 0.25:
             steps.append(Harm(choose.choice(REFUSED), choose.getrandbits(32)))
-    return [*steps, _start(choose, engine, choose.randint(1, 3))]
+    last = _start(choose, engine, choose.randint(1, 3))
+    if choose.random() < 0.3:
+        steps.insert(choose.randint(1, len(steps)), Harm(APPEND, choose.getrandbits(32)))
+    return [*steps, last]
 
 
 def strikes_of(engine: str) -> Sequence[str]:
@@ -101,6 +106,8 @@ def deal(seed: int, times: int) -> list[list[Start | Harm]]:
     befallen: list[list[Start | Harm]] = [[start] for start in struck]
     for kind in (*HARMS, *REFUSED) * times:
         choose.choice(befallen).append(Harm(kind, choose.getrandbits(32)))
+    for part in befallen[::_STARTS][:times]:  # one of a history
+        part.append(Harm(APPEND, choose.getrandbits(32)))
     parts = [befallen[first : first + _STARTS] for first in range(0, len(befallen), _STARTS)]
     return [[*chain.from_iterable(part), _start(choose, "echo", choose.randint(1, 3))] for part in parts]
 

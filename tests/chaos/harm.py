@@ -8,18 +8,20 @@ from pathlib import Path
 # Files that hold the work are struck most.
 _WEIGHTS = (("generations-", 6), ("batches-", 6), ("attempts/", 3), ("input/", 1), ("generations.", 1), ("", 1))
 
+_MANIFEST = ("run.json", "grown-")
+
 
 def harm(kind: str, out: Path, choose: random.Random) -> tuple[Path, set[str], str]:
     """Does it; gives where the run folder is now, the names of the files that were harmed, and what was done.
 
-    run.json is left alone: without it nobody knows what the run is.
+    run.json is left alone, and what was appended to it: without it nobody knows what the run is.
     """
     if kind == "move folder":
         moved = out.with_name(f"{out.name.partition('-')[0]}-{choose.getrandbits(16)}")
         if out.exists():
             out.rename(moved)
         return (moved if moved.exists() else out), set(), f"to {moved.name}"
-    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != "run.json")
+    files = sorted(path for path in out.rglob("*") if path.is_file() and not path.name.startswith(_MANIFEST))
     if kind == "tear tail":
         files = [path for path in files if path.name.startswith(("generations-", "batches-"))]
     if not files:

@@ -15,10 +15,10 @@ from pathlib import Path
 from batchgen.formats import Changed
 from tests.chaos import disk
 from tests.chaos.checker import Fault, check, check_kept, finished
-from tests.chaos.draw import FILL_DISK, REFUSED, Harm, Start, draw
+from tests.chaos.draw import APPEND, FILL_DISK, REFUSED, Harm, Start, draw
 from tests.chaos.harm import harm
 from tests.chaos.power import shim
-from tests.chaos.rows import MOST_TOKENS, Known, Rows, known_prompts, save_models, write_rows
+from tests.chaos.rows import MOST_TOKENS, Known, Rows, beginning_of, known_prompts, save_models, write_rows
 from tests.chaos.starts import ROOT, End, Place, carry_out
 
 _FILES = 6  # prompt files of each model: their unbroken runs take longer than most histories
@@ -99,8 +99,11 @@ def live(
     with disk.mounted(folder / "disk") as is_mounted:
         out = folder / "disk" / "out"
         place = Place(folder, rows, model, ground.library, product, is_mounted, out, set())
+        for step in steps:
+            if step.kind == APPEND and isinstance(step, Harm):
+                place.rows = beginning_of(rows, random.Random(step.seed))
         try:
-            _live_through(steps, place, history)
+            _live_through(steps, place, history, original.path)
             check(place.out, unbroken, rows, history.in_flight)
         except Fault as fault:
             shutil.copytree(place.disk, folder / "kept-disk", symlinks=True)
@@ -108,12 +111,17 @@ def live(
     return history
 
 
-def _live_through(steps: Sequence[Start | Harm], place: Place, history: History) -> None:
+def _live_through(steps: Sequence[Start | Harm], place: Place, history: History, original: Path) -> None:
     for step in steps:
         if isinstance(step, Start):
             _start(step, place, history)
         elif step.kind in REFUSED:
             _refuse(step, place, history)
+        elif step.kind == APPEND:
+            before, place.rows = place.rows.count, history.rows
+            shutil.copy(original, place.rows.path)
+            history.steps.append(f"{step}: {place.rows.count - before}")
+            history.faults += [step.kind] if (place.out / "run.json").exists() else []
         else:
             place.out, names, what = harm(step.kind, place.out, random.Random(step.seed))
             place.harmed |= names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Sequence
@@ -46,6 +47,20 @@ class Rows:
     count: int
     errors: dict[int, tuple[int, str]]  # by row: its line, and the type of its error
     stops: frozenset[int]  # rows that end at their stop text
+
+
+def beginning_of(rows: Rows, choose: random.Random) -> Rows:
+    """Cuts the file behind some of its rows; the rows that are left."""
+    packed = rows.path.suffix == ".gz"
+    content = rows.path.read_bytes()
+    lines = (gzip.decompress(content) if packed else content).splitlines(keepends=True)
+    ends = [number for number, line in enumerate(lines, 1) if line.strip()]
+    count = choose.randint(1, len(ends))
+    text = b"".join(lines[: ends[count - 1]])
+    text = text if choose.random() < 0.5 else text[:-1]
+    rows.path.write_bytes(gzip.compress(text) if packed else text)
+    errors = {row: error for row, error in rows.errors.items() if row < count}
+    return Rows(rows.path, count, errors, frozenset(row for row in rows.stops if row < count))
 
 
 def save_models(folder: Path) -> list[Path]:

@@ -127,6 +127,24 @@ def test_stopped_run_refuses_another_input_and_goes_on_with_its_own(tmp_path: Pa
     assert found(tmp_path / "out.jsonl.run").attempts[0].generated_tokens > 0
 
 
+def test_a_file_that_has_more_lines_is_answered_anew_with_the_old_answers_in_it(tmp_path: Path) -> None:
+    lines = [completion(f"row-{number}", "x" * (number + 1)) for number in range(7)]
+    words = answer("-i", "in.jsonl", "-o", "out.jsonl")
+    write_rows(tmp_path / "in.jsonl", lines[:4])
+    assert fork(tmp_path, *words).code == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    write_rows(tmp_path / "in.jsonl", lines)
+    ended = fork(tmp_path, *words)
+    assert (ended.code, "3 rows have been appended to the input" in ended.err) == (0, True), ended.err
+    assert (tmp_path / "out.jsonl").read_bytes().startswith(before)
+    assert [line["custom_id"] for line in read_rows(tmp_path / "out.jsonl")] == [line["custom_id"] for line in lines]
+    assert len(found(tmp_path / "out.jsonl.run").attempts) == 2
+    write_rows(tmp_path / "in.jsonl", lines[1:])  # another job, which takes the place of the finished one
+    assert fork(tmp_path, *words).code == 0
+    assert len(read_rows(tmp_path / "out.jsonl")) == 6
+    assert not list((tmp_path / "out.jsonl.run").glob("grown-*"))
+
+
 def test_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", [completion("a", "x")])
     before = (tmp_path / "in.jsonl").read_bytes()

@@ -122,8 +122,9 @@ def test_what_a_row_needs_is_said_before_its_token_is_chosen(tokenizer: HfTokeni
         found[name] = (chooser.is_edited(place), chooser.awaits_tokens(place))
     awaiting = {"bad words", "regex", "thinking"}
     assert found == {name: (name not in ("greedy", "sampled"), name in awaiting) for name in ROWS}
+    assert not chooser.is_edited(len(ROWS)), "nobody is there"
     with pytest.raises(LookupError, match="no row has begun in place 8"):
-        chooser.is_edited(len(ROWS))
+        chooser.advance({len(ROWS): 1})
 
 
 def test_a_row_is_edited_only_while_it_needs_to_be(tokenizer: HfTokenizer) -> None:
@@ -151,6 +152,39 @@ def test_a_row_without_a_token_that_may_come_says_so_and_one_that_is_not_finite_
     found = chooser.choose(torch.randn(4, WIDTH), range(4), best)
     assert found.tokens.tolist() == [NOTHING_LEFT, -1, NOTHING_LEFT, -1]
     assert best.tolist() == [5, -1, 5, -1]
+
+
+class Wire:
+    """Carries the leader's tokens to the other rank, as `Peers.tokens` does."""
+
+    def __init__(self) -> None:
+        self.tokens = torch.empty(0)
+
+    def lead(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.tokens = tokens.clone()
+        return tokens
+
+    def follow(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.copy_(self.tokens)
+
+
+def test_ranks_take_and_count_what_the_first_of_them_has_chosen(tokenizer: HfTokenizer) -> None:
+    """The other rank's logits differ, by more than ever they should, until the last step."""
+    rows = [prompt(0, frequency_penalty=2.0), prompt(1, temperature=1.0, presence_penalty=2.0), prompt(2)]
+    wire = Wire()
+    leader = TokenChooser(3, WIDTH, tokenizer, CPU, agree=wire.lead)
+    follower = TokenChooser(3, WIDTH, tokenizer, CPU, agree=wire.follow)
+    for place, row in enumerate(rows):
+        leader.begin(place, row)
+        follower.begin(place, row)
+    for step in steps_of(20, 3):
+        shifted = step.roll(1, -1)
+        first = leader.choose(step, range(3), step.argmax(-1)).tokens
+        assert torch.equal(first, follower.choose(shifted, range(3), shifted.argmax(-1)).tokens)
+    last = torch.zeros(3, WIDTH)
+    expected = leader.choose(last, range(3), last.argmax(-1)).tokens
+    follower._agree = None
+    assert torch.equal(follower.choose(last, range(3), last.argmax(-1)).tokens, expected)
 
 
 def choose_with_logprobs(tokenizer: HfTokenizer, logits: torch.Tensor, rows: Sequence[dict[str, Any]]) -> Choice:

@@ -96,7 +96,7 @@ ENDS: dict[str, tuple[Sequence[str | int], dict[str, Any], str, End]] = {
     "of those that end together the first": (["x abcd"], {"stop": ("cd", "bcd")}, "x ab", End("stop", "cd")),
     "stop text before min_tokens is none": (
         ["one one one"],
-        {"stop": ("one",), "min_tokens": 5},
+        {"stop": ("one",), "min_tokens": 3},
         "one ",
         End("stop", "one"),
     ),

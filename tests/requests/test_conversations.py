@@ -32,6 +32,7 @@ _OWN = {
     + "{% if add_generation_prompt %}[assistant]{% endif %}",
     "unasked": _TURNS + "[assistant]<think>",
     "documents": "{% for d in documents or [] %}({{ d.title }}: {{ d.text }}){% endfor %}" + _TURNS,
+    "untold": "{{ tools | tojson }}" + _TURNS,
     "plain": _TURNS + "{% if add_generation_prompt %}[assistant]{% endif %}",
 }  # fmt: skip
 _READY: dict[str, HfTokenizer] = {}
@@ -143,6 +144,18 @@ def test_parsers_may_be_named_or_turned_off(tmp_path: Path) -> None:
         Recipe(tool_parser="hermit")
     with pytest.raises(ValueError, match="--reasoning-parser must be auto, none or one of gpt_oss, seed_oss, "):
         Recipe(reasoning_parser="thinker")
+
+
+def test_calls_in_a_form_that_nobody_knows_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = tokenizer("untold", tmp_path)
+    rows = [Row(n, "a", n + 1, {"messages": MESSAGES, "tools": [TOOL]}) for n in range(3)]
+    outcomes = PromptReader(Recipe(), own, {}).read(rows)
+    assert all(isinstance(outcome, Prompt) and outcome.markup is None for outcome in outcomes)
+    assert caplog.text.count('shows no form of calls that is known, so that calls of "tools" stay in text') == 1
+    caplog.clear()
+    PromptReader(Recipe(tool_parser="none"), own, {}).read(rows)
+    PromptReader(Recipe(), tokenizer("qwen3", tmp_path), {}).read(rows)
+    assert not caplog.text
 
 
 def test_tools_come_into_the_prompt_as_transformers_writes_them(tmp_path: Path) -> None:

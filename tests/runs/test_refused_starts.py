@@ -258,3 +258,22 @@ def test_a_run_of_the_version_before_goes_on(left: str, tmp_path: Path) -> None:
     ids = [row["id"] for row in read_rows(out / "generations.jsonl")]
     assert ids == [failed[[3, 7].index(n)] if failed and n in (3, 7) else line for n, line in enumerate(lines)]
     assert {path: path.read_bytes() for path in recorded} == recorded, "what was finished is generated once"
+
+
+def test_a_run_from_before_texts_were_split_goes_on_with_whole_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _lines(tmp_path / "p.jsonl", RIGHT)
+    out = tmp_path / "out"
+    start([tmp_path / "p.jsonl"], out, batch_size=7)
+    cut_short(out)
+    error = refused([tmp_path / "p.jsonl"], out, recipe=Recipe(tool_parser="hermes"))
+    assert 'tool_parser was "auto", now "hermes"' in str(error)
+    manifest = json.loads((out / "run.json").read_text())
+    for name in ("reasoning_parser", "tool_parser"):
+        assert manifest["asked"].pop(name) == "auto"
+    (out / "run.json").write_text(json.dumps(manifest))
+    caplog.set_level("INFO")
+    assert start([tmp_path / "p.jsonl"], out).state == "finished"
+    assert "this run began with --reasoning-parser none, and goes on with it" in caplog.text
+    assert "this run began with --tool-parser none, and goes on with it" in caplog.text

@@ -20,6 +20,7 @@ from batchgen.models import loading
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.planning import auto
 from batchgen.planning.hardware import Machine, Nodes
+from batchgen.planning.work import Work
 from batchgen.types import Generation, Prompt, SamplingParams, UserError
 from batchgen.world import World
 from tests.sweep.kinds import build
@@ -188,7 +189,7 @@ def choose(folder: Path) -> str:
     """The engine that `--engine auto` takes for the model in `folder`, on this machine."""
     lengths = [(len(prompt.tokens), prompt.params.max_new_tokens) for prompt in rows()]
     try:
-        drawn = lengths, len(lengths)
+        drawn = Work(lengths, len(lengths))
         return auto.choose_fastest(folder, "float32", (), lambda tokenizer: drawn, Nodes(Machine.here(1), 1)).name
     except Exception as error:
         return _one_line(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -130,6 +130,7 @@ class StepReader:
         self._chooser.advance({sequence.slot: token for sequence, token in going_on})
         failed = []
         for sequence, _ in awaiting:
+            sequence.awaits_tokens = self._chooser.awaits_tokens(sequence.slot)  # not when its thinking is over, say
             # llguidance lets a text that cannot be completed end: it is no text by the constraint.
             if self._chooser.find_error(sequence.slot) is not None:
                 ends.pop(sequence, None)
@@ -174,7 +175,9 @@ class StepReader:
 
     def _read_prompt_logprobs(self, launched: LaunchedStep) -> None:
         """The same of prompts; one that is computed again from its beginning is read again, too."""
-        found = chain.from_iterable(zip(*_read(piece), strict=True) for piece in launched.prompt_logprobs)
+        if launched.prompt_logprobs is None:
+            return
+        found = zip(*_read(launched.prompt_logprobs), strict=True)
         for part in launched.step.prompt_parts:
             if part.begin == 1:
                 self._prompt_logprobs[part.sequence] = []

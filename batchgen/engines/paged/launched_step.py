@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -21,7 +21,7 @@ class LaunchedStep:
     logits: torch.Tensor | None  # of the rows, [rows or more, vocabulary], until tokens are chosen from them
     tokens: torch.Tensor  # [slots], the first of them those chosen for the step's rows, once they have arrived
     logprobs: TokenLogprobs | None = None  # of the rows that ask for them, likewise
-    prompt_logprobs: list[PromptTensors] = field(default_factory=list)  # of `step.prompt_rows`, in pieces
+    prompt_logprobs: PromptTensors | None = None  # of `step.prompt_rows`, likewise
     has_chosen: bool = False  # the choice of its tokens has been launched, too
     arrival: torch.cuda.Event | None = None  # when all has come; None: it is there
 

@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE = 256  # whose logits are made together: 64 MB of a vocabulary o
 
 def find_prompt_logprobs(
     step: Step, hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], buffers: StepBuffers
-) -> list[PromptTensors]:
+) -> PromptTensors | None:
     """Finds the log-probabilities of a step's prompt tokens; all ranks that hold the model call this together.
 
     Args:
@@ -30,11 +30,11 @@ def find_prompt_logprobs(
         buffers: of the steps, which bring the numbers to the host.
 
     Returns:
-        For consecutive parts of `step.prompt_rows`, numbers that are there once the step has been made; none where
-        another rank has planned the step.
+        Of `step.prompt_rows`, numbers that are there once the step has been made; None: there are none, or another rank
+        has planned the step.
     """
     if not len(step.prompt_rows):
-        return []
+        return None
     targets = chain.from_iterable(part.sequence.tokens[part.begin : part.end] for part in step.prompt_parts)
     tokens = buffers.send(torch.tensor(list(targets), dtype=torch.long))
     count = max((part.sequence.prompt.params.prompt_logprobs or 0 for part in step.prompt_parts), default=0)
@@ -44,5 +44,5 @@ def find_prompt_logprobs(
         some = slice(begin, begin + _TOKENS_AT_ONCE)
         logits = head(hidden[places[some]])  # which the ranks make together
         if step.prompt_parts:
-            found.append(PromptTensors(*map(buffers.fetch, rank_tokens(logits, tokens[some], count))))
-    return found
+            found.append(rank_tokens(logits, tokens[some], count))
+    return PromptTensors(*(buffers.fetch(torch.cat(parts)) for parts in zip(*found, strict=True))) if found else None

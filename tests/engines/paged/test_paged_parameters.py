@@ -16,6 +16,7 @@ from batchgen.types import Batch, Constraint, Generation, Markup, Prompt, Sampli
 from batchgen.world import World
 from tests import tiny_models as models
 from tests.engines.paged.test_paged import load, prompts, texts
+from tests.engines.paged.test_paged_memory import FailingForward, plain_path
 from tests.generation import parameter_cases
 from tests.generation.parameter_cases import FEW_LETTERS
 from tests.tiny_models import END
@@ -49,6 +50,19 @@ def test_each_parameter_does_what_its_definition_says(
 ) -> None:
     rows = parameter_cases.prompts_of_cases()
     parameter_cases.check(run(tiny_llama, settings, rows), rows, reference)
+
+
+@plain_path
+def test_steps_that_are_lost_for_want_of_memory_choose_the_same_again(
+    tiny_llama: Path, reference: parameter_cases.Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = parameter_cases.prompts_of_cases()
+    with load(tiny_llama, "cache_tokens=2000", batch_size=32, selftest=False) as engine:
+        forwards = FailingForward(monkeypatch, calls=(3, 4, 20, 31))
+        found = texts(engine, rows)
+        assert forwards.count > 31
+    monkeypatch.undo()
+    parameter_cases.check(found, rows, reference)
 
 
 def asking_rows(count: int = 40) -> list[Prompt]:
