@@ -6,6 +6,7 @@ A matcher follows the bytes of tokens, so that a character may be spread over se
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from batchgen.types import Constraint
 
 _MOST_KEPT = 4096  # compiled constraints; a medium schema takes some hundred kilobytes
 _BYTES = 256
+_NO_FORCING = '%llguidance {"no_forcing": true}\n'
 _REASONS = {"NoExtensionBias": "none of the model's tokens can come next, and the text is not complete"}
 
 
@@ -34,6 +36,7 @@ class Matchers:
 
     def __init__(self, tokenizer: HfTokenizer) -> None:
         self._tokenizer = _make_tokenizer(tokenizer)
+        self._special = tokenizer.special_tokens.keys()
         self.words = -(-self._tokenizer.vocab_size // 32)
         self.threads = LLExecutor()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="masks")
@@ -51,7 +54,17 @@ class Matchers:
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         limits = LLParserLimits(verbose_errors=False)
-        return LLMatcher(self._tokenizer, make_grammar(constraint), log_level=0, limits=limits)
+        grammar = make_grammar(constraint)
+        if self._spells_special_token(constraint):
+            grammar = _without_forcing(grammar)
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+
+    def _spells_special_token(self, constraint: Constraint) -> bool:
+        """Whether the name of a special token may be a part of the text, such as "</s>"."""
+        written = constraint.text
+        if constraint.kind in ("json_schema", "choice"):
+            written = json.dumps(json.loads(written), ensure_ascii=False)
+        return any(name in written.replace("\\", "") for name in self._special)
 
 
 @lru_cache(2)
@@ -68,6 +81,17 @@ def describe_error(matcher: LLMatcher) -> str:
     if not lines:
         return "llguidance does not say why"
     return _REASONS.get(lines[0]) or lines[0][:300].rstrip(".")
+
+
+def _without_forcing(grammar: str) -> str:
+    """Returns the same grammar, of which a text that can only go on in one way is left to the model, token by token.
+
+    llguidance takes the tokens of such a text from the tokenizer, which makes one special token of its name.
+    """
+    if not grammar.startswith("{"):
+        return grammar if "%llguidance" in grammar else _NO_FORCING + grammar
+    [part] = json.loads(grammar)["grammars"]
+    return _NO_FORCING + (part["lark_grammar"] or f"start: %json {json.dumps(part['json_schema'])}")
 
 
 def _make_tokenizer(tokenizer: HfTokenizer) -> LLTokenizer:

@@ -126,8 +126,8 @@ class Stopper(StoppingCriteria):
         found: dict[int, End | None] = {
             row: STOP if token < 0 else self._finders[row].append(token) for row, token in tokens.items()
         }
-        # Whether a constraint is fulfilled also matters to a row that is as long as it may be.
-        going_on = [row for row, end in found.items() if end is None or end is LENGTH]
+        # Whether a constraint is met also matters to a row that is as long as it may be, or that has ended by itself.
+        going_on = [row for row, end in found.items() if tokens[row] >= 0 and end in (None, LENGTH, STOP)]
         self._processor.advance({row: tokens[row] for row in going_on})
         for row in found:
             if (error := self._processor.find_error(row)) is not None:

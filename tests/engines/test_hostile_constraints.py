@@ -41,6 +41,8 @@ FAILING: dict[str, tuple[dict[str, Any], str]] = {
     "allowed tokens": ({"json_schema": SCHEMA, "allowed_token_ids": [70, 71]}, "no token was left"),
     "bad words": ({"choice": ["abc"], "bad_words": ["b"]}, "no token was left"),
     "no choice": ({"choice": []}, "choice must be a list of texts, none of them empty, not an empty list"),
+    # The end of a sequence is its only token: the text would have ended before it was complete.
+    "a special token's name out of pieces": ({"regex": "a</[s]>b"}, "doesn't satisfy the grammar"),
     "syntax": ({"grammar": "start: )"}, "line 1, column 8"),
 }
 # And a regular expression for the text, with the reason why it ends.
@@ -53,6 +55,9 @@ GOOD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a stop token inside": ({"choice": ["abc"], "stop_token_ids": [69]}, "a", "stop"),
     "cut": ({"choice": ["abc"], "max_new_tokens": 2}, "ab", "length"),
     "as long as it may be": ({"choice": ["abc"], "max_new_tokens": 3}, "abc", "stop"),
+    "a special token's name": ({"choice": ["a</s>b"]}, "a</s>b", "stop"),
+    "its name, escaped": ({"regex": r"a<\/s>b"}, "a</s>b", "stop"),
+    "its name in JSON": ({"json_schema": {"enum": ["</s>"]}}, '"</s>"', "stop"),
     "many choices": ({"json_schema": {"enum": [f"value {n}" for n in range(20000)]}}, r'"value \d+"', "stop"),
 }
 WHOLE = ("one", "another", "third")  # rows that share a schema

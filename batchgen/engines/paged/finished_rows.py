@@ -125,8 +125,8 @@ class StepReader:
         Returns:
             The rows whose constraint could not be followed.
         """
-        # Whether a constraint is fulfilled also matters to a row that is as long as it may be.
-        going_on = [(sequence, token) for sequence, token in awaiting if ends.get(sequence, LENGTH) is LENGTH]
+        # Whether a constraint is met also matters to a row that is as long as it may be, or that has ended by itself.
+        going_on = [(sequence, token) for sequence, token in awaiting if ends.get(sequence, LENGTH) in (LENGTH, STOP)]
         self._chooser.advance({sequence.slot: token for sequence, token in going_on})
         failed = []
         for sequence, _ in awaiting:
