@@ -121,15 +121,27 @@ def _judge(row: dict[str, Any], schema: Schema, outcome: Outcome, is_constrained
     if row["error"]:
         outcome.failed[name] = row["error"]["message"]
         return
-    if row["finish_reason"] == "length":
+    if not is_constrained:
+        text = _find_json(text)
+    elif row["finish_reason"] == "length":
         outcome.cut.append(name)
         return
-    if not is_constrained and (fence := re.search(r"```(?:json)?\n(.*?)```", text, re.DOTALL)):
-        text = fence[1]  # people take it out of there
     if why := find_fault(text, schema):
         outcome.invalid[name] = f"{why} in {text!r}"
     else:
         outcome.valid.append(name)
+
+
+def _find_json(text: str) -> str:
+    """The first object or list in a text, as people take it out of one; else the text as it stands."""
+    start = re.search(r"[{\[]", text)
+    if start is None:
+        return text
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, start.start())
+    except ValueError:
+        return text
+    return text[start.start() : end]
 
 
 def find_fault(text: str, schema: Schema) -> str:
