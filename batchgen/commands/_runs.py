@@ -136,11 +136,11 @@ def describe_failures(path: Path) -> str:
     return f"{sentence}. The same command tries {sum(retried)} of them again; the input is wrong in the others"
 
 
-def conclude(status: Status, speaks: bool) -> None:
+def conclude(status: Status, reports_outcome: bool) -> None:
     """Says how the run stands, and exits with its code."""
     from batchgen.types import CANNOT_WRITE, TOO_MANY_FAILED
 
-    if not speaks:
+    if not reports_outcome:
         sys.exit(0)  # in order: another code would make srun kill the other ranks
     last = status.attempts[-1].ended if status.attempts else None
     counts = f"{status.good} of {status.rows} rows good, {status.failed} failed, {status.open} open"

@@ -84,7 +84,7 @@ class EndFinder:
         if self._thinking is not None:
             if self._thinking.is_inside:
                 return None
-            begin = self._thinking.answer
+            begin = self._thinking.answer_begin
         if token in self._special:
             return self._special[token]
         answer = self.tokens[begin:]

@@ -143,7 +143,7 @@ class _Start:
         folder, shard = self._attempt.folder, self._attempt.shard
         if not self._role.speaks_for_the_run:
             return checkpoint.status(folder, shard)
-        missing = not self._role.is_single_process and not await_ranks(self._attempt, self._role.world.size)
+        has_lost_ranks = not self._role.is_single_process and not await_ranks(self._attempt, self._role.world.size)
         # Of the whole run: whoever finishes the last shard merges. Two that end at once write the same bytes.
         # Verified only when all seems done, since that reads all text.
         complete = not checkpoint.status(folder).open
@@ -153,7 +153,7 @@ class _Start:
         why = self._why_rows_are_open(damaged)
         status = checkpoint.status(folder, shard, verify=damaged)
         self._end_attempt(why if status.open else "finished")
-        if missing and status.open:  # the launcher ends the ranks that are left
+        if has_lost_ranks and status.open:  # the launcher ends the ranks that are left
             raise Died(f"{why}; some of the {self._role.world.size} ranks have not ended in order")
         return checkpoint.status(folder, shard, verify=damaged)
 

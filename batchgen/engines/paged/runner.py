@@ -123,23 +123,23 @@ class Runner:
 
         Where a row awaits the token of the step before, only the forward is started, and `choose` has to follow.
         """
-        turn = self._buffers.next_turn()
+        buffer_index = self._buffers.next_buffer_index()
         self._begin_rows(step)
         self._update_block_table(step)
         places = step.slots[step.rows].tolist()
-        launched = LaunchedStep(step, places, None, None, self._buffers.tokens[turn])
+        launched = LaunchedStep(step, places, None, None, self._buffers.tokens[buffer_index])
         with torch.inference_mode():
             if len(step.slots) == step.decoding and self._graphs is not None:
-                launched.slots, launched.logits = self._decode(step, turn)
+                launched.slots, launched.logits = self._decode(step, buffer_index)
             else:
-                arrays, hidden = self._prefill(step, turn)
+                arrays, hidden = self._prefill(step, buffer_index)
                 launched.prompt_logprobs = find_prompt_logprobs(step, hidden, self._head, self._buffers)
                 if len(step.rows):
                     rows = self._buffers.send(torch.from_numpy(step.rows.astype(np.int64)))
                     launched.slots = arrays.slots[rows]
                     launched.logits = self._head(hidden[rows])
                     self._choose_best(launched.logits, launched.slots)
-        if not (step.is_chosen and any(sequence.awaits_tokens for sequence in step.sequences)):
+        if not (step.needs_chooser and any(sequence.awaits_tokens for sequence in step.sequences)):
             self.choose(launched)
         return launched
 
@@ -148,20 +148,20 @@ class Runner:
 
         Every token that one of its rows awaits has been given to the chooser.
         """
-        if launched.has_chosen:
+        if launched.is_choice_launched:
             return
         step, rows = launched.step, len(launched.step.rows)
         with torch.inference_mode():
             tokens = self._next_tokens[:rows]
-            if step.is_chosen and self.chooser is not None:
+            if step.needs_chooser and self.chooser is not None:
                 assert launched.logits is not None
                 chosen = self.chooser.choose(launched.logits, launched.places, tokens)
                 tokens = chosen.tokens
                 launched.logprobs = chosen.logprobs and self._buffers.fetch_logprobs(chosen.logprobs)
-            if step.is_chosen:
+            if step.needs_chooser:
                 self._last_tokens[launched.slots] = self._peers.tokens(tokens.clamp(min=0))
             launched.tokens[:rows].copy_(tokens, non_blocking=True)
-        launched.logits, launched.has_chosen = None, True
+        launched.logits, launched.is_choice_launched = None, True
         if self._graphs is not None:
             launched.arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             launched.arrival.record()
@@ -179,14 +179,14 @@ class Runner:
             places = self._buffers.send(torch.from_numpy(step.table_places))
             self._block_table.view(-1)[places] = self._buffers.send(torch.from_numpy(step.table_pages))
 
-    def _decode(self, step: Step, turn: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _decode(self, step: Step, buffer_index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Makes a step in which every sequence decodes, and chooses the best tokens.
 
         Returns:
             The slots of its rows, [rows], and their logits, [rows or more, vocabulary], if the step needs them.
         """
         assert self._graphs is not None
-        needs_logits = step.is_chosen
+        needs_logits = step.needs_chooser
         size = choose_graph_size(len(step.slots), self._most_tokens)
         splits = self._choose_splits(size, int(step.positions.max()) + 1)
         if self._kept_logits is None and needs_logits:
@@ -205,18 +205,18 @@ class Runner:
                 kept[:rows] = logits
 
         graph = self._graphs.find_or_capture((size, splits, needs_logits), compute, lambda: self._pad(size))
-        self._buffers.put(step, turn, size)
+        self._buffers.put(step, buffer_index, size)
         graph.replay()
         return arrays.slots[: len(step.slots)], kept
 
-    def _prefill(self, step: Step, turn: int) -> tuple[StepArrays, torch.Tensor]:
+    def _prefill(self, step: Step, buffer_index: int) -> tuple[StepArrays, torch.Tensor]:
         """Makes the forward of a step with prefill chunks, or of any step without graphs.
 
         Returns:
             Its arrays, and the last hidden states of all its tokens, [tokens or more, hidden size].
         """
         if self._graphs is None:
-            arrays = self._buffers.put(step, turn, len(step.slots))
+            arrays = self._buffers.put(step, buffer_index, len(step.slots))
             slots, positions, _, count = arrays
             layout = Layout(
                 self._caches, self._block_table, slots, positions, step.decoding, step.chunks, decoding_count=count
@@ -226,7 +226,7 @@ class Runner:
         size = choose_graph_size(len(step.slots), self._most_tokens)
         most_blocks = size // _TOKENS_OF_A_BLOCK
         if len(blocks) > most_blocks:
-            arrays = self._buffers.put(step, turn, -(-len(step.slots) // _PADDED_TO) * _PADDED_TO)
+            arrays = self._buffers.put(step, buffer_index, -(-len(step.slots) // _PADDED_TO) * _PADDED_TO)
             layout = self._make_layout(arrays, step.decoding, self._buffers.send(blocks))
             return arrays, self._forward(layout, self._find_token_ids(arrays))
         arrays = self._buffers.view(size)
@@ -236,7 +236,7 @@ class Runner:
             self._hidden[:size] = self._forward(layout, self._find_token_ids(arrays))
 
         graph = self._graphs.find_or_capture(("prefill", size), compute, lambda: self._pad(size))
-        self._buffers.put(step, turn, size)
+        self._buffers.put(step, buffer_index, size)
         padded = F.pad(blocks, (0, 0, 0, most_blocks - len(blocks)))
         self._query_blocks[:most_blocks] = self._buffers.send(padded)
         graph.replay()
