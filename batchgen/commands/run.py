@@ -97,8 +97,8 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str | None)
     "--shard",
     metavar="I/N",
     callback=_shard,
-    help="Do only every N-th row, from row I on; other processes do the rest at the same time, and the last one to "
-    "finish merges.",
+    help="Do only every N-th row, from row I on (0 to N-1); other processes do the rest at the same time, and the "
+    "last one to finish merges.",
 )
 @click.option(
     "--heartbeat-seconds",

@@ -1,8 +1,10 @@
 """Choosing the next tokens of rows, each with its own parameters; the one implementation of all engines.
 
-The order is that of vLLM's V1 sampler: the constraint's mask, then (here log-probabilities are taken) the edits of
-`generation.edits` in float32, tokens that must not come now (`min_tokens`, `bad_words`), the token that a thinking
-budget forces; then the best token of a greedy row, or `generation.sampling.sample`. Rows that ask for none of it cost
+The result is that of the order in vLLM's V1 sampler: the constraint's mask (the log-probabilities that a row asks for
+are taken behind it); allowed tokens, bad words, fewest tokens; the bias; repetition, frequency and presence penalty;
+the end of the thinking, where its budget is used up; then the best token of a greedy row, or temperature and a draw
+(`generation.sampling`). Forbidden tokens are -inf whenever that is written, so that `generation.edits` may do it with
+the bias, and `bad_words` of several tokens and `min_tokens` may come last. Rows that ask for none of it cost
 nothing but their argmax.
 """
 
@@ -88,7 +90,8 @@ class TokenChooser:
                 self._masks.end(place)
 
     def is_edited(self, place: int) -> bool:
-        """Returns whether the row's logits are changed or masked in the next step, or may be, once it is awaited."""
+        """Returns whether the row's logits are changed or masked in the next step, or may be: where
+        `awaits_tokens` is true, it is known once `advance` has the row's last token."""
         row = self._rows[place]
         return row is not None and (row.is_edited or row.awaits_tokens)
 
@@ -116,7 +119,7 @@ class TokenChooser:
         return self._masks.find_error(place)
 
     def choose(self, logits: torch.Tensor, places: Sequence[int], best: torch.Tensor) -> Choice:
-        """Chooses one token for each of some rows, and waits for no device; for the masks of constrained rows it does.
+        """Chooses one token for each of some rows. It never waits for the device, but waits for masks.
 
         Args:
             logits: as the model gives them, [rows or more, vocabulary]; they are not changed.

@@ -1,6 +1,6 @@
 """The rows of a step, grouped by what has to be done for their next tokens, with their parameters on the device.
 
-They are made once for as many steps as the rows and what they need stay the same.
+They are reused until the rows or their needs change.
 """
 
 from __future__ import annotations

@@ -190,6 +190,6 @@ def _read(tensors: Iterable[torch.Tensor]) -> Iterator[list[Any]]:
 
 
 def _join(tokens: list[tuple[Any, ...]], count: int) -> PromptLogprobs:
-    """The numbers of a prompt's tokens, with so many of the likeliest ones beside each."""
+    """The numbers of a prompt's tokens, with `count` of the likeliest ones beside each."""
     columns = [(logprob, rank, ids[:count], top[:count]) for logprob, rank, ids, top in tokens]
     return PromptLogprobs(*map(list, zip(*columns, strict=True))) if columns else PromptLogprobs([], [], [], [])

@@ -44,11 +44,11 @@ class Runner:
     """Makes the steps of one scheduler.
 
     Args:
-        model: it is loaded, covered by `models`, on one device, and its attention is its own until now.
+        model: it is loaded, covered by `models`, on one device, and not yet patched.
         limits: of steps and sequences.
         peers: the ranks that hold one model together, of which `model` is this rank's shard.
-        chooser: of the next tokens of rows that have more to their choice than the largest logit, by their slots; None:
-            another rank chooses them.
+        chooser: of the next tokens of rows that need more than the largest logit, by their slots; None: another rank
+            chooses them.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Runner:
                 layer.compile(dynamic=True)
 
     def allocate(self, pages: int) -> None:
-        """Makes a cache of so many pages, in the place of the one that there may be."""
+        """Makes a cache of `pages` pages, in the place of the one that there may be."""
         size = footprint.cached_heads(self.model.config)[1]
         self.pages = pages
         self._block_table.zero_()  # a larger cache had pages that this one has not
@@ -106,13 +106,13 @@ class Runner:
         self._caches = []
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        # As much again for the graphs, whose memory is their own; the logits that tokens are drawn from; and something
+        # The same amount again, since graphs have a separate pool; the logits that tokens are drawn from; and something
         # for the graphs themselves, drawing, and cuBLAS.
         logits = self.limits.slots * self.model.config.get_text_config().vocab_size * self.model.dtype.itemsize
         return int(free - 2 * forward - logits - _RESERVED * total)
 
     def rehearse(self, tokens: int) -> None:
-        """Makes a forward of so much padding, and chooses the next token of as many rows as there may be."""
+        """Makes a forward of `tokens` tokens of padding, and chooses the next token of as many rows as there may be."""
         arrays = self._pad(tokens)
         hidden = self._forward(self._make_layout(arrays, 0, self._query_blocks[:1]), self._find_token_ids(arrays))
         rows = min(tokens, self.limits.slots)
@@ -146,7 +146,7 @@ class Runner:
     def choose(self, launched: LaunchedStep) -> None:
         """Starts the choice of the step's tokens, and their way back, unless `launch` has done so.
 
-        Every token that one of its rows awaits has been given to the chooser.
+        Call it only after every token that one of its rows awaits has been given to the chooser.
         """
         if launched.is_choice_launched:
             return

@@ -28,12 +28,12 @@ class StepArrays(NamedTuple):
 
     @staticmethod
     def count_numbers(tokens: int) -> int:
-        """How many numbers the tensor needs for so many tokens or fewer."""
+        """How many numbers the tensor needs for this many tokens or fewer."""
         return 3 * _align(tokens) + 1
 
     @staticmethod
     def view(tensor: torch.Tensor, tokens: int) -> StepArrays:
-        """The arrays of a step of so many tokens in that tensor."""
+        """The arrays of a step of this many tokens in that tensor."""
         apart = _align(tokens)
         slots, positions, ids = (tensor[row * apart : row * apart + tokens] for row in range(3))
         return StepArrays(slots, positions, ids, tensor[3 * apart : 3 * apart + 1])
@@ -59,7 +59,7 @@ class StepBuffers:
         self.tokens = [self._pinned(slots, torch.long) for _ in range(_STEPS_AT_ONCE)]
 
     def next_buffer_index(self) -> int:
-        """Which of the buffers the next step has."""
+        """The index of the buffers that the next step has."""
         buffer_index, self._buffer_index = self._buffer_index, (self._buffer_index + 1) % _STEPS_AT_ONCE
         return buffer_index
 
