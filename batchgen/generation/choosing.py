@@ -1,10 +1,10 @@
 """Choosing the next tokens of rows, each with its own parameters; the one implementation of all engines.
 
 The result is that of the order in vLLM's V1 sampler: the constraint's mask (the log-probabilities that a row asks for
-are taken behind it); allowed tokens, bad words, fewest tokens; the bias; repetition, frequency and presence penalty;
-the end of the thinking, where its budget is used up; then the best token of a greedy row, or temperature and a draw
-(`generation.sampling`). Forbidden tokens are -inf whenever that is written, so that `generation.edits` may do it with
-the bias, and `bad_words` of several tokens and `min_tokens` may come last. Rows that ask for none of it cost
+are taken with it alone); allowed tokens, bad words, fewest tokens; the bias; repetition, frequency and presence
+penalty; the end of the thinking, where its budget is used up; then the best token of a greedy row, or temperature and
+a draw (`generation.sampling`). Forbidden tokens are -inf whenever that is written, so that `generation.edits` may do it
+with the bias, and `bad_words` of several tokens and `min_tokens` may come last. Rows that ask for none of it cost
 nothing but their argmax.
 """
 
