@@ -109,7 +109,7 @@ def _page_cache(statistics: Path) -> int:
 
 
 def can_reserve(size: int, device: torch.device) -> bool:
-    """Whether so many bytes of the device are there now; they are given back at once."""
+    """Whether this many bytes of the device are there now; they are given back at once."""
     try:
         torch.empty(size, dtype=torch.uint8, device=device)
     except (RuntimeError, MemoryError) as error:

@@ -2,7 +2,7 @@
 
     python benchmarks/several_gpus.py FOLDER [--seconds N] [--only WORD] [SHAPE…]
 
-For each shape (llama-8b and bloom-7b1), over four, two and one GPUs as far as there are so many, by `batchgen bench`:
+For each shape (llama-8b and bloom-7b1), over four, two and one GPUs as far as there are this many, by `batchgen bench`:
 FOLDER/SHAPE-jobs with the mixed jobs of `paged`, FOLDER/SHAPE with the seed's table, and FOLDER/SHAPE-offload with 20
 tokens a row and weights in host memory. Of llama-70b, over four GPUs or two, what shares a model among all.
 

@@ -251,10 +251,24 @@ def test_an_engine_is_added_by_the_manual_alone(tiny_llama: Path, folder: Path) 
     (code,) = [block for block in blocks(ROOT / "docs" / "architecture.md", "python") if "(Engine)" in block]
     (folder / "more").mkdir()
     (folder / "more" / "shout.py").write_text(code)
+    asks: list[dict[str, object]] = [
+        {},
+        {"max_new_tokens": 2},
+        {"stop": "CAPITAL"},
+        {"choice": ["yes", "no"]},
+        {"temperature": 1},
+    ]
+    rows = [{"prompt": "The capital of France is", **ask} for ask in asks]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = f"run prompts.jsonl -o out --engine shout --set marks=3 --model {shlex.quote(str(tiny_llama))}"
     done = run_python(with_more("engines", line), folder)
-    assert done.returncode == 0, done.stderr
-    assert "THE CAPITAL OF FRANCE IS!!!" in (folder / "out" / "generations.jsonl").read_text(encoding="utf-8")
+    assert done.returncode == 3, done.stderr
+    whole, cut, stopped, *refused = read_rows(folder / "out" / "generations.jsonl")
+    assert (whole["text"], whole["finish_reason"]) == ("THE CAPITAL OF FRANCE IS!!!", "stop")
+    assert (cut["generated_tokens"], cut["finish_reason"]) == (2, "length")
+    assert (stopped["text"], stopped["finish_reason"]) == ("THE ", "stop")
+    assert [row["error"]["type"] for row in refused] == ["engine", "engine"]
+    assert "line 4: shout has no probabilities" in refused[0]["error"]["message"]
 
 
 def with_more(room: str, line: str) -> str:

@@ -13,7 +13,7 @@ from batchgen.device import cores
 from batchgen.models import footprint
 from batchgen.models.parameters import list_parameters
 
-_TIMES = 5  # the best of so many
+_TIMES = 5  # the best of this many
 
 
 @dataclass(frozen=True, slots=True)

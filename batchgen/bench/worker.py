@@ -28,7 +28,7 @@ from batchgen.world import World
 logger = logging.getLogger(__name__)
 
 _BARRIER_SECONDS = 3600.0  # ranks may load for minutes
-_JOB_SECONDS = 60.0  # after so many a job is not repeated
+_JOB_SECONDS = 60.0  # after this many a job is not repeated
 _LONG_SECONDS = 300.0  # in which what an engine does once, however much, is too little to repeat a job for
 
 

@@ -24,7 +24,7 @@ class Done:
     attempt_tokens: dict[int, int] = field(default_factory=dict)  # committed generated tokens of each attempt
 
     def add(self, record: BatchRecord) -> None:
-        """Takes what a record says. Of two records of a row the first one wins, but success wins over failure."""
+        """Takes what a record says: a row is good if any record of it is, and failed if all of them are."""
         states, failed = self.states, set(record.failed)
         self.incomplete += sum(states[row] != GOOD for row in record.incomplete)
         for row in record.rows:

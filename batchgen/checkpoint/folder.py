@@ -1,4 +1,4 @@
-"""The run folder: what was asked, which rows are done, and the commit of a finished batch.
+"""The run folder: what was asked, its layout, and which rows are done.
 
     run.json                             what was asked (compared at every start), and what it ran on (`manifest`)
     grown-00001.json …                   what the input became when rows had been appended to it
@@ -233,7 +233,7 @@ class RunFolder:
             yield from ((generations, record) for record in trusted(path, generations, verify))
 
     def done(self, rows: int, *, verify: bool = True) -> Done:
-        """What is finished. Of two records of a row the first one wins, but success wins over failure."""
+        """What is finished: a row is good if any record of it is, and failed if all of them are."""
         done = Done(bytearray(rows))
         for path, record in self.records(verify=verify):
             check_rows(path, record, rows)

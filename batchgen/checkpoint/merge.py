@@ -83,7 +83,7 @@ class Places:
         """Row number and line (newline included) of every row that has one, in input order.
 
         Args:
-            chosen: these rows alone, in ascending order.
+            rows: these rows alone, in ascending order.
         """
         numbers = range(len(self.states)) if rows is None else rows
         with closing(_Files(self.files)) as files:

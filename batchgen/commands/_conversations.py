@@ -17,7 +17,7 @@ _OPTIONS = (
         default="auto",
         show_default=True,
         help="The marks that the model puts around its thinking, which is split off from the answer; auto takes those "
-        "in its chat template, none leaves the text as it is. A wrong name lists them all.",
+        "in its chat template, none leaves the text as it is. Give an unknown name to see the list.",
     ),
     click.option(
         "--tool-parser",
@@ -27,7 +27,7 @@ _OPTIONS = (
         default="auto",
         show_default=True,
         help="The form in which the model calls tools; auto takes that of its chat template, none leaves calls in the "
-        "text. A wrong name lists them all.",
+        "text. Give an unknown name to see the list.",
     ),
     click.option(
         "--trust-templates",

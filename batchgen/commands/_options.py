@@ -27,7 +27,7 @@ _ENGINE_OPTIONS = (
         "settings",
         multiple=True,
         metavar="NAME=VALUE",
-        help="Set one of the engine's settings; a wrong name lists them all.",
+        help="Set one of the engine's settings. Give an unknown name to see the list.",
     ),
     click.option(
         "--offload",
@@ -38,7 +38,7 @@ _ENGINE_OPTIONS = (
         "--tp",
         type=click.IntRange(min=1),
         metavar="N",
-        help="How many ranks share a model (ds-inference, paged); so many are started. Short for --set tp=N.",
+        help="How many ranks share a model (ds-inference, paged); this many are started. Short for --set tp=N.",
     ),
     click.option(
         "--batch-size",
@@ -65,8 +65,7 @@ _ENGINE_OPTIONS = (
         type=click.FloatRange(min=0),
         default=STALL_SECONDS,
         show_default=True,
-        help="If no step ends for so many seconds, log where every rank stands, and end, to be started again; "
-        "0 is never.",
+        help="After this many seconds without a step, log the stacks of all ranks and exit, resumable; 0: never.",
     ),
 )
 

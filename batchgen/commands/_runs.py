@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def carry_out(inputs: Sequence[str], out: str | None, options: Mapping[str, Any]) -> tuple[Status, bool]:
     """`batchgen.run` for the command line: errors as sentences, progress on stderr, ranks by this same command.
 
-    Gives the status, and whether this process speaks for the run (one rank of several does not).
+    Gives the status, and whether this process reports the run's outcome (one rank of several does not).
 
     Args:
         options: of the command; those that belong to neither `RunSettings` nor `Host` are left alone.
@@ -136,12 +136,12 @@ def describe_failures(path: Path) -> str:
     return f"{sentence}. The same command tries {sum(retried)} of them again; the input is wrong in the others"
 
 
-def conclude(status: Status, speaks: bool) -> None:
+def conclude(status: Status, reports_outcome: bool) -> None:
     """Says how the run stands, and exits with its code."""
     from batchgen.types import CANNOT_WRITE, TOO_MANY_FAILED
 
-    if not speaks:
-        sys.exit(0)  # in order: another code would make srun kill the other ranks
+    if not reports_outcome:
+        sys.exit(0)  # it has ended cleanly: another code would make srun kill the other ranks
     last = status.attempts[-1].ended if status.attempts else None
     counts = f"{status.good} of {status.rows} rows good, {status.failed} failed, {status.open} open"
     if status.open:

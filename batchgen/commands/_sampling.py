@@ -128,7 +128,7 @@ _OPTIONS = (
         metavar="N",
         default=SamplingParams.min_tokens,
         show_default=True,
-        help="The fewest tokens to generate for a row: nothing ends it before, but the grammar of a constraint.",
+        help="The fewest tokens to generate for a row: only a completed constraint may end it earlier.",
     ),
     click.option(
         "--ignore-eos",

@@ -93,7 +93,7 @@ _count_mode = click.option(
     default="",
     callback=_numbers,
     metavar="ROWS,…",
-    help="Measure workloads of so many rows of unequal lengths, too: prompts of "
+    help="Measure workloads of this many rows of unequal lengths, too: prompts of "
     f"{_MIXED_PROMPT[0]} to {_MIXED_PROMPT[1]} tokens, and {_MIXED_NEW[0]} to {_MIXED_NEW[1]} new ones.",
 )
 @click.option("--input", "input_file", metavar="INPUT", help="Measure a workload of your own prompts, too.")

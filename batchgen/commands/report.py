@@ -22,7 +22,7 @@ _ENDINGS = (".html", ".htm")  # of no file that a run reads or writes
     type=click.IntRange(min=0),
     default=100_000,
     show_default=True,
-    help="Rows in the page's table: so many failed ones and so many good ones; of more, a uniform sample. 0: none.",
+    help="Rows in the page's table: this many failed ones and this many good ones; of more, a uniform sample. 0: none.",
 )
 @click.option(
     "--text-characters",

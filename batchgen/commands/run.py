@@ -97,8 +97,8 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str | None)
     "--shard",
     metavar="I/N",
     callback=_shard,
-    help="Do only every N-th row, from row I on; other processes do the rest at the same time, and the last one to "
-    "finish merges.",
+    help="Do only every N-th row, from row I on (0 to N-1); other processes do the rest at the same time, and the "
+    "last one to finish merges.",
 )
 @click.option(
     "--heartbeat-seconds",
@@ -124,10 +124,10 @@ def command(inputs: tuple[str, ...], out: str | None, dry_run: bool, **options: 
     if dry_run:
         _describe(inputs, options)
         return
-    status, speaks = carry_out(inputs, out, options)
-    if speaks and status.merged and not status.open:
+    status, reports_outcome = carry_out(inputs, out, options)
+    if reports_outcome and status.merged and not status.open:
         print_path(status.folder / f"generations.{options['output_format']}")
-    conclude(status, speaks)
+    conclude(status, reports_outcome)
 
 
 def folder_of(options: dict[str, Any]) -> Path:

@@ -145,13 +145,13 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     if outcome is None:
         _answer_nothing(output_file)
         return
-    status, speaks = outcome
+    status, reports_outcome = outcome
     # Among ranks of torchrun or srun, the one that has merged ends the attempt.
-    if not status.open and (speaks or status.attempts[-1].ended is not None):
+    if not status.open and (reports_outcome or status.attempts[-1].ended is not None):
         _deliver(folder / "generations.jsonl", output_file)
         _note_delivered(folder)
         print_path(redact(output_file, os.environ))
-    conclude(status, speaks)
+    conclude(status, reports_outcome)
 
 
 def _carry_out(input_file: str, folder: Path, options: dict[str, Any]) -> tuple[Status, bool] | None:

@@ -1,8 +1,10 @@
 """Choosing the next tokens of rows, each with its own parameters; the one implementation of all engines.
 
-The order is that of vLLM's V1 sampler: the constraint's mask, then (here log-probabilities are taken) the edits of
-`generation.edits` in float32, tokens that must not come now (`min_tokens`, `bad_words`), the token that a thinking
-budget forces; then the best token of a greedy row, or `generation.sampling.sample`. Rows that ask for none of it cost
+The result is that of the order in vLLM's V1 sampler: the constraint's mask (the log-probabilities that a row asks for
+are taken with it alone); allowed tokens, bad words, fewest tokens; the bias; repetition, frequency and presence
+penalty; the end of the thinking, where its budget is used up; then the best token of a greedy row, or temperature and
+a draw (`generation.sampling`). Forbidden tokens are -inf whenever that is written, so that `generation.edits` may do it
+with the bias, and `bad_words` of several tokens and `min_tokens` may come last. Rows that ask for none of it cost
 nothing but their argmax.
 """
 
@@ -12,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from batchgen.generation.chosen import NOTHING_LEFT, Choice, TokenLogprobs
-from batchgen.generation.constraints import Constraints
+from batchgen.generation.choice import NOTHING_LEFT, Choice, TokenLogprobs
 from batchgen.generation.edits import apply_bitmask, count_tokens, edit_logits
 from batchgen.generation.logprobs import find_likeliest
+from batchgen.generation.masks import Masks
 from batchgen.generation.pools import BiasPool, SeenPool
 from batchgen.generation.row_groups import EditedPart, RowGroups
 from batchgen.generation.row_state import RowState
@@ -24,7 +26,7 @@ from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Prompt, SamplingParams
 
 
-def is_chosen(prompt: Prompt) -> bool:
+def needs_chooser(prompt: Prompt) -> bool:
     """Returns whether a row needs more than the best token of each step: a `TokenChooser`."""
     params = prompt.params
     return bool(
@@ -62,7 +64,7 @@ class TokenChooser:
         self._agree = agree
         self._tokenizer, self._device, self._vocabulary = tokenizer, device, vocabulary
         self._seen, self._biases = SeenPool(vocabulary, device), BiasPool(vocabulary, device)
-        self._constraints = Constraints(places, tokenizer, device)
+        self._masks = Masks(places, tokenizer, device)
         self._rows: list[RowState | None] = [None] * places
         nobody = Prompt(-1, "", 0, "", (), SamplingParams(), {})
         self._nobody = RowState(-1, nobody, (), tokenizer, (self._seen, self._biases))
@@ -71,11 +73,11 @@ class TokenChooser:
     def begin(self, place: int, prompt: Prompt, generated: Sequence[int] = ()) -> None:
         """Lets a row take a free place, maybe with tokens that it has generated (preempted, then computed again)."""
         self.end(place)
-        if not is_chosen(prompt):
+        if not needs_chooser(prompt):
             return  # its best token is all that is wanted, as in a place that is free
         row = self._rows[place] = RowState(place, prompt, generated, self._tokenizer, (self._seen, self._biases))
         if prompt.params.constraint is not None:
-            self._constraints.begin(place, prompt.params.constraint, row.answer)
+            self._masks.begin(place, prompt.params.constraint, row.answer_tokens)
         self._groups = None  # a pool may have grown
 
     def end(self, place: int) -> None:
@@ -85,10 +87,11 @@ class TokenChooser:
             row.end()
             self._groups = None
             if row.params.constraint is not None:
-                self._constraints.end(place)
+                self._masks.end(place)
 
     def is_edited(self, place: int) -> bool:
-        """Returns whether the row's logits are changed or masked in the next step, or may be, once it is awaited."""
+        """Returns whether the row's logits are changed or masked in the next step, or may be: where
+        `awaits_tokens` is true, it is known once `advance` has the row's last token."""
         row = self._rows[place]
         return row is not None and (row.is_edited or row.awaits_tokens)
 
@@ -100,23 +103,23 @@ class TokenChooser:
     def advance(self, tokens: Mapping[int, int]) -> None:
         """Takes the last tokens of places that await them. The masks of the next step begin to be made in threads."""
         answers = {place: token for place, token in tokens.items() if self._row(place).append(token)}
-        self._constraints.advance(
+        self._masks.advance(
             {place: token for place, token in answers.items() if self._row(place).params.constraint is not None}
         )
 
     def is_complete(self, place: int) -> bool:
         """Returns whether nothing can follow what the row has, by its constraint, since the last `advance`."""
-        return self._constraints.is_complete(place)
+        return self._masks.is_complete(place)
 
     def find_error(self, place: int) -> str | None:
         """Returns what has gone wrong with the row's constraint; None: nothing has. Such a row fails, alone.
 
         It is known after `advance`, or for a row that has just begun, after `choose`.
         """
-        return self._constraints.find_error(place)
+        return self._masks.find_error(place)
 
     def choose(self, logits: torch.Tensor, places: Sequence[int], best: torch.Tensor) -> Choice:
-        """Chooses one token for each of some rows, and waits for no device; for the masks of constrained rows it does.
+        """Chooses one token for each of some rows. It never waits for the device, but waits for masks.
 
         Args:
             logits: as the model gives them, [rows or more, vocabulary]; they are not changed.
@@ -125,7 +128,7 @@ class TokenChooser:
                 finite), which stays.
         """
         rows = [self._rows[place] or self._nobody for place in places]
-        self._constraints.wait()
+        self._masks.wait()
         groups = self._find_groups(rows)
         own = best[: len(rows)]
         tokens = own
@@ -161,8 +164,8 @@ class TokenChooser:
         """Returns the tokens of the rows of `part`; `uniform` has the numbers of those that are sampled."""
         edited = logits[part.rows].float()
         some = [rows[number] for number in part.numbers]
-        if part.masked:
-            apply_bitmask(edited[: part.masked], self._find_masks(some[: part.masked]))
+        if part.masked_count:
+            apply_bitmask(edited[: part.masked_count], self._find_masks(some[: part.masked_count]))
         edit_logits(edited, part.edits)
         forbidden = [(n, token) for n, row in enumerate(some) for token in row.find_forbidden()]
         pairs = [(n, token) for n, token in forbidden if token < self._vocabulary]
@@ -180,7 +183,7 @@ class TokenChooser:
         """Returns the masks of rows that have one, int32 [rows, words]."""
         offered = {row.place: row.thinking.offered for row in rows if row.thinking is not None}
         also = {place: token for place, token in offered.items() if token is not None}
-        return self._constraints.masks([row.place for row in rows], also)
+        return self._masks.find([row.place for row in rows], also)
 
     def _find_logprobs(
         self, logits: torch.Tensor, groups: RowGroups, rows: Sequence[RowState], tokens: torch.Tensor
@@ -197,7 +200,7 @@ class TokenChooser:
 
     def _find_groups(self, rows: Sequence[RowState]) -> RowGroups:
         """Returns the groups of these rows; those of the step before, if they are the same."""
-        if self._groups is None or not self._groups.are_of(rows):
+        if self._groups is None or not self._groups.matches(rows):
             self._groups = RowGroups(rows, self._vocabulary, (self._seen, self._biases), self._device)
         return self._groups
 

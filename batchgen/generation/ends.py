@@ -1,9 +1,10 @@
-"""Where a row ends: an end of sequence, a stop token, its length, a stop text, or a constraint that is fulfilled.
+"""Where a row ends: an end of sequence, a stop token, its length or a stop text.
 
 After each token they are looked for in vLLM's order: the end of sequence (unless `ignore_eos`), `stop_token_ids`, the
 length; then stop texts, which end a row at its length, too. Of stop texts that one token completes, the one that is
 whole first counts, and of those the first in the list. Stop texts are not looked for before `min_tokens`, and are
-asleep while the model thinks: they are parts of the answer.
+asleep while the model thinks: they are parts of the answer. A row whose constraint is fulfilled ends, too, which
+`TokenChooser.is_complete` says, not this module.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class EndFinder:
         if self._thinking is not None:
             if self._thinking.is_inside:
                 return None
-            begin = self._thinking.answer
+            begin = self._thinking.answer_begin
         if token in self._special:
             return self._special[token]
         answer = self.tokens[begin:]

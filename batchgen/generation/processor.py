@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import LogitsProcessor
 
-from batchgen.generation.choosing import TokenChooser, is_chosen
-from batchgen.generation.chosen import NOTHING_LEFT, ChosenLogprob, TokenLogprobs
+from batchgen.generation.choice import NOTHING_LEFT, ChosenLogprob, TokenLogprobs
+from batchgen.generation.choosing import TokenChooser, needs_chooser
 from batchgen.generation.finite import NotFinite
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Prompt
@@ -42,7 +42,7 @@ class ChosenToken(LogitsProcessor):
         self._not_finite, self._agree = not_finite, agree
         self._places = range(len(prompts))
         self._needs_best = any(prompt.params.temperature == 0 for prompt in prompts)
-        self.is_needed = agree is not None or any(map(is_chosen, prompts))
+        self.is_needed = agree is not None or any(map(needs_chooser, prompts))
         """Whether the best tokens are not all that there is to it."""
         self.chooser: TokenChooser | None = None
         """It is made with the first logits, which say how many tokens the model knows."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchgen.generation.chosen import ChosenLogprob
+from batchgen.generation.choice import ChosenLogprob
 from batchgen.generation.ends import End, find_stop
 from batchgen.generation.prompt_logprobs import PromptLogprobs
 from batchgen.generation.thinking import follow

@@ -1,6 +1,6 @@
 """The rows of a step, grouped by what has to be done for their next tokens, with their parameters on the device.
 
-They are made once for as many steps as the rows and what they need stay the same.
+They are reused until the rows or their needs change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class EditedPart:
 
     numbers: Sequence[int]  # of the rows, among all of the step; those with a mask come first
     rows: torch.Tensor  # the same, [rows]
-    masked: int  # how many have a mask
+    masked_count: int  # how many have a mask
     edits: EditTensors
     sampled: torch.Tensor  # which of these rows are sampled, among these: [sampled rows]
     sampled_rows: torch.Tensor  # the same, among all of the step: [sampled rows]
@@ -33,7 +33,7 @@ class EditedPart:
 
 
 @dataclass(frozen=True, slots=True)
-class AskingRows:
+class LogprobRows:
     """Rows that ask for log-probabilities."""
 
     numbers: Sequence[int]  # among all of the step
@@ -57,10 +57,10 @@ class RowGroups:
         self, rows: Sequence[RowState], vocabulary: int, pools: tuple[SeenPool, BiasPool], device: torch.device
     ) -> None:
         self._rows, self._device, self._pools = list(rows), device, pools
-        self._edited = [(row.is_edited, row.is_masked) for row in rows]
-        plain = [n for n, row in enumerate(rows) if row.params.temperature > 0 and not self._edited[n][0]]
-        edited = [n for n, (is_edited, _) in enumerate(self._edited) if is_edited]
-        edited.sort(key=lambda n: not self._edited[n][1])
+        self._flags = [(row.is_edited, row.is_masked) for row in rows]
+        plain = [n for n, row in enumerate(rows) if row.params.temperature > 0 and not self._flags[n][0]]
+        edited = [n for n, (is_edited, _) in enumerate(self._flags) if is_edited]
+        edited.sort(key=lambda n: not self._flags[n][1])
         seen = [n for n, row in enumerate(rows) if row.seen_row]
         asking = [n for n, row in enumerate(rows) if row.params.logprobs]
         elements = _ELEMENTS_AT_ONCE_ON_GPU if device.type == "cuda" else _ELEMENTS_AT_ONCE
@@ -70,12 +70,12 @@ class RowGroups:
         self.edited = [self._make_part(edited[begin : begin + size]) for begin in range(0, len(edited), size)]
         self.seen = (self._send(seen), self._send([rows[n].seen_row for n in seen])) if seen else None
         self.most_logprobs = max((rows[n].params.top_logprobs for n in asking), default=0)
-        by_mask = {masked: [n for n in asking if self._edited[n][1] is masked] for masked in (False, True)}
-        self.asking = [AskingRows(some, self._send(some), masked) for masked, some in by_mask.items() if some]
+        by_mask = {masked: [n for n in asking if self._flags[n][1] is masked] for masked in (False, True)}
+        self.asking = [LogprobRows(some, self._send(some), masked) for masked, some in by_mask.items() if some]
 
-    def are_of(self, rows: Sequence[RowState]) -> bool:
+    def matches(self, rows: Sequence[RowState]) -> bool:
         """Returns whether these are the groups of `rows`."""
-        return self._rows == list(rows) and self._edited == [(row.is_edited, row.is_masked) for row in rows]
+        return self._rows == list(rows) and self._flags == [(row.is_edited, row.is_masked) for row in rows]
 
     def _make_part(self, numbers: Sequence[int]) -> EditedPart:
         seen, biases = self._pools

@@ -26,7 +26,7 @@ class RowState:
         generated: how many tokens have been chosen for it.
         bias_row, seen_row: its rows of the pools; 0 for none.
         thinking: what it thinks, where its budget or its constraint needs to know it.
-        answer: the tokens that its constraint has to follow before the first one is chosen here.
+        answer_tokens: those that its constraint has to follow before the first one is chosen here.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RowState:
         thinking = prompt.markup.thinking if prompt.markup is not None else None
         if thinking is not None and (params.thinking_tokens is not None or params.constraint is not None):
             self.thinking = ThinkingRow(thinking, tokenizer, params.thinking_tokens, params.constraint is not None)
-        self.answer = [token for token in generated if self.append(token)]
+        self.answer_tokens = [token for token in generated if self.append(token)]
 
     def end(self) -> None:
         """Gives back what the row has on the device."""

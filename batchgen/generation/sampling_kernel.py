@@ -16,7 +16,7 @@ import triton.language as tl
 
 from batchgen.generation.sampling import SamplingTensors
 
-_BLOCK, _WARPS = 4096, 16  # tokens that a program looks at together, by so many warps; benchmarks/README.md
+_BLOCK, _WARPS = 4096, 16  # tokens that a program looks at together, by this many warps; benchmarks/README.md
 _SMALLEST_TEMPERATURE = 1e-30  # float32 holds it, and it is greedy as it is
 
 

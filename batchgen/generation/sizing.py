@@ -56,7 +56,7 @@ class BatchSizer:
         return free if self._peers is None else self._peers.least(free)
 
     def max_rows(self, prompt_tokens: int, new_tokens: int, free: int) -> int:
-        """Returns the most rows of a batch in which each row has at most so many tokens.
+        """Returns the most rows of a batch in which each row has at most this many tokens.
 
         Args:
             free: the bytes that `measure_free` has returned.

@@ -14,7 +14,7 @@ from batchgen.device import is_out_of_memory, release, take_peak_bytes
 from batchgen.engine import OutOfStep, Peers, SignsOfLife
 from batchgen.generation import finite, refusals, results, selftest
 from batchgen.generation.agreement import check_equal_batches
-from batchgen.generation.chosen import ChosenLogprob
+from batchgen.generation.choice import ChosenLogprob
 from batchgen.generation.finite import NotFinite
 from batchgen.generation.greedy import LoadedModel, generate_greedily, pad
 from batchgen.generation.processor import ChosenToken

@@ -30,7 +30,7 @@ class ThinkingState:
         is_inside: the next token is thought.
         is_over: the thinking has ended, or there is none: all that follows is answer.
         tokens: how many were thought; those of the marks are not counted.
-        answer: how many tokens come before the answer; meaningful once `is_over`.
+        answer_begin: how many tokens come before the answer; meaningful once `is_over`.
     """
 
     def __init__(self, thinking: Thinking, tokenizer: HfTokenizer) -> None:
@@ -38,7 +38,7 @@ class ThinkingState:
         self.start_ids = find_ids(thinking.start, tokenizer)
         self.end_ids = find_ids(thinking.end, tokenizer)
         self.is_inside, self.is_over = thinking.is_open, False
-        self.tokens = self.answer = 0
+        self.tokens = self.answer_begin = 0
         self._count = 0  # of all tokens
         self._recent: list[int] = []  # the tokens since the start, or since the thinking began
 
@@ -63,7 +63,7 @@ class ThinkingState:
         """Says that the answer begins with the next token."""
         if self.is_inside:
             self.tokens = max(0, self.tokens - len(self.end_ids))
-        self.is_inside, self.is_over, self.answer = False, True, self._count
+        self.is_inside, self.is_over, self.answer_begin = False, True, self._count
 
     def find_rest_of_end(self) -> list[int]:
         """Returns the tokens that are missing to the end mark, of which some may have been generated already."""
@@ -82,7 +82,7 @@ class ThinkingState:
         if self._recent[-len(self.start_ids) :] == self.start_ids or text.startswith(start):
             self.open()
         elif not start.startswith(text) or len(self._recent) >= len(self.start_ids) + _MOST_WHITE_SPACE:
-            self.is_over, self.answer = True, 0
+            self.is_over, self.answer_begin = True, 0
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)

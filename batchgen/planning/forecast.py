@@ -185,7 +185,7 @@ class Expected:
             before = end
 
     def step(self, rows: int, context: float) -> tuple[float, str]:
-        """Seconds of a decode step of so many rows of `context` tokens, and what most of it goes to."""
+        """Seconds of a decode step of `rows` rows of `context` tokens, and what most of it goes to."""
         if self.step_seconds:
             return _between(self.step_seconds, rows), "what was measured"
         return self._speed.step(rows, context)

@@ -58,7 +58,7 @@ class Model:
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, bits: Literal[0, 4, 8] = 0) -> Model:
-        """A model with weights of type `dtype`, or with matrices that are rounded to so many bits."""
+        """A model with weights of type `dtype`, or with matrices that are rounded to this many bits."""
         weights = list_parameters(config, dtype)
         return cls(config, dtype, quantization.plan_quantized(weights, bits, _GROUP) if bits else weights)
 
@@ -98,7 +98,7 @@ class Speed:
     node: Node
 
     def step(self, rows: int, context: float) -> tuple[float, str]:
-        """Seconds of a decode step of so many rows of `context` tokens, and what most of it goes to."""
+        """Seconds of a decode step of `rows` rows of `context` tokens, and what most of it goes to."""
         placement, card, pace = self.placement, self.node.card, self.pace
         together = self._together
         read = self.model.weights.read_bytes / together / (pace.read_share * card.bandwidth)
@@ -123,7 +123,7 @@ class Speed:
         return sum(seconds**overlap for seconds in times.values()) ** (1 / overlap), bound
 
     def prefill(self, tokens: float) -> float:
-        """Seconds of so many tokens of prompts."""
+        """Seconds of this many tokens of prompts."""
         return self._matmul_seconds(tokens) + self._sums(tokens)
 
     @property
@@ -132,12 +132,12 @@ class Speed:
         return 1 if self.placement.in_turn else self.placement.sharing
 
     def _matmul_seconds(self, tokens: float) -> float:
-        """Seconds of all matrix products over so many tokens."""
+        """Seconds of all matrix products over this many tokens."""
         operations = 2 * self.model.weights.read_bytes / self.model.dtype.itemsize * tokens
         return operations / self._together / (_PRODUCTS * self.node.card.operations)
 
     def _sums(self, tokens: float) -> float:
-        """Seconds of the sums over the ranks that share a layer: two a layer, of what it makes of so many tokens."""
+        """Seconds of the sums over the ranks that share a layer: two a layer, of what it makes of this many tokens."""
         devices = self._together
         size = 2 * self.model.layers * self.model.config.get_text_config().hidden_size * self.model.dtype.itemsize
         # Each device sends this share of it, twice: "Bandwidth optimal all-reduce algorithms" (Patarasuk, Yuan, 2009).

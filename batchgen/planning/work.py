@@ -24,7 +24,7 @@ class Work:
             prompts: of the rows that have become one.
             drawn: rows, those that have become no prompt among them.
             total: rows of the input.
-            bytes_per_token: 1 where the prompts' tokens are tokens; else they are bytes, and so many make a token.
+            bytes_per_token: 1 where the prompts' tokens are tokens; else they are bytes, and this many make a token.
         """
         lengths: list[tuple[int, int]] = []
         own = 0

@@ -43,7 +43,7 @@ def write(
     Args:
         page: the HTML file, replaced at once.
         plots: the folder of the PNG files.
-        rows: failed ones and good ones, of each so many, that the page's table has; of more, a uniform sample.
+        rows: failed ones and good ones, of each this many, that the page's table has; of more, a uniform sample.
         text_characters: of a prompt, a text or other columns that the table keeps.
         jobs: a sentence for each Slurm job that has ended by itself.
 

@@ -14,7 +14,7 @@ TRUNCATION = ("truncate_prompt_tokens", "truncation_side")
 class Truncation(NamedTuple):
     """How a prompt is cut."""
 
-    tokens: int | None  # so many are kept; None: as many as the context leaves
+    tokens: int | None  # this many are kept; None: as many as the context leaves
     side: Literal["left", "right"]  # the side that is cut off
 
 

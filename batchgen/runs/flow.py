@@ -49,7 +49,7 @@ def run(
     """Generates for every prompt of `inputs`, exactly once, and writes the run folder `out`.
 
     Called again it goes on where it stopped, whatever stopped it; engine, batch size and ranks may differ then, all
-    else must be as it was. Under torchrun or srun every rank calls it. SIGINT, SIGTERM and SIGUSR2 stop it in order.
+    else must be as it was. Under torchrun or srun every rank calls it. SIGINT, SIGTERM and SIGUSR2 stop it cleanly.
 
     Args:
         inputs: files, folders saved by `datasets`, or patterns.
@@ -61,8 +61,8 @@ def run(
         The state of the run over all attempts: `open` rows are left for the next start, `failed` ones have an error.
 
     Raises:
-        UserError: it could not start; its kinds are RunError, InputError, ModelError, EngineError, CheckpointError and
-            WorldError. MergeError: all is generated and recorded, but the output files could not be written.
+        UserError: it could not start; its subclasses are RunError, InputError, ModelError, EngineError, CheckpointError
+            and WorldError. MergeError: all is generated and recorded, but the output files could not be written.
     """
     settings, host = settings or RunSettings(), host or Host()
     files = [os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
@@ -143,7 +143,7 @@ class _Start:
         folder, shard = self._attempt.folder, self._attempt.shard
         if not self._role.speaks_for_the_run:
             return checkpoint.status(folder, shard)
-        missing = not self._role.is_single_process and not await_ranks(self._attempt, self._role.world.size)
+        has_lost_ranks = not self._role.is_single_process and not await_ranks(self._attempt, self._role.world.size)
         # Of the whole run: whoever finishes the last shard merges. Two that end at once write the same bytes.
         # Verified only when all seems done, since that reads all text.
         complete = not checkpoint.status(folder).open
@@ -153,8 +153,8 @@ class _Start:
         why = self._why_rows_are_open(damaged)
         status = checkpoint.status(folder, shard, verify=damaged)
         self._end_attempt(why if status.open else "finished")
-        if missing and status.open:  # the launcher ends the ranks that are left
-            raise Died(f"{why}; some of the {self._role.world.size} ranks have not ended in order")
+        if has_lost_ranks and status.open:  # the launcher ends the ranks that are left
+            raise Died(f"{why}; some of the {self._role.world.size} ranks have not ended cleanly")
         return checkpoint.status(folder, shard, verify=damaged)
 
     def _merge(self) -> None:

@@ -107,7 +107,7 @@ def collect(attempt: Attempt) -> dict[int, str]:
             reports[rank] = f"{who}:\n{_described(int(heartbeat['pid']), answers.get(rank, ''))}"
             _keep(attempt, rank, reports[rank])
         else:
-            ended = "has ended in order" if heartbeat.get("state") in FINAL else "is gone"
+            ended = "has ended cleanly" if heartbeat.get("state") in FINAL else "is gone"
             reports[rank] = f"{who}: {ended}"
     return reports
 

@@ -29,7 +29,7 @@ class Stop:
         return self.reason is not None
 
     def request(self, reason: str) -> None:
-        """Asks the run to end in order. The first reason stays."""
+        """Asks the run to end cleanly. The first reason stays."""
         if self.reason is None:
             self.reason = reason
 

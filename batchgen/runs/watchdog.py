@@ -137,7 +137,7 @@ class Watchdog(threading.Thread):
 
     Args:
         count: this rank's heartbeat as it is now.
-        ask_to_stop: ends the run in order, for a reason, where this rank still can.
+        ask_to_stop: ends the run cleanly, for a reason, where this rank still can.
         seconds: without progress; 0: only `engine.signs.timeout_seconds` counts.
     """
 
@@ -254,7 +254,7 @@ def await_ranks(attempt: Attempt, size: int) -> bool:
 
 
 def stalled(attempt: Attempt, seconds: float, awaited: Collection[int] | None) -> str:
-    """The sentence about a run in which `awaited` have made no step for so many seconds."""
+    """The sentence about a run in which `awaited` have made no step for this many seconds."""
     return f"no step for {seconds:.0f} s: {culprits(attempt, seconds, awaited)}"
 
 

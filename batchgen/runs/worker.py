@@ -70,7 +70,7 @@ class StreamWorker:
         self._rows_done = self._failed = self._prompt_tokens = self._committed_tokens = 0
 
     def work(self) -> None:
-        """Everything from the first row to the last commit. Returns early, in order, if the stop request is set."""
+        """Everything from the first row to the last commit. Returns early if the stop request is set."""
         rank = self._setup.world.rank
         with answering(), Heartbeat(self._attempt, rank, self._count) as heartbeat, closing(self._writer):
             try:

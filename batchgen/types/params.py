@@ -59,7 +59,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, each with what is added to its logit
     allowed_token_ids: tuple[int, ...] = ()  # no other token is generated; empty: all are allowed
     bad_words: tuple[str, ...] = ()  # texts whose tokens are not generated one after the other
-    min_tokens: int = 0  # no end of sequence, no stop token and no stop text before so many tokens
+    min_tokens: int = 0  # no end of sequence, no stop token and no stop text before this many tokens
     stop_token_ids: tuple[int, ...] = ()  # end the text, as an end of sequence does
     ignore_eos: bool = False  # an end of sequence does not end the text
     include_stop_str_in_output: bool = False  # the text ends behind the stop text

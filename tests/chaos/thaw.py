@@ -13,7 +13,7 @@ from tests.processes import ranks_of, send
 
 
 def thaw_if_not_missed(starter: subprocess.Popen[bytes], mark: str, claim: Path, start: Start, seconds: float) -> None:
-    """Lets the frozen ranks of the attempt with this `claim` go on, once all others have ended in order.
+    """Lets the frozen ranks of the attempt with this `claim` go on, once all others have ended cleanly.
 
     Returns when it has, when the start has ended, or after `seconds`.
     """

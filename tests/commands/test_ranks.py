@@ -82,7 +82,7 @@ def test_killed_rank_ends_the_others_and_the_run_resumes(tmp_path: Path, rows: P
     assert f"batchgen: {death}" in ended.err.splitlines()[-1]
     assert ended.err.count("same command goes on") == 1
     assert not any(map(is_alive, pids.values()))
-    assert heartbeats(out)[0]["state"] == "stopped"  # in order
+    assert heartbeats(out)[0]["state"] == "stopped"  # it has ended cleanly
     assert call(tmp_path, *slow_echo(rows, "-o", out), "--ranks", 3).code == 0
     assert texts(out) == WANTED
 

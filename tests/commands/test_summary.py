@@ -19,7 +19,7 @@ LETTERS = SamplingParams(max_new_tokens=3, constraint=Constraint("regex", "[a-z]
 
 def said(status: Status, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        conclude(status, speaks=True)
+        conclude(status, reports_outcome=True)
     assert ended.value.code == 0
     return capsys.readouterr().err
 

@@ -49,7 +49,7 @@ _SYSTEMS = {"accelerate": [], "paged": _CACHE, **_TOGETHER}
 
 
 def words(system: str, prompts: Path, out: Path, model: Path, gpus: int, *more: object) -> list[str]:
-    """The command of a run over so many GPUs."""
+    """The command of a run over this many GPUs."""
     given = [*_SYSTEMS[system], "--ranks", str(gpus), "--heartbeat-seconds", "0.1", *map(str, more)]
     return command(prompts, out, model, *given, engine=system.partition(":")[0])
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from batchgen.generation.choice import NOTHING_LEFT, Choice
 from batchgen.generation.choosing import TokenChooser
-from batchgen.generation.chosen import NOTHING_LEFT, Choice
 from batchgen.generation.edits import MOST_SEEN, ONE_MORE, apply_bitmask, count_tokens
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Constraint, Markup, Prompt, SamplingParams, Thinking

@@ -47,7 +47,7 @@ def rows(page: Page) -> Locator:
 
 
 def found(page: Page, text: str) -> None:
-    """Waits until the page says that so many rows were found."""
+    """Waits until the page says that this many rows were found."""
     expect(page.locator("#found")).to_have_text(text)
 
 

@@ -89,7 +89,7 @@ def test_a_heartbeat_that_is_rarer_than_the_patience_says_nothing(tmp_path: Path
 
 
 def standing(seconds: Iterable[float], *, least: float = 100.0) -> Still:
-    """What one has seen whose looks were so many seconds apart; a step is made between any two of them."""
+    """What one has seen whose looks were this many seconds apart; a step is made between any two of them."""
     still = Still(least, 1e6)
     for number, passed in enumerate(seconds):
         still._looked -= passed

@@ -67,7 +67,7 @@ class Outcome:
 
 
 def choose(count: int, seed: int = 0) -> dict[str, Schema]:
-    """So many schemas by their names: all that are written by hand or a seventh of `count`, and drawn ones."""
+    """This many schemas by their names: all that are written by hand or a seventh of `count`, and drawn ones."""
     written = list(WRITTEN)
     if count < 7 * len(written):
         written = random.Random(seed).sample(written, count // 7)

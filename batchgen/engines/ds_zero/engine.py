@@ -61,7 +61,7 @@ class DsZero(Engine):
         whole_layers: bool = True  # gather a decoder layer at once; false: DeepSpeed each part when its turn comes
         max_live_parameters: int | None = None  # gathered at a time; None: three layers and what is tied
         max_reuse_distance: int | None = None  # until its next use a parameter stays; None: any
-        weight_bits: int | None = None  # 8 or 4: the weights are rounded to so many bits, which changes the text
+        weight_bits: int | None = None  # 8 or 4: the weights are rounded to this many bits, which changes the text
         weight_group: int = 64  # weights that share a scale
         attn_implementation: str | None = None  # None: Transformers' choice
         timeout_seconds: float = 600.0  # without an answer from a rank, its peers end
@@ -169,7 +169,7 @@ class DsZero(Engine):
             return
 
     def _add_share_of_bound(self, batch: Batch, seconds: float, steps: int) -> Batch:
-        """Returns `batch`, which took so many seconds and steps, with how near to its bound an offload came."""
+        """Returns `batch`, which took this many seconds and steps, with how near to its bound an offload came."""
         path = self._offload
         if path is None or path.bandwidth is None or not steps:
             return batch

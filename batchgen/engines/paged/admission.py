@@ -26,7 +26,7 @@ class ExpectedLengths:
         self._finished = self._generated_tokens = self._max_new_tokens = 0
 
     def learn(self, generated_tokens: int, max_new_tokens: int) -> None:
-        """A sequence has ended after so many of its tokens."""
+        """A sequence has ended after this many of its tokens."""
         self._finished += 1
         self._generated_tokens += generated_tokens
         self._max_new_tokens += max_new_tokens
@@ -84,6 +84,9 @@ class CacheForecast:
 
 
 def _estimate_pages(tokens: Any, sequences: Any) -> Any:
-    """Pages of so many tokens of so many sequences. The last page of a sequence is filled by anything between nothing
-    and all: half on average, with a standard deviation of 1/sqrt(12) pages, of which two are allowed for."""
+    """Pages that `tokens` tokens of `sequences` sequences take.
+
+    The last page of a sequence is filled by anything between nothing and all: half on average, with a standard
+    deviation of 1/sqrt(12) pages, of which two are allowed for.
+    """
     return tokens / PAGE_SIZE + 0.5 * sequences + 2 * (sequences / 12) ** 0.5

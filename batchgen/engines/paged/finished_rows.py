@@ -16,8 +16,8 @@ from batchgen.engines.paged.runner import NOT_FINITE
 from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.engines.paged.step import Sequence
 from batchgen.generation import finite, refusals, results
+from batchgen.generation.choice import NOTHING_LEFT, ChosenLogprob
 from batchgen.generation.choosing import TokenChooser
-from batchgen.generation.chosen import NOTHING_LEFT, ChosenLogprob
 from batchgen.generation.ends import LENGTH, STOP, End, EndFinder
 from batchgen.generation.prompt_logprobs import PromptLogprobs
 from batchgen.generation.results import Ended
@@ -99,7 +99,7 @@ class StepReader:
             count += 1
             if (end := self._find_end(sequence, token)) is not None:
                 ends[sequence] = end
-        if step.is_chosen:
+        if step.needs_chooser:
             pairs = zip(step.sequences, tokens, strict=True)
             finished += self._advance([pair for pair in pairs if pair[0].awaits_tokens and pair[0].slot >= 0], ends)
         self._signs.generated_tokens += count
@@ -190,6 +190,6 @@ def _read(tensors: Iterable[torch.Tensor]) -> Iterator[list[Any]]:
 
 
 def _join(tokens: list[tuple[Any, ...]], count: int) -> PromptLogprobs:
-    """The numbers of a prompt's tokens, with so many of the likeliest ones beside each."""
+    """The numbers of a prompt's tokens, with `count` of the likeliest ones beside each."""
     columns = [(logprob, rank, ids[:count], top[:count]) for logprob, rank, ids, top in tokens]
     return PromptLogprobs(*map(list, zip(*columns, strict=True))) if columns else PromptLogprobs([], [], [], [])

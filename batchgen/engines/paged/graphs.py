@@ -38,7 +38,7 @@ class Graphs:
 
 
 def choose_graph_size(tokens: int, largest: int) -> int:
-    """The tokens of the graph for a step of so many: one of some forty sizes up to `largest`, above 256 at most a
+    """The tokens of the graph for a step of this many: one of some forty sizes up to `largest`, above 256 at most a
     quarter larger than the step.
 
     Up to a hundred tokens the time of a step is that of reading the weights, whatever their number.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from batchgen.engines.paged.step import Step
-from batchgen.generation.chosen import TokenLogprobs
+from batchgen.generation.choice import TokenLogprobs
 from batchgen.generation.prompt_logprobs import PromptTensors
 
 
@@ -22,7 +22,7 @@ class LaunchedStep:
     tokens: torch.Tensor  # [slots], the first of them those chosen for the step's rows, once they have arrived
     logprobs: TokenLogprobs | None = None  # of the rows that ask for them, likewise
     prompt_logprobs: PromptTensors | None = None  # of `step.prompt_rows`, likewise
-    has_chosen: bool = False  # the choice of its tokens has been launched, too
+    is_choice_launched: bool = False  # the choice of its tokens has been launched, too
     arrival: torch.cuda.Event | None = None  # when all has come; None: it is there
 
     def wait(self) -> None:

@@ -89,7 +89,9 @@ class Loop:
         self._inbox.put(prompts or None)
 
     def collect(self, timeout: float) -> list[FinishedRow] | None:
-        """Takes the rows that have finished since the last call, after at most `timeout` seconds; None: all have.
+        """Takes the rows that have finished since the last call, after at most `timeout` seconds.
+
+        None: no row is left.
 
         Raises:
             BaseException: what the thread has died of.
@@ -155,9 +157,9 @@ class Loop:
                 return
 
     def _make_step(self, in_flight: LaunchedStep | None) -> LaunchedStep | None:
-        """Launches the next step, and then reads and finishes the one in flight; the launched one is in flight then.
+        """Launches the next step, and then reads and finishes the one in flight; returns the launched step.
 
-        Between reading and finishing, the tokens of the launched one are chosen, where they hang on those just read.
+        Between reading and finishing, the tokens of the launched one are chosen, where they depend on those just read.
         """
         if in_flight is not None and self._scheduler.must_preempt():
             self._finish(self._read(in_flight))

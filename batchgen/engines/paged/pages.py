@@ -40,7 +40,7 @@ class Pages:
         return len(self._free) + len(self._unused)
 
     def take(self, count: int) -> list[int]:
-        """Takes so many pages, each for one user. There must be as many `available`."""
+        """Takes this many pages, each for one user. There must be as many `available`."""
         taken = []
         for _ in range(count):
             if self._free:

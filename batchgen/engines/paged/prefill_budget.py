@@ -14,7 +14,7 @@ import numpy as np
 from batchgen.engines.paged.step import Ints
 
 _FULL = 0.5  # of the cache, on the average over the remaining steps: beyond it, waiting would leave a part unused
-_SMALLEST = 512  # tokens of a step: an H100 multiplies 43,000 a second of so many, and 48,000 of 2,048
+_SMALLEST = 512  # tokens of a step: an H100 multiplies 43,000 a second of this many, and 48,000 of 2,048
 
 
 class PrefillBudget:

@@ -44,11 +44,11 @@ class Runner:
     """Makes the steps of one scheduler.
 
     Args:
-        model: it is loaded, covered by `models`, on one device, and its attention is its own until now.
+        model: it is loaded, covered by `models`, on one device, and not yet patched.
         limits: of steps and sequences.
         peers: the ranks that hold one model together, of which `model` is this rank's shard.
-        chooser: of the next tokens of rows that have more to their choice than the largest logit, by their slots; None:
-            another rank chooses them.
+        chooser: of the next tokens of rows that need more than the largest logit, by their slots; None: another rank
+            chooses them.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Runner:
                 layer.compile(dynamic=True)
 
     def allocate(self, pages: int) -> None:
-        """Makes a cache of so many pages, in the place of the one that there may be."""
+        """Makes a cache of `pages` pages, in the place of the one that there may be."""
         size = footprint.cached_heads(self.model.config)[1]
         self.pages = pages
         self._block_table.zero_()  # a larger cache had pages that this one has not
@@ -106,13 +106,13 @@ class Runner:
         self._caches = []
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        # As much again for the graphs, whose memory is their own; the logits that tokens are drawn from; and something
+        # The same amount again, since graphs have a separate pool; the logits that tokens are drawn from; and something
         # for the graphs themselves, drawing, and cuBLAS.
         logits = self.limits.slots * self.model.config.get_text_config().vocab_size * self.model.dtype.itemsize
         return int(free - 2 * forward - logits - _RESERVED * total)
 
     def rehearse(self, tokens: int) -> None:
-        """Makes a forward of so much padding, and chooses the next token of as many rows as there may be."""
+        """Makes a forward of `tokens` tokens of padding, and chooses the next token of as many rows as there may be."""
         arrays = self._pad(tokens)
         hidden = self._forward(self._make_layout(arrays, 0, self._query_blocks[:1]), self._find_token_ids(arrays))
         rows = min(tokens, self.limits.slots)
@@ -123,45 +123,45 @@ class Runner:
 
         Where a row awaits the token of the step before, only the forward is started, and `choose` has to follow.
         """
-        turn = self._buffers.next_turn()
+        buffer_index = self._buffers.next_buffer_index()
         self._begin_rows(step)
         self._update_block_table(step)
         places = step.slots[step.rows].tolist()
-        launched = LaunchedStep(step, places, None, None, self._buffers.tokens[turn])
+        launched = LaunchedStep(step, places, None, None, self._buffers.tokens[buffer_index])
         with torch.inference_mode():
             if len(step.slots) == step.decoding and self._graphs is not None:
-                launched.slots, launched.logits = self._decode(step, turn)
+                launched.slots, launched.logits = self._decode(step, buffer_index)
             else:
-                arrays, hidden = self._prefill(step, turn)
+                arrays, hidden = self._prefill(step, buffer_index)
                 launched.prompt_logprobs = find_prompt_logprobs(step, hidden, self._head, self._buffers)
                 if len(step.rows):
                     rows = self._buffers.send(torch.from_numpy(step.rows.astype(np.int64)))
                     launched.slots = arrays.slots[rows]
                     launched.logits = self._head(hidden[rows])
                     self._choose_best(launched.logits, launched.slots)
-        if not (step.is_chosen and any(sequence.awaits_tokens for sequence in step.sequences)):
+        if not (step.needs_chooser and any(sequence.awaits_tokens for sequence in step.sequences)):
             self.choose(launched)
         return launched
 
     def choose(self, launched: LaunchedStep) -> None:
         """Starts the choice of the step's tokens, and their way back, unless `launch` has done so.
 
-        Every token that one of its rows awaits has been given to the chooser.
+        Call it only after every token that one of its rows awaits has been given to the chooser.
         """
-        if launched.has_chosen:
+        if launched.is_choice_launched:
             return
         step, rows = launched.step, len(launched.step.rows)
         with torch.inference_mode():
             tokens = self._next_tokens[:rows]
-            if step.is_chosen and self.chooser is not None:
+            if step.needs_chooser and self.chooser is not None:
                 assert launched.logits is not None
                 chosen = self.chooser.choose(launched.logits, launched.places, tokens)
                 tokens = chosen.tokens
                 launched.logprobs = chosen.logprobs and self._buffers.fetch_logprobs(chosen.logprobs)
-            if step.is_chosen:
+            if step.needs_chooser:
                 self._last_tokens[launched.slots] = self._peers.tokens(tokens.clamp(min=0))
             launched.tokens[:rows].copy_(tokens, non_blocking=True)
-        launched.logits, launched.has_chosen = None, True
+        launched.logits, launched.is_choice_launched = None, True
         if self._graphs is not None:
             launched.arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             launched.arrival.record()
@@ -179,14 +179,14 @@ class Runner:
             places = self._buffers.send(torch.from_numpy(step.table_places))
             self._block_table.view(-1)[places] = self._buffers.send(torch.from_numpy(step.table_pages))
 
-    def _decode(self, step: Step, turn: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _decode(self, step: Step, buffer_index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Makes a step in which every sequence decodes, and chooses the best tokens.
 
         Returns:
             The slots of its rows, [rows], and their logits, [rows or more, vocabulary], if the step needs them.
         """
         assert self._graphs is not None
-        needs_logits = step.is_chosen
+        needs_logits = step.needs_chooser
         size = choose_graph_size(len(step.slots), self._most_tokens)
         splits = self._choose_splits(size, int(step.positions.max()) + 1)
         if self._kept_logits is None and needs_logits:
@@ -205,18 +205,18 @@ class Runner:
                 kept[:rows] = logits
 
         graph = self._graphs.find_or_capture((size, splits, needs_logits), compute, lambda: self._pad(size))
-        self._buffers.put(step, turn, size)
+        self._buffers.put(step, buffer_index, size)
         graph.replay()
         return arrays.slots[: len(step.slots)], kept
 
-    def _prefill(self, step: Step, turn: int) -> tuple[StepArrays, torch.Tensor]:
+    def _prefill(self, step: Step, buffer_index: int) -> tuple[StepArrays, torch.Tensor]:
         """Makes the forward of a step with prefill chunks, or of any step without graphs.
 
         Returns:
             Its arrays, and the last hidden states of all its tokens, [tokens or more, hidden size].
         """
         if self._graphs is None:
-            arrays = self._buffers.put(step, turn, len(step.slots))
+            arrays = self._buffers.put(step, buffer_index, len(step.slots))
             slots, positions, _, count = arrays
             layout = Layout(
                 self._caches, self._block_table, slots, positions, step.decoding, step.chunks, decoding_count=count
@@ -226,7 +226,7 @@ class Runner:
         size = choose_graph_size(len(step.slots), self._most_tokens)
         most_blocks = size // _TOKENS_OF_A_BLOCK
         if len(blocks) > most_blocks:
-            arrays = self._buffers.put(step, turn, -(-len(step.slots) // _PADDED_TO) * _PADDED_TO)
+            arrays = self._buffers.put(step, buffer_index, -(-len(step.slots) // _PADDED_TO) * _PADDED_TO)
             layout = self._make_layout(arrays, step.decoding, self._buffers.send(blocks))
             return arrays, self._forward(layout, self._find_token_ids(arrays))
         arrays = self._buffers.view(size)
@@ -236,7 +236,7 @@ class Runner:
             self._hidden[:size] = self._forward(layout, self._find_token_ids(arrays))
 
         graph = self._graphs.find_or_capture(("prefill", size), compute, lambda: self._pad(size))
-        self._buffers.put(step, turn, size)
+        self._buffers.put(step, buffer_index, size)
         padded = F.pad(blocks, (0, 0, 0, most_blocks - len(blocks)))
         self._query_blocks[:most_blocks] = self._buffers.send(padded)
         graph.replay()

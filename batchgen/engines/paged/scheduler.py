@@ -129,7 +129,7 @@ class Scheduler:
         self._lengths.learn(sequence.generated_tokens, sequence.max_new_tokens)
 
     def restart(self, pages: int) -> list[Prompt]:
-        """All that runs waits again, for a new cache of so many pages; no step is in flight.
+        """All that runs waits again, for a new cache of `pages` pages; no step is in flight.
 
         Returns:
             Prompts that do not fit into that cache even alone; they wait no more.

@@ -11,7 +11,7 @@ from batchgen.engine import EngineError, OutOfStep
 from batchgen.engines.paged.pages import PAGE_SIZE
 
 SHARE_OF_HOST = 4
-"""Of a host's free memory the cache takes at most one in so many parts: other processes may have seen the same memory
+"""Of a host's free memory the cache takes at most one in this many parts: other processes may have seen the same memory
 as free, since a cache takes it only as it fills."""
 
 _SLOTS_ON_CPU = 64
@@ -28,12 +28,12 @@ _TOO_LARGE = (
 
 @dataclass(frozen=True, slots=True)
 class CacheLesson:
-    """What an attempt teaches the next one when a step of several ranks has found no memory: a cache of so many pages
+    """What an attempt teaches the next one when a step of several ranks has found no memory: a cache of this many pages
     leaves too little beside it.
 
-    A run folder keeps such lessons as "batches of this length, in tokens, may have so many rows". A cache has no rows,
-    so its size in tokens stands for the length, and one row is named. Only this class writes and reads that form, which
-    is the one that earlier versions have left in run folders.
+    A run folder keeps such lessons as "batches of this length, in tokens, may have this many rows". A cache has no
+    rows, so its size in tokens stands for the length, and one row is named. Only this class writes and
+    reads that form, which is the one that earlier versions have left in run folders.
     """
 
     pages: int
@@ -58,7 +58,7 @@ def choose_slots(free: int, token_bytes: int, device: torch.device) -> int:
 
 
 def choose_step_tokens(parameters: int) -> int:
-    """Most tokens of a step with prefill chunks when the user has not said, of a model of so many parameters a rank."""
+    """Most tokens of a step with prefill chunks when the user has not said; `parameters` is what a rank holds."""
     return min(8192, max(2048, int(_STEP_OPERATIONS / 2 / parameters)))
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.generation import ends
-from batchgen.generation.choosing import is_chosen
+from batchgen.generation.choosing import needs_chooser
 from batchgen.types import Prompt
 
 Ints = NDArray[np.int32]
@@ -37,8 +37,8 @@ class Sequence:
         "awaits_tokens",
         "has_own_ends",
         "has_prompt_logprobs",
-        "is_chosen",
         "max_new_tokens",
+        "needs_chooser",
         "pages",
         "planned_tokens",
         "prefix",
@@ -53,7 +53,7 @@ class Sequence:
         self.tokens = list(prompt.tokens)  # those of the prompt, then those that have been generated
         self.prompt_tokens = len(prompt.tokens)
         self.max_new_tokens = prompt.params.max_new_tokens
-        self.is_chosen = is_chosen(prompt)  # more is wanted of its logits than the place of the largest
+        self.needs_chooser = needs_chooser(prompt)  # more is wanted of its logits than the place of the largest
         self.awaits_tokens = False  # whether its last token has to be read before the next is chosen, once it has begun
         self.has_own_ends = ends.needs_tokens(prompt)  # besides its length and the model's ends of sequence
         # Those of the prompt have been read, or nobody asks for any.
@@ -100,7 +100,7 @@ class Step:
     chunks: list[Chunk]
     rows: Ints  # [rows]: the places of the tokens behind which the next one is wanted
     prompt_rows: Ints  # [prompt rows]: the places of the tokens of prompts whose logits are wanted, see `PromptPart`
-    is_chosen: bool  # of some of these rows more is wanted than the best token: one rank chooses, for all of them
+    needs_chooser: bool  # of some of these rows more is wanted than the best token: one rank chooses, for all of them
     table_places: NDArray[np.int64]  # [changes]: places in the flattened block table that change before this step
     table_pages: Ints  # [changes]: the pages that they become
     # The rest is known where the step was planned, and empty on the other ranks.
@@ -121,13 +121,13 @@ class Step:
             self.table_places,
             self.table_pages,
         )
-        head = np.array([self.decoding, self.is_chosen, *(len(field) for field in fields)], np.int64)
+        head = np.array([self.decoding, self.needs_chooser, *(len(field) for field in fields)], np.int64)
         return np.concatenate([head, *fields])
 
     @classmethod
     def unpack(cls, numbers: NDArray[np.int64]) -> Step:
         """The step that `pack` has made numbers of, without its sequences."""
-        decoding, is_chosen, *lengths = numbers[:10].tolist()
+        decoding, needs_chooser, *lengths = numbers[:10].tolist()
         fields = np.split(numbers[10:], np.cumsum(lengths)[:-1])
         slots, positions, ids, chunks, rows, prompt_rows, table_places, table_pages = fields
         return cls(
@@ -138,7 +138,7 @@ class Step:
             [Chunk(*chunk) for chunk in chunks.reshape(-1, 4).tolist()],
             rows.astype(np.int32),
             prompt_rows.astype(np.int32),
-            bool(is_chosen),
+            bool(needs_chooser),
             table_places,
             table_pages.astype(np.int32),
         )
@@ -195,7 +195,7 @@ class StepDraft:
             self._chunks,
             np.array(self._rows, np.int32),
             np.array(self._prompt_rows, np.int32),
-            any(sequence.is_chosen for sequence in self._sequences),
+            any(sequence.needs_chooser for sequence in self._sequences),
             np.array(table_places, np.int64),
             np.array(table_pages, np.int32),
             self._sequences,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from batchgen.engines.paged.step import Step
-from batchgen.generation.chosen import TokenLogprobs
+from batchgen.generation.choice import TokenLogprobs
 
 _STEPS_AT_ONCE = 3  # whose arrays may be on their way: one runs, one waits, one is being filled
 _ALIGN = 16  # numbers: kernels are compiled for addresses that are multiples of 16 bytes, and again for others
@@ -28,12 +28,12 @@ class StepArrays(NamedTuple):
 
     @staticmethod
     def count_numbers(tokens: int) -> int:
-        """How many numbers the tensor needs for so many tokens or fewer."""
+        """How many numbers the tensor needs for this many tokens or fewer."""
         return 3 * _align(tokens) + 1
 
     @staticmethod
     def view(tensor: torch.Tensor, tokens: int) -> StepArrays:
-        """The arrays of a step of so many tokens in that tensor."""
+        """The arrays of a step of this many tokens in that tensor."""
         apart = _align(tokens)
         slots, positions, ids = (tensor[row * apart : row * apart + tokens] for row in range(3))
         return StepArrays(slots, positions, ids, tensor[3 * apart : 3 * apart + 1])
@@ -54,22 +54,22 @@ class StepBuffers:
         length = StepArrays.count_numbers(tokens)
         self._arrays = torch.zeros(length, dtype=torch.int32, device=device)
         self._host = [self._pinned(length, torch.int32) for _ in range(_STEPS_AT_ONCE)]
-        self._turn = 0
+        self._buffer_index = 0
         # Of each of the steps at once, [slots]: the tokens that were chosen for its rows.
         self.tokens = [self._pinned(slots, torch.long) for _ in range(_STEPS_AT_ONCE)]
 
-    def next_turn(self) -> int:
-        """Which of the buffers the next step has."""
-        turn, self._turn = self._turn, (self._turn + 1) % _STEPS_AT_ONCE
-        return turn
+    def next_buffer_index(self) -> int:
+        """The index of the buffers that the next step has."""
+        buffer_index, self._buffer_index = self._buffer_index, (self._buffer_index + 1) % _STEPS_AT_ONCE
+        return buffer_index
 
     def view(self, size: int) -> StepArrays:
         """The arrays on the device of a step of `size` tokens, padding included."""
         return StepArrays.view(self._arrays, size)
 
-    def put(self, step: Step, turn: int, size: int) -> StepArrays:
+    def put(self, step: Step, buffer_index: int, size: int) -> StepArrays:
         """Sends the step's arrays to the device, padded to `size` tokens."""
-        host, tokens = StepArrays.view(self._host[turn], size), len(step.slots)
+        host, tokens = StepArrays.view(self._host[buffer_index], size), len(step.slots)
         host.decoding_count[0] = step.decoding
         for array, values, padding in (
             (host.slots, step.slots, self._slots),
@@ -79,7 +79,7 @@ class StepBuffers:
             array.numpy()[:tokens] = values
             array.numpy()[tokens:] = padding
         length = StepArrays.count_numbers(size)
-        self._arrays[:length].copy_(self._host[turn][:length], non_blocking=True)
+        self._arrays[:length].copy_(self._host[buffer_index][:length], non_blocking=True)
         return self.view(size)
 
     def pad(self, size: int) -> StepArrays:

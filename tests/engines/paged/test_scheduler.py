@@ -230,8 +230,8 @@ def test_what_the_other_ranks_of_a_group_are_told_of_a_step_is_what_they_read() 
         assert step is not None
         told = Step.unpack(step.pack())
         assert np.array_equal(told.pack(), step.pack())
-        assert (told.is_chosen, told.chunks, told.sequences) == (step.is_chosen, step.chunks, [])
-        seen.append((len(told.prompt_rows), told.is_chosen))
+        assert (told.needs_chooser, told.chunks, told.sequences) == (step.needs_chooser, step.chunks, [])
+        seen.append((len(told.prompt_rows), told.needs_chooser))
     assert {count > 0 for count, _ in seen} == {flag for _, flag in seen} == {True, False}
 
 

@@ -14,7 +14,7 @@ from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Constraint
 
 
-class Constraints:
+class Masks:
     """The matchers of the rows in some places, and the masks of their next tokens.
 
     What takes long is done in one thread, in the order in which it was asked for; `wait` waits for it.
@@ -28,7 +28,7 @@ class Constraints:
     def __init__(self, places: int, tokenizer: HfTokenizer, device: torch.device) -> None:
         self._tokenizer = tokenizer
         self._places, self._device = places, device
-        self._made: Matchers | None = None  # with the first constraint
+        self._matchers: Matchers | None = None  # with the first constraint
         self._masks = self._device_masks = torch.empty(0)  # [places, words]; a CPU has one tensor for both
         self._is_sent = True  # what is in `_masks` is in `_device_masks`
         self._rows: dict[int, LLMatcher] = {}  # by their places
@@ -38,35 +38,30 @@ class Constraints:
 
     def begin(self, place: int, constraint: Constraint, tokens: Sequence[int]) -> None:
         """Begins to follow a row whose answer consists of `tokens` so far."""
-        if self._made is None:
-            self._made = matchers_of(self._tokenizer)
-            shape = (self._places, self._made.words)
+        if self._matchers is None:
+            self._matchers = matchers_of(self._tokenizer)
+            shape = (self._places, self._matchers.words)
             self._masks = torch.zeros(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
             self._device_masks = self._masks.to(self._device)
-        self._jobs.append(self._made.worker.submit(self._make, place, constraint, list(tokens)))
+        self._jobs.append(self._matchers.worker.submit(self._make, place, constraint, list(tokens)))
 
     def end(self, place: int) -> None:
-        """Forgets the row in a place, once the masks are made that are being made."""
-        if self._made is not None:
-            self._jobs.append(self._made.worker.submit(self._forget, place))
+        """Forgets the row in a place, after pending mask jobs."""
+        if self._matchers is not None:
+            self._jobs.append(self._matchers.worker.submit(self._forget, place))
 
     def advance(self, tokens: Mapping[int, int]) -> None:
-        """Takes the next token of some places, and begins to make the masks of those behind it."""
+        """Takes the next token of some places, and begins to make the masks for the token after each."""
         self.wait()
         rows = {place: self._rows[place] for place in tokens if place in self._rows}
-        if not rows or self._made is None:
+        if not rows or self._matchers is None:
             return
-        self._made.threads.consume_token_par([(row, tokens[place]) for place, row in rows.items()])
+        self._matchers.threads.consume_token_par([(row, tokens[place]) for place, row in rows.items()])
         self._note_errors(rows)
         self._complete |= {place for place, row in rows.items() if row.is_stopped()}
         open_places = [place for place in rows if place not in self._complete]  # a row with an error is stopped, too
         if open_places:
-            self._jobs.append(self._made.worker.submit(self._fill, open_places))
-
-    def accepts(self, place: int, token: int) -> bool:
-        """Returns whether the token may come next in the row's answer; waits for masks."""
-        self.wait()
-        return place in self._rows and self._rows[place].validate_tokens([token]) == 1
+            self._jobs.append(self._matchers.worker.submit(self._fill, open_places))
 
     def is_complete(self, place: int) -> bool:
         """Returns whether nothing can follow what the row has: no token, or an end of sequence alone."""
@@ -79,7 +74,7 @@ class Constraints:
         """
         return self._errors.get(place)
 
-    def masks(self, places: Sequence[int], also: Mapping[int, int]) -> torch.Tensor:
+    def find(self, places: Sequence[int], also: Mapping[int, int]) -> torch.Tensor:
         """Returns the masks of the rows in some places, int32 [rows, words], on the device.
 
         Args:
@@ -107,10 +102,10 @@ class Constraints:
             job.result()
 
     def _make(self, place: int, constraint: Constraint, tokens: Sequence[int]) -> None:
-        assert self._made is not None
+        assert self._matchers is not None
         self._forget(place)
         try:
-            matcher = self._made.copy(constraint)
+            matcher = self._matchers.copy(constraint)
         except (ValueError, RecursionError) as error:  # no grammar, or one that is nested too deeply
             self._errors[place] = " ".join(str(error).split())[:300].rstrip(".")
             return
@@ -129,10 +124,10 @@ class Constraints:
         self._complete.discard(place)
 
     def _fill(self, places: Sequence[int]) -> None:
-        assert self._made is not None
+        assert self._matchers is not None
         rows = [(self._rows[place], place) for place in places if place in self._rows]
-        self._made.threads.unsafe_compute_mask_ptr(
-            rows, self._masks.data_ptr(), self._made.words * self._masks.itemsize, len(self._masks)
+        self._matchers.threads.unsafe_compute_mask_ptr(
+            rows, self._masks.data_ptr(), self._matchers.words * self._masks.itemsize, len(self._masks)
         )
         self._note_errors(places)
 
