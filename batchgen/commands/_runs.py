@@ -159,7 +159,7 @@ def conclude(status: Status, reports_outcome: bool) -> None:
             rows = "1 row was" if status.incomplete == 1 else f"{status.incomplete} rows were"
             _say(
                 f'{rows} cut before the text was all that its constraint demands (finish_reason "length"): in a run '
-                "of their own, let them have more --max-new-tokens"
+                "of their own, let them have more tokens (--max-new-tokens, unless the rows set a length themselves)"
             )
         if status.failed:
             _say(describe_failures(status.folder / "errors.jsonl"))

@@ -62,15 +62,29 @@ def sampling_params(default: SamplingParams, given: Mapping[str, object], spelle
         # The rule begins with the field's name.
         name, _, rule = str(error).partition(" ")
         message = f"{spelled.get(name, name)} {rule}"
-        raise Refused("wrong_type", f"{message}, not {quote(given[name])}" if name in given else message) from None
+        raise Refused(
+            "wrong_type", f"{message}, not {_quote_items(given[name])}" if name in given else message
+        ) from None
 
 
+_MOST_QUOTED = 5  # items of a list in a sentence
 _OFF = {"top_k": 0, "thinking_tokens": None}  # what -1 means
 _WHOLE = frozenset(
     {
         *("max_new_tokens", "top_k", "seed", "n", "min_tokens", "top_logprobs", "prompt_logprobs", "thinking_tokens"),
     }
 )
+
+
+def _quote_items(value: object) -> str:
+    """As `quote`, but a short list of what can be quoted is shown whole: a rule may be about what is in it."""
+    if (
+        isinstance(value, list)
+        and 0 < len(value) <= _MOST_QUOTED
+        and not any(isinstance(v, dict | list) for v in value)
+    ):
+        return f"[{', '.join(map(quote, value))}]"
+    return quote(value)
 
 
 def _typed(name: str, value: object, spelled: str) -> object:
@@ -80,6 +94,8 @@ def _typed(name: str, value: object, spelled: str) -> object:
         return tuple(_bias(token, bias, spelled) for token, bias in value.items() if bias is not None)
     if name in ("stop", "bad_words") and isinstance(value, list):
         return tuple(value)
+    if name == "allowed_token_ids" and value == []:
+        raise Refused("wrong_type", f"{spelled} must have a token id in it, or be left out: no token would be allowed")
     if name in ("allowed_token_ids", "stop_token_ids") and isinstance(value, list):
         return tuple(map(_whole, value))
     if name in _WHOLE:
