@@ -62,6 +62,11 @@ class Done:
         return self.states.count(FAILED)
 
     @property
+    def has_rows_to_do(self) -> bool:
+        """Whether a start would generate any row: one that is open, or that has failed so far."""
+        return self.good < len(self.states)
+
+    @property
     def open(self) -> int:
         """Rows that no attempt has finished."""
         return self.states.count(OPEN)

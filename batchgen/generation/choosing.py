@@ -131,21 +131,7 @@ class TokenChooser:
         self._masks.wait()
         groups = self._find_groups(rows)
         own = best[: len(rows)]
-        tokens = own
-        if groups.is_sampled:
-            uniform = send(torch.tensor([row.draw() for row in rows], dtype=torch.float64), self._device)
-        if groups.plain is not None:
-            sampled, params = groups.plain
-            tokens = tokens.index_copy(0, sampled, sample_rows(logits, sampled, uniform[sampled], params))
-        for part in groups.edited:
-            numbers = uniform[part.sampled_rows] if part.sampling is not None else None
-            tokens = tokens.index_copy(0, part.rows, self._choose_edited(logits, part, rows, numbers))
-        forced = [
-            (n, row.thinking.forced) for n, row in enumerate(rows) if row.thinking and row.thinking.forced is not None
-        ]
-        if forced:
-            which, ids = send(torch.tensor(forced).T.contiguous(), self._device)
-            tokens = tokens.index_copy(0, which, ids)
+        tokens = self._force_ends_of_thinking(self._draw(logits, own, groups, rows), rows)
         tokens = torch.where(own < 0, own, tokens)
         if self._agree is not None:
             tokens = self._agree(tokens)
@@ -157,6 +143,30 @@ class TokenChooser:
         for row in rows:
             row.generated += 1
         return chosen
+
+    def _draw(
+        self, logits: torch.Tensor, best: torch.Tensor, groups: RowGroups, rows: Sequence[RowState]
+    ) -> torch.Tensor:
+        """Returns the best token of each row, or another one where it is sampled or its logits are edited."""
+        tokens = best
+        if groups.is_sampled:
+            uniform = send(torch.tensor([row.draw() for row in rows], dtype=torch.float64), self._device)
+        if groups.plain is not None:
+            sampled, params = groups.plain
+            tokens = tokens.index_copy(0, sampled, sample_rows(logits, sampled, uniform[sampled], params))
+        for part in groups.edited:
+            numbers = uniform[part.sampled_rows] if part.sampling is not None else None
+            tokens = tokens.index_copy(0, part.rows, self._choose_edited(logits, part, rows, numbers))
+        return tokens
+
+    def _force_ends_of_thinking(self, tokens: torch.Tensor, rows: Sequence[RowState]) -> torch.Tensor:
+        """Returns `tokens` with those of the end mark where a row's budget for thinking is used up."""
+        thinking = [(number, row.thinking) for number, row in enumerate(rows) if row.thinking is not None]
+        forced = [(number, row.forced) for number, row in thinking if row.forced is not None]
+        if not forced:
+            return tokens
+        which, ids = send(torch.tensor(forced).T.contiguous(), self._device)
+        return tokens.index_copy(0, which, ids)
 
     def _choose_edited(
         self, logits: torch.Tensor, part: EditedPart, rows: Sequence[RowState], uniform: torch.Tensor | None

@@ -75,7 +75,7 @@ def _check_or_create(folder: RunFolder, ready: Ready, role: Role, host: Host, re
     before = {**wanted, "input": digest, "rows": rows}
     folder.check_or_create(before, recorded)
     part = folder.done(len(ready.source), verify=False).part(host.shard)
-    if part.good < len(part.states):
+    if part.has_rows_to_do:
         check_engine(ready, role)
     if ready.source.has_grown:
         _check_nobody_works(folder, wanted, role)

@@ -111,7 +111,7 @@ class _Start:
     def _launch_ranks(self, done: Done) -> None:
         """Starts the ranks and waits for them; starts them again where they ran out of memory in a common step."""
         host, part = self._host, done.part(self._host.shard)
-        while part.good < len(part.states):
+        while part.has_rows_to_do:
             with self._showing_progress(part):
                 codes = launcher.start_ranks(
                     self._attempt, host.rank_command, host.ranks, self._stop, host.environment, host.stall_seconds
@@ -144,18 +144,29 @@ class _Start:
         if not self._role.speaks_for_the_run:
             return checkpoint.status(folder, shard)
         has_lost_ranks = not self._role.is_single_process and not await_ranks(self._attempt, self._role.world.size)
-        # Of the whole run: whoever finishes the last shard merges. Two that end at once write the same bytes.
-        # Verified only when all seems done, since that reads all text.
-        complete = not checkpoint.status(folder).open
-        damaged = complete and checkpoint.status(folder, verify=True).open > 0
-        if complete and not damaged:
-            self._merge()
-        why = self._why_rows_are_open(damaged)
-        status = checkpoint.status(folder, shard, verify=damaged)
-        self._end_attempt(why if status.open else "finished")
-        if has_lost_ranks and status.open:  # the launcher ends the ranks that are left
+        is_damaged = self._merge_if_complete()
+        why = self._why_rows_are_open(is_damaged)
+        has_open_rows = checkpoint.status(folder, shard, verify=is_damaged).open > 0
+        self._end_attempt(why if has_open_rows else "finished")
+        if has_lost_ranks and has_open_rows:  # the launcher ends the ranks that are left
             raise Died(f"{why}; some of the {self._role.world.size} ranks have not ended cleanly")
-        return checkpoint.status(folder, shard, verify=damaged)
+        return checkpoint.status(folder, shard, verify=is_damaged)
+
+    def _merge_if_complete(self) -> bool:
+        """Writes the output once no row of the whole run is open: whoever finishes the last shard does so. Two that
+        end at once write the same bytes.
+
+        Returns:
+            All seemed done, but what was recorded of some rows is damaged, so that they are open again.
+        """
+        folder = self._attempt.folder
+        if checkpoint.status(folder).open:
+            return False
+        # Only now, since that reads all text.
+        if checkpoint.status(folder, verify=True).open:
+            return True
+        self._merge()
+        return False
 
     def _merge(self) -> None:
         typed = not self._ready.answers_requests

@@ -114,8 +114,7 @@ class StreamWorker:
                 self._commit(Batch([]), heartbeat)
 
     def _anything_open(self) -> bool:
-        part = self._done.part(self._attempt.shard)
-        return part.good < len(part.states)
+        return self._done.part(self._attempt.shard).has_rows_to_do
 
     def _begin(self, heartbeat: Heartbeat) -> None:
         self._mark = time.perf_counter()

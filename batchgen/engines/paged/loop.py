@@ -58,6 +58,7 @@ class Loop:
     ) -> None:
         self._scheduler, self._runner, self._reader = scheduler, runner, reader
         self._signs, self._first_rows, self._leader = signs, first_rows, leader
+        # Prompts; None: there are no more; an empty list wakes the thread up.
         self._inbox: queue.SimpleQueue[list[Prompt] | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[list[FinishedRow] | BaseException | None] = queue.SimpleQueue()
         self._has_all_prompts = False
