@@ -110,6 +110,7 @@ def test_every_row_that_ends_by_itself_is_what_it_has_to_be_and_none_is_by_accid
     assert [row.id for row in rows if is_right(accidents[row.id], row.params.constraint or constraints[0])] == []
 
 
+@pytest.mark.slow
 def test_the_default_model_writes_json_by_a_schema(smollm2: Path) -> None:
     model = Model(smollm2, batch_size=6)
     model.model.float()
