@@ -61,12 +61,11 @@ def sampling_params(default: SamplingParams, given: Mapping[str, object], spelle
     except ValueError as error:
         # The rule begins with the field's name.
         name, _, rule = str(error).partition(" ")
-        message = f"{spelled.get(name, name)} {rule}"
-        raise Refused(
-            "wrong_type", f"{message}, not {_quote_items(given[name])}" if name in given else message
-        ) from None
+        given_value = f", not {_quote(name, given[name])}" if name in given else ""
+        raise Refused("wrong_type", f"{spelled.get(name, name)} {rule}{given_value}") from None
 
 
+_LISTS = frozenset({"stop", "bad_words", "allowed_token_ids", "stop_token_ids"})
 _MOST_QUOTED = 5  # items of a list in a sentence
 _OFF = {"top_k": 0, "thinking_tokens": None}  # what -1 means
 _WHOLE = frozenset(
@@ -76,13 +75,9 @@ _WHOLE = frozenset(
 )
 
 
-def _quote_items(value: object) -> str:
-    """As `quote`, but a short list of what can be quoted is shown whole: a rule may be about what is in it."""
-    if (
-        isinstance(value, list)
-        and 0 < len(value) <= _MOST_QUOTED
-        and not any(isinstance(v, dict | list) for v in value)
-    ):
+def _quote(name: str, value: object) -> str:
+    """As `quote`, but where a list is right, a short one is shown whole: what is wrong is in it."""
+    if name in _LISTS and isinstance(value, list) and 0 < len(value) <= _MOST_QUOTED:
         return f"[{', '.join(map(quote, value))}]"
     return quote(value)
 

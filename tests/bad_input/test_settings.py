@@ -32,7 +32,7 @@ SAMPLING: list[tuple[dict[str, Any], str | None]] = [
     ({"seed": "7"}, 'seed must be a whole number, not "7"'),
     ({"seed": 10**400}, None),
     ({"stop": [f"stop {number}" for number in range(5000)]}, None),
-    ({"stop": ["a", ""]}, "stop must be a text or a list of texts, none of them empty, not a list"),
+    ({"stop": ["a", ""]}, 'stop must be a text or a list of texts, none of them empty, not ["a", ""]'),
     ({"stop": 5}, "stop must be a text or a list of texts, none of them empty, not 5"),
     ({"stop": {"a": 1}}, "stop must be a text or a list of texts, none of them empty, not an object"),
     ({"logprobs": 1}, "logprobs must be true or false, not 1"),
