@@ -200,6 +200,7 @@ def test_the_progress_of_a_job_is_logged(
     assert ends == [f"{name}: {cycle}" for cycle in cycles]
 
 
+@pytest.mark.slow
 def test_what_had_no_room_ends_larger_batches_of_as_many_ranks_and_a_crash_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     words = ["--random-weights", "tiny.json", "--dtype", "float32", "--tokens", "5", "--cycles", "1"]

@@ -80,6 +80,7 @@ def test_rows_that_ask_get_the_logprobs_of_the_model_itself(name: str, request: 
     assert {g.id: g.text for g in model.texts(quiet).values()} == {g.id: g.text for g in found.values()}
 
 
+@pytest.mark.slow
 def test_the_default_model_answers_in_a_batch_as_alone(smollm2: Path) -> None:
     model = Model(smollm2)
     model.model.float()
