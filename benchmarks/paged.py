@@ -154,7 +154,9 @@ def finished(engine: Any, prompts: list[Prompt]) -> dict[int, tuple[list[int], l
 
     def keep(self: Loop, timeout: float) -> Any:
         collected = collect(self, timeout)
-        rows.update({row.prompt.index: (row.tokens or [], row.logprobs or []) for row in collected or []})
+        for row in collected or []:
+            assert row.ended is not None
+            rows[row.prompt.index] = list(row.ended.tokens), [each.logprob for each in row.ended.logprobs or ()]
         return collected
 
     Loop.collect = keep  # type: ignore[method-assign]

@@ -15,24 +15,24 @@ from batchgen.generation.edits import apply_bitmask
 _ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 32 MiB for each float32 tensor
 
 
-def log_probabilities(logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the log-probability of one token in each of some rows; waits for no device.
+def score(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the log-probability of a token of each row, and the likeliest tokens of each row with theirs.
 
     Args:
-        logits: as the model gives them, [all rows or more, vocabulary].
-        rows: the indices in `logits` of the rows that ask, int64 [rows].
-        tokens: one token id for each of `rows`, int64 [rows].
+        logits: float32 [rows, vocabulary].
+        tokens: int64 [rows].
+        count: of the likeliest tokens, at most the vocabulary; 0 for none.
 
     Returns:
-        Natural logarithms, float32 [rows].
+        As `find_likeliest`.
     """
-    size = max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])
-    logprobs = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
-    for begin in range(0, len(rows), size):
-        part = slice(begin, begin + size)
-        some = logits[rows[part]].float()
-        logprobs[part] = some.gather(-1, tokens[part, None]).squeeze(-1) - some.logsumexp(-1)
-    return logprobs
+    total = logits.logsumexp(-1, keepdim=True)
+    logprobs = (logits.gather(-1, tokens[:, None]) - total)[:, 0]
+    if not count:
+        empty = logits.new_empty((len(logits), 0))
+        return logprobs, empty.long(), empty
+    values, ids = logits.topk(count)
+    return logprobs, ids, values - total
 
 
 def find_likeliest(
@@ -60,9 +60,5 @@ def find_likeliest(
         some = logits[rows[part]].float()
         if bitmask is not None:
             apply_bitmask(some, bitmask[part])
-        total = some.logsumexp(-1)
-        logprobs[part] = some.gather(-1, tokens[part, None]).squeeze(-1) - total
-        if count:
-            values, top_ids[part] = some.topk(count)
-            top[part] = values - total[:, None]
+        logprobs[part], top_ids[part], top[part] = score(some, tokens[part], count)
     return logprobs, top_ids, top

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from batchgen.generation.logprobs import score
+
 _ELEMENTS_AT_ONCE = 2**23  # tokens x vocabulary handled at once: 32 MiB for each float32 tensor
 
 
@@ -44,10 +46,10 @@ def rank_tokens(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> Promp
     size, parts = max(1, _ELEMENTS_AT_ONCE // logits.shape[-1]), []
     for begin in range(0, len(logits), size):
         some = logits[begin : begin + size].float()
-        own = some.gather(1, tokens[begin : begin + size, None])
-        total = some.logsumexp(-1, keepdim=True)
-        values, top_ids = some.topk(min(count, some.shape[-1]))
-        parts.append(((own - total)[:, 0], (some > own).sum(-1) + 1, top_ids, values - total))
+        own = tokens[begin : begin + size]
+        logprobs, top_ids, top = score(some, own, min(count, some.shape[-1]))
+        ranks = (some > some.gather(1, own[:, None])).sum(-1) + 1
+        parts.append((logprobs, ranks, top_ids, top))
     return PromptTensors(*map(torch.cat, zip(*parts, strict=True)))
 
 

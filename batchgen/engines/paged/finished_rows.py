@@ -22,7 +22,7 @@ from batchgen.generation.ends import LENGTH, STOP, End, EndFinder
 from batchgen.generation.prompt_logprobs import PromptLogprobs
 from batchgen.generation.results import Ended
 from batchgen.models.tokenizer import HfTokenizer
-from batchgen.types import Generation, Prompt
+from batchgen.types import Generation, Prompt, Tokens
 
 
 class Failure(Enum):
@@ -44,9 +44,9 @@ class FinishedRow:
     reason: str = ""  # why its constraint could not be followed
 
     @property
-    def tokens(self) -> list[int] | None:
+    def tokens(self) -> Tokens | None:
         """Those that were generated, up to and including the one that ended the row; None: it has failed."""
-        return None if self.ended is None else list(self.ended.tokens)
+        return None if self.ended is None else self.ended.tokens
 
     def to_generation(self, tokenizer: HfTokenizer, dtype: str) -> Generation:
         """The row's text, or its error; `dtype` is what the model computes in, as `--dtype` calls it."""

@@ -126,7 +126,7 @@ class Runner:
         buffer_index = self._buffers.next_buffer_index()
         self._begin_rows(step)
         self._update_block_table(step)
-        places = step.slots[step.rows].tolist()
+        places = step.slots[step.rows].tolist() if step.needs_chooser else []
         launched = LaunchedStep(step, places, None, None, self._buffers.tokens[buffer_index])
         with torch.inference_mode():
             if len(step.slots) == step.decoding and self._graphs is not None:

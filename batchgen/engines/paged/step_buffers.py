@@ -13,6 +13,7 @@ import torch
 
 from batchgen.engines.paged.step import Step
 from batchgen.generation.choice import TokenLogprobs
+from batchgen.generation.sampling import send
 
 _STEPS_AT_ONCE = 3  # whose arrays may be on their way: one runs, one waits, one is being filled
 _ALIGN = 16  # numbers: kernels are compiled for addresses that are multiples of 16 bytes, and again for others
@@ -91,7 +92,7 @@ class StepBuffers:
 
     def send(self, values: torch.Tensor) -> torch.Tensor:
         """Sends a tensor of any size to the device."""
-        return values.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else values
+        return send(values, self._device)
 
     def fetch(self, values: torch.Tensor) -> torch.Tensor:
         """Begins to copy a tensor of any size from the device; it is there when the stream has come so far."""
