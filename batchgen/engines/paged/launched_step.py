@@ -16,9 +16,7 @@ class LaunchedStep:
     """A step in flight, and the buffers of the host that its tokens arrive in."""
 
     step: Step
-    places: list[
-        int
-    ]  # the slots of the step's rows, if a chooser chooses their tokens; a sequence that has ended since has none any more
+    places: list[int]  # the slots of the step's rows, where a chooser is needed; sequences may have left them since
     slots: torch.Tensor | None  # the same on the device, [rows]
     logits: torch.Tensor | None  # of the rows, [rows or more, vocabulary], until tokens are chosen from them
     tokens: torch.Tensor  # [slots], the first of them those chosen for the step's rows, once they have arrived
