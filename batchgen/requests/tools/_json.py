@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, NoReturn, TypeVar
+
+Item = TypeVar("Item")
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -45,26 +47,19 @@ def read_object(text: str, at: int) -> tuple[dict[str, Member], int]:
     Raises:
         NoJson: there is none, or it is not complete.
     """
-    if not text.startswith("{", at):
-        raise NoJson("there is no object")
-    members: dict[str, Member] = {}
-    at = skip_space(text, at + 1)
-    if text.startswith("}", at):
-        return members, at + 1
-    while True:
-        name, end = read_value(text, at)
-        at = skip_space(text, end)
-        if not isinstance(name, str) or not text.startswith(":", at):
-            raise NoJson("a member of the object has no name")
-        begin = skip_space(text, at + 1)
-        value, end = read_value(text, begin)
-        members[name] = Member(value, text[begin:end])
-        at = skip_space(text, end)
-        if text.startswith("}", at):
-            return members, at + 1
-        if not text.startswith(",", at):
-            raise NoJson("the object does not end")
-        at = skip_space(text, at + 1)
+    members, end = _read_items(text, at, ("{", "}", "object"), _read_member)
+    return dict(members), end
+
+
+def _read_member(text: str, at: int) -> tuple[tuple[str, Member], int]:
+    """A name and its value."""
+    name, end = read_value(text, at)
+    at = skip_space(text, end)
+    if not isinstance(name, str) or not text.startswith(":", at):
+        raise NoJson("a member of the object has no name")
+    begin = skip_space(text, at + 1)
+    value, end = read_value(text, begin)
+    return (name, Member(value, text[begin:end])), end
 
 
 def read_objects(text: str, at: int) -> tuple[list[dict[str, Member]], int]:
@@ -73,20 +68,28 @@ def read_objects(text: str, at: int) -> tuple[list[dict[str, Member]], int]:
     Raises:
         NoJson: there is none, it is not complete, or it holds something else.
     """
-    if not text.startswith("[", at):
-        raise NoJson("there is no list")
-    objects: list[dict[str, Member]] = []
+    return _read_items(text, at, ("[", "]", "list"), read_object)
+
+
+def _read_items(
+    text: str, at: int, form: tuple[str, str, str], read_item: Callable[[str, int], tuple[Item, int]]
+) -> tuple[list[Item], int]:
+    """Items with commas between them, and the place behind them; `form` is what opens and closes them, and its name."""
+    opening, closing, kind = form
+    if not text.startswith(opening, at):
+        raise NoJson(f"there is no {kind}")
+    items: list[Item] = []
     at = skip_space(text, at + 1)
-    if text.startswith("]", at):
-        return objects, at + 1
+    if text.startswith(closing, at):
+        return items, at + 1
     while True:
-        members, end = read_object(text, at)
-        objects.append(members)
+        item, end = read_item(text, at)
+        items.append(item)
         at = skip_space(text, end)
-        if text.startswith("]", at):
-            return objects, at + 1
+        if text.startswith(closing, at):
+            return items, at + 1
         if not text.startswith(",", at):
-            raise NoJson("the list does not end")
+            raise NoJson(f"the {kind} does not end")
         at = skip_space(text, at + 1)
 
 
