@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from batchgen.commands._options import add_options
+
 CONVERSATION_OPTIONS = ("reasoning_parser", "tool_parser", "trusts_templates")
 """Their names in `Recipe`."""
 
@@ -41,6 +43,4 @@ _OPTIONS = (
 
 def conversation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return add_options(command, _OPTIONS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -80,7 +80,11 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         options["ranks"] = options["ranks"] or given["tp"] or 1
         return command(*arguments, settings=(*short, *settings), **options)
 
-    decorated: Callable[..., Any] = spelled_out
-    for option in reversed(_ENGINE_OPTIONS):
-        decorated = option(decorated)
-    return decorated
+    return add_options(spelled_out, _ENGINE_OPTIONS)
+
+
+def add_options(command: Callable[..., Any], options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """The command with these options of Click, which its help lists in their order."""
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from batchgen.commands import fail
+from batchgen.commands._options import add_options
 from batchgen.commands._values import FileText, TokenLimit, file_text, stop_texts
 from batchgen.types import FIT, MOST_ALTERNATIVES, MOST_SAMPLES, PARAMS, Constraint, SamplingParams
 
@@ -167,9 +168,7 @@ _OPTIONS = (
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `SamplingParams`, each with the default that stands there."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return add_options(command, _OPTIONS)
 
 
 def read_sampling(options: dict[str, Any]) -> tuple[SamplingParams, frozenset[str]]:
