@@ -11,8 +11,9 @@ How a step is made, by `loop`, in a thread of its own:
 5. choose: where rows of the launched step awaited those tokens, choose its own only now (`runner`).
 6. finish: hand over the rows that have ended, the first ones after the self-test (`first_rows`); `engine` yields them.
 
-Inside the model, `models` has put `attention` (by `kernels` on a GPU) and `linear` (by `skinny_gemm`) in the place of
-Transformers' own; `layout` tells attention which token belongs where.
+Which models are covered, `models` finds out from the config and by a trial of a small one. Inside the model, it has put
+`attention` (by `kernels` on a GPU) and `linear` (by `skinny_gemm`) in the place of Transformers' own; `layout` tells
+attention which token belongs where.
 
 Each module imports only modules of the rows below its own:
 
@@ -21,8 +22,8 @@ Each module imports only modules of the rows below its own:
     first_rows
     lockstep   finished_rows
     runner     scheduler
-    models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing   alone
-    attention  linear
+    models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
+    attention  linear   alone
     kernels    skinny_gemm
     layout     step_buffers
     page_rows  step

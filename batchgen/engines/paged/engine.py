@@ -22,6 +22,7 @@ from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.lockstep import Follower, Leader
 from batchgen.engines.paged.loop import PROMPTS_AT_ONCE, Loop
+from batchgen.engines.paged.models import trial
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.scheduler import Scheduler
@@ -109,6 +110,7 @@ class Paged(Engine):
             return
         loading.check_weights(setup.model)
         self._device = loading.device_of(setup.world)
+        trial.check(self._tokenizer.config, self._device)
         if self._device.type == "cuda":
             self._load()
             return
@@ -130,6 +132,7 @@ class Paged(Engine):
         tensor_parallel.check_split(config, len(ranks), evenly=True)
         self._group = tensor_parallel.Group.meet(world, ranks, self._options.timeout_seconds)
         self._device = self._group.device
+        trial.check(config, self._device)
         self._model = tensor_parallel.load_shard(self._setup, config, self._group)
         tensor_parallel.use_plain_layers(self._model, self._group.model)
 

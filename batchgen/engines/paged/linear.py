@@ -21,8 +21,7 @@ from torch import nn
 # What breaks:
 # - `join_layers` replaces q_proj, k_proj, v_proj, gate_proj and up_proj by modules that depend on each other. If a
 #   version of Transformers calls them in another order, with different inputs, or only some of them, each gets the
-#   result of another call, and the text is wrong without an error. The tests compare with `generate` for each kind in
-#   `models.COVERED`.
+#   result of another call, and the text is wrong: `models.trial` finds it at load.
 # - The weights of the joined layers have other names: the patched model can be neither saved nor loaded into.
 # - `replace_layers` sets `__class__`. It takes plain `nn.Linear` alone, since a subclass has a `forward` of its own,
 #   which would be lost.

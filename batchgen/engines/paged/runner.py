@@ -7,7 +7,6 @@ that are compiled once for all shapes.
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -56,12 +55,11 @@ class Runner:
     ) -> None:
         self._peers, self.chooser = peers or Alone(), chooser
         self.model, self.device, self.limits = model, model.device, limits
-        self._body, self._head = model.base_model, model.get_output_embeddings()
-        self._layers = models.patch(model, self._peers)
+        self._patched = models.patch(model, self._peers)
+        self._compute_logits = self._patched.compute_logits
         self._heads = footprint.cached_heads(model.config)[0] // self._peers.count
         slots = limits.slots
         self._most_tokens = -(-max(2, slots, limits.step_tokens) // _PADDED_TO) * _PADDED_TO
-        self._takes_positions = "position_ids" in inspect.signature(type(self._body).forward).parameters
         self._buffers = StepBuffers(self._most_tokens, slots, self.device)
         self._block_table = torch.zeros((slots + 1, limits.columns), dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(slots + 1, dtype=torch.long, device=self.device)  # of each slot
@@ -75,7 +73,7 @@ class Runner:
         if self.device.type == "cuda":
             size = model.config.get_text_config().hidden_size
             self._hidden = torch.zeros((self._most_tokens, size), dtype=model.dtype, device=self.device)
-            for layer in self._layers:
+            for layer in self._patched.layers:
                 layer.compile(dynamic=True)
 
     def allocate(self, pages: int) -> None:
@@ -89,7 +87,7 @@ class Runner:
         if gpu:
             torch.cuda.empty_cache()
         zeros = torch.zeros if gpu else _untouched_zeros
-        self._caches = [zeros(shape, dtype=self.model.dtype, device=self.device) for _ in self._layers]
+        self._caches = [zeros(shape, dtype=self.model.dtype, device=self.device) for _ in self._patched.layers]
 
     def measure_free_bytes(self) -> int:
         """Of the GPU, what is free for the cache: beside the weights and the largest forward. Compiles the model."""
@@ -116,7 +114,7 @@ class Runner:
         arrays = self._pad(tokens)
         hidden = self._forward(self._make_layout(arrays, 0, self._query_blocks[:1]), self._find_token_ids(arrays))
         rows = min(tokens, self.limits.slots)
-        self._choose_best(self._head(hidden[:rows]), arrays.slots[:rows])
+        self._choose_best(self._compute_logits(hidden[:rows]), arrays.slots[:rows])
 
     def launch(self, step: Step) -> LaunchedStep:
         """Starts a step; on a GPU it is only queued.
@@ -133,11 +131,11 @@ class Runner:
                 launched.slots, launched.logits = self._decode(step, buffer_index)
             else:
                 arrays, hidden = self._prefill(step, buffer_index)
-                launched.prompt_logprobs = find_prompt_logprobs(step, hidden, self._head, self._buffers)
+                launched.prompt_logprobs = find_prompt_logprobs(step, hidden, self._compute_logits, self._buffers)
                 if len(step.rows):
                     rows = self._buffers.send(torch.from_numpy(step.rows.astype(np.int64)))
                     launched.slots = arrays.slots[rows]
-                    launched.logits = self._head(hidden[rows])
+                    launched.logits = self._compute_logits(hidden[rows])
                     self._choose_best(launched.logits, launched.slots)
         if not (step.needs_chooser and any(sequence.awaits_tokens for sequence in step.sequences)):
             self.choose(launched)
@@ -199,7 +197,7 @@ class Runner:
         def compute() -> None:
             ids = self._last_tokens.index_select(0, arrays.slots)
             hidden = self._forward(self._make_layout(arrays, size, splits=splits), ids)
-            logits = self._head(hidden[:rows])
+            logits = self._compute_logits(hidden[:rows])
             self._choose_best(logits, arrays.slots[:rows])
             if kept is not None:
                 kept[:rows] = logits
@@ -267,12 +265,8 @@ class Runner:
 
     def _forward(self, layout: Layout, ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states of these tokens, [tokens, hidden size]."""
-        arguments: dict[str, Any] = {}
-        if self._takes_positions:
-            arguments["position_ids"] = layout.positions.clamp(min=0).long()[None]
         with lay_out(layout):
-            hidden: torch.Tensor = self._body(input_ids=ids[None], use_cache=False, **arguments).last_hidden_state[0]
-        return hidden
+            return self._patched.compute_hidden(ids, layout.positions)
 
     def _choose_splits(self, decoding: int, longest: int) -> int:
         """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""

@@ -26,9 +26,15 @@ def test_each_module_imports_only_modules_below_its_own() -> None:
     drawn = [line.split() for line in (paged.__doc__ or "").splitlines() if line.startswith("    ")]
     rows = {module: row for row, modules in enumerate(drawn) for module in modules}
     assert paged.__file__ is not None
-    paths = [path for path in Path(paged.__file__).parent.glob("*.py") if path.stem != "__init__"]
-    assert sorted(rows) == sorted(path.stem for path in paths)
+    folder = Path(paged.__file__).parent
+    files: dict[str, list[Path]] = {path.stem: [path] for path in folder.glob("*.py") if path.stem != "__init__"}
+    files |= {path.parent.name: list(path.parent.glob("*.py")) for path in folder.glob("*/__init__.py")}
+    assert sorted(rows) == sorted(files)
     upwards = [
-        f"{path.stem} imports {module}" for path in paths for module in imports(path) if rows[module] <= rows[path.stem]
+        f"{module} imports {imported}"
+        for module, paths in files.items()
+        for path in paths
+        for imported in imports(path)
+        if imported != module and rows[imported] <= rows[module]
     ]
     assert not upwards

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from batchgen.engine import EngineError, Setup
 from batchgen.engines import parse_options
@@ -133,7 +133,7 @@ def test_settings_that_nothing_can_run_with_are_sentences(setting: str) -> None:
 def test_positions_that_hang_on_the_longest_row_are_refused(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     path = models.save(tmp_path / "llama", lambda vocabulary: models.llama(vocabulary, rope_parameters=rope))
-    with pytest.raises(EngineError, match="rotary positions of type dynamic, which hang on the longest row"):
+    with pytest.raises(EngineError, match="rotary positions are of type dynamic, which hang on the longest row"):
         load(path)
 
 
@@ -160,10 +160,10 @@ def test_tokens_and_steps_are_counted(tiny_llama: Path) -> None:
 
 def test_a_model_that_is_not_covered_is_refused_by_name(tmp_path: Path) -> None:
     def build(vocabulary: int) -> PreTrainedModel:
-        return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+        return GPTJForCausalLM(GPTJConfig(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=2, rotary_dim=8))
 
-    path = models.save(tmp_path / "gpt2", build)
-    with pytest.raises(EngineError, match=r"does not cover models of type gpt2 \(it does bloom, .*use --engine accel"):
+    path = models.save(tmp_path / "gptj", build)
+    with pytest.raises(EngineError, match=r"of type gptj: its attention does not ask .*; use --engine accelerate"):
         load(path)
     assert not Paged.placements(models.Model(path).tokenizer.config, None, 1)
 

@@ -145,9 +145,10 @@ def test_any_other_error_of_a_later_step_leaves(tiny_llama: Path, monkeypatch: p
 
 @plain_path
 def test_the_first_rows_are_looked_at_again_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchgen.engines.paged.layout.PAGE_SIZE", 8)  # keys land in the wrong places of their pages
-    with load(tiny_llama) as engine, pytest.raises(EngineError, match=r"self-test: .* Batches change the text"):
-        texts(engine, prompts(20))
+    with load(tiny_llama) as engine:
+        monkeypatch.setattr("batchgen.engines.paged.layout.PAGE_SIZE", 8)  # keys land in wrong places of their pages
+        with pytest.raises(EngineError, match=r"self-test: .* Batches change the text"):
+            texts(engine, prompts(20))
 
 
 @plain_path

@@ -1,0 +1,66 @@
+"""MPT, which does not ask Transformers' attention interface: ALiBi, and projections that may be clipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.mpt.modeling_mpt import MptAttention, MptModel
+
+from batchgen.engine import Peers
+from batchgen.engines.paged.attention import attend
+
+# Warning: `patch` sets `__class__` of modules that Transformers has made; see `bloom`. Our `forward` uses wte, blocks,
+# norm_f, Wqkv, clip_qkv, n_heads, head_dim, softmax_scale and out_proj.
+
+
+def patch(body: Any, layers: Sequence[Any], peers: Peers) -> None:
+    """Gives the attention of MPT to `attend`; each of `peers` has its share of the heads."""
+    body.__class__ = _PagedMptModel
+    config = body.config
+    slopes = compute_slopes(config.n_heads, config.attn_config.alibi_bias_max)
+    for layer in layers:
+        layer.attn.__class__ = _PagedMptAttention
+        layer.attn.slopes = slopes.chunk(peers.count)[peers.place].to(body.device)
+
+
+def compute_slopes(heads: int, largest: float) -> torch.Tensor:
+    """The slopes of MPT, [heads]: 2^(-largest * k / n) for k from 1 to n, the power of two at or above `heads`; if that
+    is not `heads` itself, every second one first, and then the others, as many as there are heads.
+
+    Source: `build_mpt_alibi_tensor` of Transformers. Other than in the article they fall by head in another order.
+    """
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = [2 ** (-largest * (place + 1) / power) for place in range(power)]
+    if power != heads:
+        slopes = [*slopes[1::2], *slopes[::2]][:heads]
+    return torch.tensor(slopes)
+
+
+class _PagedMptModel(MptModel):
+    """MPT without the tensor of position biases and the mask, which `attend` does not need."""
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPastAndCrossAttentions:  # type: ignore[override]
+        hidden = self.wte(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden, position_bias=None, attention_mask=None)[0]
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm_f(hidden))
+
+
+class _PagedMptAttention(MptAttention):
+    """MPT's attention, whose biases are worked out where the scores are."""
+
+    layer_number: torch.Tensor
+    slopes: torch.Tensor
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        mixed = self.Wqkv(hidden_states)
+        if self.clip_qkv:
+            mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
+        parts = (part.view(*part.shape[:2], -1, self.head_dim).transpose(1, 2) for part in mixed.chunk(3, -1))
+        query, key, value = parts
+        context = attend(query, key, value, self.layer_number, self.softmax_scale, 0, self.slopes)
+        return self.out_proj(context.flatten(2)), None

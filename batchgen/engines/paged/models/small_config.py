@@ -1,0 +1,62 @@
+"""A config like another one, of a model that is small enough to be built and run in a second.
+
+What attention sees stays: the size of a head, how many heads share a key, caps, scales, kinds of layers. What only
+takes time goes: layers beyond the first of each kind, hidden sizes, the vocabulary. Windows are cut, so that short
+prompts reach beyond them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+WINDOW = 24  # tokens
+VOCABULARY = 256
+_INNER = 64
+_MOST_LAYERS = 12
+_INNER_SIZES = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "moe_intermediate_size",
+                "shared_expert_intermediate_size", "shared_intermediate_size", "expert_intermediate_size")  # fmt: skip
+_FIRST_OF_A_KIND = ("first_k_dense_replace", "moe_layer_start_index", "decoder_sparse_step", "moe_layer_interval")
+
+
+def shrink(config: Any) -> Any:
+    """Returns the config of a small text model with the features of `config`."""
+    small = copy.deepcopy(config.get_text_config())
+    layers = _count_layers(small)
+    for name, value in list(vars(small).items()):
+        if isinstance(value, (list, tuple)) and len(value) == small.num_hidden_layers:
+            setattr(small, name, type(value)(value[:layers]))
+    small.num_hidden_layers = layers
+    _cut_sizes(small)
+    small.vocab_size = min(small.vocab_size, VOCABULARY)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(small, name, None) is not None:
+            setattr(small, name, 0)
+    if getattr(small, "quantization_config", None) is not None:
+        del small.quantization_config
+    return small
+
+
+def _count_layers(text: Any) -> int:
+    """Returns how many of the first layers have one of each kind, and at least two."""
+    count = text.num_hidden_layers
+    lists = [value for value in vars(text).values() if isinstance(value, (list, tuple)) and len(value) == count]
+    kinds = list(zip(*[[str(each) for each in value] for value in lists], strict=True)) or [()] * count
+    needed = max(2, max(kinds.index(kind) + 1 for kind in set(kinds)))
+    for name in _FIRST_OF_A_KIND:
+        given = getattr(text, name, None)
+        if isinstance(given, int) and given < count:
+            needed = max(needed, given + 1)
+    return min(count, needed, _MOST_LAYERS)
+
+
+def _cut_sizes(text: Any) -> None:
+    """Makes a text config's hidden sizes small, and its windows short."""
+    for name in _INNER_SIZES:
+        if isinstance(getattr(text, name, None), int) and getattr(text, name) > _INNER:
+            setattr(text, name, _INNER)
+    context = getattr(text, "max_position_embeddings", None)
+    window = getattr(text, "sliding_window", None)
+    # A window as long as the context hides nothing, whether or not the model tells attention of it.
+    if isinstance(window, int) and window > WINDOW and not (isinstance(context, int) and window >= context):
+        text.sliding_window = WINDOW

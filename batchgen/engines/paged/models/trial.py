@@ -1,0 +1,152 @@
+"""A trial at load: a small random model of the same config, patched, beside Transformers' own forward.
+
+The model is made from the config (`small_config`), in float32, on the device of the run, so that the kernels of that
+device compute it. Three sequences go through three steps over pages: whole prompts side by side in one row, a chunk
+behind a cached beginning, single tokens. Their logits must be those that Transformers computes for each sequence alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from batchgen.engine import EngineError
+from batchgen.engines.paged.alone import Alone
+from batchgen.engines.paged.layout import Layout, lay_out, make_query_blocks
+from batchgen.engines.paged.models.interface import UnknownArgument
+from batchgen.engines.paged.models.patching import PatchedModel, patch
+from batchgen.engines.paged.models.small_config import shrink
+from batchgen.engines.paged.models.structure import UnknownStructure
+from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.step import Chunk
+from batchgen.models import architectures
+
+_TOLERANCE = 2e-4
+"""Of the largest logit: far above what rounding makes of float32, and far below what a wrong scale or window makes."""
+
+_LENGTHS = (75, 9, 40)
+_STEPS = ((50, 8, 17), (24, 0, 22), (1, 1, 1))  # tokens of each sequence in each step
+_COLUMNS = -(-max(_LENGTHS) // PAGE_SIZE)  # pages of each sequence
+_WEIGHTS = 2.0  # standard deviation of what a product adds up to: large, so that softmax is far from uniform
+_VECTORS = 0.3  # of biases, sinks, and around the weights of norms
+
+
+def check(config: Any, device: torch.device) -> None:
+    """Makes the trial.
+
+    Raises:
+        EngineError: a patched model of this config computes something else; the message says what to use instead.
+    """
+    why = find_difference(config, device)
+    if why:
+        raise EngineError(word_refusal(config, why))
+
+
+def word_refusal(config: Any, why: str) -> str:
+    """Returns the sentence for a config that is not covered."""
+    return f"--engine paged does not cover this model, of type {config.model_type}: {why}; use --engine accelerate"
+
+
+def find_difference(config: Any, device: torch.device | None = None) -> str:
+    """Returns what a patched model of this config does otherwise than Transformers; "" for nothing."""
+    device = device or torch.device("cpu")
+    try:
+        with torch.inference_mode(), _own_random_numbers(device):
+            model = _build_small(config, device)
+            ids = torch.randint(0, model.config.get_text_config().vocab_size, (max(_LENGTHS),), device=device)
+            sequences = [ids.roll(number)[:length] for number, length in enumerate(_LENGTHS)]
+            expected = [_compute_alone(model, sequence) for sequence in sequences]
+            patched = patch(model, Alone())
+            caches = patched.make_caches(_COLUMNS * len(_LENGTHS))
+            actual = _compute_in_pages(patched, caches, sequences)
+            if not all(cache.any() for cache in caches):
+                return "its attention does not ask Transformers' attention interface"
+    except (UnknownArgument, UnknownStructure) as error:
+        return str(error)
+    except Exception as error:  # the code of hundreds of families, called as it has never been called
+        first = str(error).strip().splitlines()
+        return f"a small model of its config fails in pages ({type(error).__name__}: {first[0] if first else ''})"
+    return _compare(expected, actual)
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def _build_small(config: Any, device: torch.device) -> Any:
+    """A model in float32 whose weights make every feature of attention matter."""
+    small = shrink(config)
+    architectures.model_class(small)  # imports its module, whose constants must not be on the device
+    with device:
+        make = architectures.auto_class(small)
+        model = make.from_config(small, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, _WEIGHTS * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(torch.randn_like(parameter) * _VECTORS)
+    return model.eval()
+
+
+def _compute_alone(model: Any, sequence: torch.Tensor) -> torch.Tensor:
+    """Transformers' own logits of one sequence, [tokens, vocabulary]."""
+    logits: torch.Tensor = model(input_ids=sequence[None], use_cache=False).logits[0]
+    return logits.float()
+
+
+def _compute_in_pages(
+    patched: PatchedModel, caches: Sequence[torch.Tensor], sequences: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The logits of the same sequences, computed together, in steps."""
+    device = sequences[0].device
+    # Pages in no order; the last slot is that of padding.
+    pages = torch.randperm(len(sequences) * _COLUMNS, device=device).int().view(len(sequences), _COLUMNS)
+    table = torch.cat([pages, torch.zeros_like(pages[:1])])
+    parts: list[list[torch.Tensor]] = [[] for _ in sequences]
+    done = [0] * len(sequences)
+    for step in _STEPS:
+        spans = [(slot, done[slot], done[slot] + count) for slot, count in enumerate(step) if count]
+        layout = _make_layout(spans, caches, table)
+        with lay_out(layout):
+            ids = torch.cat([sequences[slot][begin:end] for slot, begin, end in spans])
+            logits = patched.compute_logits(patched.compute_hidden(ids, layout.positions)).float()
+        for slot, begin, end in spans:
+            parts[slot].append(logits[: end - begin])
+            logits = logits[end - begin :]
+            done[slot] = end
+    return [torch.cat(part) for part in parts]
+
+
+def _make_layout(spans: Sequence[tuple[int, int, int]], caches: Sequence[torch.Tensor], table: torch.Tensor) -> Layout:
+    """The layout of a step; each of `spans` is a slot, and the first and the last position of its tokens, plus one."""
+    decoding = len(spans) if all(end - begin == 1 for _, begin, end in spans) else 0
+    chunks: list[Chunk] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    for slot, begin, end in spans:
+        if not decoding:
+            chunks.append(Chunk(len(slots), end - begin, slot, end))
+        slots += [slot] * (end - begin)
+        positions += range(begin, end)
+    blocks = make_query_blocks(chunks).to(table.device) if chunks and table.is_cuda else None
+    numbers = [
+        torch.tensor(values, dtype=torch.int32, device=table.device) for values in (slots, positions, [decoding])
+    ]
+    return Layout(caches, table, numbers[0], numbers[1], decoding, chunks, numbers[2], blocks)
+
+
+def _compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> str:
+    largest = max(float(logits.abs().max()) for logits in expected)
+    difference = max(float((own - given).abs().max()) for own, given in zip(expected, actual, strict=True))
+    if difference <= _TOLERANCE * largest:
+        return ""
+    return (
+        "beside Transformers' own forward, the logits of a small model of its config differ by "
+        f"{difference / largest:.1%} of the largest"
+    )
