@@ -39,8 +39,8 @@ def why_refused(config: Any) -> str:
         return f"its heads have {size} numbers, of which the kernels take {_LARGEST_HEAD}"
     token_bytes = footprint.cache_bytes_per_token(config, 2)
     if token_bytes > _MOST_TOKEN_BYTES:
-        size = f"{token_bytes / 2**20:.1f} MiB"
-        return f"its latent attention is kept as whole keys and values here, which take {size} a token"
+        mebibytes = f"{token_bytes / 2**20:.1f} MiB"
+        return f"its latent attention is kept as whole keys and values here, which take {mebibytes} a token"
     return ""
 
 

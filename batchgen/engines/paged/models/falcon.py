@@ -31,10 +31,10 @@ def patch(body: Any, layers: Sequence[Any], peers: Peers) -> None:
         layer.self_attention.slopes = slopes
 
 
-class _PagedFalconModel(FalconModel):
+class _PagedFalconModel(FalconModel):  # type: ignore[no-untyped-call]
     """Falcon without masks and the tensor of position biases, which `attend` does not need."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         hidden = self.word_embeddings(input_ids)
@@ -57,7 +57,7 @@ class _PagedFalconAttention(FalconAttention):
     ) -> tuple[torch.Tensor, None]:
         query, key, value = (part.transpose(1, 2) for part in self._split(self.query_key_value(hidden_states)))
         if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
         context = attend(query, key, value, self.layer_number, self.inv_norm_factor, 0, self.slopes)
         return self.dense(context.flatten(2)), None
 

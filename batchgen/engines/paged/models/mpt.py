@@ -40,10 +40,10 @@ def compute_slopes(heads: int, largest: float) -> torch.Tensor:
     return torch.tensor(slopes)
 
 
-class _PagedMptModel(MptModel):
+class _PagedMptModel(MptModel):  # type: ignore[no-untyped-call]
     """MPT without the tensor of position biases and the mask, which `attend` does not need."""
 
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPastAndCrossAttentions:  # type: ignore[override]
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPastAndCrossAttentions:
         hidden = self.wte(input_ids)
         for block in self.blocks:
             hidden = block(hidden, position_bias=None, attention_mask=None)[0]
@@ -62,5 +62,5 @@ class _PagedMptAttention(MptAttention):
             mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         parts = (part.view(*part.shape[:2], -1, self.head_dim).transpose(1, 2) for part in mixed.chunk(3, -1))
         query, key, value = parts
-        context = attend(query, key, value, self.layer_number, self.softmax_scale, 0, self.slopes)
+        context = attend(query, key, value, self.layer_number, float(self.softmax_scale or 0), 0, self.slopes)
         return self.out_proj(context.flatten(2)), None

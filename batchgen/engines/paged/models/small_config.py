@@ -39,7 +39,7 @@ def shrink(config: Any) -> Any:
 
 def _count_layers(text: Any) -> int:
     """Returns how many of the first layers have one of each kind, and at least two."""
-    count = text.num_hidden_layers
+    count: int = text.num_hidden_layers
     lists = [value for value in vars(text).values() if isinstance(value, (list, tuple)) and len(value) == count]
     kinds = list(zip(*[[str(each) for each in value] for value in lists], strict=True)) or [()] * count
     needed = max(2, max(kinds.index(kind) + 1 for kind in set(kinds)))
