@@ -37,7 +37,8 @@ class Layout:
     """Where the tokens of the current step belong."""
 
     caches: Sequence[torch.Tensor]  # of each layer, [2 (keys, values), pages, key heads, PAGE_SIZE, head size]
-    block_table: torch.Tensor  # [slots + 1, columns], int32: the pages of the sequence in each slot
+    # [slots + 1, columns + 1], int32: the pages of the sequence in each slot, and how many tokens its prompt has.
+    block_table: torch.Tensor
     slots: torch.Tensor  # [tokens], int32: the slot of each token's sequence
     positions: torch.Tensor  # [tokens], int32: the position in its sequence; below 0: padding
     decoding: int  # how many of the first tokens decode, one for each sequence; for the kernels, as many or more
@@ -46,6 +47,11 @@ class Layout:
     decoding_count: torch.Tensor | None = None  # [1], int32: how many tokens decode
     query_blocks: torch.Tensor | None = None  # [blocks, 2], int32: first token and number of tokens; 0: an empty block
     splits: int = 1  # programs that share a decoding sequence
+
+    @property
+    def prompt_tokens(self) -> torch.Tensor:
+        """How many tokens the prompt of each token's sequence has, [tokens], int32."""
+        return self.block_table[:, -1].index_select(0, self.slots)
 
     # Attention in torch alone uses these, which are the same for all layers.
     @cached_property

@@ -61,7 +61,7 @@ class Runner:
         slots = limits.slots
         self._most_tokens = -(-max(2, slots, limits.step_tokens) // _PADDED_TO) * _PADDED_TO
         self._buffers = StepBuffers(self._most_tokens, slots, self.device)
-        self._block_table = torch.zeros((slots + 1, limits.columns), dtype=torch.int32, device=self.device)
+        self._block_table = torch.zeros((slots + 1, limits.table_width), dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(slots + 1, dtype=torch.long, device=self.device)  # of each slot
         self._next_tokens = torch.zeros(max(2, slots), dtype=torch.long, device=self.device)  # of each row of the step
         blocks = self._most_tokens // _TOKENS_OF_A_BLOCK

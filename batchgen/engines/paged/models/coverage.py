@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from batchgen.engine import EngineError
-from batchgen.engines.paged.models import trial
+from batchgen.engines.paged.models import longrope, trial
 from batchgen.models import footprint
 from batchgen.models.architectures import OF_THE_LONGEST, model_class
 
@@ -27,7 +27,7 @@ def why_refused(config: Any) -> str:
     kinds = set(getattr(text, "layer_types", None) or ()) - _KINDS_OF_LAYERS
     if kinds:
         return f"it has layers of type {', '.join(sorted(kinds))}, whose state is not kept in pages"
-    longest = _find_rope_types(text) & set(OF_THE_LONGEST)
+    longest = _find_rope_types(text) & set(OF_THE_LONGEST) - {longrope.TYPE}
     if longest:
         return f"its rotary positions are of type {longest.pop()}, which hang on the longest row of a step"
     if getattr(text, "use_bidirectional_attention", False):

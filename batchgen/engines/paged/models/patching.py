@@ -12,7 +12,7 @@ from torch import nn
 
 from batchgen.engine import Peers
 from batchgen.engines.paged import linear
-from batchgen.engines.paged.models import bloom, falcon, mpt
+from batchgen.engines.paged.models import bloom, falcon, longrope, mpt
 from batchgen.engines.paged.models.interface import NAME
 from batchgen.engines.paged.models.structure import Logits, find_body, find_layers
 from batchgen.engines.paged.pages import PAGE_SIZE
@@ -84,6 +84,7 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
     layers = find_layers(body, text.num_hidden_layers)
     if text.model_type in _OWN_ATTENTION:
         _OWN_ATTENTION[text.model_type](body, layers, peers)
+    longrope.patch(body)
     for number, layer in enumerate(layers):
         # A number would be a constant to the compiler, which would then compile each layer anew.
         layer_number = torch.tensor([number])

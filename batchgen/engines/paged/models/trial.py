@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from batchgen.engine import EngineError
 from batchgen.engines.paged.alone import Alone
@@ -107,7 +108,8 @@ def _compute_in_pages(
     device = sequences[0].device
     # Pages in no order; the last slot is that of padding.
     pages = torch.randperm(len(sequences) * _COLUMNS, device=device).int().view(len(sequences), _COLUMNS)
-    table = torch.cat([pages, torch.zeros_like(pages[:1])])
+    prompt_tokens = torch.tensor(_LENGTHS, dtype=torch.int32, device=device)[:, None]
+    table = F.pad(torch.cat([pages, prompt_tokens], 1), (0, 0, 0, 1))
     parts: list[list[torch.Tensor]] = [[] for _ in sequences]
     done = [0] * len(sequences)
     for step in _STEPS:
