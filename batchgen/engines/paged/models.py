@@ -18,6 +18,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
 from batchgen.engine import EngineError, Peers
 from batchgen.engines.paged import linear
 from batchgen.engines.paged.attention import attend
+from batchgen.engines.paged.layout import AttentionShape
 from batchgen.models.architectures import OF_THE_LONGEST
 
 NAME = "batchgen_paged"
@@ -120,7 +121,7 @@ def _attention_interface(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """What Transformers calls in each layer; the signature is theirs."""
-    return attend(query, key, value, module.layer_number, scaling, sliding_window or 0, None), None
+    return attend(query, key, value, module.layer_number, AttentionShape(scaling, sliding_window or 0)), None
 
 
 # Warning: for the whole process. The function serves patched models alone (see above `patch`): others keep the name of
@@ -148,5 +149,6 @@ class _PagedBloomAttention(BloomAttention):
         self, hidden_states: torch.Tensor, residual: torch.Tensor, **_: Any
     ) -> tuple[torch.Tensor, None]:
         query, key, value = self._reshape(self.query_key_value(hidden_states))
-        context = attend(query, key, value, self.layer_number, self.inv_norm_factor, 0, self.slopes)
+        shape = AttentionShape(self.inv_norm_factor, slopes=self.slopes)
+        context = attend(query, key, value, self.layer_number, shape)
         return residual + self.dense(context.flatten(2)), None

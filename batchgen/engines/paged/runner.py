@@ -20,7 +20,7 @@ from batchgen.engines.paged import models
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.graphs import Graphs, choose_graph_size
 from batchgen.engines.paged.launched_step import LaunchedStep
-from batchgen.engines.paged.layout import Layout, lay_out, make_query_blocks
+from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.prompt_logprobs import find_prompt_logprobs
 from batchgen.engines.paged.step import Step, StepLimits
@@ -69,7 +69,7 @@ class Runner:
         blocks = self._most_tokens // _TOKENS_OF_A_BLOCK
         self._query_blocks = torch.zeros((blocks, 2), dtype=torch.int32, device=self.device)
         self.pages = 0
-        self._caches: list[torch.Tensor] = []
+        self._caches: list[LayerCache] = []
         self._kept_logits: torch.Tensor | None = None  # of decode steps with rows that need them after the graph
         self._graphs: Graphs | None = None
         if self.device.type == "cuda":
@@ -83,13 +83,14 @@ class Runner:
         size = footprint.cached_heads(self.model.config)[1]
         self.pages = pages
         self._block_table.zero_()  # a larger cache had pages that this one has not
-        shape = (2, pages, self._heads, PAGE_SIZE, size)
+        shape = (pages, self._heads, PAGE_SIZE, size)
         gpu = self.device.type == "cuda"
         self._caches, self._kept_logits, self._graphs = [], None, Graphs(self.device) if gpu else None
         if gpu:
             torch.cuda.empty_cache()
         zeros = torch.zeros if gpu else _untouched_zeros
-        self._caches = [zeros(shape, dtype=self.model.dtype, device=self.device) for _ in self._layers]
+        options = {"dtype": self.model.dtype, "device": self.device}
+        self._caches = [LayerCache(zeros(shape, **options), zeros(shape, **options)) for _ in self._layers]
 
     def measure_free_bytes(self) -> int:
         """Of the GPU, what is free for the cache: beside the weights and the largest forward. Compiles the model."""
