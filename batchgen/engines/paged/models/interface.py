@@ -13,6 +13,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from batchgen.engines.paged.attention import attend
+from batchgen.engines.paged.layout import AttentionShape
 
 NAME = "batchgen_paged"
 
@@ -52,7 +53,8 @@ def _attention_interface(
     if is_causal is False or not getattr(module, "is_causal", True):
         raise UnknownArgument("its tokens attend to those behind them, too")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, module.layer_number, scale, sliding_window or 0, None), None
+    shape = AttentionShape(scale, sliding_window or 0, softcap=softcap or 0.0, sinks=s_aux)
+    return attend(query, key, value, module.layer_number, shape), None
 
 
 # Warning: for the whole process. The function serves patched models alone (`patching`): others keep the name of their

@@ -15,8 +15,6 @@ from batchgen.engines.paged import linear
 from batchgen.engines.paged.models import bloom, falcon, longrope, mpt
 from batchgen.engines.paged.models.interface import NAME
 from batchgen.engines.paged.models.structure import Logits, find_body, find_layers
-from batchgen.engines.paged.pages import PAGE_SIZE
-from batchgen.models import footprint
 
 _OWN_ATTENTION = {"bloom": bloom.patch, "falcon": falcon.patch, "mpt": mpt.patch}
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -52,12 +50,6 @@ class PatchedModel:
     def takes_positions(self) -> bool:
         """Whether the body is told of positions; those with ALiBi are not."""
         return "position_ids" in inspect.signature(type(self.body).forward).parameters
-
-    def make_caches(self, pages: int, peers: int = 1) -> list[torch.Tensor]:
-        """Returns the cache of each layer, of `pages` pages, on the model's device."""
-        heads, size = footprint.cached_heads(self.model.config)
-        shape = (2, pages, heads // peers, PAGE_SIZE, size)
-        return [torch.zeros(shape, dtype=self.model.dtype, device=self.model.device) for _ in self.layers]
 
 
 # Warning: `patch` changes modules and a config that Transformers has made.

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from batchgen.engine import EngineError
 from batchgen.engines.paged.alone import Alone
-from batchgen.engines.paged.layout import Layout, lay_out, make_query_blocks
+from batchgen.engines.paged.cache import make_caches
+from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.models.interface import UnknownArgument
 from batchgen.engines.paged.models.patching import PatchedModel, patch
 from batchgen.engines.paged.models.small_config import shrink
@@ -61,9 +62,9 @@ def find_difference(config: Any, device: torch.device | None = None) -> str:
             sequences = [ids.roll(number)[:length] for number, length in enumerate(_LENGTHS)]
             expected = [_compute_alone(model, sequence) for sequence in sequences]
             patched = patch(model, Alone())
-            caches = patched.make_caches(_COLUMNS * len(_LENGTHS))
+            caches = make_caches(model.config, _COLUMNS * len(_LENGTHS), 1, torch.float32, device)
             actual = _compute_in_pages(patched, caches, sequences)
-            if not all(cache.any() for cache in caches):
+            if not all(cache.keys.any() for cache in caches):
                 return "its attention does not ask Transformers' attention interface"
     except (UnknownArgument, UnknownStructure) as error:
         return str(error)
@@ -102,7 +103,7 @@ def _compute_alone(model: Any, sequence: torch.Tensor) -> torch.Tensor:
 
 
 def _compute_in_pages(
-    patched: PatchedModel, caches: Sequence[torch.Tensor], sequences: Sequence[torch.Tensor]
+    patched: PatchedModel, caches: Sequence[LayerCache], sequences: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The logits of the same sequences, computed together, in steps."""
     device = sequences[0].device
@@ -125,7 +126,7 @@ def _compute_in_pages(
     return [torch.cat(part) for part in parts]
 
 
-def _make_layout(spans: Sequence[tuple[int, int, int]], caches: Sequence[torch.Tensor], table: torch.Tensor) -> Layout:
+def _make_layout(spans: Sequence[tuple[int, int, int]], caches: Sequence[LayerCache], table: torch.Tensor) -> Layout:
     """The layout of a step; each of `spans` is a slot, and the first and the last position of its tokens, plus one."""
     decoding = len(spans) if all(end - begin == 1 for _, begin, end in spans) else 0
     chunks: list[Chunk] = []
