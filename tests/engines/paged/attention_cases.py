@@ -226,7 +226,8 @@ def poisoned() -> Iterator[None]:
     empty = torch.empty
 
     def poison(*sizes: object, **options: object) -> torch.Tensor:
-        return empty(*sizes, **options).fill_(torch.nan)  # type: ignore[call-overload,no-any-return]
+        tensor: torch.Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
 
     torch.empty = poison
     try:
