@@ -20,7 +20,6 @@ from batchgen.engines.paged.cache import make_caches
 from batchgen.engines.paged.graphs import Graphs, choose_graph_size
 from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
-from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.prompt_logprobs import find_prompt_logprobs
 from batchgen.engines.paged.step import Step, StepLimits
 from batchgen.engines.paged.step_buffers import StepArrays, StepBuffers
@@ -269,4 +268,3 @@ class Runner:
         """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""
         wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * self._heads), longest // _SPLIT_TOKENS)
         return 1 << max(0, wanted.bit_length() - 1)
-

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from batchgen.engine import EngineError
 from batchgen.engines.paged import experts
 from batchgen.engines.paged.experts import grouped_gemm, routing
 from batchgen.engines.paged.experts.interface import compute_experts
+from batchgen.engines.paged.not_covered import NotCovered
 from tests.engines.paged.expert_cases import CASES, LAYOUTS, TOLERANCES, Case, expect, make_experts, route
 from tests.kernels import assert_none_wrong
 from tests.sweep.kinds import build
@@ -113,7 +113,7 @@ def test_experts_of_unknown_kind_are_refused() -> None:
     for module in model.modules():
         if hasattr(module, "_apply_gate"):
             module.has_post_expert_norm = True  # as Transformers says of Muse Spark
-    with pytest.raises(EngineError, match=r"mixtral: MixtralExperts has has_post_expert_norm; use --engine accelerate"):
+    with pytest.raises(NotCovered, match=r"its experts \(MixtralExperts\) say has_post_expert_norm"):
         experts.install(model)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from batchgen.engine import EngineError
 from batchgen.engines.paged.experts import grouped_gemm, routing
+from batchgen.engines.paged.not_covered import NotCovered
 
 NAME = "batchgen_experts"
 
@@ -39,7 +39,7 @@ def install(model: nn.Module) -> int:
         How many modules of experts the model has that ask Transformers' interface: 0 for a dense model.
 
     Raises:
-        EngineError: the experts of this family do something that `compute_experts` does not know.
+        NotCovered: the experts of this family do something that `compute_experts` does not know.
     """
     modules: list[Any] = [module for module in model.modules() if _asks_the_interface(module)]
     for module in modules:
@@ -54,14 +54,11 @@ def _asks_the_interface(module: nn.Module) -> bool:
 
 
 def _check(module: Any) -> None:
-    """Raises EngineError if the module has a flag that is unknown here, and set."""
+    """Raises NotCovered if the module has a flag that is unknown here, and set."""
     flags = {name for name, value in vars(module).items() if name.startswith(("has_", "is_")) and value is True}
     unknown = sorted(flags.difference(_FLAGS))
     if unknown:
-        raise EngineError(
-            f"--engine paged does not cover the experts of models of type {module.config.model_type}: "
-            f"{type(module).__name__} has {', '.join(unknown)}; use --engine accelerate"
-        )
+        raise NotCovered(f"its experts ({type(module).__name__}) say {', '.join(unknown)}, which is not known here")
 
 
 def compute_experts(

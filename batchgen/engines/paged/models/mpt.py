@@ -63,5 +63,7 @@ class _PagedMptAttention(MptAttention):
             mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         parts = (part.view(*part.shape[:2], -1, self.head_dim).transpose(1, 2) for part in mixed.chunk(3, -1))
         query, key, value = parts
-        context = attend(query, key, value, self.layer_number, AttentionShape(float(self.softmax_scale or 0), slopes=self.slopes))
+        context = attend(
+            query, key, value, self.layer_number, AttentionShape(float(self.softmax_scale or 0), slopes=self.slopes)
+        )
         return self.out_proj(context.flatten(2)), None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from batchgen.engine import Peers
-from batchgen.engines.paged import linear
+from batchgen.engines.paged import experts, linear
 from batchgen.engines.paged.models import bloom, falcon, longrope, mpt
 from batchgen.engines.paged.models.interface import NAME
 from batchgen.engines.paged.models.structure import Logits, find_body, find_layers
@@ -69,7 +69,7 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
         peers: the ranks that hold the model together; `model` is this one's shard, with as many heads as each has.
 
     Raises:
-        UnknownStructure: a part of the model is not where it should be.
+        NotCovered: a part of the model is not where it should be.
     """
     text = model.config.get_text_config()
     body = find_body(model)
@@ -77,6 +77,7 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
     if text.model_type in _OWN_ATTENTION:
         _OWN_ATTENTION[text.model_type](body, layers, peers)
     longrope.patch(body)
+    experts.install(model)
     for number, layer in enumerate(layers):
         # A number would be a constant to the compiler, which would then compile each layer anew.
         layer_number = torch.tensor([number])

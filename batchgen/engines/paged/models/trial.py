@@ -18,10 +18,9 @@ from batchgen.engine import EngineError
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.cache import make_caches
 from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
-from batchgen.engines.paged.models.interface import UnknownArgument
 from batchgen.engines.paged.models.patching import PatchedModel, patch
 from batchgen.engines.paged.models.small_config import shrink
-from batchgen.engines.paged.models.structure import UnknownStructure
+from batchgen.engines.paged.not_covered import NotCovered
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Chunk
 from batchgen.models import architectures
@@ -66,7 +65,7 @@ def find_difference(config: Any, device: torch.device | None = None) -> str:
             actual = _compute_in_pages(patched, caches, sequences)
             if not all(cache.keys.any() for cache in caches):
                 return "its attention does not ask Transformers' attention interface"
-    except (UnknownArgument, UnknownStructure) as error:
+    except NotCovered as error:
         return str(error)
     except Exception as error:  # the code of hundreds of families, called as it has never been called
         first = str(error).strip().splitlines()
@@ -118,12 +117,25 @@ def _compute_in_pages(
         layout = _make_layout(spans, caches, table)
         with lay_out(layout):
             ids = torch.cat([sequences[slot][begin:end] for slot, begin, end in spans])
-            logits = patched.compute_logits(patched.compute_hidden(ids, layout.positions)).float()
+            with _refuse_waiting(device):
+                logits = patched.compute_logits(patched.compute_hidden(ids, layout.positions)).float()
         for slot, begin, end in spans:
             parts[slot].append(logits[: end - begin])
             logits = logits[end - begin :]
             done[slot] = end
     return [torch.cat(part) for part in parts]
+
+
+@contextmanager
+def _refuse_waiting(device: torch.device) -> Iterator[None]:
+    """What waits for a GPU inside is an error: it cannot be captured in a CUDA graph."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def _make_layout(spans: Sequence[tuple[int, int, int]], caches: Sequence[LayerCache], table: torch.Tensor) -> Layout:
