@@ -13,7 +13,7 @@ import torch
 from batchgen.generation.random_numbers import find_all_words, find_words, to_exponential, to_gumbel
 from batchgen.types import SamplingParams
 
-_CANDIDATES = 1024  # likeliest tokens of a row, which mostly hold its nucleus; else eight times as many, and so on
+_CANDIDATES, _MORE = 1024, 8  # likeliest tokens of a row, which mostly hold its nucleus; else so many times as many
 _ROUNDING = 1e-9  # by which a sum of float64 may differ with the order
 _ELEMENTS_AT_ONCE = 2**23  # rows x vocabulary handled at once: 64 MiB for each float64 tensor
 _RANDOM_NUMBERS_AT_ONCE = 2**18  # so many stay in the caches of a CPU, and have work for some of its cores
@@ -148,7 +148,7 @@ def _find_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Ten
         kept[rows] = above | ties
         is_short = sums[:, -1:] <= wanted + _ROUNDING
         rows = rows[is_short[:, 0]] if count < probabilities.shape[-1] else rows[:0]
-        count *= _FEW
+        count *= _MORE
     return kept
 
 

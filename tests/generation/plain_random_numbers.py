@@ -9,7 +9,7 @@ _WORD = 2**32
 
 
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
-    """Philox4x32-10 as its authors write it down: two products, their halves crossed over, the key raised each round."""
+    """Philox4x32-10 as its authors define it: two products, halves crossed over, the key raised each round."""
     left, right = list(counter), list(key)
     for _ in range(10):
         high0, low0 = divmod(0xD2511F53 * left[0], _WORD)
