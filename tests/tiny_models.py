@@ -173,7 +173,7 @@ class Model:
 
     def chosen(self, prompt: Prompt) -> list[int]:
         """The tokens of one prompt, greedy or sampled, past its stop texts. A whole forward each, without a cache."""
-        params, numbers = prompt.params, random.Random(prompt.row_seed)
+        params, seed = prompt.params, prompt.row_seed - (prompt.row_seed >> 63 << 64)
         tokens: list[int] = []
         while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in self.tokenizer.end_tokens):
             with torch.inference_mode():
@@ -181,11 +181,11 @@ class Model:
                 logits = self.model(ids, use_cache=False).logits[:, -1].float()
             token = int(logits.argmax())
             if params.temperature > 0:
-                numbers_of_row = [[numbers.random()], [params.temperature], [params.top_p]]
-                drawn, temperature, top_p = torch.tensor(numbers_of_row, dtype=torch.float64, device=self.device)
-                top_k = torch.tensor([params.top_k], device=self.device)
+                numbers = [[params.temperature], [params.top_p]]
+                temperature, top_p = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+                seeds, steps, top_k = torch.tensor([[seed], [len(tokens)], [params.top_k]], device=self.device)
                 tensors = SamplingTensors(temperature, top_k, params.top_k, top_p)
-                token = int(sample(logits, drawn, tensors))
+                token = int(sample(logits, seeds, steps, tensors))
             tokens.append(token)
         return tokens
 
