@@ -92,6 +92,8 @@ def _find_layer_cache(layer: Any, kind: str | None) -> LayerCacheShape:
         if window and getattr(layer, "model_type", None) == "mimo_v2_flash":
             cached *= 2  # its layers with a window have twice the heads, which stands in the code alone
     return LayerCacheShape(cached, size, _find_size(layer, "v_head_dim") or size, window or 0)
+
+
 def _find_size(text: Any, name: str) -> int | None:
     """Returns a size from the config of a text model; the largest, if it has one for each layer; None: it has none."""
     try:
