@@ -67,7 +67,9 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     For each engine it says whether the model fits, how large a batch of the longest rows can be, what memory it takes,
     how many tokens are generated in a second, and how long the whole input takes if every row generates as much as it
     may. It needs no GPU and no weights, only a model's config or the name of a shape (bloom-560m, bloom-7b1,
-    bloom-176b, llama-8b, llama-70b, qwen3-0.6b).
+    bloom-176b, llama-8b, llama-70b, qwen3-0.6b, qwen3-30b-a3b, mixtral-8x7b, gpt-oss-20b, gemma3-12b,
+    deepseek-v2-lite). Of a mixture of experts, a decode step is counted with the experts that its rows are expected to
+    need; a layer with a window, with the tokens in it.
     """
     from batchgen.types import UserError
 
@@ -76,14 +78,25 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     recipe = options["recipe"] = recipe_of(options)
     try:
         with results_only_on_stdout():
-            work, note, forecasts, node = _planned(inputs, recipe, options)
+            work, note, forecasts, node, model = _planned(inputs, recipe, options)
     except UserError as error:
         raise fail(error) from error
     if as_json:
         values = [dataclasses.asdict(forecast) for forecast in forecasts]
-        click.echo(json.dumps({"rows": work.rows, "lengths": note, "forecasts": values}, indent=1))
+        described = {"rows": work.rows, "lengths": note, "model": _sizes(model), "forecasts": values}
+        click.echo(json.dumps(described, indent=1))
     else:
+        options["size"] = str(model)
         click.echo("\n".join(_text(inputs, work, note, forecasts, node, options)))
+
+
+def _sizes(model: plans.Model) -> dict[str, Any]:
+    """What --json says about the model."""
+    from batchgen.planning.description import list_cache_kinds
+
+    weights = model.weights
+    cache = list_cache_kinds(model.footprint, model.dtype.itemsize)
+    return {"parameters": weights.total, "active_parameters": weights.active, "kv_cache": cache}
 
 
 def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any:
@@ -103,7 +116,7 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     node = forecast.Node(card, options["gpus"], None if host is None else int(host * 1e9))
     model = forecast.Model.of(config, getattr(torch, options["dtype"]))
     measured = _measured(options["bench_folder"], options)
-    return work, note, forecast.forecasts(model, work, node, measured), node
+    return work, note, forecast.forecasts(model, work, node, measured), node, model
 
 
 def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plans.Work, str]:
@@ -162,6 +175,7 @@ def _text(
     sold = options["gpu_memory"]
     memory = f"{node.card.memory / 1e9:,.0f} GB" if sold is None else f"{sold:g} GiB"
     yield f"{options['model']} in {options['dtype']} on {node.gpus} GPU(s) of {memory}"
+    yield options["size"]
     if options["gpu"] is None and sold is None:
         yield "no --gpu was given: an H100 is assumed"
     elif options["gpu"] is None:
