@@ -101,11 +101,16 @@ def make_routing(model: Model, tokens: int, seed: int) -> Routing:
     """Random experts for each token, all equally likely, no two of a token the same."""
     source = torch.Generator(DEVICE).manual_seed(seed)
     scores, index = torch.rand(tokens, model.experts, device=DEVICE, generator=source).topk(model.top_k)
-    return Routing(index, (scores / scores.sum(1, keepdim=True)).bfloat16())
+    of = Routing(index, (scores / scores.sum(1, keepdim=True)).bfloat16())
+    for tensor in of:
+        torch._dynamo.mark_static(tensor, 1)  # as in a model, whose K is a number to the compiler
+    return of
 
 
 def make_hidden(model: Model, tokens: int) -> torch.Tensor:
-    return torch.randn(tokens, model.width, device=DEVICE).bfloat16()
+    hidden = torch.randn(tokens, model.width, device=DEVICE).bfloat16()
+    torch._dynamo.mark_static(hidden, 1)
+    return hidden
 
 
 def compute_in_float32(module: Any, hidden: torch.Tensor, of: Routing) -> torch.Tensor:
@@ -256,7 +261,7 @@ def list_tiles(pairs: int, experts: int) -> Iterator[Tile]:
     """Those that may be good for so many pairs of so many experts."""
     sizes = [size for size in (16, 32, 64, 128) if pairs / experts / 2 <= size <= max(32, 6 * pairs / experts)] or [128]
     for size in sizes:
-        for columns in (64, 128) if size < 128 else (128, 256):
+        for columns in {16: (32, 64, 128), 32: (32, 64, 128), 64: (64, 128), 128: (128, 256)}[size]:
             for depth in (64, 128) if size + columns < 256 else (64,):
                 for warps in (4, 8):
                     for stages in (3, 4, 5):
