@@ -81,7 +81,8 @@ def test_layers_with_a_window_read_and_keep_no_more_than_it() -> None:
         (
             "gpt-oss-20b",
             "20.9 B parameters, of which 4.2 B are active for a token; "
-            "49,152 bytes of KV cache for a token in 24 layers, of which 12 (24,576 bytes) need the last 128 tokens alone\n",
+            "49,152 bytes of KV cache for a token in 24 layers, "
+            "of which 12 (24,576 bytes) need the last 128 tokens alone\n",
             (20_914_757_184, 4_187_440_704, [(128, 12, 24_576), (None, 12, 24_576)]),
         ),
         (
