@@ -13,6 +13,7 @@ import torch
 from batchgen.engine import Setup
 from batchgen.engines.accelerate import Accelerate
 from batchgen.models import ModelError, loading, shapes
+from batchgen.models.footprint import cache_bytes_per_token
 from batchgen.models.parameters import list_parameters
 from batchgen.world import World
 
@@ -68,6 +69,17 @@ def test_a_shape_has_the_parameters_of_the_real_model_and_takes_no_room(name: st
 def test_the_active_parameters_of_a_shape_leave_out_experts_that_a_token_is_not_sent_to(name: str) -> None:
     weights = list_parameters(shapes.config_of(name), torch.bfloat16)
     assert (weights.total, weights.active) == (PARAMETERS[name], ACTIVE.get(name, PARAMETERS[name]))
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_the_manual_has_the_sizes_of_each_shape(name: str) -> None:
+    page = (ROOT / "docs" / "bench-and-plan.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
+    _, _, parameters, active, cache, _ = (cell.strip() for cell in line.split("|"))
+    decimals = len(parameters.partition(".")[2].removesuffix(" B"))
+    assert parameters == f"{PARAMETERS[name] / 1e9:.{decimals}f} B"
+    assert active == (f"{ACTIVE[name] / 1e9:.1f} B" if name in ACTIVE else "")
+    assert cache.removesuffix(" bytes").partition(";")[0] == f"{cache_bytes_per_token(shapes.config_of(name), 2):,}"
 
 
 def test_a_shape_that_is_none_is_a_sentence(tmp_path: Path) -> None:
