@@ -35,7 +35,7 @@ def load_shard(setup: Setup, config: Any, group: Group, attn_implementation: str
         model = read_split(Path(setup.model), layout, group.model, device, attn_implementation)
     else:
         loading.check_weights(setup.model)
-        model = map_model(setup.model, attn_implementation)
+        model = map_model(setup.model, attn_implementation, setup.adapter)
         if len(group.ranks) > 1:
             split(model, group.model)
     if layout is None or (eight_bits and layout.dtype != "int8"):

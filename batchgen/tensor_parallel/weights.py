@@ -28,7 +28,7 @@ _MADV_DONTNEED = 4  # see madvise(2)
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def map_model(folder: str, attn_implementation: str | None) -> Any:
+def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -> Any:
     """Returns the whole model on the CPU; its weights are mapped files of which nothing has been read.
 
     In any other type than the files' own, Transformers would copy all of it.
@@ -37,7 +37,7 @@ def map_model(folder: str, attn_implementation: str | None) -> Any:
         EngineError: as `loading.load`.
     """
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
-    model = loading.load(folder, arguments, filled=False)
+    model = loading.load(folder, arguments, filled=False, adapter=adapter)
     _check_unpacked(folder, model)
     return model
 
