@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from batchgen.models.lora.adapter import Adapter, describe, read_adapter
 from batchgen.models.lora.change import Change
-from batchgen.models.lora.check import check_adapter
+from batchgen.models.lora.check import check_adapter, place_by_config
 from batchgen.models.lora.conversions import Wanted, all_changes, merged_on_load
 from batchgen.models.lora.places import Places, find_places
 
@@ -27,5 +27,6 @@ __all__ = [
     "describe",
     "find_places",
     "merged_on_load",
+    "place_by_config",
     "read_adapter",
 ]

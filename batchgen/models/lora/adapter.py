@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,7 +26,7 @@ _PARTS = re.compile(
 _MERGE_ELSEWHERE = "merge it with peft (merge_and_unload) into a copy of the model, and give that as --model"
 # Settings of peft's LoraConfig by which an adapter is more than products that are added.
 _UNKNOWN = (
-    *("target_parameters", "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora"),
+    *("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora"),
     *("use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
 # Ways to begin a training that change the base model as well, so that the product does not belong to the original.
@@ -38,8 +38,30 @@ class Adapter:
     """A LoRA adapter, whose tensors are mapped from its file."""
 
     folder: Path
-    base: str  # the model that it says it is for; "" if it does not say
-    changes: Mapping[str, Change]  # by the weights' names in the model
+    config: Mapping[str, Any]
+    changes: Mapping[str, Change]  # by the weights' names in the model, not scaled yet
+
+    def scale(self, change: Change, layer: str, experts: int = 0) -> Change:
+        """Returns `change` with the factor that the config has for `layer`.
+
+        Args:
+            experts: whose weights the change is of, if they are one parameter.
+
+        Raises:
+            ModelError: the config has no such factor, or another rank than the tensors.
+        """
+        if change.up is None and change.bias is None:
+            return change
+        rank, scale = _read_rank_and_scale(self.folder, self.config, layer)
+        matrices = [tensor for tensor in (change.down, change.up) if tensor is not None]
+        is_matrix = all(tensor.dim() == 2 for tensor in matrices)
+        # The rows of A, the columns of B.
+        if not is_matrix or {tensor.shape[at] for at, tensor in enumerate(matrices)} - {rank * max(experts, 1)}:
+            raise ModelError(
+                f"{self.folder}: {CONFIG} says rank {rank} for {layer}, and {change.tensor} is "
+                f"{list(matrices[0].shape)}; take the two files that belong together"
+            )
+        return replace(change, scale=scale, experts=experts)
 
 
 def read_adapter(name: str) -> Adapter:
@@ -51,7 +73,6 @@ def read_adapter(name: str) -> Adapter:
     folder = find_adapter(name)
     config = read_json(folder / CONFIG) or {}
     _check_kind(folder, config)
-    base = config.get("base_model_name_or_path")
     parts: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
     for tensor, content in _read_tensors(find_tensors(folder)).items():
         match = _PARTS.fullmatch(tensor.removeprefix(_PREFIX)) if tensor.startswith(_PREFIX) else None
@@ -65,13 +86,14 @@ def read_adapter(name: str) -> Adapter:
         parts.setdefault(f"{match['layer']}.{weight}", {})[kind] = (tensor, content)
     if not parts:
         raise ModelError(f"{folder} holds an adapter without a tensor; train it, or copy it again")
-    changes = {weight: _make_change(folder, config, weight, found) for weight, found in parts.items()}
-    return Adapter(folder, base if isinstance(base, str) else "", changes)
+    changes = {weight: _make_change(folder, weight, found) for weight, found in parts.items()}
+    return Adapter(folder, config, changes)
 
 
 def describe(adapter: Adapter) -> str:
     """Returns a phrase with the folder of an adapter, and the model that it is for."""
-    return f"the adapter in {adapter.folder}{f' (of {adapter.base})' if adapter.base else ''}"
+    base = adapter.config.get("base_model_name_or_path")
+    return f"the adapter in {adapter.folder}{f' (of {base})' if isinstance(base, str) and base else ''}"
 
 
 def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
@@ -103,7 +125,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             raise ModelError(f"{path} {stand_in}")
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ModelError(
             f"{path} holds more than tensors, or is damaged. Such a file can run code as it is read, so this one is "
@@ -116,25 +138,13 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _make_change(
-    folder: Path, config: Mapping[str, Any], weight: str, parts: Mapping[str, tuple[str, torch.Tensor]]
-) -> Change:
+def _make_change(folder: Path, weight: str, parts: Mapping[str, tuple[str, torch.Tensor]]) -> Change:
     tensor = next(iter(parts.values()))[0]
     found = {kind: content for kind, (_, content) in parts.items()}
     if ("up" in found) != ("down" in found) or ("magnitude" in found and "up" not in found):
         raise ModelError(
             f"{folder} is not whole: of lora_A and lora_B of {weight}, it has {tensor} alone; copy the adapter again"
         )
-    scale = 1.0
-    if "up" in found or "bias" in found:
-        rank, scale = _read_rank_and_scale(folder, config, weight.rpartition(".")[0])
-        sizes = {found["down"].shape[0], found["up"].shape[-1]} if "up" in found else {rank}
-        if sizes != {rank} or ("up" in found and {found["down"].dim(), found["up"].dim()} != {2}):
-            raise ModelError(
-                f"{folder}: {CONFIG} says rank {rank} for {weight}, and {tensor} is "
-                f"{list(parts.get('down', parts.get('bias'))[1].shape)}; "  # type: ignore[index]
-                "take the two files that belong together"
-            )
     magnitude = found.get("magnitude")
     turned = "lora_embedding" in parts["down"][0] if "down" in found else False
     if turned and magnitude is not None:
@@ -144,7 +154,6 @@ def _make_change(
         value=found.get("value"),
         down=found.get("down"),
         up=found.get("up"),
-        scale=scale,
         magnitude=None if magnitude is None else magnitude.flatten(),
         bias=found.get("bias"),
         is_turned=turned,

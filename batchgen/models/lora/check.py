@@ -12,7 +12,7 @@ from batchgen.models.definition.build import build_empty
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.files import read_json
 from batchgen.models.lora.adapter import Adapter, describe, read_adapter
-from batchgen.models.lora.places import find_places
+from batchgen.models.lora.places import Places, find_places
 
 
 def check_adapter(name: str, model: Path, tokenizer: Any) -> None:
@@ -32,11 +32,20 @@ def check_adapter(name: str, model: Path, tokenizer: Any) -> None:
     if getattr(config, "quantization_config", None):
         raise ModelError(
             f"the weights in {model} are packed (quantization_config in its config.json), and an adapter is merged "
-            "into weights that are not; give the model in bfloat16 or float16 (--dtype int8 or nf4 rounds what is merged)"
+            "into weights that are not; give the model in bfloat16 (--dtype int8 or nf4 rounds what has been merged)"
         )
     _check_tokens(adapter, tokenizer)
+    place_by_config(adapter, config)
+
+
+def place_by_config(adapter: Adapter, config: Any) -> Places:
+    """Returns where the changes of `adapter` belong in a model of this Transformers config, of which nothing is read.
+
+    Raises:
+        ModelError: one does not fit.
+    """
     empty = build_empty(config)
-    find_places(adapter, empty, get_model_conversion_mapping(empty))
+    return find_places(adapter, empty, get_model_conversion_mapping(empty))
 
 
 def _check_tokens(adapter: Adapter, tokenizer: Any) -> None:

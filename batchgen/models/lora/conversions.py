@@ -82,10 +82,9 @@ class _Merge:
 
     def join(self, conversions: list[Any]) -> list[Any]:
         """Returns `conversions` with the merge in them."""
-        patterns = {pattern for _, pattern in self.places.parts}
         for conversion in conversions:
-            if isinstance(conversion, WeightConverter) and patterns & {*conversion.source_patterns}:
-                conversion.operations = [_ChangeParts(self), *conversion.operations]
+            if isinstance(conversion, WeightConverter):
+                conversion.operations = [_ChangeParts(self), *conversion.operations, _ChangeMade(self)]
         ends = sorted({".".join(name.split(".")[-2:]) for name in self.places.whole}, key=len)
         # At the end of the list, since the first one that matches a name has it.
         return [
@@ -147,6 +146,18 @@ class _ChangeWhole(_Operation):
         if change is not None:
             weight = self._merge.change(name, change, weight, _find_dtype(model, name, weight))
         return {targets[0]: weight}
+
+
+class _ChangeMade(_Operation):
+    """The last step of parameters that are made of several weights of the files, or of which several are in one."""
+
+    def _change(self, weights: dict[str, Any], targets: list[str], name: str, model: Any) -> dict[str, Any]:
+        for target, made in weights.items():
+            own = name.replace(targets[0], target)
+            if (change := self._merge.places.whole.get(own)) is not None:
+                weight = made[0] if isinstance(made, list) else made
+                weights[target] = self._merge.change(own, change, weight, _find_dtype(model, own, weight))
+        return weights
 
 
 class _ChangeParts(_Operation):

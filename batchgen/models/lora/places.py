@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ def find_places(adapter: Adapter, model: Any, conversions: Sequence[Any]) -> Pla
         place, pattern = name, None
         if name not in parameters:
             place, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if place not in parameters and (of_experts := _find_of_experts(adapter, model, name, change)):
+            whole[of_experts[0]] = of_experts[1]
+            continue
         if place not in parameters:
             raise ModelError(
                 f"{describe(adapter)} does not fit the model{_name(model)}: its tensor {change.tensor} is for {name}, "
@@ -56,13 +59,41 @@ def find_places(adapter: Adapter, model: Any, conversions: Sequence[Any]) -> Pla
             )
         if pattern is not None:
             numbers = re.findall(r"\.(\d+)\.", name)
-            parts.setdefault((place, pattern), {})[int(numbers[-1])] = change
+            parts.setdefault((place, pattern), {})[int(numbers[-1])] = adapter.scale(change, _layer_of(name))
             continue
-        owner = model.get_submodule(place.rpartition(".")[0])
-        whole[place] = change.turned() if isinstance(owner, Conv1D) and change.up is not None else change
+        turned = change.is_turned or isinstance(model.get_submodule(_layer_of(place)), Conv1D)
+        named = name if _is_parameter_of(adapter, name) else _layer_of(name)
+        whole[place] = adapter.scale(replace(change, is_turned=turned), named)
         _check_shape(adapter, model, place, whole[place], parameters[place])
     _check_tied(adapter, model, whole)
     return Places(whole, parts)
+
+
+def _find_of_experts(adapter: Adapter, model: Any, name: str, change: Change) -> tuple[str, Change] | None:
+    """The parameter of all experts of a layer that `change` fits, and the change of it; None: there is none.
+
+    peft names the layer alone. Of several parameters, it names those behind the first with `.base_layer`.
+    """
+    layer = _layer_of(name)
+    while layer.endswith(".base_layer"):
+        layer = layer.removesuffix(".base_layer")
+    owner = dict(model.named_modules()).get(layer)
+    for own, parameter in owner.named_parameters(recurse=False) if owner is not None else ():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        made = replace(change, is_turned=bool(getattr(owner, "is_transposed", False)), experts=shape[0])
+        if len(shape) == 3 and change.up is not None and made.shape == shape:
+            return f"{layer}.{own}", adapter.scale(made, f"{layer}.{own}", experts=shape[0])
+    return None
+
+
+def _is_parameter_of(adapter: Adapter, name: str) -> bool:
+    """Whether the config names this weight itself (target_parameters), and not its layer."""
+    listed = adapter.config.get("target_parameters") or ()
+    return any(name == entry or name.endswith(f".{entry}") for entry in listed)
+
+
+def _layer_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def check_part(adapter: Adapter, model: Any, change: Change, weight: torch.Tensor) -> None:
@@ -75,7 +106,7 @@ def _check_shape(adapter: Adapter, model: Any, name: str, change: Change, weight
     if change.shape == shape and all(tensor is None or tensor.shape == shape for tensor in (change.value, change.bias)):
         return
     of_words = (model.get_input_embeddings(), model.get_output_embeddings())
-    owner = model.get_submodule(name.rpartition(".")[0]) if name.endswith((".weight", ".bias")) else None
+    owner = model.get_submodule(_layer_of(name)) if name.endswith((".weight", ".bias")) else None
     rows = (change.value if change.value is not None else weight).shape[0]
     if owner is not None and owner in of_words and change.value is not None and rows != shape[0]:
         why = f"{change.tensor} has {rows} tokens and the model {shape[0]}: {_OF_TOKENS}"
