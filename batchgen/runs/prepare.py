@@ -21,6 +21,7 @@ from batchgen.engines import check_dtype
 from batchgen.formats import InputError
 from batchgen.formats.input import Input, files_of, find
 from batchgen.models import ResolvedModel
+from batchgen.models.definition.adapter import find_adapter
 from batchgen.models.generation_config import TAKEN_LATER, with_authors_sampling
 from batchgen.packages import without_garbage_collection
 from batchgen.planning import auto
@@ -110,6 +111,8 @@ def prepare(
     own_cache = models.cache_folder(role.environment)
     needs_model = choice is None or choice.kind.needs_model
     resolved = _resolve_model(settings, own_cache, say=says) if needs_model else _NO_MODEL
+    if settings.adapter is not None and not needs_model:
+        find_adapter(settings.adapter)  # a rehearsal with engine echo finds out that it is not there
     recipe = _with_sampling(settings.recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=says)
     recipe = _with_parsers(recipe, folder, say=says)
     settings = replace(settings, recipe=recipe)

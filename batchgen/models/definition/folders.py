@@ -61,7 +61,10 @@ def _describe(folder: Path) -> str:
     if folder.is_dir() and not names:
         return "is not a model folder: it holds no config.json, it is empty"
     if _ADAPTER in names:
-        return f"is {_describe_adapter(folder)}: give it as --adapter, and as --model the model that it belongs to"
+        way = "merge it first (peft's merge_and_unload); --model takes whole models"
+        if (read_json(folder / _ADAPTER) or {}).get("peft_type") == "LORA":
+            way = "give it as --adapter, and the model that it belongs to as --model"
+        return f"is {_describe_adapter(folder)}: {way}"
     why = "is not a model folder: it holds no config.json"
     if any(name.endswith(".gguf") for name in names):
         return f"{why}, but GGUF files, which batchgen does not read; take the model in the layout of Transformers"
