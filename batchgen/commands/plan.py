@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
+from batchgen.commands._options import adapter_option, unnamed_folder
 from batchgen.commands._sampling import sampling_options, sampling_words
 from batchgen.commands._values import template_text
 from batchgen.commands.run import recipe_of
@@ -36,6 +37,7 @@ _BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
     metavar="MODEL|SHAPE",
     help="The model, as for `run`; or a config.json; or the name of a shape, like llama-70b.",
 )
+@adapter_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -76,6 +78,7 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     log_to_stderr(0, 1)
     options["constraint_files"] = {name: options[name] for name in ("json_schema", "grammar")}
     recipe = options["recipe"] = recipe_of(options)
+    options["adapter"] = unnamed_folder(options["adapter"])
     try:
         with results_only_on_stdout():
             work, note, forecasts, node, model = _planned(inputs, recipe, options)
@@ -110,6 +113,7 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     if name == models.DEFAULT:
         name = str(models.resolve(name, models.cache_folder(os.environ), logger.info).folder)
     config, folder = shapes.find(name)
+    _check_adapter(options["adapter"], folder)
     work, note = _work(inputs, recipe, folder)
     host = options["host_memory"]
     card = hardware.card_of(options["gpu"], options["gpu_memory"])
@@ -117,6 +121,20 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     model = forecast.Model.of(config, getattr(torch, options["dtype"]))
     measured = _measured(options["bench_folder"], options)
     return work, note, forecast.forecasts(model, work, node, measured), node, model
+
+
+def _check_adapter(adapter: str | None, folder: Path | None) -> None:
+    """Raises ModelError if there is an adapter that is none, or does not fit the model in `folder`, if that is here. A
+    merged model needs the memory and the time of the model alone."""
+    from batchgen.models.definition.adapter import find_adapter
+
+    if adapter is not None:
+        find_adapter(adapter)
+        if folder is not None:
+            from batchgen.models.lora import check_adapter
+            from batchgen.models.tokenizer import HfTokenizer
+
+            check_adapter(adapter, folder, HfTokenizer(str(folder)))
 
 
 def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plans.Work, str]:
@@ -205,6 +223,7 @@ def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any
     name = options["model"]
     model = "MODEL" if name in shapes.SHAPES or Path(name).is_file() else name  # neither of them can be run
     words = ["batchgen", "run", *inputs, "--model", model, "--dtype", options["dtype"]]
+    words += [] if options["adapter"] is None else ["--adapter", options["adapter"]]
     recipe = options["recipe"]
     words += sampling_words(recipe.sampling, options["constraint_files"])
     for name in ("prompt_column", "template"):
