@@ -53,7 +53,7 @@ def route(case: Case, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         scores[:, 5:-5] += 1
     weights, index = scores.topk(case.top_k)
     if case.routing == "others":
-        index = index.masked_fill(index % 3 == 1, case.experts)
+        index = torch.where(index % 3 == 1, case.experts + index, index)
     return index, weights
 
 
@@ -123,7 +123,7 @@ def products(device: str) -> Iterator[tuple[str, bool]]:
     from batchgen.engines.paged.experts.grouped_gemm_kernel import Tile
 
     # The interpreter takes seconds for large cases.
-    cases, small = [*CASES, Case(70, 2, 4, 64, 40)], Tile(16, 32, 32, 4, 3)
+    cases, small = [*CASES, Case(70, 2, 4, 64, 40), Case(9, 2, 4, 56, 40)], Tile(16, 32, 32, 4, 3)
     tiles: dict[torch.dtype, Sequence[Tile | None]] = {torch.float32: (None,), torch.float16: (small,)}
     if device == "cuda":
         cases += [Case(600, 8, 128, 2048, 768), Case(64, 4, 32, 2880, 720), Case(3000, 2, 8, 1000, 1408)]

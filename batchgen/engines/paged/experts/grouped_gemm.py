@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 
 MANY_PAIRS = 64
-"""Pairs an expert, on average, from which a product in bfloat16 on a GPU is torch's own."""
+"""Pairs an expert, on average, from which a product in bfloat16 on a GPU is torch's own.
+
+Not measured yet: `benchmarks/experts.py layers` compares both on a GPU."""
 
 
 class Sorting(NamedTuple):
