@@ -113,8 +113,8 @@ def _choose(settings: dict[int, Settings], constants: dict[str, Any]) -> dict[st
 def _choose_precision(dtype: torch.dtype, largest: int) -> str:
     """How Triton multiplies float32 in heads of `largest` numbers; it makes no difference to other types.
 
-    Without tensor cores ("ieee"), large heads do not fit the shared memory of a GPU, and take minutes to compile. The sum
-    of three products of TF32 has about the error of float32.
+    Without tensor cores ("ieee"), large heads do not fit the shared memory of a GPU, and take minutes to compile. The
+    sum of three products of TF32 has about the error of float32.
     """
     if dtype != torch.float32:
         return "tf32"
