@@ -158,6 +158,26 @@ def products(device: str) -> Iterator[tuple[str, bool]]:
                 yield f"{what}: {error:.1e}", alike and error < TOLERANCES[dtype]
 
 
+def sums(device: str) -> Iterator[tuple[str, bool]]:
+    """As `sorts`, of the sums of each token's outputs; what belongs to no expert is NaN."""
+    from batchgen.engines.paged.experts import combining_kernel
+    from batchgen.engines.paged.experts.combining import combine_in_torch
+    from batchgen.engines.paged.experts.routing import sort_in_torch
+
+    widths = (24, 2048, 2880) if device == "cuda" else (24,)
+    for case in (case._replace(width=width) for case in CASES for width in widths):
+        index, weights = route(case)
+        _, inverse, offsets = sort_in_torch(index, case.experts)
+        outputs = torch.randn(index.numel(), case.width, generator=torch.Generator().manual_seed(1))
+        outputs[offsets[-1] :] = torch.nan
+        arguments = [inverse.view_as(index), weights, index]
+        expected = combine_in_torch(outputs.double(), *arguments, case.experts)
+        with poisoned():
+            out = combining_kernel.combine(outputs.to(device), *(each.to(device) for each in arguments), case.experts)
+        error = ((out.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-9)).item()
+        yield f"{case}: {error:.1e}", error < TOLERANCES[torch.float32]
+
+
 def layers(device: str) -> Iterator[tuple[str, bool]]:
     """As `sorts`, of whole layers on a GPU: each in a CUDA graph that is replayed with other experts and inputs."""
     from batchgen.engines.paged.experts import grouped_gemm
@@ -188,7 +208,7 @@ def layers(device: str) -> Iterator[tuple[str, bool]]:
 def main(device: str) -> None:
     """Writes a line a case; the last one says whether all are right."""
     wrong = 0
-    for cases in (sorts, products, layers):
+    for cases in (sorts, products, sums, layers):
         for line, right in cases(device):
             wrong += not right
             sys.stdout.write(f"{line} {'' if right else 'WRONG'}\n")
