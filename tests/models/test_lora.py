@@ -84,6 +84,17 @@ def test_experts_that_were_layers_of_their_own_are_found(bases: dict[str, Path],
     merged = shutil.copytree(base, tmp_path / "merged")
     save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(logits(load(base, adapter)), logits(load(merged)))
+    layer = "base_model.model.model.layers.0.block_sparse_moe.experts"
+    tensors[f"{layer}.2.w1.lora_B.weight"] = torch.ones(48, 4)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"experts\.2\.w1\.\S+ is for a weight of \[48, 32\], and \S+ is \[64, 32\]"):
+        load(base, adapter)
+    matrices = {
+        f"{layer}.4.w1.lora_{part}.weight": torch.ones(shape) for part, shape in (("A", (4, 32)), ("B", (64, 4)))
+    }
+    save_file(matrices, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"experts\.4\.w1\.\S+ is for expert 4, and the model has 4 \(0 to 3\)"):
+        load(base, adapter)
 
 
 @pytest.mark.parametrize("way", ["disk", "int8", "nf4"])
