@@ -84,8 +84,9 @@ def _build_small(config: Any, device: torch.device) -> Any:
     small = shrink(config)
     architectures.model_class(small)  # imports its module, whose constants must not be on the device
     with device:
+        # With the attention that Transformers takes by itself: eager Falcon, for one, adds its biases twice.
         make = architectures.auto_class(small)
-        model = make.from_config(small, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+        model = make.from_config(small, dtype=torch.float32, trust_remote_code=False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, _WEIGHTS * parameter.shape[-1] ** -0.5)
