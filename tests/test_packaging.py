@@ -221,8 +221,8 @@ def test_module_has_a_docstring_and_stays_small(path: Path) -> None:
     assert not [node.name for node in functions if (node.end_lineno or 0) - node.lineno + 1 > 60]
 
 
-# Whose signature PyTorch or Transformers fix: operators that a compiler sees, and the function that models call.
-_FIXED_SIGNATURES = {("attention.py", "attend"), ("attention.py", "_attend"), ("models.py", "_attention_interface")}
+# Whose signature Transformers fixes: the function that models call.
+_FIXED_SIGNATURES = {("models.py", "_attention_interface")}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=named)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from batchgen.device import cores
-from batchgen.models import footprint
-from batchgen.models.parameters import list_parameters
+from batchgen.models.footprint import Execution, Footprint
+from batchgen.models.parameters import Parameters, list_parameters
 
 _TIMES = 5  # the best of this many
 
@@ -59,32 +59,33 @@ def synchronize(device: torch.device) -> None:
 @dataclass(frozen=True, slots=True)
 class Floor:
     """Seconds that steps of a model take at least on a machine: the larger of bytes by bandwidth and operations by
-    arithmetic. Weights are read once a step, the cache of each row once a token of its own."""
+    arithmetic. Weights are read once a step, the cache of each row once a token of its own. Of a mixture of experts,
+    those are read that any token of the step is expected to be sent to; of a layer with a window, no more than that."""
 
     machine: Machine
-    weight_bytes: int
-    cache_bytes: int  # a token
-    operations: int  # a token: two a weight, the embedding's aside
+    weights: Parameters
+    footprint: Footprint
+    operations: int  # a token: two a weight that it is computed with, the embedding's aside
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, machine: Machine) -> Floor:
         """The floor for the model with this Transformers config."""
         weights = list_parameters(config, dtype)
-        elements = weights.read_bytes // dtype.itemsize
         text = config.get_text_config()
         # An embedding is looked up; where it is the output matrix too, it is multiplied with once.
         looked_up = 0 if weights.tied else text.vocab_size * text.hidden_size
-        cache = footprint.cache_bytes_per_token(config, dtype.itemsize)
-        return cls(machine, weights.read_bytes, cache, 2 * (elements - looked_up))
+        return cls(machine, weights, Footprint.of(config), 2 * (weights.active - looked_up))
 
     def prefill(self, rows: int, tokens: int) -> float:
         """One forward over `rows` prompts of `tokens` tokens."""
-        return self._step(rows * tokens, self.weight_bytes)
+        return self._step(rows * tokens, 0.0)
 
     def decode(self, rows: int, context: float, steps: int) -> float:
         """`steps` steps of `rows` rows, with `context` tokens before the first of them."""
-        length = context + (steps - 1) / 2  # on the average
-        return steps * self._step(rows, self.weight_bytes + rows * length * self.cache_bytes)
+        execution = Execution(self.weights.dtype.itemsize)
+        caches = (self.footprint.cache_bytes(round(context) + step, execution) for step in range(steps))
+        return sum(self._step(rows, rows * cache) for cache in caches)
 
-    def _step(self, tokens: float, size: float) -> float:
+    def _step(self, tokens: float, cache: float) -> float:
+        size = self.weights.step_bytes(tokens) + cache
         return max(size / self.machine.bandwidth, tokens * self.operations / self.machine.arithmetic)

@@ -11,7 +11,8 @@ from batchgen.device import can_reserve, free_bytes
 from batchgen.engine import Peers
 from batchgen.generation.greedy import LoadedModel
 from batchgen.generation.limits import SizeLimits, count_rows_that_fit
-from batchgen.models import architectures, footprint
+from batchgen.models import architectures
+from batchgen.models.footprint import Execution, Footprint
 from batchgen.types import Prompt
 
 
@@ -39,10 +40,16 @@ class BatchSizer:
     """
 
     def __init__(self, loaded: LoadedModel, sizing: BatchSizing, peers: Peers | None) -> None:
-        self._model, self._device = loaded.model, loaded.device
-        self._config = loaded.tokenizer.config
+        self._device = loaded.device
         self._sizing, self._peers = sizing, peers
-        self._most_padded = architectures.most_padded_tokens(self._config)
+        self._most_padded = architectures.most_padded_tokens(loaded.tokenizer.config)
+        self._footprint = Footprint.of(loaded.tokenizer.config)
+        self._execution = Execution(
+            loaded.model.dtype.itemsize,
+            ranks=1 if peers is None else peers.count,
+            eager=not getattr(loaded.model, "_supports_sdpa", False),
+            copies_experts=loaded.device.type != "cpu",
+        )
         self.devices = sizing.devices or [loaded.device]
         self.limits = SizeLimits()
         for length, rows in sizing.limits.items():
@@ -86,14 +93,7 @@ class BatchSizer:
         return fits if self._peers is None else not self._peers.any_rank(not fits)
 
     def _row_bytes(self, prompt_tokens: int, new_tokens: int) -> int:
-        return footprint.bytes_per_row(
-            self._config,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            item_bytes=self._model.dtype.itemsize,
-            eager=not getattr(self._model, "_supports_sdpa", False),
-            ranks=1 if self._peers is None else self._peers.count,
-        )
+        return self._footprint.row_bytes(prompt_tokens, new_tokens, self._execution)
 
 
 def find_longest(batch: Sequence[Prompt]) -> tuple[int, int]:

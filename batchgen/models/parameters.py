@@ -1,15 +1,17 @@
-"""The parameters that ZeRO will shard, from a model's config alone."""
+"""The parameters of a model from its config alone: what ZeRO will shard, and what a token or a step reads of them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from batchgen.models.definition.build import build_empty
+from batchgen.models.footprint import find_experts_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +22,11 @@ class Parameter:
     shape: tuple[int, ...]  # as computed with
     tied: bool  # another name of one listed before
     quantizable: bool  # a weight that DeepSpeed's quantisation would take: of a linear layer or an embedding
+    # The part of it that one token is computed with: of the experts of a mixture, those that the token is sent to.
+    token_share: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Parameters:
     """All parameters of a model, by name.
 
@@ -52,10 +56,50 @@ class Parameters:
         inside = [elements for name, elements in layers.items() if name.rpartition(".")[2].isdigit()]
         return max(inside, default=self.largest)
 
+    @cached_property
+    def _elements(self) -> Mapping[float, int]:
+        """The elements of all parameters, each counted under one of its names, by their `token_share`."""
+        elements: Counter[float] = Counter()
+        for parameter in self.by_name.values():
+            elements[parameter.token_share] += 0 if parameter.tied else parameter.numel
+        return elements
+
+    @property
+    def total(self) -> int:
+        """The elements of all parameters, each once."""
+        return sum(self._elements.values())
+
+    @property
+    def active(self) -> int:
+        """The elements that one token is computed with: of a mixture of experts, those that it is sent to.
+
+        Embedding and head count whole. Makers of models count one of them, or none, so that their figure may be smaller.
+        """
+        return round(sum(elements * share for share, elements in self._elements.items()))
+
+    @property
+    def experts(self) -> int:
+        """The part of `total` that is experts which not every token is sent to; shared experts are none of them."""
+        return sum(elements for share, elements in self._elements.items() if share < 1)
+
+    @property
+    def active_experts(self) -> int:
+        """The part of `active` that is experts which not every token is sent to."""
+        return self.active - (self.total - self.experts)
+
     @property
     def read_bytes(self) -> int:
-        """The bytes that one forward needs, over all ranks: each parameter once."""
-        return sum(parameter.numel for parameter in self.by_name.values() if not parameter.tied) * self.dtype.itemsize
+        """The bytes of all parameters, each once: what a forward reads over all ranks, unless some experts are idle."""
+        return self.total * self.dtype.itemsize
+
+    def step_bytes(self, tokens: float) -> float:
+        """Returns the bytes that a forward over this many tokens is expected to read, over all ranks.
+
+        An expert is read if any token is sent to it. Where each token is sent to k of E experts, and each expert is as
+        likely as the others, that is 1 - (1 - k/E)^tokens of them.
+        """
+        read = (elements * (1 - (1 - share) ** tokens) for share, elements in self._elements.items())
+        return sum(read) * self.dtype.itemsize
 
     @property
     def shared_bytes(self) -> int:
@@ -114,13 +158,24 @@ def list_parameters(config: Any, dtype: torch.dtype) -> Parameters:
         ModelError: Transformers has no causal language model of this kind, or cannot make it with these numbers.
     """
     model = build_empty(config, dtype)
+    chosen = find_experts_per_token(config)
     seen: set[int] = set()
     parameters = {}
     for module_name, module in model.named_modules():
         takes = type(module) in (torch.nn.Linear, torch.nn.Embedding)
+        experts = _count_experts(module)
+        share = min(1.0, chosen / experts) if chosen and experts else 1.0
         for name, value in module.named_parameters(recurse=False):
             path = f"{module_name}.{name}" if module_name else name
             quantizable = takes and name == "weight"
-            parameters[path] = Parameter(value.numel(), tuple(value.shape), id(value) in seen, quantizable)
+            parameters[path] = Parameter(value.numel(), tuple(value.shape), id(value) in seen, quantizable, share)
             seen.add(id(value))
     return Parameters(parameters, dtype)
+
+
+def _count_experts(module: torch.nn.Module) -> int:
+    """Returns how many experts a module holds; 0: it holds none. Theirs are the matrices of three dimensions, the first
+    of which counts the experts, in modules whose class is named for them."""
+    if not type(module).__name__.endswith("Experts"):
+        return 0
+    return max((value.shape[0] for _, value in module.named_parameters(recurse=False) if value.dim() == 3), default=0)

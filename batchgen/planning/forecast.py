@@ -133,7 +133,7 @@ class Expected:
         return self.placement.device + self.placement.gathered
 
     def _row_bytes(self, length: tuple[int, int]) -> int:
-        return self.model.row_bytes(*length, self.placement.sharing)
+        return self.model.row_bytes(*length, self._speed.execution)
 
     def find_largest_batch(self, length: tuple[int, int]) -> int:
         """Rows of that length, in prompt and new tokens, that fit."""

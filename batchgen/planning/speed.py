@@ -9,13 +9,14 @@ benchmarks/h100, and hosts of the same kind differ by a factor of 1.5 in Python'
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
 from batchgen.engine import Pace, Placement
 from batchgen.engines.ds_zero import quantization
-from batchgen.models import footprint
+from batchgen.models.footprint import Execution, Footprint
 from batchgen.models.parameters import Parameters, list_parameters
 from batchgen.planning.hardware import Card
 
@@ -23,6 +24,8 @@ _CONTEXT_BYTES = int(1.0e9)  # of a CUDA context, cuBLAS's workspaces and a rese
 _PRODUCTS = 0.8  # of the arithmetic that one large product reaches: those of a step are many, and some are small
 _LINK = 0.87  # of the host's link that DeepSpeed's copies reach
 _HOST_SUMS = 0.0005  # s a layer, of ranks on CPUs that wait for each other: a guess, so that none do that needlessly
+# How often a step moves the experts that `generate` copies for each row on a GPU: they are read, written and read again.
+_COPY_PASSES = 3.0
 _GROUP = 64  # weights that share a scale, where they are rounded
 _OVERLAP = 1.75  # the parts of a step add up as numbers to this power do: 1 is a plain sum, infinity the longest alone
 
@@ -72,20 +75,19 @@ class Model:
         """Whether its attention writes out scores: BLOOM's position biases have no other."""
         return str(self.config.model_type) == "bloom"
 
-    def row_bytes(self, prompt: int, new: int, sharing: int) -> int:
-        """The bytes of one row, on each of the devices that share it."""
-        return footprint.bytes_per_row(
-            self.config,
-            prompt_tokens=prompt,
-            new_tokens=new,
-            item_bytes=self.dtype.itemsize,
-            eager=self.eager,
-            ranks=sharing,
-        )
+    @cached_property
+    def footprint(self) -> Footprint:
+        """The sizes that decide what a row takes."""
+        return Footprint.of(self.config)
 
-    def cache_bytes(self) -> int:
-        """The bytes of one token in the KV cache, on all devices together."""
-        return footprint.cache_bytes_per_token(self.config, self.dtype.itemsize)
+    def row_bytes(self, prompt: int, new: int, execution: Execution) -> int:
+        """The bytes of one row, on each of the devices that share it."""
+        return self.footprint.row_bytes(prompt, new, execution)
+
+    def cache_bytes(self, tokens: float) -> float:
+        """The bytes of the KV cache that the next token of a row of `tokens` tokens reads, on all devices together: in a
+        layer with a window, no more than the window."""
+        return self.footprint.cache_bytes(round(tokens), Execution(self.dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ class Speed:
         """Seconds of a decode step of `rows` rows of `context` tokens, and what most of it goes to."""
         placement, card, pace = self.placement, self.node.card, self.pace
         together = self._together
-        read = self.model.weights.read_bytes / together / (pace.read_share * card.bandwidth)
+        read = self._bytes_read(rows) / together / (pace.read_share * card.bandwidth)
         passes = pace.cache_passes_eager if self.model.eager else pace.cache_passes
-        cache = passes * rows * context * self.model.cache_bytes() / together / card.bandwidth
+        cache = passes * rows * self.model.cache_bytes(context) / together / card.bandwidth
         moved = 0.0
         if placement.path == "disk":
             moved = placement.moved * placement.ranks / self.node.disk_bandwidth  # all ranks read the same disk
@@ -127,13 +129,41 @@ class Speed:
         return self._matmul_seconds(tokens) + self._sums(tokens)
 
     @property
+    def execution(self) -> Execution:
+        """How rows are computed and held, as far as their memory depends on it."""
+        return Execution(
+            self.model.dtype.itemsize,
+            ranks=self.placement.sharing,
+            eager=self.model.eager,
+            # Pages are given back when a row ends, and not when a window has passed them.
+            drops_past_windows=not self.pace.continuous,
+            copies_experts=self._copies_experts,
+        )
+
+    @property
+    def _copies_experts(self) -> bool:
+        """Whether each row of a decode step has a copy of its experts, as Transformers' `generate` makes it on a GPU.
+
+        An engine whose rows come and go calls the model itself, and reads experts where they lie.
+        """
+        return self.node.card.gpu and not self.pace.continuous
+
+    def _bytes_read(self, rows: int) -> float:
+        """Bytes of weights that a decode step of `rows` rows moves, on all devices together."""
+        weights = self.model.weights
+        if not self._copies_experts:
+            return weights.step_bytes(rows)
+        copied = _COPY_PASSES * rows * weights.active_experts
+        return (weights.total - weights.experts + copied) * weights.dtype.itemsize
+
+    @property
     def _together(self) -> int:
         """Devices that compute a layer at once."""
         return 1 if self.placement.in_turn else self.placement.sharing
 
     def _matmul_seconds(self, tokens: float) -> float:
         """Seconds of all matrix products over this many tokens."""
-        operations = 2 * self.model.weights.read_bytes / self.model.dtype.itemsize * tokens
+        operations = 2 * self.model.weights.active * tokens
         return operations / self._together / (_PRODUCTS * self.node.card.operations)
 
     def _sums(self, tokens: float) -> float:

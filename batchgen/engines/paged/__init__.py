@@ -23,9 +23,9 @@ Each module imports only modules of the rows below its own:
     lockstep   finished_rows
     runner     scheduler
     models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
-    attention  linear   alone
+    attention  linear   experts   alone   cache
     kernels    skinny_gemm
     layout     step_buffers
     page_rows  step
-    pages
+    pages      not_covered
 """

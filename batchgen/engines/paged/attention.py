@@ -14,45 +14,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from batchgen.engines.paged.layout import AttentionShape, Layout, get_current_layout
+from batchgen.engines.paged.layout import AttentionShape, LayerCache, Layout, get_current_layout
 from batchgen.engines.paged.pages import PAGE_SIZE
+
+LARGEST_HEAD = 256
+"""The largest size of keys, and of values, that the kernels cover; attention in torch has no limit."""
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: torch.Tensor,
-    scale: float,
-    window: int,
-    slopes: torch.Tensor | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.Tensor, shape: AttentionShape
 ) -> torch.Tensor:
-    """Attention of all tokens of the step, whose keys and values go into the cache. The signature is the operator's.
+    """Attention of all tokens of the step, whose keys and values go into the cache.
 
     Args:
-        query: [1, heads, tokens, head size].
-        key, value: [1, key heads, tokens, head size]; each key head serves `heads / key heads` heads of the query.
+        query: [1, heads, tokens, key size].
+        key: [1, key heads, tokens, key size]; each key head serves `heads / key heads` heads of the query.
+        value: [1, key heads, tokens, value size].
         layer: the layer's number, [1], on the CPU.
-        scale, window, slopes: as in `AttentionShape`.
 
     Returns:
-        [1, tokens, heads, head size].
+        [1, tokens, heads, value size].
     """
-    output: torch.Tensor = torch.ops.batchgen.paged_attention(query, key, value, layer, scale, window, slopes)
+    output: torch.Tensor = torch.ops.batchgen.paged_attention(query, key, value, layer, *shape)
     return output
 
 
 def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: torch.Tensor,
-    scale: float,
-    window: int,
-    slopes: torch.Tensor | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.Tensor, *fields: Any
 ) -> torch.Tensor:
-    """The operator's implementation."""
-    shape, layout = AttentionShape(scale, window, slopes), get_current_layout()
+    """The operator's implementation; `fields` are those of an `AttentionShape`."""
+    shape, layout = AttentionShape(*fields), get_current_layout()
     if layout is None:
         return _attend_within(query, key, value, shape)
     cache = layout.caches[int(layer)]
@@ -63,14 +54,14 @@ def _attend(
     return attend_in_torch(query, key, value, cache, layout, shape)
 
 
-def _make_output(query: torch.Tensor, *_: Any) -> torch.Tensor:
-    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
+def _make_output(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *__: Any) -> torch.Tensor:
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
 
 
 _library = torch.library.Library("batchgen", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor layer, float scale, int window, Tensor? slopes)"
-    " -> Tensor"
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor layer, float scale, int window, Tensor? slopes,"
+    " float softcap, Tensor? sinks) -> Tensor"
 )
 _library.impl("paged_attention", _attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("batchgen::paged_attention", _make_output, lib=_library)
@@ -80,7 +71,7 @@ def attend_in_torch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cache: torch.Tensor,
+    cache: LayerCache,
     layout: Layout,
     shape: AttentionShape,
 ) -> torch.Tensor:
@@ -88,19 +79,20 @@ def attend_in_torch(
 
     Args:
         query, key, value: as in `attend`.
-        cache: this layer's, [2 (keys, values), pages, key heads, PAGE_SIZE, head size]; the step's tokens are written.
+        cache: this layer's; the step's tokens are written.
     """
     real = slice(None) if layout.has_no_padding else layout.positions >= 0
     for half, values in zip(cache, (key, value), strict=True):
         layout.write_rows.write(half, values[0][:, real])
-    out = torch.zeros_like(query.transpose(1, 2).contiguous())
+    out = _make_output(query, key, value).zero_()
     if layout.decoding:
         decoded = _decode(query[0, :, : layout.decoding], cache, layout, shape)
         if not layout.has_no_padding:
             decoded = decoded.masked_fill((layout.positions[: layout.decoding] < 0)[:, None, None], 0)
         out[0, : layout.decoding] = decoded
     window = shape.window
-    is_plain = shape.slopes is None and bool(layout.chunks) and bool(key.isfinite().all() & value.isfinite().all())
+    is_plain = shape.slopes is None and _is_known_to_torch(shape) and bool(layout.chunks)
+    is_plain = is_plain and bool(key.isfinite().all() & value.isfinite().all())
     for chunk in layout.chunks:
         tokens = slice(chunk.first, chunk.first + chunk.count)
         queries = query[:, :, tokens]
@@ -117,32 +109,34 @@ def attend_in_torch(
     return out
 
 
-def _decode(query: torch.Tensor, cache: torch.Tensor, layout: Layout, shape: AttentionShape) -> torch.Tensor:
-    """Attention of one token a sequence, [heads, sequences, head size] to [sequences, heads, head size].
+def _decode(query: torch.Tensor, cache: LayerCache, layout: Layout, shape: AttentionShape) -> torch.Tensor:
+    """Attention of one token a sequence, [heads, sequences, key size] to [sequences, heads, value size].
 
     The heads that share keys are as many tokens of one head, which see the same.
     """
     rows = layout.read_rows
     key, value = (rows.read(half, shape.window) for half in cache)
-    grouped = (key.shape[0], key.shape[1], -1, key.shape[-1])  # [sequences, key heads, heads of each, head size]
+    grouped = (key.shape[0], key.shape[1], -1, key.shape[-1])  # [sequences, key heads, heads of each, key size]
     bias = rows.get_bias(shape.window, shape.slopes, query.dtype)
+    if not _is_known_to_torch(shape):
+        return _attend_by_scores(query.transpose(0, 1)[:, :, None], key, value, bias, shape)[:, :, 0]
     if shape.slopes is not None:
         bias = bias.view(*grouped[:2], -1, key.shape[2])
     queries = query.transpose(0, 1).reshape(grouped)
     return F.scaled_dot_product_attention(queries, key, value, bias, scale=shape.scale).flatten(1, 2)
 
 
-def _read(cache: torch.Tensor, block_table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the sequences of these rows of the block table, [sequences, heads, length, head size] each."""
+def _read(cache: LayerCache, block_table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the sequences of these rows of the block table, [sequences, heads, length, size] each."""
     pages = block_table[:, : -(-length // PAGE_SIZE)].long()
-    both = cache[:, pages].transpose(2, 3).flatten(3, 4)[..., :length, :]
-    return both[0], both[1]
+    key, value = (half[pages].transpose(1, 2).flatten(2, 3)[..., :length, :] for half in cache)
+    return key, value
 
 
 def _attend_masked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, begin: torch.Tensor, shape: AttentionShape
 ) -> torch.Tensor:
-    """Causal attention of [sequences, heads, tokens, head size], whose first tokens are at positions `begin`.
+    """Causal attention of [sequences, heads, tokens, key size], whose first tokens are at positions `begin`.
 
     What a token does not see has no part in its result, be it NaN: behind the end of a short sequence lie pages of
     others, and 0 * NaN is NaN. A token that sees a key or value which is not finite gets NaN. Changes key and value.
@@ -161,11 +155,46 @@ def _attend_masked(
         # Relative to the token itself: softmax does not see the difference, and the numbers stay small.
         bias = shape.slopes[:, None, None] * (key_positions - positions[:, None, :, None])
         mask = bias.masked_fill(~mask, -torch.inf).to(query.dtype)
-    grouped = query.shape[1] != key.shape[1]
-    attended = F.scaled_dot_product_attention(query, key, value, mask, scale=shape.scale, enable_gqa=grouped)
+    if _is_known_to_torch(shape):
+        grouped = query.shape[1] != key.shape[1]
+        attended = F.scaled_dot_product_attention(query, key, value, mask, scale=shape.scale, enable_gqa=grouped)
+    else:
+        attended = _attend_by_scores(query, key, value, mask, shape)
     if broken is None:
         return attended
     return attended.masked_fill((seen & broken[:, None]).any(-1)[:, None, :, None], torch.nan)
+
+
+def _is_known_to_torch(shape: AttentionShape) -> bool:
+    """Whether `F.scaled_dot_product_attention` has all that this attention needs."""
+    return not shape.softcap and shape.sinks is None
+
+
+def _attend_by_scores(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, shape: AttentionShape
+) -> torch.Tensor:
+    """As `F.scaled_dot_product_attention`, with the cap on scores and the sinks of `shape`; in float32 or wider.
+
+    Args:
+        query: [sequences, heads, tokens, key size].
+        key, value: [sequences, key heads, length, size].
+        mask: [sequences, heads or 1, tokens, length]; a bool: whether the token sees that key; else added to the score.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    sequences, heads, tokens, _ = query.shape
+    key_heads, length = key.shape[1:3]
+    # The heads that share keys are as many tokens of one head.
+    together = query.to(wide).reshape(sequences, key_heads, -1, query.shape[3])
+    scores = (together @ key.to(wide).transpose(2, 3) * shape.scale).view(sequences, heads, tokens, length)
+    if shape.softcap:
+        capped = shape.softcap * torch.tanh(scores / shape.softcap)
+        scores = capped.masked_fill(scores.isinf(), torch.nan)  # a broken key, which the cap would hide
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    total = scores.logsumexp(-1, keepdim=True)
+    if shape.sinks is not None:
+        total = torch.logaddexp(total, shape.sinks.to(wide)[:, None, None])
+    weights = (scores - total).exp().view(sequences, key_heads, -1, length)
+    return (weights @ value.to(wide)).view(sequences, heads, tokens, -1).to(query.dtype)
 
 
 def _replace_not_finite(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:

@@ -23,6 +23,7 @@ from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.lockstep import Follower, Leader
 from batchgen.engines.paged.loop import PROMPTS_AT_ONCE, Loop
 from batchgen.engines.paged.models import trial
+from batchgen.engines.paged.models.longrope import find_original_context
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.scheduler import Scheduler
@@ -177,7 +178,9 @@ class Paged(Engine):
         slots = peers.least(self._setup.batch_size or sizing.choose_slots(free, token_bytes, self._device))
         parameters = peers.least(sum(parameter.numel() for parameter in self._model.parameters()))
         sequence_tokens = min(self._tokenizer.context or _LONGEST, options.cache_tokens or _LONGEST)
-        return StepLimits(slots, sequence_tokens, options.step_tokens or sizing.choose_step_tokens(parameters))
+        step_tokens = options.step_tokens or sizing.choose_step_tokens(parameters)
+        original_context = find_original_context(self._model.config.get_text_config())
+        return StepLimits(slots, sequence_tokens, step_tokens, original_context)
 
     @property
     def preemptions(self) -> int:

@@ -28,16 +28,26 @@ class AttentionShape(NamedTuple):
     """What tells the attention of one kind of layer from that of another."""
 
     scale: float  # of the scores
-    window: int  # tokens that each token looks back at, itself included; 0: all of them
-    slopes: torch.Tensor | None  # of ALiBi, [heads], float32; None: there is no bias
+    window: int = 0  # tokens that each token looks back at, itself included; 0: all of them
+    slopes: torch.Tensor | None = None  # of ALiBi, [heads], float32; None: there is no bias
+    softcap: float = 0.0  # scores become softcap * tanh(score / softcap), before biases and the mask; 0: they do not
+    sinks: torch.Tensor | None = None  # [heads], one more score a head, after scale and cap, that has no value
+
+
+class LayerCache(NamedTuple):
+    """The keys and values of one layer. Layers may differ in both sizes and in their number of key heads."""
+
+    keys: torch.Tensor  # [pages, key heads, PAGE_SIZE, key size]
+    values: torch.Tensor  # [pages, key heads, PAGE_SIZE, value size]
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the tokens of the current step belong."""
 
-    caches: Sequence[torch.Tensor]  # of each layer, [2 (keys, values), pages, key heads, PAGE_SIZE, head size]
-    block_table: torch.Tensor  # [slots + 1, columns], int32: the pages of the sequence in each slot
+    caches: Sequence[LayerCache]  # of each layer
+    # [slots + 1, columns + 1], int32: the pages of the sequence in each slot, and how many tokens its prompt has.
+    block_table: torch.Tensor
     slots: torch.Tensor  # [tokens], int32: the slot of each token's sequence
     positions: torch.Tensor  # [tokens], int32: the position in its sequence; below 0: padding
     decoding: int  # how many of the first tokens decode, one for each sequence; for the kernels, as many or more
@@ -46,6 +56,11 @@ class Layout:
     decoding_count: torch.Tensor | None = None  # [1], int32: how many tokens decode
     query_blocks: torch.Tensor | None = None  # [blocks, 2], int32: first token and number of tokens; 0: an empty block
     splits: int = 1  # programs that share a decoding sequence
+
+    @property
+    def prompt_tokens(self) -> torch.Tensor:
+        """How many tokens the prompt of each token's sequence has, [tokens], int32."""
+        return self.block_table[:, -1].index_select(0, self.slots)
 
     # Attention in torch alone uses these, which are the same for all layers.
     @cached_property
@@ -59,13 +74,13 @@ class Layout:
         real = self.positions >= 0
         positions = self.positions[real].long()
         pages = self.block_table[self.slots[real].long(), positions // PAGE_SIZE]
-        return WriteRows(pages, positions % PAGE_SIZE, self.caches[0].shape[2])
+        return WriteRows(pages, positions % PAGE_SIZE)
 
     @cached_property
     def read_rows(self) -> ReadRows:
         """Where the tokens that decode read keys and values."""
         slots = self.slots[: self.decoding].long()
-        return ReadRows(self.block_table[slots], self.positions[: self.decoding].long(), self.caches[0].shape[2])
+        return ReadRows(self.block_table[slots], self.positions[: self.decoding].long())
 
 
 class _Current(threading.local):

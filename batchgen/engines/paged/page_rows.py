@@ -1,8 +1,8 @@
 """Where the keys and values of a step lie in a layer's cache, worked out once for all layers, for attention in torch.
 
-A cache [pages, key heads, PAGE_SIZE, head size] is taken as a matrix with a row for each token of each head. Such rows
-are copied whole and come out in order, while `cache[pages]` copies number by number, and its copy has to be transposed
-afterwards.
+Keys [pages, key heads, PAGE_SIZE, size] are taken as a matrix with a row for each token of each head, and values, too.
+Such rows are copied whole and come out in order, while `keys[pages]` copies number by number, and its copy has to be
+transposed afterwards.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ class WriteRows:
     Args:
         pages: the page of each token, [tokens].
         offsets: its place in that page, [tokens].
-        heads: key heads of the cache.
     """
 
-    def __init__(self, pages: torch.Tensor, offsets: torch.Tensor, heads: int) -> None:
-        self._rows = _find_rows(pages[None], offsets[None], heads).flatten()  # [heads * tokens]
+    def __init__(self, pages: torch.Tensor, offsets: torch.Tensor) -> None:
+        self._pages, self._offsets = pages, offsets
+        self._rows: dict[int, torch.Tensor] = {}  # [heads * tokens], by heads, since layers may differ in them
 
     def write(self, cache: torch.Tensor, values: torch.Tensor) -> None:
-        """Puts `values` [heads, tokens, head size] into one half of a layer's cache."""
-        size = values.shape[-1]
-        cache.view(-1, size).index_copy_(0, self._rows, values.reshape(-1, size).to(cache.dtype))
+        """Puts `values` [heads, tokens, size] into the keys or the values of a layer's cache."""
+        heads, _, size = values.shape
+        if heads not in self._rows:
+            self._rows[heads] = _find_rows(self._pages[None], self._offsets[None], heads).flatten()
+        cache.view(-1, size).index_copy_(0, self._rows[heads], values.reshape(-1, size).to(cache.dtype))
 
 
 class ReadRows:
@@ -36,29 +38,28 @@ class ReadRows:
     Args:
         block_table: the pages of each sequence, [sequences, columns].
         positions: of their tokens, [sequences]; below 0: padding, which reads the first position.
-        heads: key heads of the cache.
     """
 
-    def __init__(self, block_table: torch.Tensor, positions: torch.Tensor, heads: int) -> None:
+    def __init__(self, block_table: torch.Tensor, positions: torch.Tensor) -> None:
         self._positions = positions.clamp(min=0)[:, None]  # [sequences, 1]
         self._length = int(self._positions.max()) + 1
         self._block_table = block_table[:, : -(-self._length // PAGE_SIZE)].long()
         self._key_positions = torch.arange(self._length, device=block_table.device)
-        self._heads = heads
-        self._rows: dict[int, torch.Tensor] = {}  # by window
+        self._rows: dict[tuple[int, int], torch.Tensor] = {}  # by window and heads
         self._biases: dict[object, torch.Tensor] = {}
 
     def read(self, cache: torch.Tensor, window: int) -> torch.Tensor:
-        """Reads one half of a layer's cache: [sequences, heads, length, head size].
+        """Reads the keys or the values of a layer's cache: [sequences, heads, length, size].
 
         In the place of a token that a sequence does not see stands its last one: behind the end of a short sequence lie
         pages of other sequences, and what they hold, be it NaN, must not reach it.
         """
-        if window not in self._rows:
+        _, heads, _, size = cache.shape
+        if (window, heads) not in self._rows:
             read = torch.where(self._is_seen(window), self._key_positions, self._positions)
             pages = self._block_table.gather(1, read // PAGE_SIZE)
-            self._rows[window] = _find_rows(pages, read % PAGE_SIZE, self._heads)
-        rows, size = self._rows[window], cache.shape[-1]
+            self._rows[window, heads] = _find_rows(pages, read % PAGE_SIZE, heads)
+        rows = self._rows[window, heads]
         return cache.view(-1, size).index_select(0, rows.flatten()).view(*rows.shape, size)
 
     def get_bias(self, window: int, slopes: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,8 @@ PAGE_SIZE = 16
 """Tokens of a page: small enough that half a page a sequence is little, large enough that a page of one head is a
 kilobyte or more of adjacent memory."""
 
-_ROOT = 0
+ROOT, ROOT_OF_LONG = 0, -1
+"""The roots of two trees of prefixes; the second one is for prompts beyond the original context (LongRoPE)."""
 
 
 class Pages:
@@ -32,7 +33,7 @@ class Pages:
         # was given up and taken again cannot be mistaken for what it was.
         self._nodes: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # parent, tokens → node, page
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}  # page → its key in `_nodes`
-        self._last_node = _ROOT
+        self._last_node = ROOT
 
     @property
     def available(self) -> int:
@@ -63,12 +64,15 @@ class Pages:
                 else:
                     self._free.append(page)
 
-    def find_prefix(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+    def find_prefix(self, tokens: Sequence[int], root: int = ROOT) -> tuple[list[int], int]:
         """Finds the pages that `tokens` begin with, which get one more user, and the node of the last one.
 
         At least one token is left out: its logits are wanted, so it has to be computed.
+
+        Args:
+            root: the tree to look in; prefixes of another one have other keys and values.
         """
-        node, pages = _ROOT, []
+        node, pages = root, []
         for begin in range(0, len(tokens) - PAGE_SIZE, PAGE_SIZE):
             child = self._nodes.get((node, tuple(tokens[begin : begin + PAGE_SIZE])))
             if child is None:

@@ -7,7 +7,6 @@ that are compiled once for all shapes.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 from batchgen.engine import Peers
 from batchgen.engines.paged import models
 from batchgen.engines.paged.alone import Alone
+from batchgen.engines.paged.cache import make_caches
 from batchgen.engines.paged.graphs import Graphs, choose_graph_size
 from batchgen.engines.paged.launched_step import LaunchedStep
-from batchgen.engines.paged.layout import Layout, lay_out, make_query_blocks
-from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.prompt_logprobs import find_prompt_logprobs
 from batchgen.engines.paged.step import Step, StepLimits
 from batchgen.engines.paged.step_buffers import StepArrays, StepBuffers
@@ -61,13 +60,13 @@ class Runner:
         slots = limits.slots
         self._most_tokens = -(-max(2, slots, limits.step_tokens) // _PADDED_TO) * _PADDED_TO
         self._buffers = StepBuffers(self._most_tokens, slots, self.device)
-        self._block_table = torch.zeros((slots + 1, limits.columns), dtype=torch.int32, device=self.device)
+        self._block_table = torch.zeros((slots + 1, limits.table_width), dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(slots + 1, dtype=torch.long, device=self.device)  # of each slot
         self._next_tokens = torch.zeros(max(2, slots), dtype=torch.long, device=self.device)  # of each row of the step
         blocks = self._most_tokens // _TOKENS_OF_A_BLOCK
         self._query_blocks = torch.zeros((blocks, 2), dtype=torch.int32, device=self.device)
         self.pages = 0
-        self._caches: list[torch.Tensor] = []
+        self._caches: list[LayerCache] = []
         self._kept_logits: torch.Tensor | None = None  # of decode steps with rows that need them after the graph
         self._graphs: Graphs | None = None
         if self.device.type == "cuda":
@@ -78,16 +77,13 @@ class Runner:
 
     def allocate(self, pages: int) -> None:
         """Makes a cache of `pages` pages, in the place of the one that there may be."""
-        size = footprint.cached_heads(self.model.config)[1]
         self.pages = pages
         self._block_table.zero_()  # a larger cache had pages that this one has not
-        shape = (2, pages, self._heads, PAGE_SIZE, size)
         gpu = self.device.type == "cuda"
         self._caches, self._kept_logits, self._graphs = [], None, Graphs(self.device) if gpu else None
         if gpu:
             torch.cuda.empty_cache()
-        zeros = torch.zeros if gpu else _untouched_zeros
-        self._caches = [zeros(shape, dtype=self.model.dtype, device=self.device) for _ in self._patched.layers]
+        self._caches = make_caches(self.model.config, pages, self._peers.count, self.model.dtype, self.device)
 
     def measure_free_bytes(self) -> int:
         """Of the GPU, what is free for the cache: beside the weights and the largest forward. Compiles the model."""
@@ -272,9 +268,3 @@ class Runner:
         """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""
         wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * self._heads), longest // _SPLIT_TOKENS)
         return 1 << max(0, wanted.bit_length() - 1)
-
-
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take memory of the host where they are written: `torch.zeros` writes them all, 12 GB in 14 seconds."""
-    whole = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)  # the operating system's pages, zero until then
-    return torch.from_numpy(whole).view(dtype).view(shape).to(device)

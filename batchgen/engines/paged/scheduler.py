@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.admission import CacheForecast, ExpectedLengths
-from batchgen.engines.paged.pages import PAGE_SIZE, Pages
+from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, ROOT_OF_LONG, Pages
 from batchgen.engines.paged.prefill_budget import PrefillBudget
 from batchgen.engines.paged.step import Ints, Sequence, Step, StepDraft, StepLimits
 from batchgen.types import Prompt
@@ -189,7 +189,7 @@ class Scheduler:
             self._decoding_slots = None
 
     def _append_page(self, sequence: Sequence, page: int) -> None:
-        self._table_places.append(sequence.slot * self._columns + len(sequence.pages))
+        self._table_places.append(sequence.slot * self._limits.table_width + len(sequence.pages))
         self._table_pages.append(page)
         sequence.pages.append(page)
 
@@ -251,7 +251,8 @@ class Scheduler:
 
     def _find_prefix(self, sequence: Sequence) -> tuple[list[int], int]:
         """The pages that the sequence can share, and their node; none where its prompt's own logits are wanted."""
-        return self._pages.find_prefix(sequence.tokens) if sequence.has_prompt_logprobs else ([], 0)
+        root = ROOT_OF_LONG if self._limits.is_long(sequence.prompt_tokens) else ROOT
+        return self._pages.find_prefix(sequence.tokens, root) if sequence.has_prompt_logprobs else ([], root)
 
     def _admit(self, sequence: Sequence, pages: list[int], prefix: int) -> None:
         if self._preempted:
@@ -261,6 +262,8 @@ class Scheduler:
         self._last_number += 1
         slot = sequence.slot = self._free_slots.pop()
         sequence.admission, sequence.prefix = self._last_number, prefix
+        self._table_places.append(slot * self._limits.table_width + self._columns)
+        self._table_pages.append(sequence.prompt_tokens)
         for page in pages:
             self._append_page(sequence, page)
         sequence.planned_tokens = len(pages) * PAGE_SIZE

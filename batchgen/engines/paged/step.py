@@ -22,11 +22,22 @@ class StepLimits:
     slots: int  # most sequences that run at once
     sequence_tokens: int  # most tokens of a sequence, prompt and generation
     step_tokens: int  # most tokens of a step with prefill chunks in it
+    # Keys of prompts beyond it have other positions than the same tokens in a shorter one; None: they have the same.
+    original_context: int | None = None
 
     @property
     def columns(self) -> int:
-        """Most pages of a sequence: the width of the block table."""
+        """Most pages of a sequence."""
         return -(-self.sequence_tokens // PAGE_SIZE)
+
+    @property
+    def table_width(self) -> int:
+        """The width of the block table: the pages of a sequence, and how many tokens its prompt has."""
+        return self.columns + 1
+
+    def is_long(self, prompt_tokens: int) -> bool:
+        """Whether a prompt goes beyond the original context."""
+        return self.original_context is not None and prompt_tokens > self.original_context
 
 
 class Sequence:

@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from batchgen.engines.paged import attention
-from batchgen.engines.paged.layout import AttentionShape, Layout, make_query_blocks
+from batchgen.engines.paged.layout import AttentionShape, LayerCache, Layout, make_query_blocks
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Chunk
+
+
+class Heads(NamedTuple):
+    """How many heads there are, and how many numbers they have."""
+
+    queries: int
+    keys: int
+    key_size: int
+    value_size: int
+
+    def __str__(self) -> str:
+        return f"{self.queries}/{self.keys}x{self.key_size}/{self.value_size}"
+
+
+class Features(NamedTuple):
+    """What an attention has beside scores, softmax and a sum of values."""
+
+    window: int = 0
+    alibi: bool = False
+    softcap: float = 0.0
+    sinks: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self._asdict().items() if value) or "plain"
+
+
+# With a window of 200 some keys of a long sequence are seen by all queries of a block of the kernels.
+FEATURES = (
+    Features(),
+    Features(alibi=True),
+    Features(window=37),
+    Features(window=200, alibi=True),
+    Features(softcap=5.0),
+    Features(sinks=True),
+    Features(window=37, softcap=5.0),
+    Features(window=200, sinks=True),
+    Features(window=37, alibi=True, softcap=5.0, sinks=True),
+)
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of `find_error`, beside float64
 
 
 @dataclass(frozen=True)
@@ -24,12 +65,20 @@ class Case:
     layout: Layout
     shape: AttentionShape
 
-    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, LayerCache]:
+        """Output and cache of attention in torch; the case stays as it is.
+
+        Args:
+            dtype: of all numbers; None: that of the case.
+        """
+        dtype = dtype or self.query.dtype
+        cache = LayerCache(*(half.to(dtype, copy=True) for half in self.layout.caches[0]))
+        tensors = [tensor.to(dtype) for tensor in (self.query, self.key, self.value)]
+        return attention.attend_in_torch(*tensors, cache, self.layout, self.shape), cache
+
+    def reference(self) -> tuple[torch.Tensor, LayerCache]:
         """Output and cache, in float64."""
-        cache = self.layout.caches[0].to(torch.float64, copy=True)
-        tensors = (self.query.double(), self.key.double(), self.value.double(), cache)
-        slopes = None if self.shape.slopes is None else self.shape.slopes.double()
-        return attention.attend_in_torch(*tensors, self.layout, self.shape._replace(slopes=slopes)), cache
+        return self.attend(torch.float64)
 
 
 DECODING = (1, 5, 16, 17, 64, 65, 200)  # tokens of each sequence
@@ -43,53 +92,84 @@ CHUNKS = (
 )  # tokens of the chunk, and of its sequence down to its end
 
 
-def case(
-    heads: tuple[int, int, int], dtype: torch.dtype, *, window: int = 0, alibi: bool = False, seed: int = 0
-) -> Case:
+def case(heads: Heads, dtype: torch.dtype, features: Features = Features(), *, seed: int = 0) -> Case:  # noqa: B008
     """Sequences that decode and prefill chunks, in pages in no order; one token is padding.
 
-    Args:
-        heads: how many of the query, how many of the keys, and numbers of each.
+    Some sequences are longer than the window, scores are large enough that the cap bends them, and sinks have about as
+    much weight as the keys.
     """
-    query_heads, key_heads, size = heads
     source = torch.Generator().manual_seed(seed)
-    sequences = len(DECODING) + len(CHUNKS)
-    columns = max(*DECODING, *(length for _, length in CHUNKS)) // PAGE_SIZE + 1
+    decoding_lengths, chunk_lengths, window = DECODING, CHUNKS, features.window
+    if window >= max(DECODING):
+        decoding_lengths, chunk_lengths = (*DECODING, window + 90), (*CHUNKS, (130, window + 70))
+    sequences = len(decoding_lengths) + len(chunk_lengths)
+    columns = max(*decoding_lengths, *(length for _, length in chunk_lengths)) // PAGE_SIZE + 1
     pages = torch.randperm(sequences * columns, generator=source).view(sequences, columns)
-    cache = torch.randn(2, pages.numel(), key_heads, PAGE_SIZE, size, generator=source).to(dtype)
-    slots, positions = [*range(len(DECODING)), sequences], [*(length - 1 for length in DECODING), -1]
+    slots = [*range(len(decoding_lengths)), sequences]
+    positions = [*(length - 1 for length in decoding_lengths), -1]
     decoding = len(slots)
     chunks = []
-    for slot, (count, length) in enumerate(CHUNKS, len(DECODING)):
+    for slot, (count, length) in enumerate(chunk_lengths, len(decoding_lengths)):
         chunks.append(Chunk(len(slots), count, slot, length))
         slots += [slot] * count
         positions += range(length - count, length)
-    table = torch.cat([pages, torch.zeros(1, columns, dtype=torch.long)]).int()
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=source).to(dtype)
+
+    cache = LayerCache(*(draw(pages.numel(), heads.keys, PAGE_SIZE, size) for size in heads[2:]))
     layout = Layout(
         [cache],
-        table,
+        torch.cat([pages, torch.zeros(1, columns, dtype=torch.long)]).int(),
         torch.tensor(slots, dtype=torch.int32),
         torch.tensor(positions, dtype=torch.int32),
         decoding,
         chunks,
         torch.tensor([decoding], dtype=torch.int32),
     )
-    mixed = torch.randn(1, len(slots), query_heads + 2 * key_heads, size, generator=source).to(dtype)
-    query, key, value = (part.transpose(1, 2) for part in mixed.split([query_heads, key_heads, key_heads], dim=2))
-    slopes = torch.rand(query_heads, generator=source) if alibi else None
-    return Case(query, key, value, layout, AttentionShape(size**-0.5, window, slopes))
+    # Parts of one tensor, as a joined projection gives them.
+    mixed = draw(1, len(slots), (heads.queries + heads.keys) * heads.key_size + heads.keys * heads.value_size)
+    ends = [heads.queries * heads.key_size, heads.keys * heads.key_size, heads.keys * heads.value_size]
+    parts = zip(mixed.split(ends, dim=2), (heads.key_size, heads.key_size, heads.value_size), strict=True)
+    query, key, value = (part.unflatten(2, (-1, size)).transpose(1, 2) for part, size in parts)
+    # Slopes are so small that the keys at the end of a window still count.
+    slopes = 0.02 * torch.rand(heads.queries, generator=source) if features.alibi else None
+    sinks = (4 + torch.randn(heads.queries, generator=source)).to(dtype) if features.sinks else None
+    scale = heads.key_size**-0.5 * max(1.0, features.softcap / 2)
+    return Case(query, key, value, layout, AttentionShape(scale, window, slopes, features.softcap, sinks))
 
 
 def with_stale_cache(of: Case) -> Case:
     """The same step over a cache that holds NaN wherever its sequences have nothing."""
     layout = of.layout
-    cache = torch.full_like(layout.caches[0], torch.nan)
-    lengths = [*enumerate(DECODING), *((chunk.slot, chunk.length) for chunk in layout.chunks)]
-    for slot, length in lengths:
+    cache = LayerCache(*(torch.full_like(half, torch.nan) for half in layout.caches[0]))
+    decoding = ((slot, int(layout.positions[slot]) + 1) for slot in range(layout.decoding))
+    for slot, length in [*decoding, *((chunk.slot, chunk.length) for chunk in layout.chunks)]:
         places = torch.arange(length)
         at = layout.block_table[slot, places // PAGE_SIZE].long()
-        cache[:, at, :, places % PAGE_SIZE] = layout.caches[0][:, at, :, places % PAGE_SIZE]
+        for stale, half in zip(cache, layout.caches[0], strict=True):
+            stale[at, :, places % PAGE_SIZE] = half[at, :, places % PAGE_SIZE]
     return replace(of, layout=replace(layout, caches=[cache]))
+
+
+def make_wrong_shapes(shape: AttentionShape) -> dict[str, AttentionShape]:
+    """Shapes that differ from this one in one of the features that it has, each under what is wrong with it."""
+    wrong = {}
+    if shape.window:
+        wrong["a window that is shorter by one"] = shape._replace(window=shape.window - 1)
+        wrong["a window that is longer by one"] = shape._replace(window=shape.window + 1)
+        wrong["no window"] = shape._replace(window=0)
+    if shape.slopes is not None:
+        wrong["no biases"] = shape._replace(slopes=None)
+    if shape.softcap:
+        wrong["no cap"] = shape._replace(softcap=0.0)
+        wrong["half of the cap"] = shape._replace(softcap=shape.softcap / 2)
+    if shape.sinks is not None:
+        wrong["no sinks"] = shape._replace(sinks=None)
+        wrong["sinks that are scaled"] = shape._replace(sinks=shape.sinks * shape.scale)
+        wrong["sinks in each of two splits"] = shape._replace(sinks=shape.sinks + math.log(2))
+        wrong["sinks in the order of another head"] = shape._replace(sinks=shape.sinks.roll(1))
+    return wrong
 
 
 def with_broken_token(of: Case, chunk: int, token: int, number: float) -> Case:
@@ -100,11 +180,19 @@ def with_broken_token(of: Case, chunk: int, token: int, number: float) -> Case:
     return replace(of, key=key, value=value)
 
 
-def errors(of: Case, device: str, splits: int) -> tuple[float, float]:
-    """Of the kernels: the output's relative error, and the largest difference of a value in the cache.
+def find_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative error of a token's output, from two of [1, tokens, heads, value size].
 
     What is NaN in one and not in the other is an infinite error.
     """
+    if not torch.equal(actual.isnan(), expected.isnan()):
+        return torch.inf
+    actual, expected = (one.double().nan_to_num().flatten(2) for one in (actual, expected))
+    return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max().item()
+
+
+def find_kernel_errors(of: Case, device: str, splits: int) -> tuple[float, float]:
+    """Of the kernels: the output's error, and the largest difference of a number in the cache."""
     from batchgen.engines.paged import kernels
 
     expected, kept = of.reference()
@@ -112,7 +200,7 @@ def errors(of: Case, device: str, splits: int) -> tuple[float, float]:
     assert layout.decoding_count is not None
     moved = replace(
         layout,
-        caches=[layout.caches[0].clone().to(device)],
+        caches=[LayerCache(*(half.to(device, copy=True) for half in layout.caches[0]))],
         block_table=layout.block_table.to(device),
         slots=layout.slots.to(device),
         positions=layout.positions.to(device),
@@ -122,16 +210,14 @@ def errors(of: Case, device: str, splits: int) -> tuple[float, float]:
         splits=splits,
     )
     query, key, value = (tensor.to(device) for tensor in (of.query, of.key, of.value))
-    slopes = None if of.shape.slopes is None else of.shape.slopes.to(device)
+    shape = AttentionShape(*(field.to(device) if isinstance(field, torch.Tensor) else field for field in of.shape))
     with poisoned():
-        out = kernels.attend(query, key, value, moved.caches[0], moved, of.shape._replace(slopes=slopes))
+        out = kernels.attend(query, key, value, moved.caches[0], moved, shape)
     real = layout.positions >= 0
-    actual, expected = out.cpu().double()[:, real], expected[:, real]
-    changed = moved.caches[0].cpu().double() - kept
-    if not torch.equal(actual.isnan(), expected.isnan()):
-        return torch.inf, torch.inf
-    difference = (actual - expected).nan_to_num().norm() / expected.nan_to_num().norm()
-    return difference.item(), changed.nan_to_num().abs().max().item()
+    differences = [
+        (half.cpu().double() - other).nan_to_num() for half, other in zip(moved.caches[0], kept, strict=True)
+    ]
+    return find_error(out.cpu()[:, real], expected[:, real]), max(one.abs().max().item() for one in differences)
 
 
 @contextmanager
@@ -140,7 +226,8 @@ def poisoned() -> Iterator[None]:
     empty = torch.empty
 
     def poison(*sizes: object, **options: object) -> torch.Tensor:
-        return empty(*sizes, **options).fill_(torch.nan)  # type: ignore[call-overload,no-any-return]
+        tensor: torch.Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
 
     torch.empty = poison
     try:

@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPTJConfig,
+    GPTJForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from batchgen.engine import EngineError, Setup
 from batchgen.engines import parse_options
@@ -135,6 +143,27 @@ def test_positions_that_hang_on_the_longest_row_are_refused(tmp_path: Path) -> N
     path = models.save(tmp_path / "llama", lambda vocabulary: models.llama(vocabulary, rope_parameters=rope))
     with pytest.raises(EngineError, match="rotary positions are of type dynamic, which hang on the longest row"):
         load(path)
+
+
+def test_each_row_has_the_positions_of_its_own_length(tmp_path: Path) -> None:
+    """LongRoPE: rows that stay within the original context, that cross it, and that begin beyond it, in one batch."""
+    factors = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.5, 3.0, 6.0, 9.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40, **factors}
+
+    def build(vocabulary: int) -> PreTrainedModel:
+        return Phi3ForCausalLM(Phi3Config(**models.SMALL | {"vocab_size": vocabulary, "rope_parameters": rope}))
+
+    path = models.save(tmp_path / "phi3", build)
+    rows = prompts()
+    model = models.Model(path)
+    alone = {row.id: model.tokenizer.decode(model.alone(row)) for row in rows}
+    reach = [len(row.tokens) + len(model.alone(row)) for row in rows]
+    assert min(reach) < 40
+    assert any(len(row.tokens) < 40 < end for row, end in zip(rows, reach, strict=True))
+    with load(path, "cache_tokens=256", "expected_share=0.05", "step_tokens=64") as engine:
+        generations = texts(engine, rows)
+        assert engine.preemptions > 0
+    assert {row.id: generations[row.id].text for row in rows} == alone
 
 
 def test_a_stop_request_leaves_soon_with_what_has_finished(tiny_llama: Path) -> None:

@@ -102,7 +102,7 @@ class Machine:
         return sequence.tokens
 
     def _at(self, slot: int, position: int) -> tuple[int, int]:
-        return self._table[slot * self.scheduler._columns + position // PAGE_SIZE], position % PAGE_SIZE
+        return self._table[slot * self.scheduler._limits.table_width + position // PAGE_SIZE], position % PAGE_SIZE
 
     @staticmethod
     def next(text: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel
 
 from batchgen.engine import Peers
 from batchgen.engines.paged.attention import attend
+from batchgen.engines.paged.layout import AttentionShape
 
 # Warning: `patch` sets `__class__` of modules that Transformers has made.
 #
@@ -61,5 +62,5 @@ class _PagedBloomAttention(BloomAttention):
         self, hidden_states: torch.Tensor, residual: torch.Tensor, **_: Any
     ) -> tuple[torch.Tensor, None]:
         query, key, value = self._reshape(self.query_key_value(hidden_states))
-        context = attend(query, key, value, self.layer_number, self.inv_norm_factor, 0, self.slopes)
+        context = attend(query, key, value, self.layer_number, AttentionShape(self.inv_norm_factor, slopes=self.slopes))
         return residual + self.dense(context.flatten(2)), None

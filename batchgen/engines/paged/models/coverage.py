@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 from batchgen.engine import EngineError
-from batchgen.engines.paged.models import trial
+from batchgen.engines.paged.attention import LARGEST_HEAD
+from batchgen.engines.paged.models import longrope, trial
 from batchgen.models import footprint
 from batchgen.models.architectures import OF_THE_LONGEST, model_class
 
 _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
-_LARGEST_HEAD = 256  # numbers of a head: what the kernels hold in registers
 _MOST_TOKEN_BYTES = 2 << 20  # of the cache, in 16 bits: a fifteenth of an 80 GB card for a row of 2,500 tokens
 _trials: dict[str, str] = {}
 
@@ -27,7 +27,7 @@ def why_refused(config: Any) -> str:
     kinds = set(getattr(text, "layer_types", None) or ()) - _KINDS_OF_LAYERS
     if kinds:
         return f"it has layers of type {', '.join(sorted(kinds))}, whose state is not kept in pages"
-    longest = _find_rope_types(text) & set(OF_THE_LONGEST)
+    longest = _find_rope_types(text) & set(OF_THE_LONGEST) - {longrope.TYPE}
     if longest:
         return f"its rotary positions are of type {longest.pop()}, which hang on the longest row of a step"
     if getattr(text, "use_bidirectional_attention", False):
@@ -35,8 +35,8 @@ def why_refused(config: Any) -> str:
     heads, size = footprint.cached_heads(config)
     if not heads:
         return "it has no attention heads, and keeps a state instead"
-    if size > _LARGEST_HEAD:
-        return f"its heads have {size} numbers, of which the kernels take {_LARGEST_HEAD}"
+    if size > LARGEST_HEAD:
+        return f"its heads have {size} numbers, of which the kernels take {LARGEST_HEAD}"
     token_bytes = footprint.cache_bytes_per_token(config, 2)
     if token_bytes > _MOST_TOKEN_BYTES:
         mebibytes = f"{token_bytes / 2**20:.1f} MiB"

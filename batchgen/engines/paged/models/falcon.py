@@ -11,6 +11,7 @@ from transformers.models.falcon.modeling_falcon import FalconAttention, FalconMo
 
 from batchgen.engine import Peers
 from batchgen.engines.paged.attention import attend
+from batchgen.engines.paged.layout import AttentionShape
 from batchgen.engines.paged.models.bloom import compute_slopes
 
 # Warning: `patch` sets `__class__` of modules that Transformers has made; see `bloom`. Our `forward` uses
@@ -58,7 +59,7 @@ class _PagedFalconAttention(FalconAttention):
         query, key, value = (part.transpose(1, 2) for part in self._split(self.query_key_value(hidden_states)))
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)  # type: ignore[no-untyped-call]
-        context = attend(query, key, value, self.layer_number, self.inv_norm_factor, 0, self.slopes)
+        context = attend(query, key, value, self.layer_number, AttentionShape(self.inv_norm_factor, slopes=self.slopes))
         return self.dense(context.flatten(2)), None
 
     def _split(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

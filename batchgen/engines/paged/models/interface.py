@@ -13,6 +13,8 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from batchgen.engines.paged.attention import attend
+from batchgen.engines.paged.layout import AttentionShape
+from batchgen.engines.paged.not_covered import NotCovered
 
 NAME = "batchgen_paged"
 
@@ -20,10 +22,6 @@ NAME = "batchgen_paged"
 _WITHOUT_MEANING = frozenset(
     {"cache_position", "dropout", "output_attentions", "output_router_logits", "position_ids", "use_cache"}
 )
-
-
-class UnknownArgument(Exception):
-    """A model asks something of attention that ours does not do; the message says what."""
 
 
 def _attention_interface(
@@ -42,17 +40,18 @@ def _attention_interface(
     """What Transformers calls in each layer; the signature is theirs.
 
     Raises:
-        UnknownArgument: the module asks for something that `attend` does not do.
+        NotCovered: the module asks for something that `attend` does not do.
     """
     if attention_mask is not None:
-        raise UnknownArgument("its attention has a mask of its own")
+        raise NotCovered("its attention has a mask of its own")
     for name, given in others.items():
         if given is not None and given is not False and name not in _WITHOUT_MEANING:
-            raise UnknownArgument(f"its attention has an argument {name} that is not known here")
+            raise NotCovered(f"its attention has an argument {name} that is not known here")
     if is_causal is False or not getattr(module, "is_causal", True):
-        raise UnknownArgument("its tokens attend to those behind them, too")
+        raise NotCovered("its tokens attend to those behind them, too")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, module.layer_number, scale, sliding_window or 0, None), None
+    shape = AttentionShape(scale, sliding_window or 0, softcap=softcap or 0.0, sinks=s_aux)
+    return attend(query, key, value, module.layer_number, shape), None
 
 
 # Warning: for the whole process. The function serves patched models alone (`patching`): others keep the name of their

@@ -12,6 +12,7 @@ from transformers.models.mpt.modeling_mpt import MptAttention, MptModel
 
 from batchgen.engine import Peers
 from batchgen.engines.paged.attention import attend
+from batchgen.engines.paged.layout import AttentionShape
 
 # Warning: `patch` sets `__class__` of modules that Transformers has made; see `bloom`. Our `forward` uses wte, blocks,
 # norm_f, Wqkv, clip_qkv, n_heads, head_dim, softmax_scale and out_proj.
@@ -62,5 +63,7 @@ class _PagedMptAttention(MptAttention):
             mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         parts = (part.view(*part.shape[:2], -1, self.head_dim).transpose(1, 2) for part in mixed.chunk(3, -1))
         query, key, value = parts
-        context = attend(query, key, value, self.layer_number, float(self.softmax_scale or 0), 0, self.slopes)
+        context = attend(
+            query, key, value, self.layer_number, AttentionShape(float(self.softmax_scale or 0), slopes=self.slopes)
+        )
         return self.out_proj(context.flatten(2)), None

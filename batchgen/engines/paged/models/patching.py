@@ -11,12 +11,10 @@ import torch
 from torch import nn
 
 from batchgen.engine import Peers
-from batchgen.engines.paged import linear
-from batchgen.engines.paged.models import bloom, falcon, mpt
+from batchgen.engines.paged import experts, linear
+from batchgen.engines.paged.models import bloom, falcon, longrope, mpt
 from batchgen.engines.paged.models.interface import NAME
 from batchgen.engines.paged.models.structure import Logits, find_body, find_layers
-from batchgen.engines.paged.pages import PAGE_SIZE
-from batchgen.models import footprint
 
 _OWN_ATTENTION = {"bloom": bloom.patch, "falcon": falcon.patch, "mpt": mpt.patch}
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -53,12 +51,6 @@ class PatchedModel:
         """Whether the body is told of positions; those with ALiBi are not."""
         return "position_ids" in inspect.signature(type(self.body).forward).parameters
 
-    def make_caches(self, pages: int, peers: int = 1) -> list[torch.Tensor]:
-        """Returns the cache of each layer, of `pages` pages, on the model's device."""
-        heads, size = footprint.cached_heads(self.model.config)
-        shape = (2, pages, heads // peers, PAGE_SIZE, size)
-        return [torch.zeros(shape, dtype=self.model.dtype, device=self.model.device) for _ in self.layers]
-
 
 # Warning: `patch` changes modules and a config that Transformers has made.
 #
@@ -77,13 +69,15 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
         peers: the ranks that hold the model together; `model` is this one's shard, with as many heads as each has.
 
     Raises:
-        UnknownStructure: a part of the model is not where it should be.
+        NotCovered: a part of the model is not where it should be.
     """
     text = model.config.get_text_config()
     body = find_body(model)
     layers = find_layers(body, text.num_hidden_layers)
     if text.model_type in _OWN_ATTENTION:
         _OWN_ATTENTION[text.model_type](body, layers, peers)
+    longrope.patch(body)
+    experts.install(model)
     for number, layer in enumerate(layers):
         # A number would be a constant to the compiler, which would then compile each layer anew.
         layer_number = torch.tensor([number])

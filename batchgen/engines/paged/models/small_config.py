@@ -11,6 +11,7 @@ import copy
 from typing import Any
 
 WINDOW = 24  # tokens
+ORIGINAL_CONTEXT = 32  # tokens, of models that were made for longer ones afterwards
 VOCABULARY = 256
 _INNER = 64
 _MOST_LAYERS = 12
@@ -60,3 +61,6 @@ def _cut_sizes(text: Any) -> None:
     # A window as long as the context hides nothing, whether or not the model tells attention of it.
     if isinstance(window, int) and window > WINDOW and not (isinstance(context, int) and window >= context):
         text.sliding_window = WINDOW
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "original_max_position_embeddings" in rope and rope.get("rope_type") == "longrope":
+        rope["original_max_position_embeddings"] = ORIGINAL_CONTEXT

@@ -7,16 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-
-class UnknownStructure(Exception):
-    """A model whose parts are not found; the message says which."""
+from batchgen.engines.paged.not_covered import NotCovered
 
 
 def find_body(model: Any) -> Any:
     """Returns the module that turns token ids into hidden states, without the output matrix and without what sees.
 
     Raises:
-        UnknownStructure: the model names no such module.
+        NotCovered: the model names no such module.
     """
     body = model.get_decoder()
     if body is model or isinstance(body, nn.Linear) or body.get_output_embeddings() is not None:
@@ -24,7 +22,7 @@ def find_body(model: Any) -> Any:
         if body is model:
             body = getattr(model, "model", None)
     if body is None or not hasattr(body, "forward"):
-        raise UnknownStructure("it does not say which of its modules is the decoder")
+        raise NotCovered("it does not say which of its modules is the decoder")
     return body
 
 
@@ -32,11 +30,11 @@ def find_layers(body: nn.Module, count: int) -> list[nn.Module]:
     """Returns the decoder layers of a body, in order; `count` is what the config says.
 
     Raises:
-        UnknownStructure: there is no list of so many layers, or there are several.
+        NotCovered: there is no list of so many layers, or there are several.
     """
     lists = [module for module in body.children() if isinstance(module, nn.ModuleList) and len(module) == count]
     if len(lists) != 1:
-        raise UnknownStructure(f"its decoder has no single list of {count} layers")
+        raise NotCovered(f"its decoder has no single list of {count} layers")
     return list(lists[0])
 
 
@@ -52,7 +50,7 @@ class Logits:
         text = model.config.get_text_config()
         self._head = model.get_output_embeddings()
         if self._head is None:
-            raise UnknownStructure("it has no output matrix")
+            raise NotCovered("it has no output matrix")
         self._scale = float(getattr(text, "logit_scale", None) or 1) / float(getattr(text, "logits_scaling", None) or 1)
         self._cap = float(getattr(text, "final_logit_softcapping", None) or 0)
 

@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from batchgen.engine import EngineError
 from batchgen.engines.paged.alone import Alone
-from batchgen.engines.paged.layout import Layout, lay_out, make_query_blocks
-from batchgen.engines.paged.models.interface import UnknownArgument
+from batchgen.engines.paged.cache import make_caches
+from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.models.patching import PatchedModel, patch
 from batchgen.engines.paged.models.small_config import shrink
-from batchgen.engines.paged.models.structure import UnknownStructure
+from batchgen.engines.paged.not_covered import NotCovered
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Chunk
 from batchgen.models import architectures
@@ -60,11 +61,11 @@ def find_difference(config: Any, device: torch.device | None = None) -> str:
             sequences = [ids.roll(number)[:length] for number, length in enumerate(_LENGTHS)]
             expected = [_compute_alone(model, sequence) for sequence in sequences]
             patched = patch(model, Alone())
-            caches = patched.make_caches(_COLUMNS * len(_LENGTHS))
+            caches = make_caches(model.config, _COLUMNS * len(_LENGTHS), 1, torch.float32, device)
             actual = _compute_in_pages(patched, caches, sequences)
-            if not all(cache.any() for cache in caches):
+            if not all(cache.keys.any() for cache in caches):
                 return "its attention does not ask Transformers' attention interface"
-    except (UnknownArgument, UnknownStructure) as error:
+    except NotCovered as error:
         return str(error)
     except Exception as error:  # the code of hundreds of families, called as it has never been called
         first = str(error).strip().splitlines()
@@ -102,13 +103,14 @@ def _compute_alone(model: Any, sequence: torch.Tensor) -> torch.Tensor:
 
 
 def _compute_in_pages(
-    patched: PatchedModel, caches: Sequence[torch.Tensor], sequences: Sequence[torch.Tensor]
+    patched: PatchedModel, caches: Sequence[LayerCache], sequences: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The logits of the same sequences, computed together, in steps."""
     device = sequences[0].device
     # Pages in no order; the last slot is that of padding.
     pages = torch.randperm(len(sequences) * _COLUMNS, device=device).int().view(len(sequences), _COLUMNS)
-    table = torch.cat([pages, torch.zeros_like(pages[:1])])
+    prompt_tokens = torch.tensor(_LENGTHS, dtype=torch.int32, device=device)[:, None]
+    table = F.pad(torch.cat([pages, prompt_tokens], 1), (0, 0, 0, 1))
     parts: list[list[torch.Tensor]] = [[] for _ in sequences]
     done = [0] * len(sequences)
     for step in _STEPS:
@@ -116,7 +118,8 @@ def _compute_in_pages(
         layout = _make_layout(spans, caches, table)
         with lay_out(layout):
             ids = torch.cat([sequences[slot][begin:end] for slot, begin, end in spans])
-            logits = patched.compute_logits(patched.compute_hidden(ids, layout.positions)).float()
+            with _refuse_waiting(device):
+                logits = patched.compute_logits(patched.compute_hidden(ids, layout.positions)).float()
         for slot, begin, end in spans:
             parts[slot].append(logits[: end - begin])
             logits = logits[end - begin :]
@@ -124,7 +127,19 @@ def _compute_in_pages(
     return [torch.cat(part) for part in parts]
 
 
-def _make_layout(spans: Sequence[tuple[int, int, int]], caches: Sequence[torch.Tensor], table: torch.Tensor) -> Layout:
+@contextmanager
+def _refuse_waiting(device: torch.device) -> Iterator[None]:
+    """What waits for a GPU inside is an error: it cannot be captured in a CUDA graph."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _make_layout(spans: Sequence[tuple[int, int, int]], caches: Sequence[LayerCache], table: torch.Tensor) -> Layout:
     """The layout of a step; each of `spans` is a slot, and the first and the last position of its tokens, plus one."""
     decoding = len(spans) if all(end - begin == 1 for _, begin, end in spans) else 0
     chunks: list[Chunk] = []

@@ -1,0 +1,37 @@
+"""The memory of the KV cache: for each layer keys and values, in pages."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from batchgen.engines.paged.layout import LayerCache
+from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.models import footprint
+
+
+def make_caches(config: Any, pages: int, ranks: int, dtype: torch.dtype, device: torch.device) -> list[LayerCache]:
+    """Makes the cache of each layer, which holds zeros.
+
+    Args:
+        config: of the whole model.
+        pages: how many the cache has.
+        ranks: that hold the model together; each has as many key heads as the others.
+    """
+    caches = []
+    for layer in footprint.list_layer_caches(config):
+        shape = (pages, layer.heads // ranks, PAGE_SIZE)
+        sizes = (layer.key_size, layer.value_size)
+        caches.append(LayerCache(*(_make_zeros((*shape, size), dtype, device) for size in sizes)))
+    return caches
+
+
+def _make_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take memory of the host where they are written: `torch.zeros` writes them all, 12 GB in 14 seconds."""
+    if device.type == "cuda":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    whole = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)  # the operating system's pages, zero until then
+    return torch.from_numpy(whole).view(dtype).view(shape).to(device)

@@ -1,0 +1,118 @@
+"""What Transformers calls for the experts of a layer, and how a model is told to call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from batchgen.engines.paged.experts import grouped_gemm, routing
+from batchgen.engines.paged.not_covered import NotCovered
+
+NAME = "batchgen_experts"
+
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+"""What Transformers says of a family's experts, and `compute_experts` knows. It need not look at `is_concatenated`:
+the family's own `_apply_gate` knows how gate and up are laid out."""
+
+
+# Warning: `install` changes the config of a model that Transformers has made, and this module registers a function of
+# experts there.
+#
+# Why: Transformers' own loop over experts waits for the GPU to learn which were chosen, so that a step can be neither
+# compiled as a whole nor captured; its `grouped_mm` does so for every type but bfloat16.
+#
+# What breaks:
+# - `compute_experts` reads `gate_up_proj` (`up_proj` without a gate), `down_proj`, their `_bias`, `_apply_gate`,
+#   `act_fn` and the flags above, which the class decorator `use_experts_implementation` sets (the same in
+#   Transformers 5.17 and 5.23). A version that renames one raises AttributeError; one that adds a step to experts
+#   (5.23: a norm behind them) has to flag it, and `_check` refuses flags that it does not know.
+# - Experts that are not behind that decorator (Llama 4, DBRX, JetMoe, LongCat-Flash) go on as they are.
+
+
+def install(model: nn.Module) -> int:
+    """Makes the experts of a loaded model compute by `compute_experts`.
+
+    Returns:
+        How many modules of experts the model has that ask Transformers' interface: 0 for a dense model.
+
+    Raises:
+        NotCovered: the experts of this family do something that `compute_experts` does not know.
+    """
+    modules: list[Any] = [module for module in model.modules() if _asks_the_interface(module)]
+    for module in modules:
+        _check(module)
+    for module in modules:
+        module.config._experts_implementation = NAME
+    return len(modules)
+
+
+def _asks_the_interface(module: nn.Module) -> bool:
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+
+
+def _check(module: Any) -> None:
+    """Raises NotCovered if the module has a flag that is unknown here, and set."""
+    flags = {name for name, value in vars(module).items() if name.startswith(("has_", "is_")) and value is True}
+    unknown = sorted(flags.difference(_FLAGS))
+    if unknown:
+        raise NotCovered(f"its experts ({type(module).__name__}) say {', '.join(unknown)}, which is not known here")
+
+
+def compute_experts(
+    module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of the chosen experts' outputs for each token. The signature is Transformers'.
+
+    The tokens that fill a captured step up to its size are routed like others. If they are equal, they choose the same
+    K experts: what they cost is the reading of those that no other token has chosen, and rows in a few tiles.
+
+    Args:
+        module: the family's module of experts, with weights of all of them, [experts, …].
+        hidden: [tokens, width].
+        top_k_index: which experts, [tokens, K]. A number that is no expert's (Transformers' expert parallelism gives
+            the count of experts to those of other ranks) adds nothing to the sum.
+        top_k_weights: [tokens, K], any floating type.
+
+    Returns:
+        [tokens, width], in the type of `hidden`.
+    """
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, up_name), module.down_proj
+    if module.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    up_bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
+    down_bias = module.down_proj_bias if module.has_bias else None
+    top_k = top_k_index.shape[1]
+    order, inverse, offsets = routing.sort_by_expert(top_k_index, len(up))
+    sorting = grouped_gemm.Sorting(order, offsets, top_k)
+    inner = grouped_gemm.multiply(hidden.to(up.dtype), up, up_bias, sorting)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    outputs = grouped_gemm.multiply(inner, down, down_bias, sorting._replace(top_k=0))
+    is_expert = top_k_index < len(up)
+    return combine(outputs, inverse.view_as(top_k_index), top_k_weights, is_expert).to(hidden.dtype)
+
+
+def combine(
+    outputs: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, is_expert: torch.Tensor
+) -> torch.Tensor:
+    """Sums the outputs of each token's pairs, with their weights, in float32 (float64 for a model of that).
+
+    Args:
+        outputs: of the pairs, sorted by expert, [pairs, width].
+        places, weights, is_expert: where each token's pairs are in `outputs`, [tokens, K], their weights, and whether
+            they are any expert's: `outputs` is not written for those that are not.
+
+    Returns:
+        [tokens, width], in the type of the sums.
+    """
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    # A gather and a sum of K terms, which the compiler makes one kernel; atomic additions would come in any order.
+    chosen = outputs[places].to(wide) * weights.to(wide).unsqueeze(-1)
+    return chosen.masked_fill(~is_expert.unsqueeze(-1), 0).sum(1)
+
+
+# Warning: for the whole process, as the attention of `models`. Models that are not patched keep the name of their own.
+ALL_EXPERTS_FUNCTIONS.register(NAME, compute_experts)
