@@ -1,8 +1,8 @@
 """What engine `paged` owes a family: its rows are those of Transformers, each computed alone.
 
 The same prompts are greedy rows and sampled ones. Greedy rows must have the tokens of Transformers' own `generate`;
-sampled ones those that a whole forward of Transformers gives at each place with the row's random numbers. Log-probabilities
-are compared with a forward in float64. The cache is so small that rows are preempted, steps are so short that prompts are
+sampled ones those that a forward of Transformers over the whole text gives at each place with the row's random numbers.
+Log-probabilities are compared with a forward in float64. The cache is so small that rows are preempted, steps are so short that prompts are
 computed in chunks, and every third prompt begins alike.
 """
 
@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from batchgen.engine import Setup
 from batchgen.engines.paged.engine import Paged
-from batchgen.engines.paged.models import coverage, trial
+from batchgen.engines.paged.models import coverage, longrope, trial
 from batchgen.generation.sampling import SamplingTensors, sample
 from batchgen.models import architectures, loading
 from batchgen.types import Generation, Prompt, SamplingParams
@@ -34,7 +34,7 @@ _GAIN = 1.7  # of each product: with less, the text of a model repeats itself
 _AROUND = 0.3  # standard deviation of biases, sinks, and the weights of norms around what they begin with
 _CACHE = 256  # tokens, for all rows at once: enough for each, and not for four
 _LONG_STEPS = 12  # that a prompt longer than a window is computed in, about
-_BEYOND = 40  # tokens by which long prompts go beyond a window
+_BEYOND = 40  # tokens by which long prompts go beyond a window, or the original context of stretched positions
 _SAMPLINGS: tuple[dict[str, Any], ...] = ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.5, "top_k": 30})
 
 
@@ -90,27 +90,32 @@ def find_window(config: Any) -> int:
     return window if is_used else 0
 
 
-def make_prompts(count: int, window: int) -> list[Prompt]:
-    """Returns `count` prompts, two of them beyond the window, if there is one; every third begins alike."""
+def make_prompts(count: int, limit: int) -> list[Prompt]:
+    """Returns `count` prompts, two of them longer than `limit` tokens, unless it is 0; every third begins alike."""
     made = tiny_models.random_prompts(count, longest=90)
     source = random.Random(2)
     beginning = [tiny_models.BEGIN, *range(10, 70)]
     for prompt in made[::3]:
         prompt.tokens = [*beginning, *list(prompt.tokens)[1 : source.randrange(2, 20)]]
-    for prompt in made[1:3] if window else ():
-        prompt.tokens = [tiny_models.BEGIN, *(source.randrange(4, 260) for _ in range(window + _BEYOND))]
+    for prompt in made[1:3] if limit else ():
+        prompt.tokens = [tiny_models.BEGIN, *(source.randrange(4, 260) for _ in range(limit + _BEYOND))]
     return made
 
 
-def check(settings: Config, folder: Path, count: int = 60) -> Outcome:
-    """Builds a model in `folder`, runs `count` greedy and as many sampled rows, and compares them with Transformers."""
+def check(settings: Config, folder: Path, count: int = 60, step: int = 1) -> Outcome:
+    """Builds a model in `folder`, runs `count` greedy and as many sampled rows, and compares them with Transformers.
+
+    Args:
+        step: of so many greedy rows, one is compared with `generate`, and the others as sampled ones are.
+    """
     path = tiny_models.save(folder, lambda _: build(settings))
     model = tiny_models.Model(path)
-    prompts = make_prompts(count, find_window(model.model.config))
+    config = model.model.config
+    prompts = make_prompts(count, find_window(config) or longrope.find_original_context(config) or 0)
     greedy = [_ask(prompt, prompt.index, {}) for prompt in prompts]
     sampled = [_ask(prompt, prompt.index + count, _SAMPLINGS[prompt.index % 2]) for prompt in prompts]
     found, preemptions = _run(path, [*greedy, *sampled])
-    outcome = [_judge(model, row, found[row.id]) for row in (*greedy, *sampled)]
+    outcome = [_judge(model, row, found[row.id], row.index % step == 0) for row in (*greedy, *sampled)]
     wrong = next((each.wrong for each in outcome if each.wrong), "")
     return Outcome(
         count,
@@ -160,10 +165,15 @@ class _Judgement:
     apart: float
 
 
-def _judge(model: tiny_models.Model, row: Prompt, generation: Generation) -> _Judgement:
-    """Compares the tokens of a row with those of Transformers, and its log-probabilities."""
+def _judge(model: tiny_models.Model, row: Prompt, generation: Generation, generates: bool) -> _Judgement:
+    """Compares the tokens of a row with those of Transformers, and its log-probabilities.
+
+    Args:
+        generates: a greedy row is generated anew, token by token.
+    """
     tokens = list(generation.details.token_ids or ()) if generation.details else []
-    expected = _choose_along(model, row, tokens) if row.params.temperature else model.alone(row)
+    is_sampled = row.params.temperature > 0
+    expected = model.alone(row) if generates and not is_sampled else _choose_along(model, row, tokens)
     if tokens != expected:
         return _Judgement(f"{row.id} has the tokens {tokens}, and Transformers gives {expected}", 0.0)
     if not row.params.logprobs:
@@ -173,7 +183,7 @@ def _judge(model: tiny_models.Model, row: Prompt, generation: Generation) -> _Ju
 
 
 def _choose_along(model: tiny_models.Model, row: Prompt, tokens: Sequence[int]) -> list[int]:
-    """Returns the tokens that Transformers gives a sampled row, if they are `tokens`; else up to the first other one.
+    """Returns the tokens that Transformers gives a row, if they are `tokens`; else up to the first other one.
 
     One forward computes all places, since each token is compared before what follows it.
     """
@@ -182,11 +192,13 @@ def _choose_along(model: tiny_models.Model, row: Prompt, tokens: Sequence[int]) 
     with torch.inference_mode():
         ids = torch.tensor([[*row.tokens, *tokens]])
         logits = model.model(ids, use_cache=False).logits[0, len(row.tokens) - 1 :][:count].float()
-    drawn = torch.tensor([numbers.random() for _ in logits], dtype=torch.float64)
-    same = torch.ones_like(drawn)
-    top_k = torch.full((len(logits),), params.top_k)
-    tensors = SamplingTensors(same * params.temperature, top_k, params.top_k, same * params.top_p)
-    chosen: list[int] = sample(logits, drawn, tensors).tolist()
+    chosen: list[int] = logits.argmax(-1).tolist()
+    if params.temperature:
+        drawn = torch.tensor([numbers.random() for _ in logits], dtype=torch.float64)
+        same = torch.ones_like(drawn)
+        top_k = torch.full((len(logits),), params.top_k)
+        tensors = SamplingTensors(same * params.temperature, top_k, params.top_k, same * params.top_p)
+        chosen = sample(logits, drawn, tensors).tolist()
     for place, token in enumerate(chosen):
         if token in model.tokenizer.end_tokens or place >= len(tokens) or token != tokens[place]:
             return chosen[: place + 1]

@@ -34,6 +34,11 @@ def yarn(factor: float, original: int, **others: Any) -> Config:
     return rope | {"beta_fast": 32.0, "beta_slow": 1.0} | others
 
 
+LONGROPE: Config = {  # for heads of eight numbers
+    "type": "longrope",
+    "long_factor": [1.5, 4.0, 16.0, 60.0],
+    "short_factor": [1.0, 1.0, 1.5, 2.0],
+}
 _GEMMA: Config = SMALL | {
     "head_dim": 256,
     "hidden_act": "gelu_pytorch_tanh",
@@ -105,14 +110,19 @@ DENSE: dict[str, Config] = {
         "rope_theta": 10000.0,
         "sliding_window": 2047,
     },
-    "Phi-4": SMALL | {"model_type": "phi3", "max_position_embeddings": 16384, "rope_theta": 250000, "sliding_window": None},
-    # Its positions of type longrope, which hang on the longest row, are left out.
-    "Phi-4-mini without longrope": SMALL
+    "Phi-4": SMALL
+    | {"model_type": "phi3", "max_position_embeddings": 16384, "rope_theta": 250000, "sliding_window": None},
+    "Phi-3-mini-128k": SMALL
+    | {"model_type": "phi3", "max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    | {"rope_scaling": LONGROPE, "sliding_window": 262144},
+    "Phi-4-mini": SMALL
     | {
         "model_type": "phi3",
         "hidden_size": 64,
         "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
         "partial_rotary_factor": 0.75,
+        "rope_scaling": LONGROPE | {"long_factor": [1.0, 1.5, 4.0, 16.0, 30.0, 60.0], "short_factor": [1.0] * 6},
         "sliding_window": 262144,
         "tie_word_embeddings": True,
     },
@@ -210,7 +220,8 @@ DENSE: dict[str, Config] = {
     "MPT 7B storywriter": _MPT
     | {"d_model": 48, "n_heads": 6, "attn_config": {"alibi": True, "alibi_bias_max": 16, "clip_qkv": 6.0}},
     "GPT-2": _GPT2 | {"model_type": "gpt2"},
-    "StarCoder 1": _GPT2 | {"model_type": "gpt_bigcode", "multi_query": True, "activation_function": "gelu_pytorch_tanh"},
+    "StarCoder 1": _GPT2
+    | {"model_type": "gpt_bigcode", "multi_query": True, "activation_function": "gelu_pytorch_tanh"},
     "BLOOM 560M": TOKENS | {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4},
     # Seven heads, since those of BLOOM 176B are no power of two.
     "BLOOM 176B": TOKENS | {"model_type": "bloom", "hidden_size": 56, "n_layer": 2, "n_head": 7},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.engines.paged.families.dense import FALCON_RW, SMALL, Config, yarn
+from tests.engines.paged.families.dense import FALCON_RW, LONGROPE, SMALL, Config, yarn
 
 _PHI_MOE = SMALL | {
     "model_type": "phimoe",
@@ -16,15 +16,6 @@ _PHI_MOE = SMALL | {
     "router_jitter_noise": 0.01,
     "sliding_window": 131072,
 }
-_LONGROPE = {
-    "type": "longrope",
-    "long_factor": [1.5, 4.0, 16.0, 60.0],
-    "long_mscale": 1.243163121016122,
-    "original_max_position_embeddings": 4096,
-    "short_factor": [1.0, 1.0, 1.5, 2.0],
-    "short_mscale": 1.243163121016122,
-}
-
 MIXTURES: dict[str, Config] = {
     "Mixtral 8x7B": SMALL
     | {
@@ -82,8 +73,9 @@ MIXTURES: dict[str, Config] = {
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
     },
-    # Its positions of type longrope, which hang on the longest row, are left out. The window is as long as the context.
-    "Phi-3.5-MoE without longrope": _PHI_MOE,
+    # The window is as long as the context.
+    "Phi-3.5-MoE": _PHI_MOE
+    | {"rope_scaling": LONGROPE | {"short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122}},
     "gpt-oss 20B": SMALL
     | {
         "model_type": "gpt_oss",
@@ -177,12 +169,6 @@ MIXTURES: dict[str, Config] = {
 }
 
 REFUSED: dict[str, tuple[Config, str]] = {
-    "Phi-3-mini-128k": (
-        SMALL
-        | {"model_type": "phi3", "max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
-        | {"rope_scaling": {name: _LONGROPE[name] for name in ("type", "long_factor", "short_factor")}},
-        "rotary positions are of type longrope, which hang on the longest row",
-    ),
     # Transformers rounds its biases of positions to bfloat16, which shows where slopes are no powers of two.
     "Falcon RW 1B": (
         FALCON_RW | {"hidden_size": 128, "num_attention_heads": 32},
@@ -194,7 +180,8 @@ REFUSED: dict[str, tuple[Config, str]] = {
         "the logits of a small model of its config differ",
     ),
     "Qwen2-MoE with its window": (
-        MIXTURES["Qwen1.5-MoE A2.7B"] | {"use_sliding_window": True, "max_position_embeddings": 131072, "max_window_layers": 1},
+        MIXTURES["Qwen1.5-MoE A2.7B"]
+        | {"use_sliding_window": True, "max_position_embeddings": 131072, "max_window_layers": 1},
         "the logits of a small model of its config differ",
     ),
 }
