@@ -24,7 +24,7 @@ Each module imports only modules of the rows below its own:
     runner     scheduler
     models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
     attention  linear   experts   alone   cache
-    kernels    skinny_gemm
+    kernels    skinny_gemm   online_softmax
     layout     step_buffers
     page_rows  step
     pages      not_covered
