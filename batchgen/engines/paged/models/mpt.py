@@ -31,8 +31,8 @@ def compute_slopes(heads: int) -> torch.Tensor:
     """The slopes of MPT, [heads]: 2^(-8 * k / n) for k from 1 to n, the power of two at or above `heads`; if that
     is not `heads` itself, every second one first, and then the others, as many as there are heads.
 
-    Source: `MptModel` of Transformers, which takes 8 whatever `alibi_bias_max` says. Other than in the article they fall
-    by head in another order.
+    Source: `MptModel` of Transformers, which takes 8 whatever `alibi_bias_max` says. Other than in the article they
+    fall by head in another order.
     """
     power = 2 ** math.ceil(math.log2(heads))
     slopes = [2 ** (-8 * (place + 1) / power) for place in range(power)]

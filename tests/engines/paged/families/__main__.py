@@ -1,7 +1,7 @@
 """`scripts/families`: small models of well-known families through engine `paged`, beside Transformers.
 
-A line for each family: greedy and sampled rows that are equal, the largest difference of log-probabilities, and how often
-a row was preempted. Families that must be refused are refused with their sentence.
+A line for each family: greedy and sampled rows that are equal, the largest difference of log-probabilities, and how
+often a row was preempted. Families that must be refused are refused with their sentence.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What engine `paged` owes a family: its rows are those of Transformers, each computed alone.
 
 The same prompts are greedy rows and sampled ones. Greedy rows must have the tokens of Transformers' own `generate`;
-sampled ones those that a forward of Transformers over the whole text gives at each place with the row's random numbers.
-Log-probabilities are compared with a forward in float64. The cache is so small that rows are preempted, steps are so short that prompts are
-computed in chunks, and every third prompt begins alike.
+sampled ones those that are drawn by the row's random numbers from a forward of Transformers over the whole text.
+Log-probabilities are compared with a forward in float64. The cache is so small that rows are preempted, steps are so
+short that prompts are computed in chunks, and every third prompt begins alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from batchgen.engine import Setup
 from batchgen.engines.paged.engine import Paged
 from batchgen.engines.paged.models import coverage, longrope, trial
 from batchgen.generation.sampling import SamplingTensors, sample
-from batchgen.models import architectures, loading
+from batchgen.models import architectures
 from batchgen.types import Generation, Prompt, SamplingParams
 from batchgen.world import World
 from tests import tiny_models
@@ -86,8 +86,8 @@ def find_window(config: Any) -> int:
     """Returns the window of a model's attention, in tokens; 0: there is none, or it is as long as the context."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None) or 0
-    is_used = getattr(text, "use_sliding_window", True) and window < text.max_position_embeddings
-    return window if is_used else 0
+    is_used = getattr(text, "use_sliding_window", True)
+    return window if is_used and window < getattr(text, "max_position_embeddings", 0) else 0
 
 
 def make_prompts(count: int, limit: int) -> list[Prompt]:
@@ -187,18 +187,15 @@ def _choose_along(model: tiny_models.Model, row: Prompt, tokens: Sequence[int]) 
 
     One forward computes all places, since each token is compared before what follows it.
     """
-    params, numbers = row.params, random.Random(row.row_seed)
-    count = params.max_new_tokens
+    params, count = row.params, row.params.max_new_tokens
     with torch.inference_mode():
         ids = torch.tensor([[*row.tokens, *tokens]])
         logits = model.model(ids, use_cache=False).logits[0, len(row.tokens) - 1 :][:count].float()
     chosen: list[int] = logits.argmax(-1).tolist()
     if params.temperature:
-        drawn = torch.tensor([numbers.random() for _ in logits], dtype=torch.float64)
-        same = torch.ones_like(drawn)
-        top_k = torch.full((len(logits),), params.top_k)
-        tensors = SamplingTensors(same * params.temperature, top_k, params.top_k, same * params.top_p)
-        chosen = sample(logits, drawn, tensors).tolist()
+        steps = torch.arange(len(logits))
+        seeds = torch.full_like(steps, row.row_seed - (row.row_seed >> 63 << 64))
+        chosen = sample(logits, seeds, steps, SamplingTensors.of([params] * len(logits), ids.device)).tolist()
     for place, token in enumerate(chosen):
         if token in model.tokenizer.end_tokens or place >= len(tokens) or token != tokens[place]:
             return chosen[: place + 1]

@@ -1,8 +1,8 @@
 """Configs of dense families, as the config.json of a well-known model has them, with small sizes.
 
-What attention, positions and logits are asked for is that of the model: scales, caps, windows, kinds of layers, kinds of
-rotary positions, and the size of a head where it is not a power of two or a scale hangs on it. Layers, hidden sizes, the
-vocabulary and the number of heads are small.
+What attention, positions and logits are asked for is that of the model: scales, caps, windows, kinds of layers, kinds
+of rotary positions, and the size of a head where it is not a power of two or a scale hangs on it. Layers, hidden
+sizes, the vocabulary and the number of heads are small.
 """
 
 from __future__ import annotations
