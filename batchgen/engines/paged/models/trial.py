@@ -19,14 +19,15 @@ from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.cache import make_caches
 from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.models.patching import PatchedModel, patch
-from batchgen.engines.paged.models.small_config import shrink
+from batchgen.engines.paged.models.small_config import shrink, shrink_whole
 from batchgen.engines.paged.not_covered import NotCovered
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Chunk
 from batchgen.models import architectures
 
-TOLERANCE = 2e-4
-"""Of the largest logit: far above what rounding makes of float32, and far below what a wrong scale or window makes."""
+TOLERANCE = 3e-4
+"""Of the largest logit: ten times what rounding makes of float32 (2e-5 and less, over all kinds of models that are
+covered), and a seventh of what a scale makes that is off by 1 %, or a window by one (2e-3 and more)."""
 
 _LENGTHS = (75, 9, 40)
 _STEPS = ((50, 8, 17), (24, 0, 22), (1, 1, 1))  # tokens of each sequence in each step
@@ -99,6 +100,8 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
 def _build_small(config: Any, device: torch.device) -> Any:
     """A model in float32 whose weights make every feature of attention matter."""
     small = shrink(config)
+    if architectures.auto_class(small) is None:  # no class of Transformers continues texts with the text part alone
+        small = shrink_whole(config, small)
     architectures.model_class(small)  # imports its module, whose constants must not be on the device
     with device:
         # With the attention that Transformers takes by itself: eager Falcon, for one, adds its biases twice.
