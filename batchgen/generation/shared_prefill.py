@@ -1,4 +1,4 @@
-"""One prefill for all rows of a static batch that have the same prompt, as the samples of a row have.
+"""One prefill for all samples of a row that are in the same static batch.
 
 `model.generate` computes the prompts of its rows in its first forward. Here that forward is given one row of each
 prompt, and what it returns, the logits and the cache, is then made as large as the batch. So `generate` itself, the
@@ -24,12 +24,13 @@ class SharedPrefill:
     """The first forward of a batch, which computes equal prompts once.
 
     Args:
-        prompts: the prompts of the batch, in the order of its rows.
+        prompts: the number of the input row, and the tokens, of each row of the batch. Rows of other numbers share
+            nothing, so that a benchmark that repeats its prompts measures what rows of different prompts take.
     """
 
-    def __init__(self, prompts: Sequence[Tokens]) -> None:
-        places: dict[Tokens, int] = {}
-        rows = [places.setdefault(tuple(tokens), len(places)) for tokens in prompts]
+    def __init__(self, prompts: Sequence[tuple[int, Tokens]]) -> None:
+        places: dict[tuple[int, Tokens], int] = {}
+        rows = [places.setdefault((number, tuple(tokens)), len(places)) for number, tokens in prompts]
         first = {place: row for row, place in reversed([*enumerate(rows)])}
         self._first = [first[place] for place in range(len(places))]  # the row in which each prompt is computed
         self._rows = torch.LongTensor(rows)  # for each row the place of its prompt among these

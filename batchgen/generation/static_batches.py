@@ -160,7 +160,7 @@ class StaticBatches:
         not_finite = NotFinite(agree)
         chosen = ChosenToken(batch, self._tokenizer, self._device, not_finite, agree)
         stopper = Stopper(batch, self._tokenizer, not_finite, chosen, stop=stop, count=self._count_step)
-        with SharedPrefill([prompt.tokens for prompt in batch]).of(self._model) as prefill:
+        with SharedPrefill([(prompt.index, prompt.tokens) for prompt in batch]).of(self._model) as prefill:
             output = generate_greedily(
                 self.loaded,
                 inputs,

@@ -24,8 +24,8 @@ Each module imports only modules of the rows below its own:
     runner     scheduler
     models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
     attention  linear   experts   alone   cache
-    kernels    skinny_gemm   online_softmax
-    layout     step_buffers
+    kernels    skinny_gemm
+    layout     step_buffers   online_softmax
     page_rows  step
     pages      not_covered
 """
