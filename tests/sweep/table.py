@@ -31,9 +31,9 @@ More than one rank for a model (`--tp`) is a question of its own: see [Several G
 `--engine auto` takes none of the engines that say no here.
 
 Engine `paged` goes by what a model asks of attention, and not by its kind: before it loads weights, it builds a small
-random model of the same config, and compares its logits with those of Transformers. So another config of a kind that runs
-here may be refused, a window that Transformers applies outside of attention, say, and the other way round. Why it
-refuses the kinds below stands [further down](#kinds-that-paged-refuses).
+random model of the same config, and compares its logits with those of Transformers. So a model of a kind that runs here
+is refused if its config asks for more, a window that Transformers applies outside of attention, say. Why other kinds
+are refused is said [further down](#kinds-that-paged-refuses).
 """
 
 
@@ -46,7 +46,9 @@ def write(swept: Sequence[Swept]) -> None:
     text += f"\n## {len(compared)} kinds that run\n\n| `model_type` | {' | '.join(ENGINES)} | padded | |\n"
     text += f"|---|{'---|' * (len(ENGINES) + 2)}\n" + "".join(map(_row, _sort(compared)))
     text += "\n## Kinds that `paged` refuses\n\nThese run with other engines.\n\n| `model_type` | why |\n|---|---|\n"
-    text += "".join(f"| `{one.kind}` | {_cell(_why_not_paged(one))} |\n" for one in _sort(compared) if _why_not_paged(one))
+    text += "".join(
+        f"| `{one.kind}` | {_cell(_why_not_paged(one))} |\n" for one in _sort(compared) if _why_not_paged(one)
+    )
     text += f"\n## {len(refused)} kinds that no engine takes\n\n| `model_type` | what engines say |\n|---|---|\n"
     for one in _sort(refused):
         text += f"| `{one.kind}` | {_cell(_outcome(one, 'accelerate').detail)} |\n"
