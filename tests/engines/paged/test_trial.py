@@ -13,10 +13,12 @@ import torch
 
 from batchgen.engine import EngineError
 from batchgen.engines.paged.layout import AttentionShape
-from batchgen.engines.paged.models import bloom, falcon, interface, mpt, patching, structure, trial
+from batchgen.engines.paged.models import bloom, coverage, falcon, interface, mpt, patching, structure, trial
+from batchgen.models import architectures
 from tests.engines.paged.families.contract import make_config
 from tests.engines.paged.families.dense import DENSE
 from tests.engines.paged.families.mixtures import MIXTURES
+from tests.sweep.kinds import make_config as make_sweep_config
 
 FAMILIES = DENSE | MIXTURES
 CPU = torch.device("cpu")
@@ -95,6 +97,32 @@ def test_a_planted_mistake_is_found(mistake: str, family: str, monkeypatch: pyte
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounding_is_far_below_the_tolerance(family: str) -> None:
     assert 0 < trial.measure_difference(make_config(FAMILIES[family]), CPU) <= ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("gemma3n_text", "its last 2 layers attend to keys and values of layers before them"),
+        ("gemma4_text", "its heads have 512 numbers, of which the kernels take 256"),
+        ("llama4_text", "layers of type chunked_attention, whose state is not kept in pages"),
+        ("mamba", "layers of type linear_attention, whose state is not kept in pages"),
+        ("rwkv", "it has no attention heads, and keeps a state instead"),
+        ("bart", "it is no decoder that Transformers continues texts with"),
+        ("musicgen", "it has several parts that take text"),
+        ("blt", "its config does not say how many layers it has"),
+        ("paligemma", "its tokens attend to those behind them, too"),
+    ],
+)
+def test_what_pages_cannot_hold_is_seen_in_the_config(kind: str, reason: str) -> None:
+    with pytest.raises(EngineError, match=f"of type {kind}: .*{reason}.*; use --engine accelerate"):
+        coverage.check(make_sweep_config(kind))
+
+
+@pytest.mark.parametrize("kind", ["emu3", "qwen2_5_vl"])
+def test_a_model_that_sees_is_tried_whole_where_its_text_has_no_class_of_its_own(kind: str) -> None:
+    config = make_sweep_config(kind)
+    assert architectures.auto_class(config.get_text_config()) is None
+    trial.check(config, CPU)
 
 
 def test_an_argument_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
