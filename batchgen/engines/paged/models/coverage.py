@@ -8,7 +8,7 @@ from typing import Any
 from batchgen.engine import EngineError
 from batchgen.engines.paged.attention import LARGEST_HEAD
 from batchgen.engines.paged.models import longrope, trial
-from batchgen.models import footprint
+from batchgen.models import architectures, footprint
 from batchgen.models.architectures import OF_THE_LONGEST, model_class
 
 _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
@@ -18,6 +18,8 @@ _trials: dict[str, str] = {}
 
 def why_refused(config: Any) -> str:
     """Returns what of this config pages of keys and values cannot hold; "" if nothing is known against it."""
+    if architectures.why_refused(config):
+        return architectures.why_refused(config)
     try:
         text = config.get_text_config()
     except ValueError:  # so Transformers says that there are several
@@ -32,6 +34,8 @@ def why_refused(config: Any) -> str:
         return f"its rotary positions are of type {longest.pop()}, which hang on the longest row of a step"
     if getattr(text, "use_bidirectional_attention", False):
         return "its tokens attend to those behind them, too"
+    if getattr(text, "num_kv_shared_layers", 0):
+        return f"its last {text.num_kv_shared_layers} layers attend to keys and values of layers before them"
     heads, size = footprint.cached_heads(config)
     if not heads:
         return "it has no attention heads, and keeps a state instead"

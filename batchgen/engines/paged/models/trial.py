@@ -19,19 +19,21 @@ from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.cache import make_caches
 from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.models.patching import PatchedModel, patch
-from batchgen.engines.paged.models.small_config import shrink
+from batchgen.engines.paged.models.small_config import shrink, shrink_whole
 from batchgen.engines.paged.not_covered import NotCovered
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Chunk
 from batchgen.models import architectures
 
-_TOLERANCE = 2e-4
-"""Of the largest logit: far above what rounding makes of float32, and far below what a wrong scale or window makes."""
+TOLERANCE = 3e-4
+"""Of the largest logit: ten times what rounding makes of float32 (2e-5 and less, over all kinds of models that are
+covered), and a seventh of what a scale makes that is off by 1 %, or a window by one (2e-3 and more)."""
 
 _LENGTHS = (75, 9, 40)
 _STEPS = ((50, 8, 17), (24, 0, 22), (1, 1, 1))  # tokens of each sequence in each step
 _COLUMNS = -(-max(_LENGTHS) // PAGE_SIZE)  # pages of each sequence
-_WEIGHTS = 2.0  # standard deviation of what a product adds up to: large, so that softmax is far from uniform
+_WEIGHTS = 3.0  # standard deviation of what a product adds up to: large, so that softmax is far from uniform
+_EMBEDDINGS = 0.2  # of that in embeddings: small, since what a layer adds to them must not be lost beside them
 _VECTORS = 0.3  # of biases, sinks, and around the weights of norms
 
 
@@ -53,24 +55,39 @@ def word_refusal(config: Any, why: str) -> str:
 
 def find_difference(config: Any, device: torch.device | None = None) -> str:
     """Returns what a patched model of this config does otherwise than Transformers; "" for nothing."""
-    device = device or torch.device("cpu")
     try:
-        with torch.inference_mode(), _own_random_numbers(device):
-            model = _build_small(config, device)
-            ids = torch.randint(0, model.config.get_text_config().vocab_size, (max(_LENGTHS),), device=device)
-            sequences = [ids.roll(number)[:length] for number, length in enumerate(_LENGTHS)]
-            expected = [_compute_alone(model, sequence) for sequence in sequences]
-            patched = patch(model, Alone())
-            caches = make_caches(model.config, _COLUMNS * len(_LENGTHS), 1, torch.float32, device)
-            actual = _compute_in_pages(patched, caches, sequences)
-            if not all(cache.keys.any() for cache in caches):
-                return "its attention does not ask Transformers' attention interface"
+        difference = measure_difference(config, device or torch.device("cpu"))
     except NotCovered as error:
         return str(error)
     except Exception as error:  # the code of hundreds of families, called as it has never been called
         first = str(error).strip().splitlines()
         return f"a small model of its config fails in pages ({type(error).__name__}: {first[0] if first else ''})"
-    return _compare(expected, actual)
+    if difference <= TOLERANCE:
+        return ""
+    return (
+        "beside Transformers' own forward, the logits of a small model of its config differ by "
+        f"{difference:.1%} of the largest"
+    )
+
+
+def measure_difference(config: Any, device: torch.device) -> float:
+    """Returns the largest difference of a logit in pages from Transformers' own, as a share of the largest logit.
+
+    Raises:
+        NotCovered: the model asks for something that is known not to be done here.
+    """
+    with torch.inference_mode(), _own_random_numbers(device):
+        model = _build_small(config, device)
+        ids = torch.randint(0, model.config.get_text_config().vocab_size, (max(_LENGTHS),), device=device)
+        sequences = [ids.roll(number)[:length] for number, length in enumerate(_LENGTHS)]
+        expected = [_compute_alone(model, sequence) for sequence in sequences]
+        patched = patch(model, Alone())
+        caches = make_caches(model.config, _COLUMNS * len(_LENGTHS), 1, torch.float32, device)
+        actual = _compute_in_pages(patched, caches, sequences)
+        if not all(cache.keys.any() for cache in caches):
+            raise NotCovered("its attention does not ask Transformers' attention interface")
+    largest = max(float(logits.abs().max()) for logits in expected)
+    return max(float((own - given).abs().max()) for own, given in zip(expected, actual, strict=True)) / largest
 
 
 @contextmanager
@@ -83,15 +100,19 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
 def _build_small(config: Any, device: torch.device) -> Any:
     """A model in float32 whose weights make every feature of attention matter."""
     small = shrink(config)
+    if architectures.auto_class(small) is None:  # no class of Transformers continues texts with the text part alone
+        small = shrink_whole(config, small)
     architectures.model_class(small)  # imports its module, whose constants must not be on the device
     with device:
+        # With the attention that Transformers takes by itself: eager Falcon, for one, adds its biases twice.
         make = architectures.auto_class(small)
-        model = make.from_config(small, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+        model = make.from_config(small, dtype=torch.float32, trust_remote_code=False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, _WEIGHTS * parameter.shape[-1] ** -0.5)
         else:
             parameter.add_(torch.randn_like(parameter) * _VECTORS)
+    model.get_input_embeddings().weight.mul_(_EMBEDDINGS)
     return model.eval()
 
 
@@ -154,14 +175,3 @@ def _make_layout(spans: Sequence[tuple[int, int, int]], caches: Sequence[LayerCa
         torch.tensor(values, dtype=torch.int32, device=table.device) for values in (slots, positions, [decoding])
     ]
     return Layout(caches, table, numbers[0], numbers[1], decoding, chunks, numbers[2], blocks)
-
-
-def _compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> str:
-    largest = max(float(logits.abs().max()) for logits in expected)
-    difference = max(float((own - given).abs().max()) for own, given in zip(expected, actual, strict=True))
-    if difference <= _TOLERANCE * largest:
-        return ""
-    return (
-        "beside Transformers' own forward, the logits of a small model of its config differ by "
-        f"{difference / largest:.1%} of the largest"
-    )
