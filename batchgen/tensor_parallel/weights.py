@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import re
@@ -20,6 +21,7 @@ from batchgen.engine import EngineError
 from batchgen.models import loading
 from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
+from batchgen.tensor_parallel.file_views import find_pieces, forget_pieces, keep_views
 
 _READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
 _MADV_DONTNEED = 4  # see madvise(2)
@@ -37,7 +39,8 @@ def map_model(folder: str, attn_implementation: str | None) -> Any:
         EngineError: as `loading.load`.
     """
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
-    model = loading.load(folder, arguments, filled=False)
+    with keep_views():
+        model = loading.load(folder, arguments, filled=False)
     _check_unpacked(folder, model)
     return model
 
@@ -123,7 +126,11 @@ def copy_weights(model: nn.Module, folder: str, device: torch.device, dtype: tor
         source = sources[key].data
         exact = any(is_kept_exact(path) for *_, path in homes[key])
         target = dtype if source.dtype == own and not exact else source.dtype
-        if hollow is None:
+        if hollow is None and (pieces := find_pieces(sources[key])) is not None:
+            here = pieces.assemble(device)
+            for piece in itertools.chain(*pieces.experts):
+                maps.forget(piece)
+        elif hollow is None:
             here = source.to(device, copy=True)
             maps.forget(source)
         else:
@@ -142,6 +149,7 @@ def copy_weights(model: nn.Module, folder: str, device: torch.device, dtype: tor
         for key, made in zip(homes, readers.map(copy, list(homes)), strict=True):
             size += _put(made, homes[key])
             sources[key].data = torch.empty(0)
+            forget_pieces(sources[key])
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
