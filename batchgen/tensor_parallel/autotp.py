@@ -21,6 +21,7 @@ from batchgen.tensor_parallel.experts import Way, keep_routers_whole, split_expe
 from batchgen.tensor_parallel.fused import split_fused
 from batchgen.tensor_parallel.group import list_divisors
 from batchgen.tensor_parallel.heads import split_heads
+from batchgen.tensor_parallel.layers import ScaledEmbedding
 
 # Kinds of model, as config.json has them, whose logits have been compared with those of one process
 # (tests/tensor_parallel/families.py). AutoTP goes by names of layers, and splits others wrong without a word.
@@ -214,6 +215,9 @@ def _split_vocabulary(model: Any, group: dist.ProcessGroup, meta: Any) -> None:
     tied = head is not None and head.weight is embedding.weight
     cut: Any = None
     plain = type(embedding).forward is torch.nn.Embedding.forward
+    scale = None if plain else getattr(embedding, "embed_scale", None)
+    if isinstance(scale, torch.Tensor):  # Gemma's: an embedding times a number
+        embedding, plain = _make_plain_embedding(embedding), True
     if tied and not plain:
         return  # DeepSpeed's own way holds a tied weight one and a bit times, but is right
     if isinstance(head, torch.nn.Linear):
@@ -228,4 +232,11 @@ def _split_vocabulary(model: Any, group: dist.ProcessGroup, meta: Any) -> None:
     words = VocabParallelEmbedding(
         embedding, group, name="lm_head", tied_vocab_parallel_linear=cut if tied else None, tp_meta=meta
     )
-    model.set_input_embeddings(words)
+    model.set_input_embeddings(ScaledEmbedding(words, scale) if isinstance(scale, torch.Tensor) else words)
+
+
+def _make_plain_embedding(embedding: Any) -> torch.nn.Embedding:
+    """Returns an embedding with the same vectors, as they are."""
+    plain = torch.nn.Embedding(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta")
+    plain.weight = embedding.weight
+    return plain

@@ -97,3 +97,21 @@ class VocabularyEmbedding(nn.Module):
         output = F.embedding(places.masked_fill(others, 0), self.weight).masked_fill(others[..., None], 0.0)
         sum_over_ranks(output, self._group)
         return output
+
+
+class ScaledEmbedding(nn.Module):
+    """An embedding times a number, as Gemma has it.
+
+    Args:
+        embedding: of this rank.
+        scale: the number, a tensor without dimensions; it is rounded to the embedding's type.
+    """
+
+    def __init__(self, embedding: nn.Module, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.register_buffer("embed_scale", scale, persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.embedding(ids)
+        return output * self.get_buffer("embed_scale").to(output.dtype)
