@@ -117,6 +117,7 @@ class Setup:
     selftest: bool = True  # rows of the first batch are computed again alone, and compared
     run: str = ""  # tells this run, or its shard, from all others; the same in all its attempts
     cache: str = ""  # batchgen's own folder on this machine, for files that are built once
+    adapter: str = ""  # the folder of a LoRA adapter that is merged into the weights; "": none
     limits: Mapping[int, int] = field(default_factory=dict)
     """Most rows of a batch, by its length in tokens: what earlier attempts died of (`OutOfStep`)."""
 

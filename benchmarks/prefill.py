@@ -1,6 +1,6 @@
-"""Attention of prefill chunks, beside another version's kernels: `python benchmarks/prefill.py OTHER`, on one GPU.
+"""Attention beside another version's kernels: `python benchmarks/prefill.py OTHER`, on one GPU.
 
-OTHER is the root of another version of batchgen. Milliseconds are medians; each pair is timed twice, in turn, and the
+OTHER is the root of another version of batchgen. The steps are those of `attention.py`. Milliseconds are medians; each pair is timed twice, in turn, and the
 ratio is that of the smaller ones. The outputs of both are compared.
 """
 
@@ -9,40 +9,22 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 import triton
+from attention import Kind, Work, make_works
 
 from batchgen.engines.paged import kernels, pages
-from batchgen.engines.paged.layout import AttentionShape, Layout, make_query_blocks
-from batchgen.engines.paged.pages import PAGE_SIZE
-from batchgen.engines.paged.step import Chunk
+from batchgen.engines.paged.layout import Layout
 
-# Heads, key heads, ALiBi, window; all of 128 numbers.
 MODELS = {
-    "llama-8b": (32, 8, False, 0),
-    "bloom-7b1": (32, 32, True, 0),
-    "llama-8b, window 4096": (32, 8, False, 4096),
-    "qwen3-0.6b": (16, 8, False, 0),
+    "llama-8b": "32/8x128/128",
+    "bloom-7b1": "32/32x128/128,alibi",
+    "llama-8b, window 4096": "32/8x128/128,window=4096",
+    "qwen3-0.6b": "16/8x128/128",
 }
-# Tokens of each sequence, those of its chunk, and how many such sequences.
-STEPS = ((8192, 8192, 1), (16384, 4096, 1), (512, 512, 8), (100, 100, 40))
-HEAD = 128
-
-
-def layout(length: int, count: int, sequences: int, key_heads: int) -> Layout:
-    """A step of nothing but prefill chunks, in pages in no order."""
-    columns = length // PAGE_SIZE + 1
-    cache = torch.randn(2, sequences * columns, key_heads, PAGE_SIZE, HEAD, device="cuda").bfloat16()
-    table = torch.randperm(sequences * columns, device="cuda").view(sequences, columns).int()
-    chunks = [Chunk(slot * count, count, slot, length) for slot in range(sequences)]
-    slots = torch.arange(sequences, device="cuda").repeat_interleave(count).int()
-    positions = torch.arange(length - count, length, device="cuda").repeat(sequences).int()
-    none = torch.zeros(1, dtype=torch.int32, device="cuda")
-    return Layout([cache], table, slots, positions, 0, chunks, none, query_blocks=make_query_blocks(chunks).cuda())
 
 
 class OldLayout:
@@ -71,20 +53,17 @@ def load(root: Path) -> ModuleType:
     return module
 
 
-def compare(model: str, step: Sequence[int], other: ModuleType) -> str:
+def compare(model: str, step: str, work: Work, other: ModuleType) -> str:
     """A line of the table."""
-    heads, key_heads, alibi, window = MODELS[model]
-    length, count, sequences = step
-    of = layout(length, count, sequences, key_heads)
-    mixed = torch.randn(1, count * sequences, heads + 2 * key_heads, HEAD, device="cuda").bfloat16()
-    query, key, value = (part.transpose(1, 2) for part in mixed.split([heads, key_heads, key_heads], dim=2))
-    slopes = torch.rand(heads, device="cuda") if alibi else None
+    tensors, of = (work.query, work.key, work.value), work.layout
 
     def attend(module: ModuleType) -> torch.Tensor:
-        arguments: tuple[object, ...] = (of, AttentionShape(HEAD**-0.5, window, slopes))
+        # Earlier versions took keys and values as the halves of one tensor.
+        cache = of.caches[0] if hasattr(module, "LayerCache") else of.caches[0].keys._base
+        arguments: tuple[object, ...] = (of, work.shape)
         if "shape" not in inspect.signature(module.attend).parameters:
-            arguments = (OldLayout(of), HEAD**-0.5, window, slopes)
-        out: torch.Tensor = module.attend(query, key, value, of.caches[0], *arguments)
+            arguments = (OldLayout(of), work.shape.scale, work.shape.window, work.shape.slopes)
+        out: torch.Tensor = module.attend(*tensors, cache, *arguments)
         return out
 
     apart = (attend(other).float() - attend(kernels).float()).abs().max().item()
@@ -93,17 +72,17 @@ def compare(model: str, step: Sequence[int], other: ModuleType) -> str:
         times[module].append(triton.testing.do_bench(lambda module=module: attend(module), return_mode="median"))
     ratio = min(times[kernels]) / min(times[other])
     figures = " | ".join(f"{one:.3f}" for one in [*times[other], *times[kernels]])
-    return f"| {model} | {sequences} x {count} of {length} | {figures} | {ratio:.3f} | {apart:.1e} |"
+    return f"| {model} | {step} | {figures} | {ratio:.3f} | {apart:.1e} |"
 
 
 def main(root: str) -> None:
     """Prints the table."""
     other = load(Path(root))
-    print("| heads of | chunks | other, ms | again | this, ms | again | this / other | apart |")
+    print("| heads of | step | other, ms | again | this, ms | again | this / other | apart |")
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     for model in MODELS:
-        for step in STEPS:
-            print(compare(model, step, other), flush=True)
+        for kernel, step, work in make_works(Kind.parse(MODELS[model])):
+            print(compare(model, f"{kernel} {step}", work, other), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, FalconConfig, Gemma3nTextConfig, Gemma4TextConfig, LlamaConfig, MambaConfig
 
 from batchgen.device import free_bytes, host_free_bytes, is_out_of_memory, take_peak_bytes
 from batchgen.generation.limits import SizeLimits, count_rows_that_fit
-from batchgen.models.footprint import bytes_per_row, cached_heads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -47,36 +45,6 @@ def test_a_shorter_batch_may_be_larger_in_proportion() -> None:
     shorter = limits.max_rows(100)
     assert shorter is not None
     assert 64 <= shorter <= 80
-
-
-def test_a_row_takes_what_the_cache_of_a_published_model_takes() -> None:
-    llama = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128_256,
-    )
-    bloom = BloomConfig(hidden_size=4096, n_layer=30, n_head=32, vocab_size=250_880)
-    for config, a_token in ((llama, 131_072), (bloom, 491_520)):
-        one, more = (bytes_per_row(config, prompt_tokens=0, new_tokens=n, item_bytes=2, eager=False) for n in (1, 1001))
-        assert more - one == 1000 * a_token
-    sdpa, eager = (bytes_per_row(bloom, prompt_tokens=512, new_tokens=1, item_bytes=2, eager=e) for e in (False, True))
-    assert eager - sdpa == 32 * 512 * 512 * 6
-
-
-def test_heads_that_share_one_key_and_models_without_any_are_known_from_the_config() -> None:
-    falcon_7b = FalconConfig(hidden_size=4544, num_hidden_layers=32, num_attention_heads=71, multi_query=True)
-    assert cached_heads(falcon_7b) == (1, 64)
-    falcon_40b = FalconConfig(
-        hidden_size=8192, num_attention_heads=128, num_kv_heads=8, multi_query=True, new_decoder_architecture=True
-    )
-    assert cached_heads(falcon_40b) == (8, 64)
-    mamba = MambaConfig(hidden_size=2560, num_hidden_layers=64, vocab_size=50_280, state_size=16, conv_kernel=4)
-    assert cached_heads(mamba) == (0, 0)
-    few, many = (bytes_per_row(mamba, prompt_tokens=0, new_tokens=n, item_bytes=2, eager=False) for n in (1, 1001))
-    assert few == many == 50_280 * 8 + 64 * 5120 * 20 * 2
 
 
 @pytest.mark.parametrize(
@@ -125,26 +93,3 @@ def test_the_peak_of_a_process_without_a_gpu_is_its_resident_memory() -> None:
     before = take_peak_bytes([CPU])
     ballast = torch.ones(64 * 2**20, dtype=torch.uint8)
     assert take_peak_bytes([CPU]) >= max(before, ballast.numel())
-
-
-def test_sizes_that_differ_by_layer_count_as_the_largest() -> None:
-    small = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
-    gemma4 = Gemma4TextConfig(
-        head_dim=8,
-        global_head_dim=16,
-        layer_types=["sliding_attention", "full_attention"],
-        num_hidden_layers=2,
-        **small,
-    )
-    assert cached_heads(gemma4) == (2, 16)
-    each = [
-        bytes_per_row(
-            Gemma3nTextConfig(intermediate_size=inner, num_hidden_layers=2, num_kv_shared_layers=0, **small),
-            prompt_tokens=5,
-            new_tokens=5,
-            item_bytes=4,
-            eager=False,
-        )
-        for inner in (128, [64, 128])
-    ]
-    assert each[0] == each[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,15 @@ import torch
 import transformers
 from packaging.version import Version
 
-from batchgen.models import architectures
+from batchgen.engine import SignsOfLife
+from batchgen.generation.greedy import LoadedModel
+from batchgen.generation.sizing import BatchSizing
+from batchgen.generation.static_batches import StaticBatches
+from batchgen.models import architectures, loading
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Generation
-from tests.sweep.compare import ENGINES, Outcome, judge, sweep
-from tests.sweep.kinds import ALL, CAUSAL, SEEING
+from tests.sweep.compare import ENGINES, Outcome, alone, judge, rows, save_tokenizer, sweep
+from tests.sweep.kinds import ALL, CAUSAL, SEEING, build
 
 KINDS = (
     "bloom",  # biases by distance in place of positions
@@ -29,6 +35,20 @@ KINDS = (
     "mistral3",  # sees
     "paligemma",  # sees, and looks at its prompt in both directions
     "qwen2_5_vl",  # sees, and has positions in time, height and width
+)
+
+# Of these the rows of one prompt share its prefill, but of the last two, which hold states elsewhere than in a cache of
+# Transformers' own.
+SHARING = (
+    "bart",  # a cache of the encoder, too
+    "gemma3",  # windows and whole attention in turn, and pictures that are not there
+    "glm_moe_dsa",  # an index of its keys
+    "inkling_text",  # states and windows in one layer
+    "jamba",  # states and attention in turn
+    "lfm2",  # states of convolutions alone
+    "qwen2_5_vl",  # positions in time, height and width
+    "deepseek_v4",
+    "recurrent_gemma",
 )
 
 
@@ -47,6 +67,24 @@ def test_a_row_in_a_batch_is_what_it_is_alone(kind: str, tmp_path: Path) -> None
     assert (swept.impossible, swept.outcomes) == ("", {"accelerate": Outcome("equal")})
     assert swept.varies
     assert swept.chosen == ("paged" if kind == "bloom" else "accelerate")
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_rows_of_one_prompt_are_what_one_is_alone(kind: str, tmp_path: Path) -> None:
+    model = build(kind, 0)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    tokenizer = HfTokenizer(str(tmp_path))
+    expected = alone(model, rows()[:3], tokenizer)
+    loaded = LoadedModel(loading.load(str(tmp_path), {"dtype": torch.float32}), tokenizer, torch.device("cpu"))
+    embedded: list[int] = []
+    loaded.model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: embedded.append(len(ids[0])))
+    prompts = iter([replace(prompt, sample=sample) for prompt in rows()[:3] for sample in range(3)])
+    batches = list(StaticBatches(loaded, BatchSizing(9), SignsOfLife()).run(prompts, lambda: False))
+    found = [one for batch in batches for one in batch.generations]
+    for sample in range(3):
+        assert judge(expected, {one.id: one for one in found if one.sample == sample}) == Outcome("equal")
+    assert len(batches[0].generations) == embedded[0] * (1 if kind in SHARING[-2:] else 3)
 
 
 def test_a_model_that_sees_runs_or_is_refused_with_every_engine(tmp_path: Path) -> None:
@@ -88,7 +126,9 @@ def test_another_text_differs() -> None:
 
 
 def test_what_is_refused_or_not_padded_is_a_kind_that_transformers_has() -> None:
-    missing = (set(architectures._UNPADDED) | set(architectures._REFUSED)) - set(ALL)
+    missing = (set(architectures._UNPADDED) | set(architectures._REFUSED) | architectures._STATE_OUTSIDE_CACHE) - set(
+        ALL
+    )
     newer = {"unlimited_ocr"} if Version(transformers.__version__) < Version("5.23") else set()
     assert missing <= newer
-    assert set(KINDS) <= set(CAUSAL) | set(SEEING)
+    assert {*KINDS, *SHARING} <= set(CAUSAL) | set(SEEING)

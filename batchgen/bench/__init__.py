@@ -162,6 +162,8 @@ def _describe(bench: Bench, folder: Folder, lines_by_rank: Sequence[Sequence[Map
     provenance = dict(bench.provenance)
     for name, bandwidth, arithmetic in [line["machine"] for line in lines if "machine" in line][:1]:
         provenance["machine"] = {"name": name, "bytes_per_second": bandwidth, "operations_per_second": arithmetic}
+    for size in [line["size"] for line in lines if "size" in line][:1]:
+        provenance["model_size"] = size
     if any("outcome" in line for line in lines):
         folder.describe(provenance)
         folder.remember(bench.command)

@@ -35,7 +35,7 @@ def markdown(manifest: dict[str, Any], results: Sequence[Result], mode: CountMod
         "as the article counts (padding behind a row's end is generated)" if mode == "seed" else "each row to its end"
     )
     parts = [
-        f"{identity['model']}, {identity['dtype']}, {identity['tokens']} new tokens, "
+        f"{identity['model']}{_size(manifest)}, {identity['dtype']}, {identity['tokens']} new tokens, "
         f"median of {identity['cycles']} cycles; tokens {counted}. {_machine(manifest)}",
         _loads(results) + ("\n\nRandom weights are made, not read: loading real ones takes longer." if random else ""),
     ]
@@ -55,6 +55,11 @@ def markdown(manifest: dict[str, Any], results: Sequence[Result], mode: CountMod
     if scaling is not None:
         parts += ["Tokens a second by number of ranks, in those of the fewest; a batch is that of a stream:", scaling]
     return "\n\n".join(parts) + "\n"
+
+
+def _size(manifest: dict[str, Any]) -> str:
+    """The model's size, which folders of earlier versions do not have."""
+    return f" ({manifest['model_size']})" if "model_size" in manifest else ""
 
 
 def _machine(manifest: dict[str, Any]) -> str:

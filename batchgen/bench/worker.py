@@ -22,6 +22,7 @@ from batchgen.bench.progress import logging_tokens
 from batchgen.bench.results import ARTICLE_JOB, BenchError
 from batchgen.engine import Engine, OutOfStep, Setup
 from batchgen.models import loading
+from batchgen.planning.description import describe_model
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
 
@@ -111,7 +112,9 @@ class Worker:
             )
         device.release()
         self._write_line({"machine": [machine.name, machine.bandwidth, machine.arithmetic]})
-        return Floor.of(config, dtype, machine)
+        floor = Floor.of(config, dtype, machine)
+        self._write_line({"size": describe_model(floor.weights, floor.footprint)})
+        return floor
 
     def _measure_batch(self, made: Engine, rows: int, floor: Floor | None) -> bool:
         """Measures a batch size; False if it does not fit."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from batchgen import engines
+from batchgen.commands import CommandError
 from batchgen.planning.auto import AUTO
 from batchgen.runs.watchdog import STALL_SECONDS
 
@@ -68,6 +70,49 @@ _ENGINE_OPTIONS = (
         help="After this many seconds without a step, log the stacks of all ranks and exit, resumable; 0: never.",
     ),
 )
+
+
+class Adapter(NamedTuple):
+    """What `--adapter` names."""
+
+    name: str  # of the model with this adapter, which lines of requests ask for; "" without one
+    folder: str
+
+
+def _read_adapter(context: click.Context, parameter: click.Parameter, text: str | None) -> Adapter | None:
+    """The adapter that is written as FOLDER or NAME=FOLDER; a folder of that very name wins."""
+    if text is None:
+        return None
+    name, equals, folder = text.partition("=")
+    if not equals or os.path.isdir(os.path.expanduser(text)):
+        return Adapter("", text)
+    if not name or not folder:
+        raise click.BadParameter(f"{text!r} is neither FOLDER nor NAME=FOLDER")
+    return Adapter(name, folder)
+
+
+def adapter_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The adapter, for the commands that run a model or check one."""
+    return click.option(
+        "--adapter",
+        metavar="FOLDER",
+        callback=_read_adapter,
+        help="A LoRA adapter that peft has saved, to be merged into the model's weights as they are loaded.",
+    )(command)
+
+
+def unnamed_folder(adapter: Adapter | None) -> str | None:
+    """The folder of an adapter, for commands whose rows name no model.
+
+    Raises:
+        CommandError: it has a name.
+    """
+    if adapter is not None and adapter.name:
+        raise CommandError(
+            f"--adapter {adapter.name}={adapter.folder}: a name is for run-batch, whose lines ask for a model by its "
+            "name; here the adapter is merged for every row. Give the folder alone"
+        )
+    return None if adapter is None else adapter.folder
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:

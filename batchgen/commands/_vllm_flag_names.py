@@ -35,7 +35,7 @@ SHORT = {
 }
 """vLLM's short forms."""
 
-_ADAPTER = "adapters are not supported. Merge the adapter into a copy of the model"
+_ADAPTER = "of adapters, --adapter merges LoRA into the model. Merge another kind into a copy of the model"
 _CONFIG = "the model is what its folder says. Change config.json in a copy of the folder"
 _TOKENIZER = "the tokenizer is the model's. Put another one into a copy of the model's folder"
 _WEIGHTS = "weights are read as the model's folder has them; --dtype int8 or nf4 makes them smaller"
@@ -53,7 +53,7 @@ INSTEAD = {
     "--response-role": "the role of an answer is assistant. Leave it out",
     "--return-tokens-as-token-ids": "tokens are shown as texts. Leave it out; return_token_ids in "
     "a line, or --return-token-ids, gives their ids",
-    **dict.fromkeys(("--lora-modules", "--default-mm-loras", "--prompt-adapters"), _ADAPTER),
+    **dict.fromkeys(("--default-mm-loras", "--prompt-adapters"), _ADAPTER),
     "--qlora-adapter-name-or-path": _ADAPTER,
     **dict.fromkeys(("--tokenizer", "--tokenizer-revision", "--tokenizer-mode", "--skip-tokenizer-init"), _TOKENIZER),
     **dict.fromkeys(("--hf-config-path", "--hf-overrides", "--rope-scaling", "--rope-theta"), _CONFIG),

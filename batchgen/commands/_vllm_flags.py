@@ -18,6 +18,8 @@ import click
 from batchgen.commands import CommandError
 from batchgen.commands._vllm_flag_names import IGNORED, INSTEAD, NEUTRAL, SHORT
 
+_MODULES = "--lora-modules"
+
 
 @dataclass
 class Foreign:
@@ -35,6 +37,8 @@ class RunBatch(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options = [option for option in self.params if isinstance(option, click.Option)]
         words, foreign = _separate(args, options, ctx.help_option_names)
+        words = [*_read_lora_modules(foreign, words), *words]
+        foreign = [flag for flag in foreign if flag.name != _MODULES]
         super().parse_args(ctx, words)
         if not ctx.resilient_parsing:
             names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
@@ -76,6 +80,32 @@ def _separate(
     return [*_joined([option for option in foreign if option.name in objects]), *own], [
         option for option in foreign if option.name not in objects
     ]
+
+
+def _read_lora_modules(flags: Sequence[Foreign], words: Sequence[str]) -> list[str]:
+    """vLLM's `--lora-modules NAME=FOLDER`, or `{"name": …, "path": …}`, as our `--adapter`.
+
+    Raises:
+        CommandError: there are several, or it cannot be read.
+    """
+    modules = [text for flag in flags if flag.name == _MODULES for text in flag.values]
+    if len(modules) > 1 or (modules and any(word.partition("=")[0] == "--adapter" for word in words)):
+        raise CommandError(
+            f"{_MODULES} names several adapters, and run-batch merges one into the model: split the lines by the model "
+            "that they name, into a file and a run for each"
+        )
+    found = []
+    for text in modules:
+        try:
+            value = (
+                json.loads(text)
+                if text.startswith("{")
+                else dict(zip(("name", "path"), text.split("=", 1), strict=True))
+            )
+            found += ["--adapter", f"{value['name']}={value['path']}"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CommandError(f'{_MODULES} {text}: must be NAME=FOLDER, or {{"name": …, "path": …}}') from error
+    return found
 
 
 def _joined(flags: Sequence[Foreign]) -> list[str]:

@@ -123,7 +123,7 @@ def command(context: click.Context, /, **options: Any) -> None:
 
     The results are kept, and the same command goes on with what is missing; an engine, a batch size or a number of
     ranks may be added. The path of the tables is printed. The shapes with a name are bloom-560m, bloom-7b1, bloom-176b,
-    llama-8b, llama-70b and qwen3-0.6b.
+    llama-8b, llama-70b, qwen3-0.6b, qwen3-30b-a3b, mixtral-8x7b, gpt-oss-20b, gemma3-12b and deepseek-v2-lite.
     """
     if context.invoked_subcommand is not None:
         return

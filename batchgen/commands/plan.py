@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
+from batchgen.commands._options import adapter_option, unnamed_folder
 from batchgen.commands._sampling import sampling_options, sampling_words
 from batchgen.commands._values import template_text
 from batchgen.commands.run import recipe_of
@@ -36,6 +37,7 @@ _BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
     metavar="MODEL|SHAPE",
     help="The model, as for `run`; or a config.json; or the name of a shape, like llama-70b.",
 )
+@adapter_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -67,23 +69,37 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     For each engine it says whether the model fits, how large a batch of the longest rows can be, what memory it takes,
     how many tokens are generated in a second, and how long the whole input takes if every row generates as much as it
     may. It needs no GPU and no weights, only a model's config or the name of a shape (bloom-560m, bloom-7b1,
-    bloom-176b, llama-8b, llama-70b, qwen3-0.6b).
+    bloom-176b, llama-8b, llama-70b, qwen3-0.6b, qwen3-30b-a3b, mixtral-8x7b, gpt-oss-20b, gemma3-12b,
+    deepseek-v2-lite). Of a mixture of experts, a decode step is counted with the experts that its rows are expected to
+    need; a layer with a window, with the tokens in it.
     """
     from batchgen.types import UserError
 
     log_to_stderr(0, 1)
     options["constraint_files"] = {name: options[name] for name in ("json_schema", "grammar")}
     recipe = options["recipe"] = recipe_of(options)
+    options["adapter"] = unnamed_folder(options["adapter"])
     try:
         with results_only_on_stdout():
-            work, note, forecasts, node = _planned(inputs, recipe, options)
+            work, note, forecasts, node, model = _planned(inputs, recipe, options)
     except UserError as error:
         raise fail(error) from error
     if as_json:
         values = [dataclasses.asdict(forecast) for forecast in forecasts]
-        click.echo(json.dumps({"rows": work.rows, "lengths": note, "forecasts": values}, indent=1))
+        described = {"rows": work.rows, "lengths": note, "model": _sizes(model), "forecasts": values}
+        click.echo(json.dumps(described, indent=1))
     else:
+        options["size"] = str(model)
         click.echo("\n".join(_text(inputs, work, note, forecasts, node, options)))
+
+
+def _sizes(model: plans.Model) -> dict[str, Any]:
+    """What --json says about the model."""
+    from batchgen.planning.description import list_cache_kinds
+
+    weights = model.weights
+    cache = list_cache_kinds(model.footprint, model.dtype.itemsize)
+    return {"parameters": weights.total, "active_parameters": weights.active, "kv_cache": cache}
 
 
 def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any:
@@ -97,13 +113,28 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     if name == models.DEFAULT:
         name = str(models.resolve(name, models.cache_folder(os.environ), logger.info).folder)
     config, folder = shapes.find(name)
+    _check_adapter(options["adapter"], folder)
     work, note = _work(inputs, recipe, folder)
     host = options["host_memory"]
     card = hardware.card_of(options["gpu"], options["gpu_memory"])
     node = forecast.Node(card, options["gpus"], None if host is None else int(host * 1e9))
     model = forecast.Model.of(config, getattr(torch, options["dtype"]))
     measured = _measured(options["bench_folder"], options)
-    return work, note, forecast.forecasts(model, work, node, measured), node
+    return work, note, forecast.forecasts(model, work, node, measured), node, model
+
+
+def _check_adapter(adapter: str | None, folder: Path | None) -> None:
+    """Raises ModelError if there is an adapter that is none, or does not fit the model in `folder`, if that is here. A
+    merged model needs the memory and the time of the model alone."""
+    from batchgen.models.definition.adapter import find_adapter
+
+    if adapter is not None:
+        find_adapter(adapter)
+        if folder is not None:
+            from batchgen.models.lora import check_adapter
+            from batchgen.models.tokenizer import HfTokenizer
+
+            check_adapter(adapter, folder, HfTokenizer(str(folder)))
 
 
 def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plans.Work, str]:
@@ -162,6 +193,7 @@ def _text(
     sold = options["gpu_memory"]
     memory = f"{node.card.memory / 1e9:,.0f} GB" if sold is None else f"{sold:g} GiB"
     yield f"{options['model']} in {options['dtype']} on {node.gpus} GPU(s) of {memory}"
+    yield options["size"]
     if options["gpu"] is None and sold is None:
         yield "no --gpu was given: an H100 is assumed"
     elif options["gpu"] is None:
@@ -191,6 +223,7 @@ def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any
     name = options["model"]
     model = "MODEL" if name in shapes.SHAPES or Path(name).is_file() else name  # neither of them can be run
     words = ["batchgen", "run", *inputs, "--model", model, "--dtype", options["dtype"]]
+    words += [] if options["adapter"] is None else ["--adapter", options["adapter"]]
     recipe = options["recipe"]
     words += sampling_words(recipe.sampling, options["constraint_files"])
     for name in ("prompt_column", "template"):

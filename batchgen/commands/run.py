@@ -12,7 +12,7 @@ import click
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import fail, generation_config_option, log_to_stderr, results_only_on_stdout
 from batchgen.commands._conversations import CONVERSATION_OPTIONS, conversation_options
-from batchgen.commands._options import engine_options
+from batchgen.commands._options import adapter_option, engine_options, unnamed_folder
 from batchgen.commands._print import print_path
 from batchgen.commands._runs import carry_out, conclude, settings_of
 from batchgen.commands._sampling import read_sampling, sampling_options
@@ -37,6 +37,7 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str | None)
     metavar="MODEL",
     help="The model: a folder, or ORG/NAME[@REVISION] that `batchgen pull` has fetched. The default is a small model.",
 )
+@adapter_option
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
@@ -121,6 +122,7 @@ def command(inputs: tuple[str, ...], out: str | None, dry_run: bool, **options: 
     stopped or died; the same command goes on. 4: it could not run.
     """
     options["recipe"] = recipe_of(options)
+    options["adapter"] = unnamed_folder(options["adapter"])
     if dry_run:
         _describe(inputs, options)
         return

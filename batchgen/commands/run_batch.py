@@ -15,7 +15,7 @@ import click
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import CommandError, Unfinished, fail, generation_config_option
 from batchgen.commands._conversations import conversation_options
-from batchgen.commands._options import engine_options
+from batchgen.commands._options import adapter_option, engine_options
 from batchgen.commands._print import print_path
 from batchgen.commands._runs import carry_out, conclude
 from batchgen.commands._sampling import sampling_options
@@ -60,6 +60,7 @@ _RUN_FILES = (
     help="The file of answers, one for each line and in the same order; an http(s) address is written with PUT.",
 )
 @click.option("--model", metavar="MODEL", help="The model, as for `run`.")
+@adapter_option
 @click.option("--revision", metavar="REVISION", help="The revision of a model of the hub.")
 @click.option(
     "--served-model-name",
@@ -115,6 +116,9 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     model, options["model"] = options["model"], model_of(options)
     del options["revision"]
     served = options.pop("served_model_name") or (model and model.partition("@")[0])
+    if (adapter := options["adapter"]) is not None:
+        # Lines that ask for the model without the adapter must not be answered by the one with it.
+        served, options["adapter"] = adapter.name or served, adapter.folder
     sequences = options.pop("max_num_seqs")
     options["batch_size"] = options["batch_size"] or sequences
     options["dtype"] = _DTYPES.get(options["dtype"], options["dtype"])

@@ -112,18 +112,21 @@ def command(
 
 
 def _check_there(run_options: dict[str, Any]) -> None:
-    """Whether input and model are on this machine, as far as they are files, by the options of `run` or `run-batch`."""
+    """Whether what `run` or `run-batch` is given by these options is on this machine, as far as it is files."""
     from batchgen import models
+    from batchgen.commands._options import unnamed_folder
     from batchgen.commands.run_batch import model_of
     from batchgen.runs.prepare import check_there
     from batchgen.runs.transfer import is_url
 
+    adapter = run_options["adapter"] and run_options["adapter"].folder
     if "inputs" in run_options:
-        check_there(run_options["inputs"], run_options["model"])
+        unnamed_folder(run_options["adapter"])
+        check_there(run_options["inputs"], run_options["model"], adapter)
     elif is_url(run_options["input_file"]):  # fetched when the job begins
-        models.check_there(model_of(run_options))
+        models.check_there(model_of(run_options), adapter)
     else:
-        check_there([run_options["input_file"]], model_of(run_options), lines=True)
+        check_there([run_options["input_file"]], model_of(run_options), adapter, lines=True)
 
 
 def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]:

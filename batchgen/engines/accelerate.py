@@ -185,7 +185,7 @@ def _choose_precision(dtype: str, config: Any) -> dict[str, Any]:
 def _load(setup: Setup, options: Accelerate.Options, placement: dict[str, Any], config: Any) -> Any:
     attention = {"attn_implementation": options.attn_implementation}
     arguments = placement | _choose_precision(setup.dtype, config) | attention
-    return loading.load(setup.model, arguments)
+    return loading.load(setup.model, arguments, adapter=setup.adapter)
 
 
 def _list_devices(model: Any) -> list[torch.device]:

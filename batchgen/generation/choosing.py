@@ -150,13 +150,15 @@ class TokenChooser:
         """Returns the best token of each row, or another one where it is sampled or its logits are edited."""
         tokens = best
         if groups.is_sampled:
-            uniform = send(torch.tensor([row.draw() for row in rows], dtype=torch.float64), self._device)
+            numbers = [[row.seed for row in rows], [row.generated for row in rows]]
+            draws = send(torch.tensor(numbers), self._device)
         if groups.plain is not None:
             sampled, params = groups.plain
-            tokens = tokens.index_copy(0, sampled, sample_rows(logits, sampled, uniform[sampled], params))
+            drawn = sample_rows(logits, sampled, draws[0, sampled], draws[1, sampled], params)
+            tokens = tokens.index_copy(0, sampled, drawn)
         for part in groups.edited:
-            numbers = uniform[part.sampled_rows] if part.sampling is not None else None
-            tokens = tokens.index_copy(0, part.rows, self._choose_edited(logits, part, rows, numbers))
+            own = draws[:, part.sampled_rows] if part.sampling is not None else None
+            tokens = tokens.index_copy(0, part.rows, self._choose_edited(logits, part, rows, own))
         return tokens
 
     def _force_ends_of_thinking(self, tokens: torch.Tensor, rows: Sequence[RowState]) -> torch.Tensor:
@@ -169,9 +171,9 @@ class TokenChooser:
         return tokens.index_copy(0, which, ids)
 
     def _choose_edited(
-        self, logits: torch.Tensor, part: EditedPart, rows: Sequence[RowState], uniform: torch.Tensor | None
+        self, logits: torch.Tensor, part: EditedPart, rows: Sequence[RowState], draws: torch.Tensor | None
     ) -> torch.Tensor:
-        """Returns the tokens of the rows of `part`; `uniform` has the numbers of those that are sampled."""
+        """Returns the tokens of the rows of `part`; `draws` has seed and step of those that are sampled."""
         edited = logits[part.rows].float()
         some = [rows[number] for number in part.numbers]
         if part.masked_count:
@@ -184,8 +186,8 @@ class TokenChooser:
             edited[places, ids] = -torch.inf
         largest, tokens = edited.max(-1)
         if part.sampling is not None:
-            assert uniform is not None
-            drawn = sample_rows(edited, part.sampled, uniform, part.sampling)
+            assert draws is not None
+            drawn = sample_rows(edited, part.sampled, draws[0], draws[1], part.sampling)
             tokens = tokens.index_copy(0, part.sampled, drawn)
         return tokens.masked_fill(largest == -torch.inf, NOTHING_LEFT)
 

@@ -1,8 +1,7 @@
-"""A row in its place: its random numbers, how much it has generated, and what that means for its next token."""
+"""A row in its place: its seed, how much it has generated, and what that means for its next token."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 from batchgen.generation.bad_words import find_forbidden, find_sequences
@@ -23,7 +22,8 @@ class RowState:
         pools: where the row takes what it needs on the device, until `end`.
 
     Attributes:
-        generated: how many tokens have been chosen for it.
+        generated: how many tokens have been chosen for it: with `seed`, this says what its next random numbers are.
+        seed: 64 bits, as a signed number.
         bias_row, seen_row: its rows of the pools; 0 for none.
         thinking: what it thinks, where its budget or its constraint needs to know it.
         answer_tokens: those that its constraint has to follow before the first one is chosen here.
@@ -40,11 +40,7 @@ class RowState:
         params = prompt.params
         self.place, self.params = place, params
         self.generated = len(generated)
-        self._random: random.Random | None = None
-        if params.temperature > 0:
-            self._random = random.Random(prompt.row_seed)
-            for _ in generated:  # a number each
-                self._random.random()
+        self.seed = _to_signed(prompt.row_seed)
         self._end_ids = [*tokenizer.end_tokens, *params.stop_token_ids] if params.min_tokens else []
         sequences = find_sequences(params.bad_words, tokenizer) if params.bad_words else []
         self._bad_sequences = [sequence for sequence in sequences if len(sequence) > 1]
@@ -92,16 +88,17 @@ class RowState:
         self._tokens.append(token)
         return self.thinking is None or self.thinking.append(token)
 
-    def draw(self) -> float:
-        """Returns the row's next random number, from 0 to 1; 0 for a greedy row, which has none."""
-        return 0.0 if self._random is None else self._random.random()
-
     def find_forbidden(self) -> list[int]:
         """Returns the tokens that must not come next, besides those of its bias."""
         ends = self._end_ids if self.generated < self.params.min_tokens else []
         if not self._bad_sequences:
             return ends
         return [*ends, *find_forbidden(self._bad_sequences, self._tokens)]
+
+
+def _to_signed(seed: int) -> int:
+    """Returns the number that has the 64 bits of `seed` in a tensor of int64."""
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def _bias_of(prompt: Prompt, forbidden: Sequence[int]) -> Bias:

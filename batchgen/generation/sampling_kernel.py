@@ -5,7 +5,10 @@ order, are split at seven places at once, and the probability (for top-k, the nu
 summed up, until one float is left. So a row of 128,256 logits in 16 bits is read some eight times, mostly from the
 cache of the GPU, where a sort in float64 moves it dozens of times.
 
-Probabilities are float32; sums over a vocabulary are float64. Nothing depends on the rows beside.
+Then it reads the row once more: the token whose scaled logit and Gumbel number have the largest sum is drawn.
+
+Probabilities, scaled logits and sums with Gumbel numbers are float32; sums over a vocabulary and the exponential
+numbers behind the Gumbel ones are float64. Nothing depends on the rows beside.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ _SMALLEST_TEMPERATURE = 1e-30  # float32 holds it, and it is greedy as it is
 def sample(
     logits: torch.Tensor,
     rows: torch.Tensor,
-    uniform: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
     params: SamplingTensors,
 ) -> torch.Tensor:
     """Samples one token for some of the rows; see `sampling.sample_rows`.
@@ -31,7 +35,8 @@ def sample(
     Args:
         logits: [all rows, vocabulary], float32, bfloat16 or float16; the logits of a row are adjacent in memory.
         rows: the sampled rows of `logits`, int64 [sampled rows].
-        uniform: in [0, 1), float64 [sampled rows].
+        seeds: 64 bits each, int64 [sampled rows].
+        steps: how many tokens each has generated, int64 [sampled rows].
         params: of the sampled rows.
 
     Returns:
@@ -40,11 +45,10 @@ def sample(
     vocabulary = logits.shape[-1]
     tokens = torch.empty_like(rows)
     unused = params.temperature  # a pointer that is never read
-    chunks = triton.next_power_of_2(triton.cdiv(vocabulary, _BLOCK))
     _sample[(len(rows),)](
-        logits, logits.stride(0), rows, uniform, params.temperature, _or(params.top_p, unused),
-        _or(params.min_p, unused), params.top_k, tokens, vocabulary,
-        TOP_P=params.top_p is not None, MIN_P=params.min_p is not None, BLOCK=_BLOCK, CHUNKS=chunks,
+        logits, logits.stride(0), rows, seeds.contiguous(), steps.contiguous(), params.temperature,
+        _or(params.top_p, unused), _or(params.min_p, unused), params.top_k, tokens, vocabulary,
+        TOP_P=params.top_p is not None, MIN_P=params.min_p is not None, BLOCK=_BLOCK,
         SHIFT=16 if logits.dtype == torch.bfloat16 else 0, COLDEST=_SMALLEST_TEMPERATURE, num_warps=_WARPS,
     )  # fmt: skip
     return tokens
@@ -170,52 +174,79 @@ def _find_floor(
 
 
 @triton.jit
-def _find_token(
-    base, vocabulary, peak, temperature, least, floor, ties_kept, uniform,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    """The token at `uniform` of the cumulative distribution."""
-    # The inverse of the cumulative distribution: first the chunk, then the token in it.
-    chunk = tl.arange(0, CHUNKS)
-    sums = tl.zeros([CHUNKS], tl.float64)
-    ties_before = tl.zeros([CHUNKS], tl.float64)
-    ties = ties_kept * 0
-    for number in range(tl.cdiv(vocabulary, BLOCK)):
-        values = _load(base, number * BLOCK, vocabulary, BLOCK)
-        order = _order(values, SHIFT)
-        weight = _weigh(values, peak, temperature)
-        weight = tl.where(weight >= least, weight, 0.0).to(tl.float64)
-        own = tl.sum(tl.where(order == floor, 1.0, 0.0)).to(tl.float64)
-        kept = tl.minimum(tl.maximum(ties_kept - ties, 0.0), own)
-        at_floor = tl.max(tl.where(order == floor, weight, 0.0))
-        total = tl.sum(tl.where(order > floor, weight, 0.0)) + kept * at_floor
-        sums = tl.where(chunk == number, total, sums)
-        ties_before = tl.where(chunk == number, ties, ties_before)
-        ties += own
-    reached = tl.cumsum(sums, 0)
-    target = uniform * tl.sum(sums)
-    # The last chunk that holds anything, if rounding puts the target behind them all.
-    last = tl.max(tl.where(sums > 0, chunk, 0))
-    number = tl.minimum(tl.sum((reached <= target).to(tl.int32)), last)
-    target -= tl.sum(tl.where(chunk == number, reached - sums, 0.0))
-    ties = tl.sum(tl.where(chunk == number, ties_before, 0.0))
+def _keep_first(is_tie, ties, ties_kept):
+    """Which of the tokens exactly at the floor are kept: the first ones, if `ties` of them come before these."""
+    is_kept = is_tie
+    own = tl.sum(is_tie.to(tl.int32)).to(tl.float64)
+    if ties + own > ties_kept:
+        place = ties + (tl.cumsum(is_tie.to(tl.int32), 0) - 1).to(tl.float64)
+        is_kept = is_tie & (place < ties_kept)
+    return is_kept, ties + own
 
-    values = _load(base, number * BLOCK, vocabulary, BLOCK)
+
+@triton.jit
+def _to_gumbel(word):
+    """Numbers of the standard Gumbel distribution; see `random_numbers.to_gumbel`."""
+    # 1 - u is exact in float64, so that its logarithm has all digits of a small u, as log1p has on the CPU.
+    left = 1.0 - (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    return -tl.log((-tl.log(left)).to(tl.float32))
+
+
+@triton.jit
+def _take_better(score, token, is_kept, best, best_token):
+    """For each lane the better score and its token; of equal ones the one before."""
+    is_better = is_kept & (score > best)
+    return tl.where(is_better, score, best), tl.where(is_better, token, best_token)
+
+
+@triton.jit
+def _find_token(
+    base, vocabulary, peak, temperature, least, floor, ties_kept, seed, step, BLOCK: tl.constexpr, SHIFT: tl.constexpr
+):
+    """The token with the largest sum of its scaled logit and its Gumbel number, among those that are kept."""
+    LANES: tl.constexpr = BLOCK // 4
+    lane = tl.arange(0, LANES)
+    best = tl.full([LANES], float("-inf"), tl.float32)
+    best_token = tl.zeros([LANES], tl.int32) + (vocabulary - 1)
+    ties = ties_kept * 0
+    for begin in range(0, vocabulary, BLOCK):
+        # The four words of a counter belong to four neighbouring runs of tokens: see `random_numbers.find_words`.
+        values0 = _load(base, begin, vocabulary, LANES)
+        values1 = _load(base, begin + LANES, vocabulary, LANES)
+        values2 = _load(base, begin + 2 * LANES, vocabulary, LANES)
+        values3 = _load(base, begin + 3 * LANES, vocabulary, LANES)
+        kept0, ties = _find_kept(values0, peak, temperature, least, floor, ties, ties_kept, SHIFT)
+        kept1, ties = _find_kept(values1, peak, temperature, least, floor, ties, ties_kept, SHIFT)
+        kept2, ties = _find_kept(values2, peak, temperature, least, floor, ties, ties_kept, SHIFT)
+        kept3, ties = _find_kept(values3, peak, temperature, least, floor, ties, ties_kept, SHIFT)
+        if tl.max((kept0 | kept1 | kept2 | kept3).to(tl.int32)) > 0:
+            counter = begin // 4 + lane
+            nothing = lane * 0
+            word0, word1, word2, word3 = tl.philox(seed, counter, nothing, nothing + step.to(tl.int32), nothing)
+            score = (values0 - peak) / temperature + _to_gumbel(word0)
+            best, best_token = _take_better(score, begin + lane, kept0, best, best_token)
+            score = (values1 - peak) / temperature + _to_gumbel(word1)
+            best, best_token = _take_better(score, begin + LANES + lane, kept1, best, best_token)
+            score = (values2 - peak) / temperature + _to_gumbel(word2)
+            best, best_token = _take_better(score, begin + 2 * LANES + lane, kept2, best, best_token)
+            score = (values3 - peak) / temperature + _to_gumbel(word3)
+            best, best_token = _take_better(score, begin + 3 * LANES + lane, kept3, best, best_token)
+    return tl.min(tl.where(best == tl.max(best), best_token, vocabulary - 1))
+
+
+@triton.jit
+def _find_kept(values, peak, temperature, least, floor, ties, ties_kept, SHIFT: tl.constexpr):
+    """Which of the tokens with these logits are kept, and how many at the floor have come by now."""
     order = _order(values, SHIFT)
-    weight = _weigh(values, peak, temperature)
-    weight = tl.where((weight >= least) & (order >= floor), weight, 0.0).to(tl.float64)
-    is_tie = (order == floor).to(tl.int32)
-    is_kept = (order > floor) | ((is_tie > 0) & (ties + (tl.cumsum(is_tie, 0) - is_tie) < ties_kept))
-    weight = tl.where(is_kept, weight, 0.0)
-    offset = tl.arange(0, BLOCK)
-    last = tl.max(tl.where(weight > 0, offset, 0))
-    return number * BLOCK + tl.minimum(tl.sum((tl.cumsum(weight, 0) <= target).to(tl.int32)), last)
+    is_enough = _weigh(values, peak, temperature) >= least
+    is_kept, ties = _keep_first(order == floor, ties, ties_kept)
+    return is_enough & ((order > floor) | is_kept), ties
 
 
 @triton.jit
 def _sample(
-    logits, stride, rows, uniform, temperatures, top_ps, min_ps, top_ks, tokens, vocabulary,
-    TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
+    logits, stride, rows, seeds, steps, temperatures, top_ps, min_ps, top_ks, tokens, vocabulary,
+    TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
     COLDEST: tl.constexpr,
 ):  # fmt: skip
     """One row."""
@@ -244,6 +275,16 @@ def _sample(
         base, vocabulary, peak, temperature, least, top_k, top_p, lowest, highest, BLOCK, SHIFT
     )
     token = _find_token(
-        base, vocabulary, peak, temperature, least, floor, ties_kept, tl.load(uniform + place), BLOCK, CHUNKS, SHIFT
+        base,
+        vocabulary,
+        peak,
+        temperature,
+        least,
+        floor,
+        ties_kept,
+        tl.load(seeds + place),
+        tl.load(steps + place),
+        BLOCK,
+        SHIFT,
     )
     tl.store(tokens + place, token.to(tl.int64))

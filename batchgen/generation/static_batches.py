@@ -6,6 +6,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -21,6 +22,7 @@ from batchgen.generation.processor import ChosenToken
 from batchgen.generation.prompt_logprobs import PromptLogprobs, find_prompt_logprobs
 from batchgen.generation.results import Ended
 from batchgen.generation.selftest import SelfTest
+from batchgen.generation.shared_prefill import SharedPrefill
 from batchgen.generation.sizing import BatchSizer, BatchSizing, find_longest, group_by_length
 from batchgen.generation.stopping import Stopper
 from batchgen.models import loading
@@ -158,20 +160,23 @@ class StaticBatches:
         not_finite = NotFinite(agree)
         chosen = ChosenToken(batch, self._tokenizer, self._device, not_finite, agree)
         stopper = Stopper(batch, self._tokenizer, not_finite, chosen, stop=stop, count=self._count_step)
-        output = generate_greedily(
-            self.loaded,
-            inputs,
-            max(prompt.params.max_new_tokens for prompt in batch),
-            end=stopper.ends_by_token,
-            logits_processor=LogitsProcessorList([not_finite, *([chosen] if chosen.is_needed else [])]),
-            stopping_criteria=StoppingCriteriaList([stopper]),
-        )
+        with SharedPrefill([(prompt.index, prompt.tokens) for prompt in batch]).of(self._model) as prefill:
+            output = generate_greedily(
+                self.loaded,
+                inputs,
+                max(prompt.params.max_new_tokens for prompt in batch),
+                end=stopper.ends_by_token,
+                logits_processor=LogitsProcessorList([not_finite, *([chosen] if chosen.is_needed else [])]),
+                stopping_criteria=StoppingCriteriaList([stopper]),
+            )
         if stopper.abandoned:
             raise _Abandoned
         rows = output[:, width:].tolist()
         if self._must_check:
             self._check(batch, rows, stopper)
-        return self._collect(batch, rows, stopper, width, chosen.read_logprobs())
+        finished = self._collect(batch, rows, stopper, width, chosen.read_logprobs())
+        not_padded = sum(width - len(batch[row].tokens) for row in prefill.spared_rows)
+        return replace(finished, padded_tokens=finished.padded_tokens - not_padded)
 
     def _check(self, batch: Sequence[Prompt], rows: list[list[int]], stopper: Stopper) -> None:
         lengths, failed = stopper.lengths.tolist(), stopper.failed.tolist()

@@ -8,10 +8,11 @@ the default model lies in batchgen's (`cache_folder`), since it comes as a Pytho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batchgen.models import hub, split_folder
+from batchgen.models.definition.adapter import find_adapter, fingerprint_adapter
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.files import check_definition_files
 from batchgen.models.folder import Report, check_readable, check_weight_files, explained, fingerprint
@@ -38,6 +39,8 @@ class ResolvedModel:
     folder: Path  # absolute; what Transformers is given
     name: str  # DEFAULT, ORG/NAME, or the folder's own name
     revision: str  # the commit of a hub model; of any other "sha256:…" over its files. A split model has its origin's
+    adapter: str = ""  # the folder of the LoRA adapter that is merged into it, absolute; "": none
+    adapter_revision: str = ""  # "sha256:…" over its files
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
@@ -70,25 +73,35 @@ def pull(name: str, cache: Path, report: Report) -> Path:
         return hub.pull(name, report)
 
 
-def check_there(name: str | None) -> None:
+def check_there(name: str | None, adapter: str | None = None) -> None:
     """Whether the model called `name` is on this machine and can be run, or comes with batchgen; loads no weights.
+
+    Args:
+        adapter: the folder of a LoRA adapter, which must fit it.
 
     Raises:
         ModelError: it is not here, not whole, or none that batchgen runs; the message says what to do.
     """
+    if adapter is not None:
+        find_adapter(adapter)
     if name is not None and name != DEFAULT:
         with explained(name):
             folder = find_folder(name)
             _resolved(folder)
         from batchgen.models.tokenizer import HfTokenizer  # imports torch, which a name alone does not need
 
-        HfTokenizer(str(folder))
+        tokenizer = HfTokenizer(str(folder))
+        if adapter is not None:
+            from batchgen.models.lora import check_adapter
+
+            check_adapter(adapter, folder, tokenizer)
 
 
-def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
+def resolve(name: str | None, cache: Path, report: Report, adapter: str | None = None) -> ResolvedModel:
     """The model called `name`, which must be on this machine; the default model is prepared if it is not.
 
-    `name` is a folder, else `ORG/NAME[@REVISION]` of the hub, else `DEFAULT`; None is the default model.
+    `name` is a folder, else `ORG/NAME[@REVISION]` of the hub, else `DEFAULT`; None is the default model. `adapter` is
+    the folder of a LoRA adapter; whether it fits, `lora.check_adapter` says.
 
     Raises:
         ModelError: it is not here, not whole or not readable; the message says how to get it.
@@ -96,7 +109,11 @@ def resolve(name: str | None, cache: Path, report: Report) -> ResolvedModel:
     if name is None or name == DEFAULT:
         name = str(prepare_default(cache, report))
     with explained(name):
-        return _resolved(find_folder(name))
+        model = _resolved(find_folder(name))
+    if adapter is None:
+        return model
+    folder = find_adapter(adapter)
+    return replace(model, adapter=str(folder), adapter_revision=fingerprint_adapter(folder))
 
 
 def _resolved(folder: Path) -> ResolvedModel:

@@ -64,6 +64,9 @@ _UNSHARDED = frozenset(
 # Types of rotary positions whose frequencies Transformers takes, beyond the original context, from the longest row.
 OF_THE_LONGEST = ("longrope", "dynamic")
 
+# Kinds whose rows have a state in the model's modules, beside the cache that `generate` makes for them.
+_STATE_OUTSIDE_CACHE = frozenset(("recurrent_gemma",))
+
 
 def why_refused(config: Any) -> str:
     """Why a model of this config answers no rows of text; "" if it does."""
@@ -98,6 +101,11 @@ def most_padded_tokens(config: Any) -> int | None:
         if part.get("rope_type") in OF_THE_LONGEST:
             return int(part.get("original_max_position_embeddings") or text.max_position_embeddings)
     return None
+
+
+def holds_state_in_cache(config: Any) -> bool:
+    """Returns whether all that a model of this config knows of a row is in the cache that `generate` gives it."""
+    return not {config.model_type, config.get_text_config().model_type} & _STATE_OUTSIDE_CACHE
 
 
 def auto_class(config: Any) -> Any:

@@ -19,7 +19,7 @@ from transformers.integrations import sdpa_attention
 
 from batchgen import device
 from batchgen.engine import Died, EngineError
-from batchgen.models import architectures, split_folder
+from batchgen.models import architectures, lora, split_folder
 from batchgen.models.definition.build import explain_shapes
 from batchgen.models.definition.errors import ModelError, one_line
 from batchgen.models.definition.model_config import read_config
@@ -86,8 +86,17 @@ def check_weights(model: str) -> None:
     weight_files(Path(model))
 
 
-def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> Any:
+def load(
+    model: str,
+    arguments: Mapping[str, Any],
+    *,
+    filled: bool = True,
+    adapter: str = "",
+    wants: lora.Wanted = lora.all_changes,
+) -> Any:
     """The model in folder `model`, in eval mode. `arguments` go to `from_pretrained`; those that are None do not.
+
+    The `adapter` in that folder is merged in, as far as its changes are wanted (`lora.merged_on_load`).
 
     A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs. A hollow
     model's weights are made here, unless they are not wanted `filled` yet.
@@ -98,9 +107,10 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True) -> An
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
-        loaded, report = architectures.auto_class(read_config(model)).from_pretrained(
-            model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
-        )
+        with lora.merged_on_load(adapter, wants):
+            loaded, report = architectures.auto_class(read_config(model)).from_pretrained(
+                model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
+            )
     except (UserError, Died):
         raise
     except UnpicklingError as error:

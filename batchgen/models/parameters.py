@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Parameters:
     def active(self) -> int:
         """The elements that one token is computed with: of a mixture of experts, those that it is sent to.
 
-        Embedding and head count whole. Makers of models count one of them, or none, so that their figure may be smaller.
+        Embedding and head count whole. Some makers of models count one of them, or none: their figures are smaller.
         """
         return round(sum(elements * share for share, elements in self._elements.items()))
 
@@ -98,7 +99,7 @@ class Parameters:
         An expert is read if any token is sent to it. Where each token is sent to k of E experts, and each expert is as
         likely as the others, that is 1 - (1 - k/E)^tokens of them.
         """
-        read = (elements * (1 - (1 - share) ** tokens) for share, elements in self._elements.items())
+        read = (elements * (1 - math.pow(1 - share, tokens)) for share, elements in self._elements.items())
         return sum(read) * self.dtype.itemsize
 
     @property

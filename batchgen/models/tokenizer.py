@@ -107,6 +107,11 @@ class HfTokenizer:
         self._lost_letters |= {letter: letter in lost for letter in new}
         return "".join(sorted(letter for letter in letters if self._lost_letters[letter]))
 
+    def find_foreign(self, names: Sequence[str]) -> list[str]:
+        """Returns those of `names` that are no token's name."""
+        vocabulary = self._hf_tokenizer.get_vocab()
+        return [name for name in names if name not in vocabulary]
+
     @property
     def size(self) -> int:
         """How many tokens there are, added ones included; the model may know more."""

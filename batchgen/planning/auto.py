@@ -165,7 +165,7 @@ class _Search:
         for_gpus = [name for name in others if not find_engine(name).serves_cpu]
         if not self.nodes.machine.gpus and for_gpus:
             why += f"; made for GPUs, and there is none here: {', '.join(for_gpus)}"
-        return fastest, why
+        return fastest, f"{why}; the model has {model}"
 
     def _types(self) -> tuple[Any, Literal[0, 4, 8]]:
         """The type that is computed with, and the bits that a weight of a matrix is held in; 0: all of its own."""
@@ -215,6 +215,7 @@ class _Search:
     def _nothing_fits(self, model: Model, work: Work, forecasts: Sequence[Forecast]) -> str:
         lines = [f"no engine has room for this model with {self.nodes.ranks} rank(s):"]
         lines += [f"  {_in_words(forecast)}: {forecast.why_not}" for forecast in forecasts]
+        lines.append(f"The model has {model}.")
         for ranks in range(self.nodes.ranks + 1, self.nodes.machine.gpus + 1) if self.nodes.count == 1 else ():
             fit = [forecast for forecast in self._forecasts(model, work, ranks) if not forecast.why_not]
             if fit:

@@ -18,14 +18,14 @@ from batchgen.engine import Pace, Placement
 from batchgen.engines.ds_zero import quantization
 from batchgen.models.footprint import Execution, Footprint
 from batchgen.models.parameters import Parameters, list_parameters
+from batchgen.planning.description import describe_model
 from batchgen.planning.hardware import Card
 
 _CONTEXT_BYTES = int(1.0e9)  # of a CUDA context, cuBLAS's workspaces and a reserve
 _PRODUCTS = 0.8  # of the arithmetic that one large product reaches: those of a step are many, and some are small
 _LINK = 0.87  # of the host's link that DeepSpeed's copies reach
 _HOST_SUMS = 0.0005  # s a layer, of ranks on CPUs that wait for each other: a guess, so that none do that needlessly
-# How often a step moves the experts that `generate` copies for each row on a GPU: they are read, written and read again.
-_COPY_PASSES = 3.0
+_COPY_PASSES = 3.0  # the experts that `generate` copies for each row on a GPU are read, written and read again
 _GROUP = 64  # weights that share a scale, where they are rounded
 _OVERLAP = 1.75  # the parts of a step add up as numbers to this power do: 1 is a plain sum, infinity the longest alone
 
@@ -65,6 +65,10 @@ class Model:
         weights = list_parameters(config, dtype)
         return cls(config, dtype, quantization.plan_quantized(weights, bits, _GROUP) if bits else weights)
 
+    def __str__(self) -> str:
+        """The model's size in words."""
+        return describe_model(self.weights, self.footprint)
+
     @property
     def layers(self) -> int:
         """How many layers the decoder has."""
@@ -85,8 +89,10 @@ class Model:
         return self.footprint.row_bytes(prompt, new, execution)
 
     def cache_bytes(self, tokens: float) -> float:
-        """The bytes of the KV cache that the next token of a row of `tokens` tokens reads, on all devices together: in a
-        layer with a window, no more than the window."""
+        """The bytes of the KV cache that the next token of a row of `tokens` tokens reads, on all devices together.
+
+        In a layer with a window these are no more than those of the window.
+        """
         return self.footprint.cache_bytes(round(tokens), Execution(self.dtype.itemsize))
 
 
@@ -103,7 +109,7 @@ class Speed:
         """Seconds of a decode step of `rows` rows of `context` tokens, and what most of it goes to."""
         placement, card, pace = self.placement, self.node.card, self.pace
         together = self._together
-        read = self._bytes_read(rows) / together / (pace.read_share * card.bandwidth)
+        read = self._read_seconds(rows)
         passes = pace.cache_passes_eager if self.model.eager else pace.cache_passes
         cache = passes * rows * self.model.cache_bytes(context) / together / card.bandwidth
         moved = 0.0
@@ -148,13 +154,14 @@ class Speed:
         """
         return self.node.card.gpu and not self.pace.continuous
 
-    def _bytes_read(self, rows: int) -> float:
-        """Bytes of weights that a decode step of `rows` rows moves, on all devices together."""
-        weights = self.model.weights
+    def _read_seconds(self, rows: int) -> float:
+        """Seconds in which a decode step of `rows` rows reads the weights; where experts are copied, these too."""
+        weights, bandwidth = self.model.weights, self._together * self.node.card.bandwidth
         if not self._copies_experts:
-            return weights.step_bytes(rows)
-        copied = _COPY_PASSES * rows * weights.active_experts
-        return (weights.total - weights.experts + copied) * weights.dtype.itemsize
+            return weights.step_bytes(rows) / (self.pace.read_share * bandwidth)
+        size = weights.dtype.itemsize
+        copied = _COPY_PASSES * rows * weights.active_experts * size
+        return (weights.total - weights.experts) * size / (self.pace.read_share * bandwidth) + copied / bandwidth
 
     @property
     def _together(self) -> int:

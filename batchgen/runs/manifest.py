@@ -28,6 +28,8 @@ def identity(ready: Ready) -> dict[str, object]:
         "input": ready.source.digest,
         "rows": len(ready.source),
         "model": ready.model.name if ready.model.revision == "" else ready.model.revision,
+        # Left out where there is none: run folders from before there was such a thing go on without it.
+        **({"adapter": ready.model.adapter_revision} if ready.model.adapter else {}),
         "dtype": ready.settled_dtype.recorded,
         **_sampling(recipe.sampling),
         # Null rather than left out: run folders from before it was asked do not have it.
@@ -74,6 +76,7 @@ def provenance(ready: Ready, role: Role) -> dict[str, object]:
     return {
         "model": ready.model.name,
         "model_folder": str(ready.model.folder),
+        **({"adapter_folder": ready.model.adapter} if ready.model.adapter else {}),
         "input_files": [redact(str(source.path.absolute()), environment) for source in ready.source.sources],
         "engine": ready.engine,
         "settings": engines.settings_of(ready.options),
@@ -106,6 +109,7 @@ def describe(ready: Ready, ranks: int) -> str:
     lines = [
         f"input:    {len(ready.source)} rows in {len(ready.source.sources)} file(s)",
         f"model:    {ready.model.name} {ready.model.revision}".rstrip(),
+        *([f"adapter:  {ready.model.adapter} {ready.model.adapter_revision}"] if ready.model.adapter else []),
         f"engine:   {ready.engine} {json.dumps(engines.settings_of(ready.options))}",
         *([f"because:  {ready.choice.why}"] if ready.choice.why else []),
         f"dtype:    {ready.dtype}",

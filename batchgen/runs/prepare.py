@@ -21,6 +21,7 @@ from batchgen.engines import check_dtype
 from batchgen.formats import InputError
 from batchgen.formats.input import Input, files_of, find
 from batchgen.models import ResolvedModel
+from batchgen.models.definition.adapter import find_adapter
 from batchgen.models.generation_config import TAKEN_LATER, with_authors_sampling
 from batchgen.packages import without_garbage_collection
 from batchgen.planning import auto
@@ -109,7 +110,9 @@ def prepare(
     source = _open_input(inputs, folder, scan_into, lines=settings.recipe.model is not None)
     own_cache = models.cache_folder(role.environment)
     needs_model = choice is None or choice.kind.needs_model
-    resolved = _resolve_model(settings.model, own_cache, say=says) if needs_model else _NO_MODEL
+    resolved = _resolve_model(settings, own_cache, say=says) if needs_model else _NO_MODEL
+    if settings.adapter is not None and not needs_model:
+        find_adapter(settings.adapter)  # a rehearsal with engine echo finds out that it is not there
     recipe = _with_sampling(settings.recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=says)
     recipe = _with_parsers(recipe, folder, say=says)
     settings = replace(settings, recipe=recipe)
@@ -124,6 +127,8 @@ def prepare(
         reader = PromptReader(recipe, tokenizer, duplicates, answers_requests)
     except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
+    if resolved.adapter and says:
+        _check_adapter(resolved, tokenizer)
     settled = dtype_of.settle(dtype_found, tokenizer, say=says)
     return Ready(source, settings, reader, resolved, choice, settled, own_cache, tokenizer, answers_requests)
 
@@ -136,10 +141,17 @@ def _open_input(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, 
     return source
 
 
-def _resolve_model(model: str | None, cache: Path, *, say: bool) -> ResolvedModel:
-    if model is None and say:
+def _resolve_model(settings: RunSettings, cache: Path, *, say: bool) -> ResolvedModel:
+    if settings.model is None and say:
         logger.info("no --model given: using the default model, %s", models.DEFAULT)
-    return models.resolve(model, cache, logger.info)
+    return models.resolve(settings.model, cache, logger.info, settings.adapter)
+
+
+def _check_adapter(model: ResolvedModel, tokenizer: Tokenizer) -> None:
+    """Raises ModelError if the adapter does not fit the model."""
+    from batchgen.models import lora  # imports torch, and an engine without a model needs none
+
+    lora.check_adapter(model.adapter, model.folder, tokenizer)
 
 
 def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
@@ -180,7 +192,8 @@ def check_engine(ready: Ready, role: Role) -> None:
     packages.check_installed(ready.kind.packages(ready.options, ready.dtype), f"engine {ready.engine}")
     ranks = role.ranks_to_start
     all_ranks = replace(role.world, size=ranks, local_size=ranks) if role.is_single_process else role.world
-    setup = Setup(str(ready.model.folder), ready.dtype, ready.settings.batch_size, all_ranks)
+    folder, adapter = str(ready.model.folder), ready.model.adapter
+    setup = Setup(folder, ready.dtype, ready.settings.batch_size, all_ranks, adapter=adapter)
     ready.kind.check(setup, ready.tokenizer, ready.options)
 
 
@@ -205,8 +218,8 @@ def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], work: aut
     return choice
 
 
-def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -> None:
-    """Whether input and model are on this machine, without reading them: what a job would find out after hours.
+def check_there(inputs: Sequence[str], model: str | None, adapter: str | None = None, lines: bool = False) -> None:
+    """Whether input, model and adapter are here, without reading them: what a job would find out after hours.
 
     With `lines`, a file is an OpenAI batch file whatever it is called.
 
@@ -215,7 +228,7 @@ def check_there(inputs: Sequence[str], model: str | None, lines: bool = False) -
     """
     for path in files_of(inputs):
         find(path, lines)
-    models.check_there(model)
+    models.check_there(model, adapter)
 
 
 def sample(

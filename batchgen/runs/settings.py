@@ -30,6 +30,7 @@ class RunSettings:
     Args:
         recipe: how rows become prompts, and the sampling parameters for what the rows do not set themselves.
         model: a folder, `ORG/NAME[@REVISION]` of a hub model on this machine, or None for the default model.
+        adapter: the folder of a LoRA adapter that is merged into the model as it is loaded; None: no adapter.
         engine: a name of `batchgen.engines.names()`; auto: of the engines that know the settings and fit, the one that
             a forecast says is the fastest (`batchgen.planning.auto`).
         engine_settings: `name=value` for the engine's `Options`.
@@ -47,6 +48,7 @@ class RunSettings:
 
     recipe: Recipe = field(default_factory=Recipe)
     model: str | None = None
+    adapter: str | None = None
     engine: str = AUTO
     engine_settings: Sequence[str] = ()
     dtype: str = "auto"

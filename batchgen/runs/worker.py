@@ -49,6 +49,7 @@ class StreamWorker:
             run=_name_of(attempt),
             cache=str(ready.cache),
             selftest=ready.settings.selftest,
+            adapter=ready.model.adapter,
             limits=attempt.folder.limits(self._conditions),
         )
         self.stream: Stream = ready.kind.stream(world, ready.options)

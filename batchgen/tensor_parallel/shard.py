@@ -11,6 +11,7 @@ import torch
 
 from batchgen.engine import EngineError, Setup
 from batchgen.models import loading, split_folder
+from batchgen.tensor_parallel.adapted import find_products
 from batchgen.tensor_parallel.autotp import split
 from batchgen.tensor_parallel.group import Group
 from batchgen.tensor_parallel.split_files import read_split
@@ -35,11 +36,12 @@ def load_shard(setup: Setup, config: Any, group: Group, attn_implementation: str
         model = read_split(Path(setup.model), layout, group.model, device, attn_implementation)
     else:
         loading.check_weights(setup.model)
-        model = map_model(setup.model, attn_implementation)
+        model = map_model(setup.model, attn_implementation, setup.adapter)
         if len(group.ranks) > 1:
             split(model, group.model)
     if layout is None or (eight_bits and layout.dtype != "int8"):
-        copy_weights(model, setup.model, device, dtype, eight_bits=eight_bits)
+        products = find_products(setup.adapter, setup.model, config, group)
+        copy_weights(model, setup.model, device, dtype, eight_bits=eight_bits, products=products)
     if setup.world.rank == 0:
         size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         logger.info(

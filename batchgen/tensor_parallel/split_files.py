@@ -145,7 +145,7 @@ def read_split(
         EngineError: the files do not fit the model, as another DeepSpeed's may not.
     """
     rank = dist.get_rank(group)
-    model = _build_hollow(folder, getattr(torch, layout.computes_in), attn_implementation)
+    model = build_hollow(folder, getattr(torch, layout.computes_in), attn_implementation)
     if layout.ranks > 1:
         split(model, group)
     tensors: dict[str, torch.Tensor] = {}
@@ -168,7 +168,7 @@ def read_split(
     return model
 
 
-def _build_hollow(folder: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+def build_hollow(folder: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
     """Returns the model without weights: each parameter is a view of one number, of the right shape.
 
     They are not on the device "meta", for which AutoTP would allocate all the memory.

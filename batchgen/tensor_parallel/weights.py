@@ -8,7 +8,7 @@ import json
 import mmap
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,7 +21,11 @@ from batchgen.engine import EngineError
 from batchgen.models import loading
 from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
+from batchgen.models.lora import Change
 from batchgen.tensor_parallel.file_views import find_pieces, forget_pieces, keep_views
+
+Products = Mapping[str, Callable[[torch.device], torch.Tensor]]
+"""What is added to a parameter, by its path: a function that computes it on a device, in float32."""
 
 _READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
 _MADV_DONTNEED = 4  # see madvise(2)
@@ -30,8 +34,11 @@ _MADV_DONTNEED = 4  # see madvise(2)
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def map_model(folder: str, attn_implementation: str | None) -> Any:
+def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -> Any:
     """Returns the whole model on the CPU; its weights are mapped files of which nothing has been read.
+
+    Of the adapter in the folder `adapter`, what is no product of small matrices is merged here, into memory; the
+    products are added by `copy_weights`.
 
     In any other type than the files' own, Transformers would copy all of it.
 
@@ -40,9 +47,13 @@ def map_model(folder: str, attn_implementation: str | None) -> Any:
     """
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
     with keep_views():
-        model = loading.load(folder, arguments, filled=False)
+        model = loading.load(folder, arguments, filled=False, adapter=adapter, wants=_is_merged_whole)
     _check_unpacked(folder, model)
     return model
+
+
+def _is_merged_whole(change: Change) -> bool:
+    return not change.is_low_rank
 
 
 def _check_unpacked(folder: str, model: nn.Module) -> None:
@@ -99,7 +110,15 @@ def _list_stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
                 yield tensor.dtype, tensor.nbytes
 
 
-def copy_weights(model: nn.Module, folder: str, device: torch.device, dtype: torch.dtype, *, eight_bits: bool) -> int:
+def copy_weights(
+    model: nn.Module,
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    eight_bits: bool,
+    products: Products | None = None,
+) -> int:
     """Copies the parameters of `model`, views of files in `folder`, to `device`, one by one; returns their bytes there.
 
     Each is read, put into type `dtype` and, with `eight_bits`, rounded before the next: besides what it keeps, a rank
@@ -107,6 +126,7 @@ def copy_weights(model: nn.Module, folder: str, device: torch.device, dtype: tor
 
     Args:
         dtype: of parameters that are of the files' own type; others were given theirs by Transformers on purpose.
+        products: what an adapter adds to parameters of this rank's share; None: nothing.
     """
     maps, hollow = _MappedFiles(Path(folder)), loading.hollow(Path(folder))
     is_kept_exact = _find_kept_exact(model)
@@ -116,7 +136,7 @@ def copy_weights(model: nn.Module, folder: str, device: torch.device, dtype: tor
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 sources[id(parameter)] = parameter
-                homes.setdefault(id(parameter), []).append((module, name, f"{path}.{name}"))
+                homes.setdefault(id(parameter), []).append((module, name, f"{path}.{name}".lstrip(".")))
     stored = Counter({p.dtype: 0 for p in sources.values()})
     for parameter in sources.values():
         stored[parameter.dtype] += parameter.numel()
@@ -136,6 +156,9 @@ def copy_weights(model: nn.Module, folder: str, device: torch.device, dtype: tor
         else:
             here = torch.empty(source.shape, dtype=source.dtype, device=device)
             loading.fill(homes[key][0][2], here, hollow)
+        for *_, path in homes[key]:
+            if products is not None and path in products:
+                here = here.float() + products[path](device)
         if eight_bits and all(name == "weight" and _takes_8_bits(module) for module, name, _ in homes[key]):
             return Int8Weight.rounded(here, target)
         return here.to(target)

@@ -47,8 +47,11 @@ ADAPTER = '{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'
     ("files", "sentence"),
     [
         ([], "it is empty"),
-        ([("adapter_config.json", ADAPTER)], r"is a LoRA adapter of org/base \(adapter_config\.json\): merge it first"),
-        ([("adapter_config.json", "{}")], r"is an adapter \(adapter_config\.json\)"),
+        (
+            [("adapter_config.json", ADAPTER)],
+            r"a LoRA adapter of org/base \(adapter_config\.json\): give it as --adapter",
+        ),
+        ([("adapter_config.json", "{}")], r"is an adapter \(adapter_config\.json\): merge it first"),
         ([("model-Q4_K_M.gguf", "GGUF")], "but GGUF files"),
         ([("params.json", "{}"), ("consolidated.00.pth", "")], "in its maker's own layout"),
         ([("model_index.json", "{}")], "a pipeline that makes images"),

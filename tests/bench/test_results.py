@@ -86,6 +86,14 @@ def test_tables_show_every_cell_and_the_seeds_figure_on_request(tmp_path: Path) 
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_header_says_the_size_of_the_model_where_it_was_recorded(tmp_path: Path) -> None:
+    made = folder(tmp_path, GOOD)
+    assert tables.markdown(made.read_manifest(), [GOOD], "generated").startswith("m, float32, 10 new tokens, ")
+    made.describe({"model_size": "30.5 B parameters"})
+    described = tables.markdown(made.read_manifest(), [GOOD], "generated")
+    assert described.startswith("m (30.5 B parameters), float32, 10 new tokens, ")
+
+
 def test_a_batch_that_was_not_in_work_as_a_whole_says_so_beside_its_speed(tmp_path: Path) -> None:
     some = replace(GOOD, batch=2048, fits=1100)
     unknown = replace(GOOD, batch=16, fits=None)  # no rank could tell

@@ -54,7 +54,7 @@ def split(model: str) -> None:
 
 
 def read_split(model: str) -> None:
-    split_files._build_hollow(Path(model), torch.float32, None)
+    split_files.build_hollow(Path(model), torch.float32, None)
 
 
 WAYS: dict[str, Callable[[str], None]] = {

@@ -39,7 +39,8 @@ SAMPLING: Sequence[dict[str, object]] = (
 
 def steady(model: Model, prompt: Prompt) -> list[int]:
     """The tokens of `prompt`, up to its end or to the first that a little noise on the logits would change."""
-    params, numbers, noise = prompt.params, random.Random(prompt.row_seed), torch.Generator().manual_seed(prompt.index)
+    params, noise = prompt.params, torch.Generator().manual_seed(prompt.index)
+    seed = prompt.row_seed - (prompt.row_seed >> 63 << 64)
     tokens: list[int] = []
     while len(tokens) < params.max_new_tokens and not (tokens and tokens[-1] in model.tokenizer.end_tokens):
         with torch.inference_mode():
@@ -47,10 +48,10 @@ def steady(model: Model, prompt: Prompt) -> list[int]:
         tried = torch.cat([logits, logits + NOISE * torch.randn(8, logits.shape[1], generator=noise)])
         chosen = tried.argmax(-1)
         if params.temperature > 0:
-            settings = [[numbers.random()], [params.temperature], [params.top_p]]
-            drawn, temperature, top_p = torch.tensor(settings, dtype=torch.float64).expand(3, len(tried))
-            top_k = torch.tensor([params.top_k]).expand(len(tried))
-            chosen = sample(tried, drawn, SamplingTensors(temperature, top_k, params.top_k, top_p))
+            settings = [[params.temperature], [params.top_p]]
+            temperature, top_p = torch.tensor(settings, dtype=torch.float64).expand(2, len(tried))
+            seeds, steps, top_k = torch.tensor([[seed], [len(tokens)], [params.top_k]]).expand(3, len(tried))
+            chosen = sample(tried, seeds, steps, SamplingTensors(temperature, top_k, params.top_k, top_p))
         if len(set(chosen.tolist())) > 1:
             break
         tokens.append(int(chosen[0]))

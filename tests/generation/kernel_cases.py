@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
-from batchgen.generation import edit_kernel, edits, sampling, sampling_kernel
+from batchgen.generation import edit_kernel, edits, random_numbers, sampling, sampling_kernel
 from batchgen.generation.edits import EditTensors
 from batchgen.generation.sampling import SamplingTensors
 
@@ -43,7 +45,9 @@ def draws(device: str) -> Iterator[tuple[str, bool]]:
         logits = (torch.randn(8, size, generator=source) * spread).to(dtype)
         logits[:, ::7] = -torch.inf
         logits[1, ::3] = logits[1, 1]  # many that are equal
-        rows, uniform = torch.tensor(_ROWS), torch.rand(len(_ROWS), generator=source, dtype=torch.float64)
+        rows = torch.tensor(_ROWS)
+        seeds = torch.randint(-(2**63), 2**63 - 1, (len(_ROWS),), generator=source)
+        steps = torch.randint(0, 3000, (len(_ROWS),), generator=source)
         for temperature, top_k, top_p, min_p in _PARAMS:
             each = [torch.full((len(_ROWS),), value, dtype=torch.float64) for value in (temperature, top_p, min_p)]
             params = SamplingTensors(
@@ -53,17 +57,40 @@ def draws(device: str) -> Iterator[tuple[str, bool]]:
                 each[1] if top_p < 1 else None,
                 each[2] if min_p > 0 else None,
             )
-            expected = sampling.sample(logits[rows], uniform, params)
+            expected = sampling.sample(logits[rows], seeds, steps, params)
             there = SamplingTensors(
                 *(each.to(device) if isinstance(each, torch.Tensor) else each for each in _values(params))
             )
-            drawn = sampling_kernel.sample(logits.to(device), rows.to(device), uniform.to(device), there)
+            numbers = (each.to(device) for each in (rows, seeds, steps))
+            drawn = sampling_kernel.sample(logits.to(device), *numbers, there)
             what = f"draws: {size} tokens, {dtype}, spread {spread}, {(temperature, top_k, top_p, min_p)}"
             yield f"{what}: {drawn.tolist()}, not {expected.tolist()}", torch.equal(drawn.cpu(), expected)
 
 
 def _values(record: SamplingTensors | EditTensors) -> list[Any]:
     return [getattr(record, field.name) for field in dataclasses.fields(record)]
+
+
+@triton.jit
+def _store_words(seeds, steps, words, COUNT: tl.constexpr):
+    row = tl.program_id(0)
+    lane = tl.arange(0, COUNT)
+    nothing = lane * 0
+    step = nothing + tl.load(steps + row).to(tl.int32)
+    four = tl.philox(tl.load(seeds + row), lane, nothing, step, nothing)
+    for number in tl.static_range(4):
+        tl.store(words + (row * 4 + number) * COUNT + lane, four[number].to(tl.int64))
+
+
+def words(device: str) -> Iterator[tuple[str, bool]]:
+    """As `draws`, of the random words; the kernel of `sampling_kernel` takes Triton's as this one does."""
+    seeds = torch.tensor([0, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF, -0x123456789ABCDEF])
+    steps = torch.tensor([0, 1, 2**31 - 1, 2, 77, 4095])
+    got = torch.zeros(len(seeds), 4096, dtype=torch.long, device=device)
+    _store_words[(len(seeds),)](seeds.to(device), steps.to(device), got, COUNT=1024)
+    expected = random_numbers.find_all_words(seeds, steps, 4096)
+    for row, seed in enumerate(seeds.tolist()):
+        yield f"words: seed {seed}, step {steps[row]}", torch.equal(got[row].cpu(), expected[row])
 
 
 def edited(device: str) -> Iterator[tuple[str, bool]]:
@@ -104,7 +131,8 @@ def masked(device: str) -> Iterator[tuple[str, bool]]:
 
 def main(device: str) -> int:
     """Tries all cases; how many are wrong stands in the last line."""
-    wrong = [what for what, is_right in itertools.chain(draws(device), edited(device), masked(device)) if not is_right]
+    cases = itertools.chain(words(device), draws(device), edited(device), masked(device))
+    wrong = [what for what, is_right in cases if not is_right]
     sys.stdout.write("".join(f"{line}\n" for line in (*wrong, f"{len(wrong)} wrong")))
     return 1 if wrong else 0
 

@@ -29,6 +29,7 @@ from transformers import (
 
 from batchgen.requests.constraints import make_grammar
 from batchgen.types import Constraint, Generation, Markup, Prompt, SamplingParams, Thinking
+from tests.generation.plain_random_numbers import find_gumbel
 from tests.tiny_models import END, Model, random_prompts
 
 FEW_LETTERS = tuple(range(68, 76))  # a to h: bytes follow four special tokens, in the order of their characters
@@ -161,7 +162,7 @@ class Reference:
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Returns what the row generates, up to and including the token that ends it; [] if no token is left for it."""
-        params, numbers = prompt.params, random.Random(prompt.row_seed)
+        params = prompt.params
         found: list[int] = []
         ends = {*([] if params.ignore_eos else self._tokenizer.end_tokens), *params.stop_token_ids}
         end_mark = self._tokenizer.tokenize(["</t>"], special=False)[0]
@@ -173,7 +174,7 @@ class Reference:
             ids = torch.tensor([[*prompt.tokens, *found]])
             with torch.inference_mode():
                 logits = self._model.model(ids, use_cache=False).logits[:, -1].float()
-            token = self._choose(prompt, ids, logits, numbers, None if thinks else matcher)
+            token = self._choose(prompt, ids, logits, None if thinks else matcher)
             if token is None:
                 return []
             if thinks and params.thinking_tokens is not None and len(found) >= params.thinking_tokens:
@@ -193,12 +194,9 @@ class Reference:
         prompt: Prompt,
         ids: torch.Tensor,
         logits: torch.Tensor,
-        numbers: random.Random,
         matcher: LLMatcher | None,
     ) -> int | None:
-        params, number = prompt.params, 0.0
-        if params.temperature > 0:
-            number = numbers.random()
+        params = prompt.params
         if matcher is not None:
             bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
             logits = logits.masked_fill(torch.from_numpy(bits[: logits.shape[1]] == 0), -torch.inf)
@@ -211,9 +209,13 @@ class Reference:
         warpers += [MinPLogitsWarper(params.min_p)] if params.min_p else []
         warpers += [TopKLogitsWarper(params.top_k)] if params.top_k else []
         warpers += [TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
-        kept = LogitsProcessorList(warpers)(ids, logits.double())
-        cumulative = kept.softmax(-1).cumsum(-1)[0]
-        return int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
+        kept = LogitsProcessorList(warpers)(ids, logits.double())[0]
+        step = ids.shape[1] - len(prompt.tokens)
+        sums = {
+            token: float(kept[token]) + find_gumbel(prompt.row_seed, step, token)
+            for token in kept.isfinite().nonzero()[:, 0].tolist()
+        }
+        return max(sums, key=lambda token: sums[token])  # the first of equal ones
 
     def _edit(self, prompt: Prompt, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         params, width = prompt.params, len(prompt.tokens)

@@ -19,6 +19,7 @@ from transformers import (
 
 from batchgen.engine import EngineError
 from batchgen.models.parameters import Parameters, list_parameters
+from tests.sweep.kinds import make_config
 
 MIB = 1 << 20
 BLOOM = BloomConfig(vocab_size=250_880, hidden_size=14_336, n_layer=70, n_head=112)
@@ -54,6 +55,42 @@ def test_shards_are_padded_so_that_all_ranks_have_as_much() -> None:
     assert found.by_name["model.layers.0.mlp.up_proj.weight"].numel == 42
     assert 11 in found.shards(4)  # 42 / 4, rounded up
     assert found.shard_bytes(4) == 4 * sum(-(-p.numel // 4) for p in found.by_name.values())
+
+
+# What of a tiny model of a kind is experts, and the part of it that a token is sent to.
+@pytest.mark.parametrize(
+    ("kind", "experts", "share"),
+    [
+        ("mixtral", 4 * 4 * 3 * 32 * 64, 0.5),  # layers, experts, matrices, sizes
+        ("qwen2_moe", 4 * 4 * 3 * 32 * 32, 0.5),  # a shared expert is always active
+        ("deepseek_v3", 3 * 4 * 3 * 32 * 32, 0.5),  # and the first layer dense
+        ("gpt_oss", 4 * 4 * (3 * 32 * 64 + 2 * 64 + 32), 0.5),  # biases of the experts, too
+        ("nemotron_h", 4 * 2 * 32 * 32, 0.5),  # no gate
+        ("llama4_text", 4 * 4 * 3 * 32 * 64, 0.5),
+        ("ernie4_5_moe", 3 * 4 * 3 * 32 * 32, 0.5),
+        ("hunyuan_v1_moe", 4 * 4 * 3 * 32 * 64, 0.25),
+        ("llama", 0, 0.5),
+    ],
+)
+def test_experts_count_as_active_where_a_token_is_sent_to_them(kind: str, experts: int, share: float) -> None:
+    found = list_parameters(make_config(kind), torch.float32)
+    assert found.experts == experts
+    assert found.active_experts == experts * share
+    assert found.total - found.active == experts * (1 - share)
+
+
+def test_a_step_reads_the_experts_that_any_of_its_tokens_is_sent_to() -> None:
+    found = list_parameters(make_config("mixtral"), torch.float32)
+    always = found.total - found.experts
+    assert found.step_bytes(1) == found.active * 4
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (2, 3, 5):
+        chosen = torch.rand((10_000, tokens, 4), generator=generator).argsort(-1)[..., :2]  # 2 of 4 experts a token
+        hit = (chosen.flatten(1)[..., None] == torch.arange(4)).any(1).float().mean().item()
+        assert found.step_bytes(tokens) == pytest.approx((always + hit * found.experts) * 4, rel=0.01)
+    assert found.step_bytes(1000) == pytest.approx(found.read_bytes)
+    dense = list_parameters(make_config("llama"), torch.float32)
+    assert dense.step_bytes(1) == dense.read_bytes
 
 
 def test_experts_that_the_model_keeps_in_one_tensor_count_as_one() -> None:

@@ -13,6 +13,8 @@ import torch
 from batchgen.engine import Setup
 from batchgen.engines.accelerate import Accelerate
 from batchgen.models import ModelError, loading, shapes
+from batchgen.models.footprint import cache_bytes_per_token
+from batchgen.models.parameters import list_parameters
 from batchgen.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,19 @@ PARAMETERS = {
     "llama-8b": 8_030_261_248,
     "llama-70b": 70_553_706_496,
     "qwen3-0.6b": 596_049_920,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "gpt-oss-20b": 20_914_757_184,
+    "gemma3-12b": 11_766_034_176,  # without what it sees with
+    "deepseek-v2-lite": 15_706_484_224,
+}
+
+# Those of mixtures that one token is computed with: of every matrix of an expert, as many as the token is sent to.
+ACTIVE = {
+    "qwen3-30b-a3b": 30_532_122_624 - 48 * (128 - 8) * 3 * 2048 * 768,
+    "mixtral-8x7b": 46_702_792_704 - 32 * (8 - 2) * 3 * 4096 * 14_336,
+    "gpt-oss-20b": 20_914_757_184 - 24 * (32 - 4) * (3 * 2880 * 2880 + 3 * 2880),
+    "deepseek-v2-lite": 15_706_484_224 - 26 * (64 - 6) * 3 * 2048 * 1408,
 }
 
 TINY = {
@@ -50,6 +65,23 @@ def test_a_shape_has_the_parameters_of_the_real_model_and_takes_no_room(name: st
     assert shapes.SHAPES.keys() == PARAMETERS.keys()
 
 
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_the_active_parameters_of_a_shape_leave_out_experts_that_a_token_is_not_sent_to(name: str) -> None:
+    weights = list_parameters(shapes.config_of(name), torch.bfloat16)
+    assert (weights.total, weights.active) == (PARAMETERS[name], ACTIVE.get(name, PARAMETERS[name]))
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_the_manual_has_the_sizes_of_each_shape(name: str) -> None:
+    page = (ROOT / "docs" / "bench-and-plan.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
+    _, _, parameters, active, cache, _ = (cell.strip() for cell in line.split("|"))
+    decimals = len(parameters.partition(".")[2].removesuffix(" B"))
+    assert parameters == f"{PARAMETERS[name] / 1e9:.{decimals}f} B"
+    assert active == (f"{ACTIVE[name] / 1e9:.1f} B" if name in ACTIVE else "")
+    assert cache.removesuffix(" bytes").partition(";")[0] == f"{cache_bytes_per_token(shapes.config_of(name), 2):,}"
+
+
 def test_a_shape_that_is_none_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"there is no shape gpt-5: name a config.json, or one of bloom-560m, .*"):
         shapes.config_of("gpt-5")
@@ -69,14 +101,37 @@ from batchgen.engine import Setup
 from batchgen.engines import find, parse_options
 from batchgen.types import Prompt, SamplingParams
 from batchgen.world import World
-name, folder = sys.argv[1:]
+name, *folders = sys.argv[1:]
 kind = find(name)
-setup = Setup(folder, "float32", 8, World(), run=folder, cache=folder)
 prompts = [Prompt(n, str(n), n + 1, "", [n + 1], SamplingParams(max_new_tokens=6), {}) for n in range(8)]
-with kind(setup, parse_options(kind, [])) as engine:
-    batches = list(engine.generate(iter(prompts), lambda: False))
-print(len({generation.text for batch in batches for generation in batch.generations}))
+for folder in folders:
+    setup = Setup(folder, "float32", 8, World(), run=folder, cache=folder)
+    with kind(setup, parse_options(kind, [])) as engine:
+        batches = list(engine.generate(iter(prompts), lambda: False))
+    print(folder, len({generation.text for batch in batches for generation in batch.generations}))
 """
+
+# The shapes of other families, made small: what is not here is as in `SHAPES`.
+_SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "rope_scaling": None,
+}
+_EXPERTS = {"intermediate_size": 96, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_WINDOW = {"intermediate_size": 32, "head_dim": 16, "sliding_window": 4}
+_LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+FAMILIES = {
+    "qwen3-30b-a3b": {**_SMALL, **_EXPERTS, "num_experts": 8, "head_dim": 16},
+    "mixtral-8x7b": {**_SMALL, "intermediate_size": 32},
+    "gpt-oss-20b": {**_SMALL, **_WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3-12b": {**_SMALL, **_WINDOW, "num_hidden_layers": 6, "query_pre_attn_scalar": 16},
+    "deepseek-v2-lite": {**_SMALL, **_EXPERTS, **_LATENT, "n_routed_experts": 8, "v_head_dim": 16},
+}
 
 
 @pytest.mark.parametrize("name", ["accelerate", "ds-inference", "ds-zero"])
@@ -87,7 +142,20 @@ def test_engines_fill_a_hollow_model_with_numbers_that_mean_something(name: str,
     words = [sys.executable, "-c", FILLED, name, str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "8", "zeros would say the same after every prompt"
+    assert done.stdout.splitlines()[-1] == f"{folder} 8", "zeros would say the same after every prompt"
+
+
+def test_each_family_of_the_shapes_is_filled_under_the_names_that_its_model_has(tmp_path: Path) -> None:
+    folders = {}
+    for shape, small in FAMILIES.items():
+        (tmp_path / shape).mkdir()
+        path = tmp_path / shape / "config.json"
+        path.write_text(json.dumps({**shapes.SHAPES[shape], **small}))
+        folders[shape] = shapes.make(str(path), torch.float32, tmp_path / shape / "model")
+    words = [sys.executable, "-c", FILLED, "accelerate", *map(str, folders.values())]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-5:] == [f"{folder} 8" for folder in folders.values()]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "nf4"])

@@ -90,7 +90,7 @@ def test_settings_leave_the_engines_that_know_them(folders: dict[str, Path]) -> 
     two = chosen(model, of("H100", 4), ranks=4, settings=["tp=2"])
     assert (two.name, two.options.tp) == ("paged", 2)
     assert " of paged" not in two.why, "other groups were not asked for"
-    assert " of ds-inference tp=2 (" in two.why
+    assert " of ds-inference tp=2; the model has 7.1 B parameters; " in two.why
     whole = chosen(model, of("H100", 2), ranks=2, settings=["tp=1"])
     assert (whole.name, whole.options.tp) == ("paged", 1), "a group of one is a rank with a whole model"
     waits = chosen(model, of("H100", 2), ranks=2, settings=["offload=cpu"])

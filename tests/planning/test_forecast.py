@@ -16,6 +16,7 @@ from batchgen.bench.results import Folder
 from batchgen.commands import main
 from batchgen.engine import Placement
 from batchgen.models import shapes
+from batchgen.models.footprint import Execution
 from batchgen.planning import hardware
 from batchgen.planning.forecast import Expected, Forecast, Model, Node, Work, forecasts
 
@@ -39,7 +40,9 @@ def test_the_memory_of_a_batch_is_within_five_percent_of_what_was_measured(shape
         if ":" in result.system or result.batch is None or result.device_bytes is None:
             continue
         prompt = 8  # words of the seed's longest sentence
-        predicted = sized.weights.read_bytes + result.batch * sized.row_bytes(prompt, 100, 1)
+        predicted = sized.weights.read_bytes + result.batch * sized.row_bytes(
+            prompt, 100, Execution(2, eager=sized.eager)
+        )
         assert predicted == pytest.approx(result.device_bytes, rel=0.05), result
         checked += 1
     assert checked >= 10
@@ -286,6 +289,7 @@ def test_the_command_says_lengths_forecasts_and_a_command_line(tiny_llama: Path,
     assert values["rows"] == 8
     assert "estimated at 4 bytes a token" in values["lengths"]
     assert {one["engine"] for one in values["forecasts"]} >= {"accelerate", "ds-inference", "ds-zero"}
+    assert values["model"]["parameters"] == values["model"]["active_parameters"] == 176_247_271_424
     nothing = CliRunner().invoke(main, ["plan", str(prompts), "--model", "bloom-176b", "--gpu", "V100"])
     assert "ds-zero offload=nvme=FOLDER" in nothing.stdout
     wrong = CliRunner().invoke(main, ["plan", str(prompts), "--model", "no/such"])

@@ -196,7 +196,8 @@ class DsZero(Engine):
         config = self._make_configuration(setup, options, dtype)
         # Transformers holds it by weak reference, and shards a model as it loads only while it is alive.
         _alive = HfDeepSpeedConfig(config)  # type: ignore[no-untyped-call]
-        model = loading.load(setup.model, {"dtype": dtype, "attn_implementation": options.attn_implementation})
+        arguments = {"dtype": dtype, "attn_implementation": options.attn_implementation}
+        model = loading.load(setup.model, arguments, adapter=setup.adapter)
         layers = find_layers(model)
         if self._by_layers and (layers or self._whole_model):
             host, pinned = options.offload is not None, options.pin_memory

@@ -25,7 +25,7 @@ Each module imports only modules of the rows below its own:
     models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
     attention  linear   experts   alone   cache
     kernels    skinny_gemm
-    layout     step_buffers
+    layout     step_buffers   online_softmax
     page_rows  step
     pages      not_covered
 """

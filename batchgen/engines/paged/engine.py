@@ -122,7 +122,8 @@ class Paged(Engine):
     def _load(self) -> None:
         """Loads the whole model on this rank's device."""
         dtype = loading.floating_dtype(self._setup.dtype, self._tokenizer.config)
-        self._model = loading.load(self._setup.model, {"dtype": dtype, "device_map": {"": str(self._device)}})
+        arguments = {"dtype": dtype, "device_map": {"": str(self._device)}}
+        self._model = loading.load(self._setup.model, arguments, adapter=self._setup.adapter)
         self._make_ready()
 
     def _load_shard(self) -> None:

@@ -13,20 +13,30 @@ import torch
 import triton
 import triton.language as tl
 
-from batchgen.engines.paged.layout import QUERY_BLOCK, AttentionShape, Layout
+from batchgen.engines.paged.layout import QUERY_BLOCK, AttentionShape, LayerCache, Layout
+from batchgen.engines.paged.online_softmax import LOG2_E, add_keys, add_newest
 from batchgen.engines.paged.pages import PAGE_SIZE
 
-_KEYS = 64  # tokens whose keys a program looks at at once
-_DECODE = {"num_warps": 2, "num_stages": 2}  # the best of 19 that were tried; benchmarks/README.md
-_LOG2_E = 1.4426950408889634  # the hardware computes exp2, so scores are in units of its exponent
+
+class Settings(NamedTuple):
+    """How a kernel is compiled; `benchmarks/attention.py` measures candidates."""
+
+    keys: int  # tokens whose keys a program looks at at once
+    num_warps: int
+    num_stages: int
+
+
+# By the larger one of the sizes of keys and values, up to which the settings are meant.
+DECODE_SETTINGS = {128: Settings(64, 2, 2), 256: Settings(64, 2, 2)}
+PREFILL_SETTINGS = {128: Settings(64, 4, 3), 256: Settings(64, 4, 3)}
 
 
 class _Arguments(NamedTuple):
     """What the kernels of one call have in common, in the order in which they take it."""
 
     new: tuple[Any, ...]  # keys and values of the step's tokens, and their strides by token and head
-    cache: tuple[Any, ...]  # the cache, and which of its pages belong to which tokens; ALiBi's slopes
-    strides: tuple[int, ...]  # of the query by token and head; of the cache by half and page; of the block table by row
+    cache: tuple[Any, ...]  # cached keys and values, and which of their pages belong to which tokens; slopes; sinks
+    strides: tuple[int, ...]  # of the query by token and head; of cached keys and values by page; of the table by row
     constants: dict[str, Any]
 
 
@@ -34,39 +44,40 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cache: torch.Tensor,
+    cache: LayerCache,
     layout: Layout,
     shape: AttentionShape,
 ) -> torch.Tensor:
-    """As `attention.attend_in_torch`, for heads of up to 256 numbers."""
+    """As `attention.attend_in_torch`, for keys and values of up to `attention.LARGEST_HEAD` numbers."""
     _, heads, tokens, size = query.shape
-    key_heads = key.shape[1]
-    out = torch.empty((1, tokens, heads, size), dtype=query.dtype, device=query.device)
+    key_heads, value_size = value.shape[1], value.shape[3]
+    out = torch.empty((1, tokens, heads, value_size), dtype=query.dtype, device=query.device)
+    sizes = {"SIZE": size, "WIDE": _round_up(size), "SIZE_V": value_size, "WIDE_V": _round_up(value_size)}
     constants: dict[str, Any] = {
-        "SCALE": shape.scale * _LOG2_E,
+        **sizes,
+        "SCALE": shape.scale * LOG2_E.value,
+        "SOFTCAP": float(shape.softcap),
         "GROUP": heads // key_heads,
-        "SIZE": size,
-        "WIDE": _round_up(size),
         "PAGE": PAGE_SIZE,
-        "KEYS": _KEYS,
         "WINDOW": shape.window,
         "ALIBI": shape.slopes is not None,
+        "SINKS": shape.sinks is not None,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     new = (key, value, key.stride(2), key.stride(1), value.stride(2), value.stride(1))
-    common = (cache, layout.block_table, layout.slots, layout.positions, shape.slopes)
+    common = (*cache, layout.block_table, layout.slots, layout.positions, shape.slopes, shape.sinks)
     assert layout.decoding_count is not None
-    strides = (query.stride(2), query.stride(1), cache.stride(0), cache.stride(1), layout.block_table.stride(0))
+    pages = (cache.keys.stride(0), cache.values.stride(0), layout.block_table.stride(0))
+    strides = (query.stride(2), query.stride(1), *pages)
     if layout.decoding:
         _launch_decode(query, out, layout, _Arguments(new, common, strides, constants))
     if layout.query_blocks is not None:
         _write[(tokens, key_heads)](
-            *new, *common[:4], *strides[2:], layout.decoding_count, SIZE=size, WIDE=_round_up(size), PAGE=PAGE_SIZE,
-            num_warps=1,
-        )  # fmt: skip
+            *new, *common[:5], *pages, layout.decoding_count, **sizes, PAGE=PAGE_SIZE, num_warps=1
+        )
         _prefill[(len(layout.query_blocks), heads)](
-            query, out, layout.query_blocks, *common, *strides, heads * size, QUERIES=QUERY_BLOCK, num_warps=4,
-            **constants,
+            query, out, layout.query_blocks, *common, *strides, heads * value_size, QUERIES=QUERY_BLOCK, **constants,
+            **_choose(PREFILL_SETTINGS, constants),
         )  # fmt: skip
     return out
 
@@ -77,7 +88,7 @@ def _launch_decode(query: torch.Tensor, out: torch.Tensor, layout: Layout, argum
     rows, splits, count = layout.decoding, layout.splits, layout.decoding_count
     _, _, heads, size = out.shape
     grid = (rows, heads // constants["GROUP"], splits)
-    options = {**_DECODE, **constants, "ROWS": _round_up(constants["GROUP"])}
+    options = {**constants, **_choose(DECODE_SETTINGS, constants), "ROWS": _round_up(constants["GROUP"])}
     if splits == 1:
         _decode[grid](query, out, out, count, *new, *common, *strides, heads * size, 0, SPLITS=1, **options)
         return
@@ -88,6 +99,13 @@ def _launch_decode(query: torch.Tensor, out: torch.Tensor, layout: Layout, argum
     _join[(rows, heads)](partial, sums, out, heads * size, SPLITS=splits, SIZE=size, WIDE=_round_up(size), num_warps=1)
 
 
+def _choose(settings: dict[int, Settings], constants: dict[str, Any]) -> dict[str, int]:
+    """The settings for the sizes of `constants`, as a launch takes them."""
+    largest = max(constants["SIZE"], constants["SIZE_V"])
+    chosen = settings[min(size for size in settings if size >= largest)]
+    return {"KEYS": chosen.keys, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+
+
 def _round_up(size: int) -> int:
     """The width of a range that holds `size`: ranges of Triton are powers of two, and its products take 16 or more."""
     return max(16, 1 << (size - 1).bit_length())
@@ -95,86 +113,34 @@ def _round_up(size: int) -> int:
 
 @triton.jit
 def _write(
-    key, value, key_token, key_head, value_token, value_head, cache, table, slots, positions, half, page_size, columns,
-    count, SIZE: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+    key, value, key_token, key_head, value_token, value_head, cached_keys, cached_values, table, slots, positions,
+    key_page, value_page, columns, count, SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr,
+    WIDE_V: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """A token's key and value of one head into its page, for the tokens behind those that decode."""
     token, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + token)
     if (position >= 0) & (token >= tl.load(count)):
         page = tl.load(table + tl.load(slots + token) * columns + position // PAGE).to(tl.int64)
+        row = head * PAGE + position % PAGE
         each = tl.arange(0, WIDE)
         inside = each < SIZE
-        to = cache + page * page_size + (head * PAGE + position % PAGE) * SIZE + each
-        tl.store(to, tl.load(key + token * key_token + head * key_head + each, mask=inside), mask=inside)
-        tl.store(to + half, tl.load(value + token * value_token + head * value_head + each, mask=inside), mask=inside)
-
-
-@triton.jit
-def _step(
-    query, best, total, mixed, begin, end, first_seen, places, slope, pages, keys, page_size, half,
-    SCALE: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    WINDOW: tl.constexpr, ALIBI: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the keys from `begin` on: the running maximum, sum and mix of values of each query."""
-    others = begin + tl.arange(0, KEYS)
-    there = (others < end) & (others >= first_seen)
-    page = tl.load(pages + others // PAGE, mask=there, other=0).to(tl.int64)
-    each = tl.arange(0, WIDE)
-    at = keys + page[:, None] * page_size + (others % PAGE)[:, None] * SIZE + each[None, :]
-    inside = there[:, None] if SIZE == WIDE else there[:, None] & (each < SIZE)[None, :]
-    key = tl.load(at, mask=inside, other=0.0)
-    value = tl.load(at + half, mask=inside, other=0.0)  # under way while the scores are worked out
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * SCALE
-    if ALIBI:
-        scores += slope[:, None] * (others[None, :] - places[:, None]).to(tl.float32)
-    seen = there[None, :]
-    if CAUSAL:
-        seen = seen & (others[None, :] <= places[:, None])
-    if WINDOW:
-        seen = seen & (others[None, :] > places[:, None] - WINDOW)
-    scores = tl.where(seen, scores, float("-inf"))
-    if CAUSAL or WINDOW:
-        # A value that is NaN would reach the queries that do not see it, too: 0 * NaN is NaN.
-        finite = (value - value) == 0.0
-        value = tl.where(finite, value, 0.0).to(value.dtype)
-        broken = tl.max(tl.where(finite, 0, 1), 1)
-        mixed = tl.where(tl.max(tl.where(seen, broken[None, :], 0), 1)[:, None] > 0, float("nan"), mixed)
-    higher = tl.maximum(best, tl.max(scores, 1))
-    # While a query has seen no key at all, its maximum is -inf, and -inf - -inf is no number.
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    shrink = tl.exp2(best - base)
-    weights = tl.exp2(scores - base[:, None])
-    mixed = mixed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-    return higher, total * shrink + tl.sum(weights, 1), mixed
-
-
-@triton.jit
-def _newest(
-    query, best, total, mixed, new_key, new_value, place, pages, keys, page_size, half,
-    SCALE: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """As `_step`, for the one key at `place`, which is written into its page. A query has no bias towards itself."""
-    each = tl.arange(0, WIDE)
-    inside = each < SIZE
-    key, value = tl.load(new_key + each, mask=inside, other=0.0), tl.load(new_value + each, mask=inside, other=0.0)
-    to = keys + tl.load(pages + place // PAGE).to(tl.int64) * page_size + (place % PAGE) * SIZE + each
-    tl.store(to, key, mask=inside)
-    tl.store(to + half, value, mask=inside)
-    score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
-    higher = tl.maximum(best, score)
-    shrink, weight = tl.exp2(best - higher), tl.exp2(score - higher)
-    mixed = mixed * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
-    return higher, total * shrink + weight, mixed
+        new = tl.load(key + token * key_token + head * key_head + each, mask=inside)
+        tl.store(cached_keys + page * key_page + row * SIZE + each, new, mask=inside)
+        each = tl.arange(0, WIDE_V)
+        inside = each < SIZE_V
+        new = tl.load(value + token * value_token + head * value_head + each, mask=inside)
+        tl.store(cached_values + page * value_page + row * SIZE_V + each, new, mask=inside)
 
 
 @triton.jit
 def _decode(
     queries, out, sums, count, new_keys, new_values, key_token, key_head_size, value_token, value_head_size,
-    cache, table, slots, positions, slopes, query_token, query_head, half, page_size, columns, out_token, sums_token,
-    SCALE: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-    KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    cached_keys, cached_values, table, slots, positions, slopes, sinks, query_token, query_head, key_page, value_page,
+    columns, out_token, sums_token, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
+    SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr, WIDE_V: tl.constexpr, PAGE: tl.constexpr,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one key head, of one decoding sequence, over one of `SPLITS` equal parts of its keys.
 
@@ -193,36 +159,44 @@ def _decode(
     inside = each < SIZE
     heads = key_head * GROUP + rows
     valid = rows < GROUP
-    valid_inside = valid[:, None] & inside[None, :]
     query = tl.load(
-        queries + token * query_token + heads[:, None] * query_head + each[None, :], mask=valid_inside, other=0.0
-    )
+        queries + token * query_token + heads[:, None] * query_head + each[None, :],
+        mask=valid[:, None] & inside[None, :], other=0.0,
+    )  # fmt: skip
     slope = tl.zeros([ROWS], tl.float32)
     if ALIBI:
-        slope = tl.load(slopes + heads, mask=valid, other=0.0) * 1.4426950408889634
+        slope = tl.load(slopes + heads, mask=valid, other=0.0) * LOG2_E
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, WIDE], tl.float32)
+    if SINKS:
+        # A key without a value, which the first one of the splits counts.
+        sink = tl.load(sinks + heads, mask=valid, other=0.0).to(tl.float32) * LOG2_E
+        best = tl.where(split == 0, sink, best)
+        total = tl.where(split == 0, 1.0, total)
+    mixed = tl.zeros([ROWS, WIDE_V], tl.float32)
     places = tl.zeros([ROWS], tl.int32) + place
     pages = table + tl.load(slots + token) * columns
-    keys = cache + key_head * PAGE * SIZE
+    keys = cached_keys + key_head * PAGE * SIZE
+    values = cached_values + key_head * PAGE * SIZE_V
     for start in range(begin, end, KEYS):
-        best, total, mixed = _step(
-            query, best, total, mixed, start, end, first, places, slope, pages, keys, page_size, half,
-            SCALE, SIZE, WIDE, PAGE, KEYS, 0, ALIBI, False, PRECISION,
+        best, total, mixed = add_keys(
+            query, best, total, mixed, start, end, first, places, slope, pages, keys, values, key_page, value_page,
+            SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, KEYS, 0, ALIBI, False, PRECISION,
         )  # fmt: skip
     if (begin <= place) & (place < begin + share):
-        best, total, mixed = _newest(
+        best, total, mixed = add_newest(
             query, best, total, mixed, new_keys + token * key_token + key_head * key_head_size,
-            new_values + token * value_token + key_head * value_head_size, place, pages, keys, page_size, half,
-            SCALE, SIZE, WIDE, PAGE,
+            new_values + token * value_token + key_head * value_head_size, place, pages, keys, values, key_page,
+            value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE,
         )  # fmt: skip
     result = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    each_v = tl.arange(0, WIDE_V)
+    valid_inside = valid[:, None] & (each_v < SIZE_V)[None, :]
     if SPLITS == 1:
-        to = out + token * out_token + heads[:, None] * SIZE + each[None, :]
+        to = out + token * out_token + heads[:, None] * SIZE_V + each_v[None, :]
         tl.store(to, result.to(out.dtype.element_ty), mask=valid_inside)
     else:
-        to = out + token * out_token + (heads[:, None] * SPLITS + split) * SIZE + each[None, :]
+        to = out + token * out_token + (heads[:, None] * SPLITS + split) * SIZE_V + each_v[None, :]
         tl.store(to, result, mask=valid_inside)
         weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
         tl.store(sums + token * sums_token + heads * SPLITS + split, weight, mask=valid)
@@ -247,10 +221,11 @@ def _join(parts, sums, out, out_token, SPLITS: tl.constexpr, SIZE: tl.constexpr,
 
 @triton.jit
 def _prefill(
-    queries, out, blocks, cache, table, slots, positions, slopes, query_token, query_head, half, page_size, columns,
-    out_token,
-    SCALE: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-    KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr,
+    queries, out, blocks, cached_keys, cached_values, table, slots, positions, slopes, sinks, query_token, query_head,
+    key_page, value_page, columns, out_token, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
+    SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr, WIDE_V: tl.constexpr, PAGE: tl.constexpr,
+    KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):  # fmt: skip
     """One head of a block of consecutive tokens of a sequence, over all keys up to theirs."""
     block, head = tl.program_id(0), tl.program_id(1)
@@ -259,10 +234,9 @@ def _prefill(
         return
     rows = tl.arange(0, QUERIES)
     each = tl.arange(0, WIDE)
-    valid = (rows < count)[:, None] & (each < SIZE)[None, :]
     query = tl.load(
-        queries + (token + rows)[:, None] * query_token + head * query_head + each[None, :], mask=valid,
-        other=0.0,
+        queries + (token + rows)[:, None] * query_token + head * query_head + each[None, :],
+        mask=(rows < count)[:, None] & (each < SIZE)[None, :], other=0.0,
     )  # fmt: skip
     place = tl.load(positions + token)
     places = place + rows
@@ -270,30 +244,35 @@ def _prefill(
     first = tl.maximum(place + 1 - WINDOW, 0) // KEYS * KEYS if WINDOW else 0
     slope = tl.zeros([QUERIES], tl.float32)
     if ALIBI:
-        slope += tl.load(slopes + head) * 1.4426950408889634
+        slope += tl.load(slopes + head) * LOG2_E
     best = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
-    mixed = tl.zeros([QUERIES, WIDE], tl.float32)
+    if SINKS:  # a key without a value
+        best = tl.zeros([QUERIES], tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2_E
+        total += 1.0
+    mixed = tl.zeros([QUERIES, WIDE_V], tl.float32)
     pages = table + tl.load(slots + token) * columns
-    keys = cache + (head // GROUP) * PAGE * SIZE
+    keys = cached_keys + (head // GROUP) * PAGE * SIZE
+    values = cached_values + (head // GROUP) * PAGE * SIZE_V
     middle = place // KEYS * KEYS  # from `begin` to here all queries see all keys, and need no mask, which takes time
     begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS) * KEYS, middle) if WINDOW else first
     if WINDOW:
         for start in range(first, begin, KEYS):
-            best, total, mixed = _step(
-                query, best, total, mixed, start, begin, first, places, slope, pages, keys, page_size, half,
-                SCALE, SIZE, WIDE, PAGE, KEYS, WINDOW, ALIBI, False, PRECISION,
+            best, total, mixed = add_keys(
+                query, best, total, mixed, start, begin, first, places, slope, pages, keys, values, key_page,
+                value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, KEYS, WINDOW, ALIBI, False, PRECISION,
             )  # fmt: skip
     for start in range(begin, middle, KEYS):
-        best, total, mixed = _step(
-            query, best, total, mixed, start, middle, first, places, slope, pages, keys, page_size, half,
-            SCALE, SIZE, WIDE, PAGE, KEYS, 0, ALIBI, False, PRECISION,
+        best, total, mixed = add_keys(
+            query, best, total, mixed, start, middle, first, places, slope, pages, keys, values, key_page, value_page,
+            SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, KEYS, 0, ALIBI, False, PRECISION,
         )  # fmt: skip
     for start in range(middle, end, KEYS):
-        best, total, mixed = _step(
-            query, best, total, mixed, start, end, first, places, slope, pages, keys, page_size, half,
-            SCALE, SIZE, WIDE, PAGE, KEYS, WINDOW, ALIBI, True, PRECISION,
+        best, total, mixed = add_keys(
+            query, best, total, mixed, start, end, first, places, slope, pages, keys, values, key_page, value_page,
+            SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, KEYS, WINDOW, ALIBI, True, PRECISION,
         )  # fmt: skip
-    to = out + (token + rows)[:, None] * out_token + head * SIZE + each[None, :]
+    each_v = tl.arange(0, WIDE_V)
+    to = out + (token + rows)[:, None] * out_token + head * SIZE_V + each_v[None, :]
     result = mixed / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(to, result.to(out.dtype.element_ty), mask=valid)
+    tl.store(to, result.to(out.dtype.element_ty), mask=(rows < count)[:, None] & (each_v < SIZE_V)[None, :])

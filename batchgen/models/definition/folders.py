@@ -25,19 +25,22 @@ def check_model_folder(folder: Path) -> None:
     if check_file(folder / _ADAPTER):
         raise ModelError(
             f"{folder} holds a model and {_describe_adapter(folder)} beside it, of which batchgen would use the model "
-            "alone. Merge the adapter into the model (peft's merge_and_unload), or take its files out of the folder"
+            "alone. Move the adapter's files into a folder of their own, and give that as --adapter if it is meant"
         )
 
 
-def snapshot_in(folder: Path) -> Path:
-    """The snapshot that a model's folder of the hub's cache (`models--ORG--NAME`) stands for; any other folder itself.
+def snapshot_in(folder: Path, config: str = CONFIG) -> Path:
+    """The snapshot that a folder of the hub's cache (`models--ORG--NAME`) stands for; any other folder itself.
+
+    Args:
+        config: the file without which a snapshot is not whole.
 
     Raises:
         ModelError: there are several, and none is named.
     """
-    if not _CACHED.fullmatch(folder.name) or not (folder / "snapshots").is_dir() or (folder / CONFIG).exists():
+    if not _CACHED.fullmatch(folder.name) or not (folder / "snapshots").is_dir() or (folder / config).exists():
         return folder
-    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if (path / CONFIG).exists())
+    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if (path / config).exists())
     main = folder / "refs" / "main"
     commit = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
     if folder / "snapshots" / commit in snapshots:
@@ -58,7 +61,10 @@ def _describe(folder: Path) -> str:
     if folder.is_dir() and not names:
         return "is not a model folder: it holds no config.json, it is empty"
     if _ADAPTER in names:
-        return f"is {_describe_adapter(folder)}: merge it first (peft's merge_and_unload); --model takes whole models"
+        way = "merge it first (peft's merge_and_unload); --model takes whole models"
+        if (read_json(folder / _ADAPTER) or {}).get("peft_type") == "LORA":
+            way = "give it as --adapter, and the model that it belongs to as --model"
+        return f"is {_describe_adapter(folder)}: {way}"
     why = "is not a model folder: it holds no config.json"
     if any(name.endswith(".gguf") for name in names):
         return f"{why}, but GGUF files, which batchgen does not read; take the model in the layout of Transformers"

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from batchgen.engines.paged import experts
 from batchgen.engines.paged.experts import grouped_gemm, routing
-from batchgen.engines.paged.experts.interface import compute_experts
+from batchgen.engines.paged.experts.interface import combine, compute_experts
 from batchgen.engines.paged.not_covered import NotCovered
 from tests.engines.paged.expert_cases import CASES, LAYOUTS, TOLERANCES, Case, expect, make_experts, route
 from tests.kernels import assert_none_wrong
@@ -53,6 +53,26 @@ def test_experts_are_as_by_definition(case: Case, layout: str) -> None:
         expected = expect(rounded, inputs, index, weights)  # of the rounded weights: it makes them wider
         assert out.dtype == dtype
         assert (out - expected).norm() <= TOLERANCES[dtype] * expected.norm()
+
+
+def test_what_pairs_of_no_expert_hold_is_not_read() -> None:
+    outputs = torch.tensor([[1.0, 2.0], [3.0, 4.0], [torch.nan, torch.inf], [torch.nan, torch.nan]])
+    places, weights = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32), torch.tensor([[0.5, 1.0], [1.0, 2.0]])
+    out = combine(outputs, places, weights, torch.tensor([[True, False], [False, True]]))
+    assert out.tolist() == [[1.5, 2.0], [2.0, 4.0]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_broken_token_stays_alone(layout: str) -> None:
+    case = Case(33, 8, 8)  # every expert has it among its tokens
+    module, (index, weights) = make_experts(layout, case), route(case)
+    hidden = torch.randn(case.tokens, case.width, generator=torch.Generator().manual_seed(2))
+    expected = compute_experts(module, hidden, index, weights)
+    hidden[7] = torch.nan
+    out = compute_experts(module, hidden, index, weights)
+    others = torch.arange(case.tokens) != 7
+    assert out[7].isnan().all()
+    torch.testing.assert_close(out[others], expected[others])
 
 
 @pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no product of groups for a CPU")

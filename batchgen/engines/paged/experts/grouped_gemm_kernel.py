@@ -28,12 +28,12 @@ class Tile(NamedTuple):
 
 
 # By the most pairs that an expert has on average. Not measured yet: benchmarks/experts.py compares them on a GPU.
-_TILES = (
+TILES = (
     (8, Tile(16, 64, 128, 4, 4)),
     (24, Tile(32, 64, 128, 4, 4)),
     (96, Tile(64, 128, 64, 4, 4)),
 )
-_LARGEST = Tile(128, 128, 64, 8, 3)
+LARGEST = Tile(128, 128, 64, 8, 3)
 _FLOAT32 = Tile(32, 64, 32, 4, 2)  # no matrix units, and twice the bytes
 
 _NEIGHBOURS = 8  # tiles of pairs that go through the columns together, and share the weights that are in the cache
@@ -43,7 +43,7 @@ def choose_tile(pairs: int, experts: int, dtype: torch.dtype) -> Tile:
     """The tile for so many pairs of so many experts."""
     if dtype.itemsize > 2:
         return _FLOAT32
-    return next((tile for most, tile in _TILES if pairs <= most * experts), _LARGEST)
+    return next((tile for most, tile in TILES if pairs <= most * experts), LARGEST)
 
 
 def count_tiles(pairs: int, experts: int, size: int) -> int:

@@ -1,0 +1,93 @@
+"""Softmax over keys that come in parts, as the attention `kernels` compute it, in Triton.
+
+For each query there are the largest score so far, the sum of the exponentials relative to it, and the values that were
+added up with those as weights. The hardware computes exp2, so scores are in units of its exponent.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _cap(scores, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(scores / SOFTCAP), in units of exp2's exponent before and after.
+
+    tanh(x) = 1 - 2 / (exp(2 x) + 1), whose absolute error is that of float32 at 1. A score of infinity becomes NaN: it
+    comes from a broken key, which the cap would hide.
+    """
+    return SOFTCAP * LOG2_E * (1.0 - 2.0 / (tl.exp2(scores * (2.0 / SOFTCAP)) + 1.0)) + (scores - scores)
+
+
+@triton.jit
+def add_keys(
+    query, best, total, mixed, begin, end, first_seen, places, slope, pages, keys, values, key_page, value_page,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr,
+    WIDE_V: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys from `begin` on to the running maximum, sum and mix of values of each query."""
+    others = begin + tl.arange(0, KEYS)
+    there = (others < end) & (others >= first_seen)
+    page = tl.load(pages + others // PAGE, mask=there, other=0).to(tl.int64)
+    rows = page * key_page + (others % PAGE) * SIZE
+    each = tl.arange(0, WIDE)
+    inside = there[:, None] if SIZE == WIDE else there[:, None] & (each < SIZE)[None, :]
+    key = tl.load((keys + rows)[:, None] + each[None, :], mask=inside, other=0.0)
+    if SIZE_V != SIZE:
+        rows = page * value_page + (others % PAGE) * SIZE_V
+        each = tl.arange(0, WIDE_V)
+        inside = there[:, None] if SIZE_V == WIDE_V else there[:, None] & (each < SIZE_V)[None, :]
+    # Values are under way while the scores are worked out.
+    value = tl.load((values + rows)[:, None] + each[None, :], mask=inside, other=0.0)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * SCALE
+    if SOFTCAP > 0:
+        scores = _cap(scores, SOFTCAP)
+    if ALIBI:
+        scores += slope[:, None] * (others[None, :] - places[:, None]).to(tl.float32)
+    seen = there[None, :]
+    if CAUSAL:
+        seen = seen & (others[None, :] <= places[:, None])
+    if WINDOW:
+        seen = seen & (others[None, :] > places[:, None] - WINDOW)
+    scores = tl.where(seen, scores, float("-inf"))
+    if CAUSAL or WINDOW:
+        # A value that is NaN would reach the queries that do not see it, too: 0 * NaN is NaN.
+        finite = (value - value) == 0.0
+        value = tl.where(finite, value, 0.0).to(value.dtype)
+        broken = tl.max(tl.where(finite, 0, 1), 1)
+        mixed = tl.where(tl.max(tl.where(seen, broken[None, :], 0), 1)[:, None] > 0, float("nan"), mixed)
+    higher = tl.maximum(best, tl.max(scores, 1))
+    # While a query has seen no key at all, its maximum is -inf, and -inf - -inf is no number.
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp2(best - base)
+    weights = tl.exp2(scores - base[:, None])
+    mixed = mixed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+    return higher, total * shrink + tl.sum(weights, 1), mixed
+
+
+@triton.jit
+def add_newest(
+    query, best, total, mixed, new_key, new_value, place, pages, keys, values, key_page, value_page,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr,
+    WIDE_V: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """As `add_keys`, for the one key at `place`, which is written into its page. A query has no bias towards itself."""
+    each = tl.arange(0, WIDE)
+    each_v = tl.arange(0, WIDE_V)
+    inside, inside_v = each < SIZE, each_v < SIZE_V
+    key = tl.load(new_key + each, mask=inside, other=0.0)
+    value = tl.load(new_value + each_v, mask=inside_v, other=0.0)
+    page = tl.load(pages + place // PAGE).to(tl.int64)
+    tl.store(keys + page * key_page + (place % PAGE) * SIZE + each, key, mask=inside)
+    tl.store(values + page * value_page + (place % PAGE) * SIZE_V + each_v, value, mask=inside_v)
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
+    if SOFTCAP > 0:
+        score = _cap(score, SOFTCAP)
+    higher = tl.maximum(best, score)
+    shrink, weight = tl.exp2(best - higher), tl.exp2(score - higher)
+    mixed = mixed * shrink[:, None] + weight[:, None] * value.to(tl.float32)[None, :]
+    return higher, total * shrink + weight, mixed

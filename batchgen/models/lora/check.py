@@ -1,0 +1,63 @@
+"""Whether an adapter fits a model, asked before any weight of the model is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from batchgen.models import split_folder
+from batchgen.models.definition.build import build_empty
+from batchgen.models.definition.errors import ModelError
+from batchgen.models.definition.files import read_json
+from batchgen.models.lora.adapter import Adapter, describe, read_adapter
+from batchgen.models.lora.places import Places, find_places
+
+
+def check_adapter(name: str, model: Path, tokenizer: Any) -> None:
+    """Checks that the adapter in the folder `name` can be merged into the model in folder `model`.
+
+    Args:
+        tokenizer: the model's `HfTokenizer`.
+
+    Raises:
+        ModelError: it cannot; the message says why, and what to do.
+    """
+    adapter, config = read_adapter(name), tokenizer.config
+    if split_folder.read(model) is not None:
+        raise ModelError(
+            f"{model} is split by rank, and an adapter is merged into whole weights; give the model it was made from"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"the weights in {model} are packed (quantization_config in its config.json), and an adapter is merged "
+            "into weights that are not; give the model in bfloat16 (--dtype int8 or nf4 rounds what has been merged)"
+        )
+    _check_tokens(adapter, tokenizer)
+    place_by_config(adapter, config)
+
+
+def place_by_config(adapter: Adapter, config: Any) -> Places:
+    """Returns where the changes of `adapter` belong in a model of this Transformers config, of which nothing is read.
+
+    Raises:
+        ModelError: one does not fit.
+    """
+    empty = build_empty(config)
+    return find_places(adapter, empty, get_model_conversion_mapping(empty))
+
+
+def _check_tokens(adapter: Adapter, tokenizer: Any) -> None:
+    """Raises ModelError if the tokenizer beside the adapter has tokens that the model's has not."""
+    listed = (read_json(adapter.folder / "tokenizer.json") or {}).get("added_tokens")
+    texts = [str(entry.get("content")) for entry in listed or () if isinstance(entry, dict)]  # type: ignore[attr-defined]
+    texts += read_json(adapter.folder / "added_tokens.json") or {}
+    lost = tokenizer.find_foreign(texts)
+    if lost:
+        raise ModelError(
+            f"{describe(adapter)} has a tokenizer with tokens that the model's has not: {lost[0]!r} (one of "
+            f"{len(lost)}). Merge it with peft into a copy of the model (resize_token_embeddings, merge_and_unload), "
+            "save the adapter's tokenizer there, and give that as --model; if the adapter was trained without them, "
+            "take the tokenizer's files out of its folder"
+        )

@@ -1,0 +1,71 @@
+"""An adapter over a model that is split: of each product of its small matrices, the part for a rank's shard.
+
+Merged before the split, the weights would all have to be read into memory on every rank. AutoTP cuts by rows or by
+columns, in ways of its own for each kind of model. Which ones a rank has is read off a model without weights that is
+split the same way, whose "weights" are the numbers of their own rows, and of their columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from batchgen.models import lora
+from batchgen.tensor_parallel.autotp import split
+from batchgen.tensor_parallel.group import Group
+from batchgen.tensor_parallel.split_files import build_hollow
+from batchgen.tensor_parallel.weights import Products
+
+
+def find_products(adapter: str, folder: str, config: Any, group: Group) -> Products:
+    """Returns what the adapter adds to the weights of this rank's share of the model in `folder`.
+
+    Args:
+        adapter: the folder of the adapter; "": none, and nothing is added.
+
+    Raises:
+        ModelError: the adapter does not fit the model.
+    """
+    if not adapter:
+        return {}
+    places = lora.place_by_config(lora.read_adapter(adapter), config)
+    changes = {name: change for name, change in places.whole.items() if change.is_low_rank}
+    if len(group.ranks) == 1:
+        return {name: change.compute_product for name, change in changes.items()}
+    rows, columns = (_find_cut(folder, changes, group.model, dimension) for dimension in (0, 1))
+    return {
+        path: partial(changes[name].compute_product, rows=numbers, columns=columns[name, path])
+        for (name, path), numbers in rows.items()
+    }
+
+
+def _find_cut(
+    folder: str, names: Collection[str], group: dist.ProcessGroup, dimension: int
+) -> dict[tuple[str, str], torch.Tensor]:
+    """Returns which rows (`dimension` 0) or columns (1) of each named matrix this rank has, in their order.
+
+    Returns:
+        By the matrix's name and that of the parameter with these rows or columns: the share of a layer may be several.
+    """
+    model = build_hollow(Path(folder), torch.float32, None)
+    for name in names:
+        layer, _, own = name.rpartition(".")
+        shape = model.get_parameter(name).shape
+        # Views of one row or column: a matrix of them would need the memory of the weights. float32 counts to 2^24.
+        numbers = torch.arange(shape[dimension], dtype=torch.float32).unsqueeze(1 - dimension).expand(shape)
+        model.get_submodule(layer)._parameters[own] = nn.Parameter(numbers, requires_grad=False)
+    split(model, group)
+    found = {}
+    for name in names:
+        layer, _, own = name.rpartition(".")
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            if path.startswith(f"{layer}.") and path.endswith(f".{own}"):
+                numbers = parameter.data
+                found[name, path] = (numbers[:, 0] if dimension == 0 else numbers[0]).long()
+    return found
