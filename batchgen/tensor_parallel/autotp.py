@@ -8,6 +8,7 @@ after the other, and then only this rank's part is read.
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional
 
 from batchgen.engine import EngineError, Placement
 from batchgen.models import footprint
-from batchgen.tensor_parallel.experts import Way, keep_routers_whole, split_experts
+from batchgen.tensor_parallel.experts import Way, find_largest_share, keep_routers_whole, split_experts
 from batchgen.tensor_parallel.fused import split_fused
 from batchgen.tensor_parallel.group import list_divisors
 from batchgen.tensor_parallel.heads import split_heads
@@ -29,9 +30,10 @@ from batchgen.tensor_parallel.layers import ScaledEmbedding
 PROVEN = frozenset({
     "apertus", "arcee", "bloom", "codegen", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5",
     "ernie4_5_moe", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt_neo",
-    "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "minimax_m2",
-    "ministral", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
-    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe",
+    "llama", "minimax_m2", "ministral", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
+    "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
+    "smollm3", "stablelm", "starcoder2",
 })
 # fmt: on
 
@@ -83,10 +85,22 @@ def placements(
         whole: the settings of ranks with a whole model each.
     """
     return [
-        Placement(whole if tp == 1 else (f"tp={tp}",), gpus, gpus // tp, -(-weights.read_bytes // tp), sharing=tp)
+        Placement(whole if tp == 1 else (f"tp={tp}",), gpus, gpus // tp, _count_share(config, weights, tp), sharing=tp)
         for tp in range(1, gpus + 1)
         if gpus % tp == 0 and (tp == 1 or _can_split(config, tp, evenly))
     ]
+
+
+def _count_share(config: Any, weights: Any, ranks: int) -> int:
+    """Returns the bytes of the largest share: of experts as they are shared out, of all else an even part."""
+    share = 1 / ranks
+    for name, parameter in weights.by_name.items():
+        if parameter.token_share < 1 and name.endswith("down_proj"):
+            count = parameter.shape[0]
+            inner = parameter.numel // (count * config.get_text_config().hidden_size)
+            share = max(share, find_largest_share(count, inner, ranks))
+    elements = (weights.total - weights.experts) / ranks + weights.experts * share
+    return math.ceil(elements) * int(weights.dtype.itemsize)
 
 
 def _can_split(config: Any, ranks: int, evenly: bool) -> bool:

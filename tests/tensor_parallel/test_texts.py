@@ -1,4 +1,4 @@
-"""Engines that share a model over two ranks generate what one process does, with each kind that needs code of its own."""
+"""Engines that share a model over two ranks generate what one process does, with kinds that need code of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from batchgen.types import Generation
 from tests import tiny_models as models
 from tests.engines import engine_rank
 from tests.engines.ds_zero import zero_matrix
@@ -55,6 +56,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: models.save(scratch / name.replace(" ", "-"), partial(build, name=name)) for name in KINDS}
 
 
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, Path]) -> dict[str, dict[int, Generation]]:
+    """What one process generates with each model."""
+    return {name: zero_matrix.alone(folder, engine_rank.prompts(COUNT)) for name, folder in folders.items()}
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def over_two(
     request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
@@ -69,9 +76,8 @@ def over_two(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_texts_and_log_probabilities_are_those_of_one_process(
-    name: str, folders: dict[str, Path], over_two: Path
+    name: str, folders: dict[str, Path], expected: dict[str, dict[int, Generation]], over_two: Path
 ) -> None:
-    expected = zero_matrix.alone(folders[name], engine_rank.prompts(COUNT))
     results = over_two / folders[name].name
-    assert engine_rank.texts(results)[COUNT] == {index: one.text for index, one in expected.items()}
-    zero_matrix.check_logprobs(engine_rank.logprobs(results)[COUNT], expected)
+    assert engine_rank.texts(results)[COUNT] == {index: one.text for index, one in expected[name].items()}
+    zero_matrix.check_logprobs(engine_rank.logprobs(results)[COUNT], expected[name])
