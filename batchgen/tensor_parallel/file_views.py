@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, log_conversion_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +120,7 @@ def keep_views() -> Iterator[None]:
     def keep(converter: Any, layer_name: str, *arguments: Any, **named: Any) -> Any:
         if not _only_stacks(converter):
             return convert(converter, layer_name, *arguments, **named)
-        by_source = converter.materialize_tensors()
-        matrices = [by_source[source] for source in converter.source_patterns if source in by_source]
-        pieces = Pieces(list(zip(*matrices, strict=True)), 0)
-        return {layer_name.replace("*.", "0."): pieces.make_placeholder()}
+        return _stack_views(converter, layer_name, **named)
 
     WeightConverter.convert = keep  # type: ignore[assignment, method-assign]
     try:
@@ -133,10 +130,42 @@ def keep_views() -> Iterator[None]:
 
 
 def _only_stacks(converter: Any) -> bool:
-    """Returns whether a converter does nothing but stack the experts' matrices, joined below each other."""
-    kinds = [type(operation) for operation in converter.operations]
-    axes = [
-        operation.dim for operation in converter.operations if isinstance(operation, (MergeModulelist, Concatenate))
-    ]
-    stacks = (kinds, axes) in (([MergeModulelist], [0]), ([MergeModulelist, Concatenate], [0, 1]))
-    return stacks and len(converter.target_patterns) == 1 and converter.quantization_operation is None
+    """Returns whether a converter does nothing but stack the experts' matrices, joined below each other.
+
+    Around that, it may have the two steps of `batchgen.models.lora`, which change some of them.
+    """
+    _, steps, _ = _find_steps(converter.operations)
+    stacks = [(type(step), step.dim) for step in steps if isinstance(step, (MergeModulelist, Concatenate))]
+    known = stacks in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+    one = len(converter.target_patterns) == 1 and converter.quantization_operation is None
+    return known and one and len(stacks) == len(steps)
+
+
+def _find_steps(operations: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Returns the operations on the parts, those that stack, and those on the whole."""
+    first = sum(getattr(operation, "keeps_parts_apart", False) for operation in operations[:1])
+    last = len(operations) - sum(getattr(operation, "returns_what_it_leaves", False) for operation in operations[-1:])
+    return operations[:first], operations[first:last], operations[last:]
+
+
+def _stack_views(
+    converter: Any, layer_name: str, model: Any = None, config: Any = None, loading_info: Any = None, **_: Any
+) -> dict[str, torch.Tensor]:
+    """As `WeightConverter.convert`, of a converter that only stacks."""
+    before, _, behind = _find_steps(converter.operations)
+    sources, targets = converter.source_patterns, converter.target_patterns
+    names = {"full_layer_name": layer_name, "model": model, "config": config}
+    parts = converter.materialize_tensors()
+    for step in before:
+        with log_conversion_errors(layer_name, loading_info, None, step):
+            parts = step.convert(parts, sources, targets, **names)
+    matrices = [parts[source] for source in sources if source in parts]
+    pieces = Pieces(list(zip(*matrices, strict=True)), 0)
+    placeholder = made = pieces.make_placeholder()
+    for step in behind:
+        with log_conversion_errors(layer_name, loading_info, None, step):
+            made = step.convert({targets[0]: placeholder}, sources, targets, **names)[targets[0]]
+            if made is not placeholder:  # it is changed as a whole, which takes its numbers
+                whole = pieces.assemble(torch.device("cpu"))
+                made = step.convert({targets[0]: whole}, sources, targets, **names)[targets[0]]
+    return {layer_name.replace("*.", "0."): made}

@@ -12,9 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from batchgen.models import resolve, split_folder
 from batchgen.models.parameters import list_parameters
 from batchgen.models.shapes import config_of
-from batchgen.tensor_parallel import copy_weights, map_model, placements, process_group, split
+from batchgen.tensor_parallel import (
+    copy_weights,
+    map_model,
+    placements,
+    process_group,
+    read_split,
+    split,
+    write_split,
+)
 from batchgen.tensor_parallel.experts import Way, choose_way, divide, find_largest_share
 from batchgen.tensor_parallel.file_views import Pieces
 from tests import tiny_models as models
@@ -137,6 +146,24 @@ def test_experts_that_lie_apart_are_read_by_the_rank_that_keeps_them(way: Way, t
             assert after["RssAnon"] - before["RssAnon"] < 1.2 * share
             assert after["RssFile"] - before["RssFile"] < 0.1 * share, "pages of the files are let go"
         del model
+
+
+def test_files_by_rank_hold_the_shares_of_experts(tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "model", build_gpt_oss)
+    out = write_split(resolve(str(folder), tmp_path, print), tmp_path / "parts", 2, "float32", lambda sentence: None)
+    layout = split_folder.read(out)
+    assert layout is not None
+    for rank in range(2):
+        with process_group.fake_group(rank, 2):
+            group = torch.distributed.group.WORLD
+            assert group is not None
+            model = map_model(str(folder), None)
+            split(model, group)
+            copy_weights(model, str(folder), CPU, torch.float32, eight_bits=False)
+            again = read_split(out, layout, group, CPU, None)
+        expected, found = dict(model.named_parameters()), dict(again.named_parameters())
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_plans_count_the_largest_share_of_experts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +41,11 @@ def test_logits_over_two_ranks_are_those_of_one(name: str, found: dict[str, Any]
     assert found[name]["share"] < (0.9 if name in MUCH_WHOLE else 0.6)
 
 
-def test_each_kind_that_may_be_split_is_tried() -> None:
+def test_each_kind_that_may_be_split_is_tried_and_named_in_the_manual() -> None:
     assert {name.partition(" ")[0] for name in TRIED} == PROVEN
+    section = (ROOT / "docs" / "gpus.md").read_text().partition("## Tensor parallelism")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", "".join(rows))) - {"new_decoder_architecture"} == PROVEN
 
 
 @pytest.mark.slow
