@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from batchgen.models import resolve, split_folder
+from batchgen.models import loading, lora, resolve, split_folder
 from batchgen.models.parameters import list_parameters
 from batchgen.models.shapes import config_of
 from batchgen.tensor_parallel import (
@@ -25,7 +26,8 @@ from batchgen.tensor_parallel import (
     write_split,
 )
 from batchgen.tensor_parallel.experts import Way, choose_way, divide, find_largest_share
-from batchgen.tensor_parallel.file_views import Pieces
+from batchgen.tensor_parallel.file_views import Pieces, find_pieces
+from tests import adapters
 from tests import tiny_models as models
 from tests.tensor_parallel.test_weights import resident
 
@@ -146,6 +148,31 @@ def test_experts_that_lie_apart_are_read_by_the_rank_that_keeps_them(way: Way, t
             assert after["RssAnon"] - before["RssAnon"] < 1.2 * share
             assert after["RssFile"] - before["RssFile"] < 0.1 * share, "pages of the files are let go"
         del model
+
+
+@pytest.mark.parametrize("case", ["attention alone", "one parameter of the experts", "matrices of single experts"])
+def test_an_adapter_of_experts_is_merged_into_placeholders(case: str, tmp_path: Path) -> None:
+    base = adapters.save_base(tmp_path / "base", "mixtral")
+    settings = adapters.CASES["mixtral"].get(case, {"target_modules": ["q_proj"]})
+    adapter = adapters.save_adapter(base, tmp_path / "adapter", settings)
+    if case == "matrices of single experts":
+        file = adapter / "adapter_model.safetensors"
+        tensors = load_file(file)
+        for name, weight in load_file(base / "model.safetensors").items():
+            if ".experts.2." in name:
+                key = f"base_model.model.{name.removesuffix('.weight')}"
+                tensors[f"{key}.lora_A.weight"] = torch.randn(4, weight.shape[1])
+                tensors[f"{key}.lora_B.weight"] = torch.randn(weight.shape[0], 4)
+        save_file(tensors, file)
+    expected = loading.load(str(base), {"dtype": torch.float32}, adapter=str(adapter))
+    mapped = map_model(str(base), None, str(adapter))
+    experts = mapped.model.layers[0].mlp.experts
+    assert (find_pieces(experts.down_proj) is None) == (case == "one parameter of the experts")
+    changes = lora.place_by_config(lora.read_adapter(str(adapter)), mapped.config).whole
+    products = {name: change.compute_product for name, change in changes.items() if change.is_low_rank}
+    copy_weights(mapped, str(base), CPU, torch.float32, eight_bits=False, products=products)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(mapped.get_parameter(name), parameter), name
 
 
 def test_files_by_rank_hold_the_shares_of_experts(tmp_path: Path) -> None:
