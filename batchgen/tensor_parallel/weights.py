@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import re
@@ -21,6 +22,7 @@ from batchgen.models import loading
 from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
 from batchgen.models.lora import Change, merged_on_load
+from batchgen.tensor_parallel.file_views import find_pieces, forget_pieces, keep_views
 
 Additions = Mapping[str, Callable[[torch.device], torch.Tensor]]
 """What is added to a parameter, by its path: a function that computes it on a device, in float32."""
@@ -44,7 +46,7 @@ def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -
         EngineError: as `loading.load`.
     """
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
-    with merged_on_load(adapter, _is_merged_whole):
+    with keep_views(), merged_on_load(adapter, _is_merged_whole):
         model = loading.load(folder, arguments, filled=False)
     _check_unpacked(folder, model)
     return model
@@ -138,7 +140,11 @@ def copy_weights(
         source = sources[key].data
         exact = any(is_kept_exact(path) for *_, path in homes[key])
         target = dtype if source.dtype == own and not exact else source.dtype
-        if hollow is None:
+        if hollow is None and (pieces := find_pieces(sources[key])) is not None:
+            here = pieces.assemble(device)
+            for piece in itertools.chain(*pieces.experts):
+                maps.forget(piece)
+        elif hollow is None:
             here = source.to(device, copy=True)
             maps.forget(source)
         else:
@@ -160,6 +166,7 @@ def copy_weights(
         for key, made in zip(homes, readers.map(copy, list(homes)), strict=True):
             size += _put(made, homes[key])
             sources[key].data = torch.empty(0)
+            forget_pieces(sources[key])
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

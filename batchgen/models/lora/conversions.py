@@ -152,6 +152,8 @@ class _ChangeWhole(_Operation):
 class _ChangeMade(_Operation):
     """The last step of parameters that are made of several weights of the files, or of which several are in one."""
 
+    returns_what_it_leaves = True  # the same object, where nothing is changed
+
     def _change(self, weights: dict[str, Any], targets: list[str], name: str, model: Any) -> dict[str, Any]:
         for target, made in weights.items():
             own = name.replace(targets[0], target)
@@ -164,6 +166,8 @@ class _ChangeMade(_Operation):
 
 class _ChangeParts(_Operation):
     """The first step of a parameter that is made of several weights of the files."""
+
+    keeps_parts_apart = True  # for a loader that stacks nothing (`batchgen.tensor_parallel`)
 
     def _change(self, weights: dict[str, Any], targets: list[str], name: str, model: Any) -> dict[str, Any]:
         merge = self._merge
