@@ -21,7 +21,6 @@ from tests.engines.paged.families.mixtures import MIXTURES
 from tests.sweep.kinds import make_config as make_sweep_config
 
 FAMILIES = DENSE | MIXTURES
-CPU = torch.device("cpu")
 ROUNDING = trial.TOLERANCE / 10  # the most that a right model may differ by, so that another device may round otherwise
 MISTAKE = trial.TOLERANCE * 3  # the least that a wrong one must
 
@@ -87,16 +86,16 @@ def test_a_planted_mistake_is_found(mistake: str, family: str, monkeypatch: pyte
     else:
         plant_in_positions(monkeypatch)
     config = make_config(FAMILIES[family])
-    assert trial.measure_difference(config, CPU) >= MISTAKE
+    assert trial.measure_difference(config) >= MISTAKE
     with pytest.raises(
         EngineError, match=r"of type \w+: .* differ by [0-9.]+% of the largest; use --engine accelerate"
     ):
-        trial.check(config, CPU)
+        trial.check(config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounding_is_far_below_the_tolerance(family: str) -> None:
-    assert 0 < trial.measure_difference(make_config(FAMILIES[family]), CPU) <= ROUNDING
+    assert 0 < trial.measure_difference(make_config(FAMILIES[family])) <= ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -122,7 +121,7 @@ def test_what_pages_cannot_hold_is_seen_in_the_config(kind: str, reason: str) ->
 def test_a_model_that_sees_is_tried_whole_where_its_text_has_no_class_of_its_own(kind: str) -> None:
     config = make_sweep_config(kind)
     assert architectures.auto_class(config.get_text_config()) is None
-    trial.check(config, CPU)
+    trial.check(config)
 
 
 def test_an_argument_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,4 +133,4 @@ def test_an_argument_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(interface.ALL_ATTENTION_FUNCTIONS._global_mapping, interface.NAME, call)
     with pytest.raises(EngineError, match="its attention has an argument bias_of_tomorrow that is not known here"):
-        trial.check(make_config(FAMILIES["Llama 3.1 8B"]), CPU)
+        trial.check(make_config(FAMILIES["Llama 3.1 8B"]))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
+
 from batchgen.engine import EngineError
-from batchgen.engines.paged.attention import LARGEST_HEAD
+from batchgen.engines.paged.attention import LARGEST_FLOAT32_HEAD, LARGEST_HEAD
 from batchgen.engines.paged.models import longrope, trial
 from batchgen.models import architectures, footprint
 from batchgen.models.architectures import OF_THE_LONGEST, model_class
@@ -61,8 +63,20 @@ def covers(config: Any) -> bool:
     return not why_refused(config) and not _try_once(config)
 
 
+def check_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Checks that the kernels of a GPU take the heads of the model in this type.
+
+    Raises:
+        EngineError: they do not; the message says what to use instead.
+    """
+    _, size = footprint.cached_heads(config)
+    if dtype == torch.float32 and size > LARGEST_FLOAT32_HEAD:
+        why = f"its heads have {size} numbers, of which the kernels take {LARGEST_FLOAT32_HEAD} in float32"
+        raise EngineError(f"{trial.word_refusal(config, why)}, or --dtype bfloat16")
+
+
 def check(config: Any) -> None:
-    """Checks the config alone; the engine makes a trial on its own device afterwards (`trial.check`).
+    """Checks the config alone; the engine makes a trial afterwards (`trial.check`).
 
     Raises:
         EngineError: models of this config are not covered; the message says why and what to use instead.
