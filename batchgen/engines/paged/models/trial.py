@@ -118,9 +118,17 @@ def _build(config: Any, small: Any) -> Any:
 
 
 def _compute_alone(model: Any, sequence: torch.Tensor) -> torch.Tensor:
-    """Transformers' own logits of one sequence, [tokens, vocabulary]."""
-    logits: torch.Tensor = model(input_ids=sequence[None], use_cache=False).logits[0]
-    return logits.float()
+    """Transformers' own logits of one sequence, [tokens, vocabulary], computed as `generate` does it.
+
+    The last tokens come one by one, behind a cache: of some kinds, Moshi for one, a cache holds a window that a forward
+    over the whole sequence does not know.
+    """
+    parts, cache, ids = [], None, sequence[None]
+    for begin, end in ((0, len(sequence) - 2), (len(sequence) - 2, len(sequence) - 1), (len(sequence) - 1, None)):
+        out = model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits[0].float())
+    return torch.cat(parts)
 
 
 def _compute_in_pages(
