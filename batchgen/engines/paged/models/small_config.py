@@ -63,10 +63,11 @@ def shrink_whole(config: Any, text: Any) -> Any:
 
 def _cut_heads(text: Any) -> None:
     """Leaves a few heads of keys, with as many heads of queries each as before, and a hidden size to match."""
-    heads = getattr(text, "num_attention_heads", None)
-    cached = getattr(text, "num_key_value_heads", None) or heads
-    hidden = getattr(text, "hidden_size", None)
-    if not all(isinstance(number, int) for number in (heads, cached, hidden)) or heads % cached or hidden % heads:
+    sizes = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")]
+    heads, cached, hidden = (size if isinstance(size, int) else 0 for size in sizes)
+    cached = cached or heads
+    # Falcon has another name for its key heads, and uses it in one of its layouts alone.
+    if not heads or not hidden or heads % cached or hidden % heads or getattr(text, "num_kv_heads", None):
         return
     # Biases of positions are computed otherwise where the number of heads is no power of two.
     few = _FEW_HEADS if cached & (cached - 1) == 0 else _FEW_HEADS + 2
