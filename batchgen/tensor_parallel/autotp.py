@@ -99,7 +99,7 @@ def _count_share(config: Any, weights: Any, ranks: int) -> int:
             count = parameter.shape[0]
             inner = parameter.numel // (count * config.get_text_config().hidden_size)
             share = max(share, find_largest_share(count, inner, ranks))
-    elements = (weights.total - weights.experts) / ranks + weights.experts * share
+    elements: float = (weights.total - weights.experts) / ranks + weights.experts * share
     return math.ceil(elements) * int(weights.dtype.itemsize)
 
 

@@ -155,7 +155,7 @@ def _stack_views(
     before, _, behind = _find_steps(converter.operations)
     sources, targets = converter.source_patterns, converter.target_patterns
     names = {"full_layer_name": layer_name, "model": model, "config": config}
-    parts = converter.materialize_tensors()
+    parts: Any = converter.materialize_tensors()
     for step in before:
         with log_conversion_errors(layer_name, loading_info, None, step):
             parts = step.convert(parts, sources, targets, **names)
