@@ -1,11 +1,12 @@
 """Engine `paged` on one GPU: `python benchmarks/paged.py MODEL JOB…`; random weights made on the spot.
 
 MODEL is a shape (`bloom-7b1`, `llama-8b`, `qwen3-0.6b`); JOB one of `seed:ROWS` (prompts of 8 tokens, 100 new ones),
-`mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `mixed4096` (as many of them), `short` (8,192 prompts of 16 to 64, 16 to 128 new
-ones), the last two also with `+` and one of `VARIANTS`; `samples` (eight of each of 128 prompts) and `shared` (1,024
-rows, of which eight each have the same prompt); each is timed three times (RUNS) after a warm-up. The last is `check`
-(tokens and log-probabilities against a float32 model). PROFILE=1 prints the kernels that take most time, TRACE=1 the
-steps. Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
+`mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `mixed4096` (as many of them), `short` (8,192 prompts
+of 16 to 64, 16 to 128 new ones), the last three also with `+` and one of `VARIANTS`; `samples` (eight of each of 128
+prompts) and `shared` (1,024 rows, of which eight each have the same prompt); each is timed three times (RUNS) after a
+warm-up. The last is `check` (tokens and log-probabilities against a float32 model). PROFILE=1 prints the kernels that
+take most time, TRACE=1 the steps. Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
+FOLDER keeps the model.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ from batchgen.models import lora
 from batchgen.tensor_parallel.autotp import split
 from batchgen.tensor_parallel.group import Group
 from batchgen.tensor_parallel.split_files import build_hollow
-from batchgen.tensor_parallel.weights import Products
+from batchgen.tensor_parallel.weights import Additions
 
 
-def find_products(adapter: str, folder: str, config: Any, group: Group) -> Products:
+def find_additions(adapter: str, folder: str, config: Any, group: Group) -> Additions:
     """Returns what the adapter adds to the weights of this rank's share of the model in `folder`.
 
     Args:

@@ -30,8 +30,6 @@ class Settings(NamedTuple):
 # (benchmarks/README.md); above, they are the ones whose registers the compiler need not spill.
 DECODE_SETTINGS = {128: Settings(64, 2, 2), 192: Settings(64, 2, 2), 256: Settings(32, 4, 2)}
 PREFILL_SETTINGS = {128: Settings(64, 4, 3), 192: Settings(64, 8, 3), 256: Settings(32, 8, 3)}
-_LARGEST_IEEE = 128  # numbers of a head in float32
-_FLOAT32_KEYS = 16  # in the place of `Settings.keys`, for larger ones: as many as fit the shared memory of an H100
 
 
 class _Arguments(NamedTuple):
@@ -65,7 +63,7 @@ def attend(
         "WINDOW": shape.window,
         "ALIBI": shape.slopes is not None,
         "SINKS": shape.sinks is not None,
-        "PRECISION": _choose_precision(query.dtype, max(size, value_size)),
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     new = (key, value, key.stride(2), key.stride(1), value.stride(2), value.stride(1))
     common = (*cache, layout.block_table, layout.slots, layout.positions, shape.slopes, shape.sinks)
@@ -106,19 +104,7 @@ def _choose(settings: dict[int, Settings], constants: dict[str, Any]) -> dict[st
     """The settings for the sizes of `constants`, as a launch takes them."""
     largest = max(constants["SIZE"], constants["SIZE_V"])
     chosen = settings[min(size for size in settings if size >= largest)]
-    keys = chosen.keys if constants["PRECISION"] != "tf32x3" else _FLOAT32_KEYS
-    return {"KEYS": keys, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-
-
-def _choose_precision(dtype: torch.dtype, largest: int) -> str:
-    """How Triton multiplies float32 in heads of `largest` numbers; it makes no difference to other types.
-
-    Without tensor cores ("ieee"), large heads do not fit the shared memory of a GPU, and take minutes to compile. The
-    sum of three products of TF32 has about the error of float32.
-    """
-    if dtype != torch.float32:
-        return "tf32"
-    return "ieee" if largest <= _LARGEST_IEEE else "tf32x3"
+    return {"KEYS": chosen.keys, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
 
 
 def _round_up(size: int) -> int:

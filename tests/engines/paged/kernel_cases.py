@@ -49,7 +49,6 @@ _GPU_HEADS = {
     (Heads(16, 16, 192, 128), torch.bfloat16): _FEW,
     (Heads(4, 2, 8, 8), torch.float32): _FEW,
     (Heads(4, 2, 40, 24), torch.float32): _FEW,
-    (Heads(2, 1, 256, 256), torch.float32): _FEW,
 }
 COMPILED = [
     *((heads, torch.bfloat16, features) for heads, features in _MODELS.values()),
