@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from batchgen.bench import workloads
+from batchgen.engines.paged.layer_groups import ONE_GROUP, LayerGroups
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.engines.paged.step import Step, StepLimits
@@ -29,19 +30,26 @@ def prompts(lengths: Sequence[tuple[int, int]], begin: Sequence[int] = ()) -> li
 
 
 def make_scheduler(
-    *, slots: int, pages: int, sequence_tokens: int, step_tokens: int, expected_share: float | None = None
+    *,
+    slots: int,
+    pages: int,
+    sequence_tokens: int,
+    step_tokens: int,
+    expected_share: float | None = None,
+    groups: LayerGroups = ONE_GROUP,
 ) -> Scheduler:
-    return Scheduler(StepLimits(slots, sequence_tokens, step_tokens), pages, expected_share)
+    return Scheduler(StepLimits(slots, sequence_tokens, step_tokens), pages, expected_share, groups)
 
 
 class Machine:
     """A model whose next token follows from the beginning, over a cache that is checked at every step."""
 
     def __init__(self, scheduler: Scheduler, ends: Callable[[int], bool] = lambda token: False) -> None:
-        self.scheduler = scheduler
+        self.scheduler, self._groups = scheduler, scheduler._groups
         self._ends = ends
         self._table: dict[int, int] = {}
-        self._places: dict[tuple[int, int], int] = {}  # page, place → what is there
+        self._places: dict[tuple[int, int], tuple[int, int]] = {}  # page, place → of which group, and what is there
+        self.most_used = 0  # pages at once
         self._last: dict[int, int] = {}  # slot → its newest token, as the device knows it
         self._texts: dict[int, list[int]] = {}  # slot → its tokens, as the device knows them
         self._beginnings: dict[int, list[int]] = {}  # slot → what stands for each of their beginnings
@@ -67,6 +75,7 @@ class Machine:
                 return
 
     def _compute(self, step: Step) -> list[int]:
+        self._check_use()
         self._table |= dict(zip(step.table_places.tolist(), step.table_pages.tolist(), strict=True))
         self.sizes.append(len(step.slots))
         self.decoding.append(step.decoding)
@@ -80,10 +89,14 @@ class Machine:
                 self._texts[slot].append(self._last[slot])
                 self._beginnings[slot].append(hash((self._beginnings[slot][-1], self._last[slot])))
             assert len(self._texts[slot]) == position + 1
-            self._places[self._at(slot, position)] = self._beginnings[slot][-1]
+            for group in range(self._groups.count):
+                self._places[self._at(group, slot, position)] = group, self._beginnings[slot][-1]
         for slot, position, _ in tokens:
-            for place in range(position + 1):
-                assert self._places[self._at(slot, place)] == self._beginnings[slot][place + 1], (slot, place)
+            for group in range(self._groups.count):
+                first = max(0, position + 1 - self._groups.window) if group >= self._groups.full else 0
+                for place in range(first, position + 1):
+                    there = self._places[self._at(group, slot, place)]
+                    assert there == (group, self._beginnings[slot][place + 1]), (group, slot, place)
         scored = [tokens[row][1] + 1 for row in step.prompt_rows.tolist()]
         assert scored == [place for part in step.prompt_parts for place in range(part.begin, part.end)]
         assert [tokens[row][0] for row in step.prompt_rows.tolist()] == [
@@ -101,8 +114,23 @@ class Machine:
         (sequence,) = [each for each in self.scheduler._prefilling + step.sequences if each.slot == slot]
         return sequence.tokens
 
-    def _at(self, slot: int, position: int) -> tuple[int, int]:
-        return self._table[slot * self.scheduler._limits.table_width + position // PAGE_SIZE], position % PAGE_SIZE
+    def _at(self, group: int, slot: int, position: int) -> tuple[int, int]:
+        limits = self.scheduler._limits
+        row = group * (limits.slots + 1) + slot
+        return self._table[row * limits.table_width + position // PAGE_SIZE], position % PAGE_SIZE
+
+    def _check_use(self) -> None:
+        """Once a step is planned, sequences have no more pages than the next one sees."""
+        scheduler, groups = self.scheduler, self._groups
+        planned = [sequence.planned_tokens for sequence in scheduler._prefilling]
+        going_on = [*scheduler._decoding, *scheduler._ending]
+        lengths = [*planned, *(int(scheduler._length[sequence.slot]) for sequence in going_on)]
+        columns = [-(-length // PAGE_SIZE) for length in lengths]
+        within = [min(each, -(-(groups.window - 1) // PAGE_SIZE) + 1) for each in columns]
+        # The last token of a sequence that is about to end is never computed.
+        used = scheduler.pages * groups.count - scheduler._tables.available
+        assert used <= groups.full * sum(columns) + groups.windowed * sum(within)
+        self.most_used = max(self.most_used, used)
 
     @staticmethod
     def next(text: Sequence[int]) -> int:
@@ -160,8 +188,102 @@ def test_every_row_is_generated_as_if_it_were_alone(seed: int, sizes: dict[str, 
     scheduler.add(rows[30:])
     machine.run()
     assert machine.texts == {row.index: machine.expected(row) for row in rows}
-    assert scheduler._pages.available == sizes["pages"]
+    assert scheduler._tables.available == sizes["pages"]
     assert (scheduler.preemptions > 0) == ("expected_share" in sizes)
+
+
+HYBRID = LayerGroups(full=1, windowed=2, window=24)  # its window ends within a page
+MANY = LayerGroups(full=1, windowed=6, window=32)
+WINDOWS = LayerGroups(full=0, windowed=1, window=17)
+SMALLEST = LayerGroups(full=2, windowed=1, window=1)
+
+
+@pytest.mark.parametrize("groups", [HYBRID, MANY, WINDOWS, SMALLEST], ids=["hybrid", "many", "windows", "smallest"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"slots": 64, "pages": 1000, "step_tokens": 256},
+        {"slots": 5, "pages": 1000, "step_tokens": 17},
+        {"slots": 64, "pages": 9, "step_tokens": 64, "expected_share": 0.05},  # far too hopeful
+        {"slots": 1, "pages": 12, "step_tokens": 100},
+        {"slots": 20, "pages": 40, "step_tokens": 40},
+    ],
+    ids=["ample", "chunks", "tight", "alone", "some"],
+)
+def test_every_row_is_generated_with_layers_that_have_a_window(groups: LayerGroups, sizes: dict[str, int]) -> None:
+    rows = prompts(lengths(groups.count), begin=list(range(40)))
+    rows += [replace(rows[number], index=60 + number, sample=1) for number in range(9)]
+    scheduler = make_scheduler(sequence_tokens=240, groups=groups, **sizes)
+    machine = Machine(scheduler, ends=lambda token: token == 7)
+    scheduler.add(rows[:30])
+    scheduler.add(rows[30:])
+    machine.run()
+    assert machine.texts == {row.index: machine.expected(row) for row in rows}
+    assert scheduler._tables.available == sizes["pages"] * groups.count
+    # With windows alone, all pages that a sequence will ever have count from the beginning.
+    assert (scheduler.preemptions > 0) == ("expected_share" in sizes and groups.full > 0)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_random_sizes_with_and_without_windows(seed: int) -> None:
+    source = random.Random(seed)
+    groups = LayerGroups(source.randrange(2), source.randrange(1, 4), source.randrange(1, 70))
+    pages = source.randrange(8, 60)
+    sizes = {"slots": source.randrange(1, 30), "pages": pages, "step_tokens": source.randrange(1, 150)}
+    share = source.choice([None, 0.05, 1.0])
+    rows = prompts(lengths(seed, 40), begin=list(range(source.randrange(100))))
+    scheduler = make_scheduler(sequence_tokens=300, expected_share=share, groups=groups, **sizes)  # type: ignore[arg-type]
+    machine = Machine(scheduler, ends=lambda token: token % 25 == 7)
+    fitting = [row for row in rows if scheduler.fits(row)]
+    assert fitting
+    scheduler.add(fitting)
+    if seed % 2:
+        scheduler.spread_prefill()
+    machine.run()
+    assert machine.texts == {row.index: machine.expected(row) for row in fitting}
+    assert scheduler._tables.available == pages * groups.count
+
+
+def test_a_row_that_fits_only_since_windows_let_go_is_generated_alone() -> None:
+    rows = prompts([(700, 100)])
+    limits = {"slots": 4, "sequence_tokens": 1000, "step_tokens": 300}
+    assert not make_scheduler(pages=20, **limits).fits(rows[0])
+    for groups, pages in ((HYBRID, 19), (WINDOWS, 2)):
+        scheduler = make_scheduler(pages=pages, groups=groups, **limits)
+        assert scheduler.fits(rows[0])
+        smaller = make_scheduler(pages=pages - 1, groups=groups, **limits)
+        assert not smaller.fits(rows[0])
+        scheduler.add(rows)
+        machine = Machine(scheduler)
+        machine.run()
+        assert machine.texts == {0: machine.expected(rows[0])}
+        assert scheduler.preemptions == 0
+
+
+def test_a_forecast_with_windows_admits_more_and_needs_no_preemption() -> None:
+    at_once = []
+    for groups in (LayerGroups(full=3), HYBRID):
+        scheduler = make_scheduler(
+            slots=64, pages=60, sequence_tokens=400, step_tokens=128, expected_share=1.0, groups=groups
+        )
+        scheduler.add(prompts([(150, 60)] * 40))
+        machine = Machine(scheduler)
+        machine.run()
+        assert len(machine.texts) == 40
+        assert scheduler.preemptions == 0
+        at_once.append(max(machine.decoding))
+    assert at_once[1] > 1.5 * at_once[0]
+
+
+def test_a_common_beginning_is_shared_where_windows_have_passed_most_of_it() -> None:
+    begin = list(range(6 * PAGE_SIZE))
+    rows = prompts([(5, 3)] * 20, begin=begin)
+    scheduler = make_scheduler(slots=32, pages=100, sequence_tokens=240, step_tokens=1000, groups=HYBRID)
+    scheduler.add(rows)
+    machine = Machine(scheduler)
+    machine.run()
+    assert machine.computed == len(begin) + 20 * (5 + 2)
+    assert machine.texts == {row.index: machine.expected(row) for row in rows}
 
 
 def test_a_forecast_that_holds_needs_no_preemption() -> None:
