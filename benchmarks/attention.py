@@ -3,8 +3,8 @@
 For each kind of attention, and for steps that decode and prefill chunks, it writes the median time in microseconds, and
 the keys and values read in GB/s or the products in TFLOP/s. At the end it writes, for each kernel and each size in the
 tables of `kernels`, the settings by their geometric mean of time over that of the best, and whether they fit all kinds.
-A KIND is a name in KINDS, or written out as those are: `16/8x256/256,window=1024`. Each takes a minute or two, most of it
-the compiler's.
+A KIND is a name in KINDS, or written out as those are: `16/8x256/256,window=1024`. Each takes a minute or two, most of
+which the compiler needs.
 """
 
 from __future__ import annotations

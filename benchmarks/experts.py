@@ -40,42 +40,20 @@ class Model(NamedTuple):
     top_k: int
     width: int
     inner: int
-    make: Callable[[Model], Any]
-
-
-def make_qwen3(model: Model) -> Any:
-    config = Qwen3MoeConfig(
-        num_experts=model.experts, hidden_size=model.width, moe_intermediate_size=model.inner, hidden_act="silu"
-    )
-    return Qwen3MoeExperts(config)
-
-
-def make_mixtral(model: Model) -> Any:
-    config = MixtralConfig(
-        num_local_experts=model.experts, hidden_size=model.width, intermediate_size=model.inner, hidden_act="silu"
-    )
-    return MixtralExperts(config)
-
-
-def make_gpt_oss(model: Model) -> Any:
-    config = GptOssConfig(
-        num_local_experts=model.experts, hidden_size=model.width, intermediate_size=model.inner, hidden_act="silu"
-    )
-    return GptOssExperts(config)
-
-
-def make_deepseek(model: Model) -> Any:
-    config = DeepseekV2Config(
-        n_routed_experts=model.experts, hidden_size=model.width, moe_intermediate_size=model.inner, hidden_act="silu"
-    )
-    return DeepseekV2Experts(config)
+    module: Any  # the family's own class
+    config: Any
+    names: tuple[str, str]  # of `experts` and `inner` in its config
 
 
 MODELS = {
-    "qwen3-30b-a3b": Model(128, 8, 2048, 768, make_qwen3),
-    "mixtral-8x7b": Model(8, 2, 4096, 14336, make_mixtral),
-    "gpt-oss-20b": Model(32, 4, 2880, 2880, make_gpt_oss),
-    "deepseek-v2-lite": Model(64, 6, 2048, 1408, make_deepseek),
+    "qwen3-30b-a3b": Model(
+        128, 8, 2048, 768, Qwen3MoeExperts, Qwen3MoeConfig, ("num_experts", "moe_intermediate_size")
+    ),
+    "mixtral-8x7b": Model(8, 2, 4096, 14336, MixtralExperts, MixtralConfig, ("num_local_experts", "intermediate_size")),
+    "gpt-oss-20b": Model(32, 4, 2880, 2880, GptOssExperts, GptOssConfig, ("num_local_experts", "intermediate_size")),
+    "deepseek-v2-lite": Model(
+        64, 6, 2048, 1408, DeepseekV2Experts, DeepseekV2Config, ("n_routed_experts", "moe_intermediate_size")
+    ),
 }
 
 
@@ -87,10 +65,11 @@ class Routing(NamedTuple):
 def make_module(model: Model) -> Any:
     """The family's own module, with random weights of about the size that keeps its outputs near 1."""
     torch.manual_seed(0)
+    config = model.config(hidden_size=model.width, **dict(zip(model.names, (model.experts, model.inner), strict=True)))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(DEVICE):
-        module = model.make(model).requires_grad_(False)
+        module = model.module(config).requires_grad_(False)
     torch.set_default_dtype(before)
     for name, weights in module.named_parameters():
         weights.normal_(0, 0.5 if name.endswith("bias") else model.width**-0.5)

@@ -1,11 +1,12 @@
 """Engine `paged` on one GPU: `python benchmarks/paged.py MODEL JOB…`; random weights made on the spot.
 
 MODEL is a shape (`bloom-7b1`, `llama-8b`, `qwen3-0.6b`); JOB one of `seed:ROWS` (prompts of 8 tokens, 100 new ones),
-`mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `short` (8,192 prompts of 16 to 64, 16 to 128 new
-ones), the last two also with `+` and one of `VARIANTS`; `samples` (eight of each of 128 prompts) and `shared` (1,024
-rows, of which eight each have the same prompt); each is timed three times (RUNS) after a warm-up. The last is `check`
-(tokens and log-probabilities against a float32 model). PROFILE=1 prints the kernels that take most time, TRACE=1 the
-steps. Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
+`mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `mixed4096` (as many of them), `short` (8,192 prompts
+of 16 to 64, 16 to 128 new ones), the last three also with `+` and one of `VARIANTS`; `samples` (eight of each of 128
+prompts) and `shared` (1,024 rows, of which eight each have the same prompt); each is timed three times (RUNS) after a
+warm-up. The last is `check` (tokens and log-probabilities against a float32 model). PROFILE=1 prints the kernels that
+take most time, TRACE=1 the steps. Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
+FOLDER keeps the model.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from batchgen.world import from_environment
 
 JOBS = {
     "mixed": (1024, (32, 512), (16, 512)),
+    "mixed4096": (4096, (32, 512), (16, 512)),
     "short": (8192, (16, 64), (16, 128)),
     "check": (64, (8, 700), (16, 100)),
 }
@@ -233,7 +235,11 @@ def main() -> None:
     """Makes the model, loads it, does the jobs."""
     shape, *jobs = sys.argv[1:]
     started = time.perf_counter()
-    folder = shapes.make(shape, torch.bfloat16, Path(tempfile.mkdtemp()) / "model")
+    # A folder that is named is kept, so that a second run finds its files in the page cache.
+    folder = Path(os.environ.get("FOLDER", tempfile.mkdtemp())) / shape
+    if not folder.exists():
+        shapes.make(shape, torch.bfloat16, folder)
+    started = time.perf_counter() if "FOLDER" in os.environ else started
     if any("schemas" in name for name in jobs):
         write_tokenizer(folder)
     kind = find(os.environ.get("ENGINE", "paged"))

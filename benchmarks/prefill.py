@@ -1,7 +1,7 @@
 """Attention beside another version's kernels: `python benchmarks/prefill.py OTHER`, on one GPU.
 
-OTHER is the root of another version of batchgen. The steps are those of `attention.py`. Milliseconds are medians; each pair is timed twice, in turn, and the
-ratio is that of the smaller ones. The outputs of both are compared.
+OTHER is the root of another version of batchgen. The steps are those of `attention.py`. Milliseconds are medians; each
+pair is timed twice, in turn, and the ratio is that of the smaller ones. The outputs of both are compared.
 """
 
 from __future__ import annotations

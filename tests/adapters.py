@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
 )
 
@@ -51,6 +53,9 @@ CASES: dict[str, dict[str, Settings]] = {
         "attention alone": {"target_modules": ["q_proj", "o_proj"]},
         "one parameter of the experts": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
     },
+    "phi3": {
+        "fused projections": {"target_modules": "all-linear"},
+    },
 }
 
 
@@ -68,7 +73,12 @@ def mixtral(vocabulary: int, **settings: Any) -> PreTrainedModel:
     )
 
 
-BUILDERS = {"llama": tiny_models.llama, "bloom": tiny_models.bloom, "gpt2": gpt2, "mixtral": mixtral}
+def phi3(vocabulary: int, **settings: Any) -> PreTrainedModel:
+    """Two layers whose projections of one input are one layer."""
+    return Phi3ForCausalLM(Phi3Config(**tiny_models.SMALL | {"vocab_size": vocabulary} | settings))
+
+
+BUILDERS = {"llama": tiny_models.llama, "bloom": tiny_models.bloom, "gpt2": gpt2, "mixtral": mixtral, "phi3": phi3}
 
 
 def save_base(folder: Path, name: str, **settings: Any) -> Path:

@@ -37,6 +37,8 @@ KINDS = (
     "qwen2_5_vl",  # sees, and has positions in time, height and width
 )
 
+PAGED = {"bloom", "gpt2", "gemma3_text", "qwen3_moe", "mistral3", "qwen2_5_vl"}  # those that `paged` covers
+
 # Of these the rows of one prompt share its prefill, but of the last two, which hold states elsewhere than in a cache of
 # Transformers' own.
 SHARING = (
@@ -66,7 +68,7 @@ def test_a_row_in_a_batch_is_what_it_is_alone(kind: str, tmp_path: Path) -> None
     swept = sweep(kind, ["accelerate"], tmp_path)
     assert (swept.impossible, swept.outcomes) == ("", {"accelerate": Outcome("equal")})
     assert swept.varies
-    assert swept.chosen == ("paged" if kind == "bloom" else "accelerate")
+    assert swept.chosen == ("paged" if kind in PAGED else "accelerate")
 
 
 @pytest.mark.parametrize("kind", SHARING)
@@ -87,14 +89,16 @@ def test_rows_of_one_prompt_are_what_one_is_alone(kind: str, tmp_path: Path) -> 
     assert len(batches[0].generations) == embedded[0] * (1 if kind in SHARING[-2:] else 3)
 
 
-def test_a_model_that_sees_runs_or_is_refused_with_every_engine(tmp_path: Path) -> None:
+def test_a_model_that_sees_runs_with_every_engine(tmp_path: Path) -> None:
     swept = sweep("idefics3", ENGINES, tmp_path)
     assert swept.impossible == ""
-    found = swept.outcomes
-    assert {name: outcome.word for name, outcome in found.items()} == dict.fromkeys(ENGINES, "equal") | {
-        "paged": "refused"
-    }
-    assert "--engine paged does not cover models of type idefics3" in found["paged"].detail
+    assert {name: outcome.word for name, outcome in swept.outcomes.items()} == dict.fromkeys(ENGINES, "equal")
+
+
+def test_a_model_that_paged_does_not_cover_is_refused_by_it(tmp_path: Path) -> None:
+    outcome = sweep("paligemma", ["paged"], tmp_path).outcomes["paged"]
+    assert outcome.word == "refused"
+    assert "does not cover this model, of type paligemma: its tokens attend to those behind them" in outcome.detail
 
 
 @pytest.mark.parametrize("kind", ["bart", "rwkv"])

@@ -193,6 +193,7 @@ class Model:
         """Those of `tokens` behind `prompt`, in one forward of float64: float32 can be off by more than 1e-4."""
         if self._exact is None:
             self._exact = copy.deepcopy(self.model).double()
+            self._exact.set_experts_implementation("eager")  # torch's grouped product knows no float64
         with torch.inference_mode():
             ids = torch.tensor([[*prompt.tokens, *tokens]], device=self.device)
             logits = self._exact(ids, use_cache=False).logits[0, len(prompt.tokens) - 1 : -1]

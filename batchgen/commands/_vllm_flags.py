@@ -18,7 +18,8 @@ import click
 from batchgen.commands import CommandError
 from batchgen.commands._vllm_flag_names import IGNORED, INSTEAD, NEUTRAL, SHORT
 
-_MODULES = "--lora-modules"
+MODULES = "--lora-modules"
+"""vLLM's flag of adapters, whose value is not written as that of any flag of ours."""
 
 
 @dataclass
@@ -38,11 +39,11 @@ class RunBatch(click.Command):
         options = [option for option in self.params if isinstance(option, click.Option)]
         words, foreign = _separate(args, options, ctx.help_option_names)
         words = [*_read_lora_modules(foreign, words), *words]
-        foreign = [flag for flag in foreign if flag.name != _MODULES]
+        foreign = [flag for flag in foreign if flag.name != MODULES]
         super().parse_args(ctx, words)
         if not ctx.resilient_parsing:
             names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
-            ctx.args = _judge(foreign, ctx.params.get("model"), names)
+            ctx.args = _judge(foreign, ctx.params.get("model"), names | {MODULES})
         return ctx.args
 
 
@@ -88,10 +89,10 @@ def _read_lora_modules(flags: Sequence[Foreign], words: Sequence[str]) -> list[s
     Raises:
         CommandError: there are several, or it cannot be read.
     """
-    modules = [text for flag in flags if flag.name == _MODULES for text in flag.values]
+    modules = [text for flag in flags if flag.name == MODULES for text in flag.values]
     if len(modules) > 1 or (modules and any(word.partition("=")[0] == "--adapter" for word in words)):
         raise CommandError(
-            f"{_MODULES} names several adapters, and run-batch merges one into the model: split the lines by the model "
+            f"{MODULES} names several adapters, and run-batch merges one into the model: split the lines by the model "
             "that they name, into a file and a run for each"
         )
     found = []
@@ -104,7 +105,7 @@ def _read_lora_modules(flags: Sequence[Foreign], words: Sequence[str]) -> list[s
             )
             found += ["--adapter", f"{value['name']}={value['path']}"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CommandError(f'{_MODULES} {text}: must be NAME=FOLDER, or {{"name": …, "path": …}}') from error
+            raise CommandError(f'{MODULES} {text}: must be NAME=FOLDER, or {{"name": …, "path": …}}') from error
     return found
 
 

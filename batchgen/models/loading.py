@@ -86,17 +86,10 @@ def check_weights(model: str) -> None:
     weight_files(Path(model))
 
 
-def load(
-    model: str,
-    arguments: Mapping[str, Any],
-    *,
-    filled: bool = True,
-    adapter: str = "",
-    wants: lora.Wanted = lora.all_changes,
-) -> Any:
+def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapter: str = "") -> Any:
     """The model in folder `model`, in eval mode. `arguments` go to `from_pretrained`; those that are None do not.
 
-    The `adapter` in that folder is merged in, as far as its changes are wanted (`lora.merged_on_load`).
+    The LoRA adapter in the folder `adapter` is merged into its weights; "" is none.
 
     A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs. A hollow
     model's weights are made here, unless they are not wanted `filled` yet.
@@ -107,7 +100,7 @@ def load(
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
-        with lora.merged_on_load(adapter, wants):
+        with lora.merged_on_load(adapter):
             loaded, report = architectures.auto_class(read_config(model)).from_pretrained(
                 model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
             )

@@ -20,10 +20,10 @@ from batchgen.models import lora
 from batchgen.tensor_parallel.autotp import split
 from batchgen.tensor_parallel.group import Group
 from batchgen.tensor_parallel.split_files import build_hollow
-from batchgen.tensor_parallel.weights import Products
+from batchgen.tensor_parallel.weights import Additions
 
 
-def find_products(adapter: str, folder: str, config: Any, group: Group) -> Products:
+def find_additions(adapter: str, folder: str, config: Any, group: Group) -> Additions:
     """Returns what the adapter adds to the weights of this rank's share of the model in `folder`.
 
     Args:
@@ -40,13 +40,19 @@ def find_products(adapter: str, folder: str, config: Any, group: Group) -> Produ
         return {name: change.compute_product for name, change in changes.items()}
     rows, columns = (_find_cut(folder, changes, group.model, dimension) for dimension in (0, 1))
     return {
-        name: partial(change.compute_product, rows=rows[name], columns=columns[name])
-        for name, change in changes.items()
+        path: partial(changes[name].compute_product, rows=numbers, columns=columns[name, path])
+        for (name, path), numbers in rows.items()
     }
 
 
-def _find_cut(folder: str, names: Collection[str], group: dist.ProcessGroup, dimension: int) -> dict[str, torch.Tensor]:
-    """Returns which rows (`dimension` 0) or columns (1) of each named matrix this rank has, in their order."""
+def _find_cut(
+    folder: str, names: Collection[str], group: dist.ProcessGroup, dimension: int
+) -> dict[tuple[str, str], torch.Tensor]:
+    """Returns which rows (`dimension` 0) or columns (1) of each named matrix this rank has, in their order.
+
+    Returns:
+        By the matrix's name and that of the parameter with these rows or columns: the share of a layer may be several.
+    """
     model = build_hollow(Path(folder), torch.float32, None)
     for name in names:
         layer, _, own = name.rpartition(".")
@@ -57,6 +63,9 @@ def _find_cut(folder: str, names: Collection[str], group: dist.ProcessGroup, dim
     split(model, group)
     found = {}
     for name in names:
-        numbers = model.get_parameter(name).data
-        found[name] = (numbers[:, 0] if dimension == 0 else numbers[0]).long()
+        layer, _, own = name.rpartition(".")
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            if path.startswith(f"{layer}.") and path.endswith(f".{own}"):
+                numbers = parameter.data
+                found[name, path] = (numbers[:, 0] if dimension == 0 else numbers[0]).long()
     return found

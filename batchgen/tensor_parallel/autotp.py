@@ -8,6 +8,7 @@ after the other, and then only this rank's part is read.
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import Any
 
@@ -17,15 +18,22 @@ from torch.nn import functional
 
 from batchgen.engine import EngineError, Placement
 from batchgen.models import footprint
+from batchgen.tensor_parallel.experts import Way, find_largest_share, keep_routers_whole, split_experts
+from batchgen.tensor_parallel.fused import split_fused
 from batchgen.tensor_parallel.group import list_divisors
+from batchgen.tensor_parallel.heads import split_heads
+from batchgen.tensor_parallel.layers import ScaledEmbedding
 
 # Kinds of model, as config.json has them, whose logits have been compared with those of one process
 # (tests/tensor_parallel/families.py). AutoTP goes by names of layers, and splits others wrong without a word.
 # fmt: off
 PROVEN = frozenset({
-    "bloom", "codegen", "cohere", "falcon", "gemma", "gemma2", "gpt_neo", "gpt_neox", "gptj", "granite", "llama",
-    "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm",
-    "starcoder2",
+    "apertus", "arcee", "bloom", "codegen", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt_neo",
+    "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe",
+    "llama", "minimax_m2", "ministral", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe",
+    "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
+    "smollm3", "stablelm", "starcoder2",
 })
 # fmt: on
 
@@ -77,10 +85,22 @@ def placements(
         whole: the settings of ranks with a whole model each.
     """
     return [
-        Placement(whole if tp == 1 else (f"tp={tp}",), gpus, gpus // tp, -(-weights.read_bytes // tp), sharing=tp)
+        Placement(whole if tp == 1 else (f"tp={tp}",), gpus, gpus // tp, _count_share(config, weights, tp), sharing=tp)
         for tp in range(1, gpus + 1)
         if gpus % tp == 0 and (tp == 1 or _can_split(config, tp, evenly))
     ]
+
+
+def _count_share(config: Any, weights: Any, ranks: int) -> int:
+    """Returns the bytes of the largest share: of experts as they are shared out, of all else an even part."""
+    share = 1 / ranks
+    for name, parameter in weights.by_name.items():
+        if parameter.token_share < 1 and name.endswith("down_proj"):
+            count = parameter.shape[0]
+            inner = parameter.numel // (count * config.get_text_config().hidden_size)
+            share = max(share, find_largest_share(count, inner, ranks))
+    elements = (weights.total - weights.experts) / ranks + weights.experts * share
+    return math.ceil(elements) * int(weights.dtype.itemsize)
 
 
 def _can_split(config: Any, ranks: int, evenly: bool) -> bool:
@@ -91,11 +111,14 @@ def _can_split(config: Any, ranks: int, evenly: bool) -> bool:
     return True
 
 
-def split(model: Any, group: dist.ProcessGroup) -> None:
+def split(model: Any, group: dist.ProcessGroup, experts: Way | None = None) -> None:
     """Replaces the layers of `model`, in place, by those of this rank's share; their weights are views of the old ones.
 
     Embeddings and the output matrix are cut by words, so that a tied one is held once, and a rank's share of a logit
     is a whole product: the ranks gather logits and do not add them up.
+
+    Args:
+        experts: how those of a mixture are shared out; None: whichever way is forecast to be faster.
 
     Raises:
         EngineError: AutoTP does not know how to split this kind of model.
@@ -104,6 +127,7 @@ def split(model: Any, group: dist.ProcessGroup) -> None:
     from deepspeed.inference.config import DeepSpeedInferenceConfig
     from deepspeed.inference.engine import InferenceEngine
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, TensorParallel_Layer
+    from deepspeed.module_inject.tp_shard import AutoTPMeta
 
     # Warning: a private method of DeepSpeed's engine is replaced. If a new version calls it by another name, all
     # weights are read and rounded to float32: the text changes by rounding, and the memory is several times as much.
@@ -119,7 +143,13 @@ def split(model: Any, group: dist.ProcessGroup) -> None:
     TensorParallel_Layer.set_keep_module_on_host(True)
     size = dist.get_world_size(group)
     grain = _choose_grain(model.config, size)
-    _split_vocabulary(model, group, grain)
+    meta = AutoTPMeta.from_model_config(model.config, grain)
+    _split_vocabulary(model, group, meta)
+    split_fused(model, group, meta)
+    split_heads(model, group, meta)
+    keep_routers_whole(model)
+    if model.config.model_type.startswith("hunyuan"):
+        _split_hunyuan(model, group, meta)
     config = DeepSpeedInferenceConfig(
         dtype=torch.float32,
         # The groups that DeepSpeed makes itself are always the first ranks of the world.
@@ -134,6 +164,7 @@ def split(model: Any, group: dist.ProcessGroup) -> None:
         raise EngineError(
             f"DeepSpeed's AutoTP cannot split {type(model).__name__}: {error}. --engine ds-zero shards any model"
         ) from error
+    split_experts(model, group, experts)
     # Warning: the forward of DeepSpeed's layers is replaced, object by object. Theirs goes through autograd's functions
     # and DeepSpeed's own communication, which is twice the Python of a step. If a new version of DeepSpeed computes
     # something else in them (a scale, another order of the weight), this does not, and the text is wrong without an
@@ -153,6 +184,16 @@ def _forward_all_reduce(layer: Any, group: dist.ProcessGroup, inputs: torch.Tens
     output = functional.linear(inputs, layer.weight)
     dist.all_reduce(output, group=group)
     return output if layer.bias is None else output + layer.bias
+
+
+def _split_hunyuan(model: Any, group: dist.ProcessGroup, meta: Any) -> None:
+    """Splits the layers that AutoTP would split otherwise: it takes any model with "Yuan" in its name for Yuan."""
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "v_proj", None), torch.nn.Linear):
+            module.v_proj = LinearLayer(module.v_proj, group, name="self_attn.v_proj", tp_meta=meta)
+            module.o_proj = LinearAllreduce(module.o_proj, group, name="self_attn.o_proj", tp_meta=meta)
 
 
 def _add_mask(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -181,15 +222,16 @@ def _choose_grain(config: Any, size: int) -> int:
     return _GRAIN if inner >= _GRAIN * size else 1
 
 
-def _split_vocabulary(model: Any, group: dist.ProcessGroup, grain: int) -> None:
+def _split_vocabulary(model: Any, group: dist.ProcessGroup, meta: Any) -> None:
     from deepspeed.module_inject.layers import LinearLayer, VocabParallelEmbedding
-    from deepspeed.module_inject.tp_shard import AutoTPMeta
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    meta = AutoTPMeta.from_model_config(model.config, grain)
     tied = head is not None and head.weight is embedding.weight
     cut: Any = None
     plain = type(embedding).forward is torch.nn.Embedding.forward
+    scale = None if plain else getattr(embedding, "embed_scale", None)
+    if isinstance(scale, torch.Tensor):  # Gemma's: an embedding times a number
+        embedding, plain = _make_plain_embedding(embedding), True
     if tied and not plain:
         return  # DeepSpeed's own way holds a tied weight one and a bit times, but is right
     if isinstance(head, torch.nn.Linear):
@@ -204,4 +246,11 @@ def _split_vocabulary(model: Any, group: dist.ProcessGroup, grain: int) -> None:
     words = VocabParallelEmbedding(
         embedding, group, name="lm_head", tied_vocab_parallel_linear=cut if tied else None, tp_meta=meta
     )
-    model.set_input_embeddings(words)
+    model.set_input_embeddings(ScaledEmbedding(words, scale) if isinstance(scale, torch.Tensor) else words)
+
+
+def _make_plain_embedding(embedding: Any) -> torch.nn.Embedding:
+    """Returns an embedding with the same vectors, as they are."""
+    plain = torch.nn.Embedding(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta")
+    plain.weight = embedding.weight
+    return plain

@@ -1,7 +1,4 @@
-"""AutoTP's layers as plain modules: what a rank computes, and one operator for each thing the ranks do together.
-
-To a compiler such an operator is opaque, and a CUDA graph records it like any other kernel.
-"""
+"""AutoTP's layers as plain modules: what a rank computes, and what the ranks do together."""
 
 from __future__ import annotations
 
@@ -13,7 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-_groups: dict[str, dist.ProcessGroup] = {}  # by name: an operator takes no group
+from batchgen.tensor_parallel.fused import FusedLinear, join_parts, make_linear
+from batchgen.tensor_parallel.operators import register_group, sum_over_ranks
 
 
 def use_plain_layers(model: nn.Module, group: dist.ProcessGroup) -> None:
@@ -26,11 +24,15 @@ def use_plain_layers(model: nn.Module, group: dist.ProcessGroup) -> None:
     """
     from deepspeed.module_inject.layers import TensorParallel_Layer
 
-    _groups[group.group_name] = group
+    register_group(group)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, TensorParallel_Layer):
                 setattr(module, name, _make_plain(child, group))
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, FusedLinear):
+                setattr(module, name, join_parts(child))
 
 
 def _make_plain(layer: Any, group: dist.ProcessGroup) -> nn.Module:
@@ -39,16 +41,9 @@ def _make_plain(layer: Any, group: dist.ProcessGroup) -> nn.Module:
     if isinstance(layer, VocabParallelEmbedding):
         return VocabularyEmbedding(layer.weight, layer.vocab_start_index, group)
     if isinstance(layer, LinearAllreduce):
-        return AllReduceLinear(_make_linear(layer.weight, None), layer.bias, group)
-    linear = _make_linear(layer.weight, layer.bias)
+        return AllReduceLinear(make_linear(layer.weight, None), layer.bias, group)
+    linear = make_linear(layer.weight, layer.bias)
     return AllGatherLinear(linear, layer._partition_sizes, group) if layer.gather_output else linear
-
-
-def _make_linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    columns, depth = weight.shape
-    layer = nn.Linear(depth, columns, bias=False, device="meta")
-    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]  # one without a bias has None there
-    return layer
 
 
 class AllReduceLinear(nn.Module):
@@ -60,7 +55,7 @@ class AllReduceLinear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.share(inputs)
-        torch.ops.batchgen.sum_over_ranks(output, self._group)
+        sum_over_ranks(output, self._group)
         return output if self.bias is None else output + self.bias
 
 
@@ -100,15 +95,23 @@ class VocabularyEmbedding(nn.Module):
         places = ids - self._first
         others = (places < 0) | (places >= len(self.weight))
         output = F.embedding(places.masked_fill(others, 0), self.weight).masked_fill(others[..., None], 0.0)
-        torch.ops.batchgen.sum_over_ranks(output, self._group)
+        sum_over_ranks(output, self._group)
         return output
 
 
-def _sum_over_ranks(values: torch.Tensor, group: str) -> None:
-    dist.all_reduce(values, group=_groups[group])
+class ScaledEmbedding(nn.Module):
+    """An embedding times a number, as Gemma has it.
 
+    Args:
+        embedding: of this rank.
+        scale: the number, a tensor without dimensions; it is rounded to the embedding's type.
+    """
 
-_library = torch.library.Library("batchgen", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("sum_over_ranks(Tensor(a!) values, str group) -> ()")  # type: ignore[no-untyped-call]
-_library.impl("sum_over_ranks", _sum_over_ranks, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("batchgen::sum_over_ranks", lambda values, group: None, lib=_library)
+    def __init__(self, embedding: nn.Module, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.register_buffer("embed_scale", scale, persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.embedding(ids)
+        return output * self.get_buffer("embed_scale").to(output.dtype)

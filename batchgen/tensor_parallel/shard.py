@@ -11,7 +11,7 @@ import torch
 
 from batchgen.engine import EngineError, Setup
 from batchgen.models import loading, split_folder
-from batchgen.tensor_parallel.adapted import find_products
+from batchgen.tensor_parallel.adapted import find_additions
 from batchgen.tensor_parallel.autotp import split
 from batchgen.tensor_parallel.group import Group
 from batchgen.tensor_parallel.split_files import read_split
@@ -40,8 +40,8 @@ def load_shard(setup: Setup, config: Any, group: Group, attn_implementation: str
         if len(group.ranks) > 1:
             split(model, group.model)
     if layout is None or (eight_bits and layout.dtype != "int8"):
-        products = find_products(setup.adapter, setup.model, config, group)
-        copy_weights(model, setup.model, device, dtype, eight_bits=eight_bits, products=products)
+        additions = find_additions(setup.adapter, setup.model, config, group)
+        copy_weights(model, setup.model, device, dtype, eight_bits=eight_bits, additions=additions)
     if setup.world.rank == 0:
         size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         logger.info(

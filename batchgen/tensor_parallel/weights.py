@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import re
@@ -20,9 +21,10 @@ from batchgen.engine import EngineError
 from batchgen.models import loading
 from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
-from batchgen.models.lora import Change
+from batchgen.models.lora import Change, merged_on_load
+from batchgen.tensor_parallel.file_views import find_pieces, forget_pieces, keep_views
 
-Products = Mapping[str, Callable[[torch.device], torch.Tensor]]
+Additions = Mapping[str, Callable[[torch.device], torch.Tensor]]
 """What is added to a parameter, by its path: a function that computes it on a device, in float32."""
 
 _READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
@@ -44,7 +46,8 @@ def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -
         EngineError: as `loading.load`.
     """
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
-    model = loading.load(folder, arguments, filled=False, adapter=adapter, wants=_is_merged_whole)
+    with keep_views(), merged_on_load(adapter, _is_merged_whole):
+        model = loading.load(folder, arguments, filled=False)
     _check_unpacked(folder, model)
     return model
 
@@ -114,7 +117,7 @@ def copy_weights(
     dtype: torch.dtype,
     *,
     eight_bits: bool,
-    products: Products | None = None,
+    additions: Additions | None = None,
 ) -> int:
     """Copies the parameters of `model`, views of files in `folder`, to `device`, one by one; returns their bytes there.
 
@@ -123,17 +126,11 @@ def copy_weights(
 
     Args:
         dtype: of parameters that are of the files' own type; others were given theirs by Transformers on purpose.
-        products: what an adapter adds to parameters of this rank's share; None: nothing.
+        additions: what an adapter adds to parameters of this rank's share; None: nothing.
     """
     maps, hollow = _MappedFiles(Path(folder)), loading.hollow(Path(folder))
     is_kept_exact = _find_kept_exact(model)
-    homes: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    sources: dict[int, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                sources[id(parameter)] = parameter
-                homes.setdefault(id(parameter), []).append((module, name, f"{path}.{name}".lstrip(".")))
+    homes, sources = _list_parameters(model)
     stored = Counter({p.dtype: 0 for p in sources.values()})
     for parameter in sources.values():
         stored[parameter.dtype] += parameter.numel()
@@ -143,15 +140,19 @@ def copy_weights(
         source = sources[key].data
         exact = any(is_kept_exact(path) for *_, path in homes[key])
         target = dtype if source.dtype == own and not exact else source.dtype
-        if hollow is None:
+        if hollow is None and (pieces := find_pieces(sources[key])) is not None:
+            here = pieces.assemble(device)
+            for piece in itertools.chain(*pieces.experts):
+                maps.forget(piece)
+        elif hollow is None:
             here = source.to(device, copy=True)
             maps.forget(source)
         else:
             here = torch.empty(source.shape, dtype=source.dtype, device=device)
             loading.fill(homes[key][0][2], here, hollow)
         for *_, path in homes[key]:
-            if products is not None and path in products:
-                here = here.float() + products[path](device)
+            if additions is not None and path in additions:
+                here = here.float() + additions[path](device)
         if eight_bits and all(name == "weight" and _takes_8_bits(module) for module, name, _ in homes[key]):
             return Int8Weight.rounded(here, target)
         return here.to(target)
@@ -165,11 +166,24 @@ def copy_weights(
         for key, made in zip(homes, readers.map(copy, list(homes)), strict=True):
             size += _put(made, homes[key])
             sources[key].data = torch.empty(0)
+            forget_pieces(sources[key])
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return size
+
+
+def _list_parameters(model: nn.Module) -> tuple[dict[int, list[tuple[nn.Module, str, str]]], dict[int, nn.Parameter]]:
+    """Returns where each parameter is (module, name in it, path), and the parameter itself; a shared one once."""
+    homes: dict[int, list[tuple[nn.Module, str, str]]] = {}
+    sources: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                sources[id(parameter)] = parameter
+                homes.setdefault(id(parameter), []).append((module, name, f"{path}.{name}".lstrip(".")))
+    return homes, sources
 
 
 def _put(made: torch.Tensor | Int8Weight, homes: list[tuple[nn.Module, str, str]]) -> int:

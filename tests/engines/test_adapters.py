@@ -21,7 +21,7 @@ ENGINES = {
     "ds-inference": ("ds-inference", []),
     "paged in a group": ("paged", ["tp=2"]),
 }
-COVERED_BY_PAGED = ("llama", "bloom")
+COVERED_BY_PAGED = ("llama", "bloom", "mixtral", "phi3")
 # Of the cases of `adapters.CASES`, those whose weights are cut in different ways.
 CASES = [
     ("llama", "rank-stabilised, of several ranks and alphas"),
@@ -31,6 +31,7 @@ CASES = [
     ("bloom", "fused, every bias"),
     ("bloom", "fused, biases of its layers"),
     ("mixtral", "experts and router"),
+    ("phi3", "fused projections"),
 ]
 TASKS = [
     (base, case, way)

@@ -84,6 +84,17 @@ def test_experts_that_were_layers_of_their_own_are_found(bases: dict[str, Path],
     merged = shutil.copytree(base, tmp_path / "merged")
     save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(logits(load(base, adapter)), logits(load(merged)))
+    layer = "base_model.model.model.layers.0.block_sparse_moe.experts"
+    tensors[f"{layer}.2.w1.lora_B.weight"] = torch.ones(48, 4)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"experts\.2\.w1\.\S+ is for a weight of \[48, 32\], and \S+ is \[64, 32\]"):
+        load(base, adapter)
+    matrices = {
+        f"{layer}.4.w1.lora_{part}.weight": torch.ones(shape) for part, shape in (("A", (4, 32)), ("B", (64, 4)))
+    }
+    save_file(matrices, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"experts\.4\.w1\.\S+ is for expert 4, and the model has 4 \(0 to 3\)"):
+        load(base, adapter)
 
 
 @pytest.mark.parametrize("way", ["disk", "int8", "nf4"])
@@ -121,8 +132,8 @@ def test_weights_in_16_bits_are_merged_in_32_and_rounded_once(
         assert torch.equal(load(half, plain[0], dtype).get_parameter(f"{name}.weight"), exact.to(dtype))
     shared = map_model(str(half), None, str(plain[0]))
     change = lora.place_by_config(lora.read_adapter(str(plain[0])), shared.config).whole[f"{name}.weight"]
-    products = {f"{name}.weight": change.compute_product}
-    copy_weights(shared, str(half), torch.device("cpu"), torch.float32, eight_bits=False, products=products)
+    additions = {f"{name}.weight": change.compute_product}
+    copy_weights(shared, str(half), torch.device("cpu"), torch.float32, eight_bits=False, additions=additions)
     assert torch.equal(shared.get_parameter(f"{name}.weight"), exact)
 
 
@@ -302,3 +313,19 @@ def test_an_adapter_is_told_from_another_by_either_of_its_files(plain: tuple[Pat
     config = same / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
     assert revision(same) != revision(plain[0])
+
+
+def test_a_chat_template_beside_the_adapter_is_not_used_in_silence(
+    bases: dict[str, Path], plain: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = shutil.copytree(plain[0], tmp_path / "adapter")
+    check(adapter, bases["llama"])
+    assert not caplog.messages
+    byte_tokenizer().save_pretrained(adapter)
+    check(adapter, bases["llama"])
+    assert "has a chat template that is not the model's" in caplog.text
+    caplog.clear()
+    base = shutil.copytree(bases["llama"], tmp_path / "base")
+    byte_tokenizer().save_pretrained(base)
+    check(adapter, base)
+    assert not caplog.messages

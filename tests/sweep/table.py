@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import transformers
@@ -29,6 +29,11 @@ each row alone, token for token.
 
 More than one rank for a model (`--tp`) is a question of its own: see [Several GPUs](gpus.md#tensor-parallelism).
 `--engine auto` takes none of the engines that say no here.
+
+Engine `paged` goes by what a model asks of attention, and not by its kind: before it loads weights, it builds a small
+random model of the same config, and compares its logits with those of Transformers. So a model of a kind that runs here
+is refused if its config asks for more, a window that Transformers applies outside of attention, say. Why other kinds
+are refused is said [further down](#kinds-that-paged-refuses).
 """
 
 
@@ -39,15 +44,19 @@ def write(swept: Sequence[Swept]) -> None:
     refused = [one for one in swept if _is_refused(one)]
     rest = [one for one in swept if not one.outcomes]
     text += f"\n## {len(compared)} kinds that run\n\n| `model_type` | {' | '.join(ENGINES)} | padded | |\n"
-    text += f"|---|{'---|' * (len(ENGINES) + 2)}\n" + "".join(map(_row, sorted(compared, key=lambda one: one.kind)))
+    text += f"|---|{'---|' * (len(ENGINES) + 2)}\n" + "".join(map(_row, _sort(compared)))
+    text += "\n## Kinds that `paged` refuses\n\nThese run with other engines.\n\n| `model_type` | why |\n|---|---|\n"
+    text += "".join(
+        f"| `{one.kind}` | {_cell(_why_not_paged(one))} |\n" for one in _sort(compared) if _why_not_paged(one)
+    )
     text += f"\n## {len(refused)} kinds that no engine takes\n\n| `model_type` | what engines say |\n|---|---|\n"
-    for one in sorted(refused, key=lambda one: one.kind):
+    for one in _sort(refused):
         text += f"| `{one.kind}` | {_cell(_outcome(one, 'accelerate').detail)} |\n"
     text += (
         f"\n## {len(rest)} kinds that were not tried\n\nThey could not be built small here. The self-test looks at the "
     )
     text += "first rows of every run all the same.\n\n| `model_type` | why |\n|---|---|\n"
-    for one in sorted(rest, key=lambda one: one.kind):
+    for one in _sort(rest):
         text += f"| `{one.kind}` | {_cell(one.impossible)} |\n"
     PAGE.write_text(text, encoding="utf-8")
 
@@ -57,6 +66,18 @@ def read_promised() -> set[tuple[str, str]]:
     rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     cells = ((kind, row.split(" | ")[: len(ENGINES)]) for kind, row in rows)
     return {(kind, name) for kind, words in cells for name, word in zip(ENGINES, words, strict=False) if word == "yes"}
+
+
+def _sort(swept: Iterable[Swept]) -> list[Swept]:
+    return sorted(swept, key=lambda one: one.kind)
+
+
+def _why_not_paged(one: Swept) -> str:
+    """What `paged` says of a kind, without the beginning and the end that all such sentences share; "": it runs."""
+    outcome = _outcome(one, "paged")
+    if outcome.word != "refused":
+        return ""
+    return outcome.detail.partition(f"of type {one.kind}: ")[2].partition("; use --engine")[0] or outcome.detail
 
 
 def _is_refused(one: Swept) -> bool:

@@ -21,6 +21,10 @@ from batchgen.engines.paged.pages import PAGE_SIZE
 LARGEST_HEAD = 256
 """The largest size of keys, and of values, that the kernels cover; attention in torch has no limit."""
 
+LARGEST_FLOAT32_HEAD = 128
+"""The same in float32: tiles of larger heads do not fit the shared memory of an H100, and in parts (as TF32, of which
+Triton adds three products) they were seen to read memory that is not theirs."""
+
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.Tensor, shape: AttentionShape

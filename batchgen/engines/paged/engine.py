@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
+
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
 from batchgen.engines.paged import models, sizing
@@ -111,7 +113,6 @@ class Paged(Engine):
             return
         loading.check_weights(setup.model)
         self._device = loading.device_of(setup.world)
-        trial.check(self._tokenizer.config, self._device)
         if self._device.type == "cuda":
             self._load()
             return
@@ -122,6 +123,7 @@ class Paged(Engine):
     def _load(self) -> None:
         """Loads the whole model on this rank's device."""
         dtype = loading.floating_dtype(self._setup.dtype, self._tokenizer.config)
+        self._check_model(dtype)
         arguments = {"dtype": dtype, "device_map": {"": str(self._device)}}
         self._model = loading.load(self._setup.model, arguments, adapter=self._setup.adapter)
         self._make_ready()
@@ -129,14 +131,20 @@ class Paged(Engine):
     def _load_shard(self) -> None:
         """Joins the group of this rank, and loads its shard of the model."""
         world, config = self._setup.world, self._tokenizer.config
-        loading.floating_dtype(self._setup.dtype, config)
+        dtype = loading.floating_dtype(self._setup.dtype, config)
         self.signs.awaited_ranks = ranks = tensor_parallel.ranks_of_group(world, self._options.tp)
         tensor_parallel.check_split(config, len(ranks), evenly=True)
         self._group = tensor_parallel.Group.meet(world, ranks, self._options.timeout_seconds)
         self._device = self._group.device
-        trial.check(config, self._device)
+        self._check_model(dtype)
         self._model = tensor_parallel.load_shard(self._setup, config, self._group)
         tensor_parallel.use_plain_layers(self._model, self._group.model)
+
+    def _check_model(self, dtype: torch.dtype) -> None:
+        """Checks, before any weight is read, that a small model of the same config computes the right numbers."""
+        if self._device.type == "cuda":
+            models.check_dtype(self._tokenizer.config, dtype)
+        trial.check(self._tokenizer.config)
 
     def _make_ready(self) -> Runner:
         """The runner; ranks of a group make it at the same time, with collectives that may take long."""

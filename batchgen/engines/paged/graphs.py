@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from batchgen.engine import EngineError
 
 
 class Graphs:
@@ -31,10 +34,25 @@ class Graphs:
             torch.cuda.synchronize(self._device)
             graph = self._graphs[key] = torch.cuda.CUDAGraph()
             # Other threads may copy meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _explain_waiting(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 compute()
             self._pool = self._pool or graph.pool()
         return graph
+
+
+@contextmanager
+def _explain_waiting() -> Iterator[None]:
+    """Words the error of a forward that waits for the GPU, as a loop over experts does which asks how many tokens each
+    has: such a forward cannot be captured."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "capturing" not in str(error):
+            raise
+        raise EngineError(
+            "--engine paged cannot run this model on a GPU: its forward waits for the GPU, and cannot be captured in a "
+            "CUDA graph; use --engine accelerate"
+        ) from error
 
 
 def choose_graph_size(tokens: int, largest: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.files import read_json
 from batchgen.models.lora.adapter import Adapter, describe, read_adapter
 from batchgen.models.lora.places import Places, find_places
+
+logger = logging.getLogger(__name__)
 
 
 def check_adapter(name: str, model: Path, tokenizer: Any) -> None:
@@ -35,6 +38,7 @@ def check_adapter(name: str, model: Path, tokenizer: Any) -> None:
             "into weights that are not; give the model in bfloat16 (--dtype int8 or nf4 rounds what has been merged)"
         )
     _check_tokens(adapter, tokenizer)
+    _warn_of_template(adapter, tokenizer)
     place_by_config(adapter, config)
 
 
@@ -60,4 +64,24 @@ def _check_tokens(adapter: Adapter, tokenizer: Any) -> None:
             f"{len(lost)}). Merge it with peft into a copy of the model (resize_token_embeddings, merge_and_unload), "
             "save the adapter's tokenizer there, and give that as --model; if the adapter was trained without them, "
             "take the tokenizer's files out of its folder"
+        )
+
+
+def _warn_of_template(adapter: Adapter, tokenizer: Any) -> None:
+    """Says that a chat template beside the adapter is not used, if it is not the model's."""
+    path = adapter.folder / "chat_template.jinja"
+    beside: object = path.read_text(encoding="utf-8") if path.is_file() else None
+    if beside is None:
+        beside = (read_json(adapter.folder / "tokenizer_config.json") or {}).get("chat_template")
+    if not isinstance(beside, str):
+        return
+    try:
+        own = tokenizer.template_text()
+    except ValueError:
+        own = None
+    if own is None or own.strip() != beside.strip():
+        logger.warning(
+            "the adapter in %s has a chat template that is not the model's, which alone is used. To use it, put it "
+            "into a copy of the model's folder, as chat_template.jinja",
+            adapter.folder,
         )

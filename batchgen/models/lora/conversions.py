@@ -18,7 +18,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.lora.adapter import Adapter, describe, read_adapter
 from batchgen.models.lora.change import Change
-from batchgen.models.lora.places import Places, check_part, find_places
+from batchgen.models.lora.places import Places, check_shape, find_places
 
 Wanted = Callable[[Change], bool]
 """Whether a change of a whole parameter is to be made while the model is loaded."""
@@ -144,6 +144,7 @@ class _ChangeWhole(_Operation):
         (weight,) = next(iter(weights.values()))
         change = self._merge.places.whole.get(name)  # another parameter may have a name that ends like this
         if change is not None:
+            check_shape(self._merge.adapter, model, name, change, weight)
             weight = self._merge.change(name, change, weight, _find_dtype(model, name, weight))
         return {targets[0]: weight}
 
@@ -151,17 +152,22 @@ class _ChangeWhole(_Operation):
 class _ChangeMade(_Operation):
     """The last step of parameters that are made of several weights of the files, or of which several are in one."""
 
+    returns_what_it_leaves = True  # the same object, where nothing is changed
+
     def _change(self, weights: dict[str, Any], targets: list[str], name: str, model: Any) -> dict[str, Any]:
         for target, made in weights.items():
             own = name.replace(targets[0], target)
             if (change := self._merge.places.whole.get(own)) is not None:
                 weight = made[0] if isinstance(made, list) else made
+                check_shape(self._merge.adapter, model, own, change, weight)
                 weights[target] = self._merge.change(own, change, weight, _find_dtype(model, own, weight))
         return weights
 
 
 class _ChangeParts(_Operation):
     """The first step of a parameter that is made of several weights of the files."""
+
+    keeps_parts_apart = True  # for a loader that stacks nothing (`batchgen.tensor_parallel`)
 
     def _change(self, weights: dict[str, Any], targets: list[str], name: str, model: Any) -> dict[str, Any]:
         merge = self._merge
@@ -172,7 +178,7 @@ class _ChangeParts(_Operation):
                         f"{describe(merge.adapter)} does not fit the model: {change.tensor} is for expert {at}, and "
                         f"the model has {len(parts)} (0 to {len(parts) - 1})"
                     )
-                check_part(merge.adapter, model, change, parts[at])
+                check_shape(merge.adapter, model, change.tensor, change, parts[at])
                 dtype = _find_dtype(model, name, parts[at])
                 parts[at] = merge.change(((name, pattern), at), change, parts[at], dtype)
         return weights

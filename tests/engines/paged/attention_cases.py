@@ -180,6 +180,13 @@ def with_broken_token(of: Case, chunk: int, token: int, number: float) -> Case:
     return replace(of, key=key, value=value)
 
 
+def with_broken_key(of: Case, *tokens: int) -> Case:
+    """The same step where one number of the keys of these tokens of the step is infinite, so that their scores are."""
+    key = of.key.clone()
+    key[:, :, list(tokens), 0] = torch.inf
+    return replace(of, key=key)
+
+
 def find_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest relative error of a token's output, from two of [1, tokens, heads, value size].
 

@@ -53,7 +53,7 @@ def route(case: Case, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         scores[:, 5:-5] += 1
     weights, index = scores.topk(case.top_k)
     if case.routing == "others":
-        index = index.masked_fill(index % 3 == 1, case.experts)
+        index = torch.where(index % 3 == 1, case.experts + index, index)
     return index, weights
 
 
@@ -123,7 +123,7 @@ def products(device: str) -> Iterator[tuple[str, bool]]:
     from batchgen.engines.paged.experts.grouped_gemm_kernel import Tile
 
     # The interpreter takes seconds for large cases.
-    cases, small = [*CASES, Case(70, 2, 4, 64, 40)], Tile(16, 32, 32, 4, 3)
+    cases, small = [*CASES, Case(70, 2, 4, 64, 40), Case(9, 2, 4, 56, 40)], Tile(16, 32, 32, 4, 3)
     tiles: dict[torch.dtype, Sequence[Tile | None]] = {torch.float32: (None,), torch.float16: (small,)}
     if device == "cuda":
         cases += [Case(600, 8, 128, 2048, 768), Case(64, 4, 32, 2880, 720), Case(3000, 2, 8, 1000, 1408)]
@@ -158,6 +158,26 @@ def products(device: str) -> Iterator[tuple[str, bool]]:
                 yield f"{what}: {error:.1e}", alike and error < TOLERANCES[dtype]
 
 
+def sums(device: str) -> Iterator[tuple[str, bool]]:
+    """As `sorts`, of the sums of each token's outputs; what belongs to no expert is NaN."""
+    from batchgen.engines.paged.experts import combining_kernel
+    from batchgen.engines.paged.experts.combining import combine_in_torch
+    from batchgen.engines.paged.experts.routing import sort_in_torch
+
+    widths = (24, 2048, 2880) if device == "cuda" else (24,)
+    for case in (case._replace(width=width) for case in CASES for width in widths):
+        index, weights = route(case)
+        _, inverse, offsets = sort_in_torch(index, case.experts)
+        outputs = torch.randn(index.numel(), case.width, generator=torch.Generator().manual_seed(1))
+        outputs[offsets[-1] :] = torch.nan
+        arguments = [inverse.view_as(index), weights, index]
+        expected = combine_in_torch(outputs.double(), *arguments, case.experts)
+        with poisoned():
+            out = combining_kernel.combine(outputs.to(device), *(each.to(device) for each in arguments), case.experts)
+        error = ((out.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-9)).item()
+        yield f"{case}: {error:.1e}", error < TOLERANCES[torch.float32]
+
+
 def layers(device: str) -> Iterator[tuple[str, bool]]:
     """As `sorts`, of whole layers on a GPU: each in a CUDA graph that is replayed with other experts and inputs."""
     from batchgen.engines.paged.experts import grouped_gemm
@@ -188,7 +208,7 @@ def layers(device: str) -> Iterator[tuple[str, bool]]:
 def main(device: str) -> None:
     """Writes a line a case; the last one says whether all are right."""
     wrong = 0
-    for cases in (sorts, products, layers):
+    for cases in (sorts, products, sums, layers):
         for line, right in cases(device):
             wrong += not right
             sys.stdout.write(f"{line} {'' if right else 'WRONG'}\n")

@@ -20,6 +20,7 @@ from tests.engines.paged.attention_cases import (
     case,
     find_error,
     make_wrong_shapes,
+    with_broken_key,
     with_broken_token,
     with_stale_cache,
 )
@@ -97,11 +98,13 @@ def test_a_broken_token_reaches_those_that_see_it_alone(features: Features, numb
 def test_a_cap_does_not_hide_a_broken_key() -> None:
     """A score of infinity would be the cap: a text, where there is none."""
     of = case(Heads(6, 2, 24, 16), torch.float64, Features(softcap=5.0))
-    key = of.key.clone()
-    key[:, :, 6] = torch.inf  # of a sequence that decodes
-    out, _ = replace(of, key=key).reference()
-    assert out[0, 6].isnan().all()
-    assert out[0, :6].isfinite().all()
+    chunk = of.layout.chunks[1]
+    out, _ = with_broken_key(of, 6, chunk.first + 40).reference()
+    broken = torch.zeros(out.shape[1], dtype=torch.bool)
+    broken[6] = True  # of a sequence that decodes
+    broken[chunk.first + 40 : chunk.first + chunk.count] = True
+    assert out[0, broken].isnan().all()
+    assert out[0, ~broken].isfinite().all()
 
 
 def test_layers_may_differ_in_their_key_heads() -> None:

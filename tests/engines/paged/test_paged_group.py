@@ -9,15 +9,21 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from batchgen import tensor_parallel
 from batchgen.engine import EngineError, Setup, Stream
 from batchgen.engines import find, parse_options
+from batchgen.engines.paged.alone import Alone
+from batchgen.engines.paged.models import patch
+from batchgen.tensor_parallel import process_group
 from batchgen.world import World
 from tests import tiny_models as models
 from tests.engines import engine_rank
 from tests.engines.ds_zero import zero_matrix
 from tests.engines.runs import altered, command, ended_by, read, rows, run, texts, texts_alone
 from tests.generation import parameter_cases
+from tests.tensor_parallel import test_texts
 
 KINDS = {
     "llama": partial(models.llama, num_key_value_heads=4),
@@ -191,6 +197,26 @@ def test_loading_may_take_longer_than_patience_and_a_first_rank_that_hangs_is_fo
     assert "no step for 5 s: " in ended.stderr
     assert "no step for 2 s" not in ended.stderr
     assert "in _commit" in (out / "attempts" / "00001-stacks-00000.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "gpt_oss", "mixtral", "olmo2", "phi3", "qwen3_moe"])
+def test_the_layers_of_a_share_are_compiled_as_a_whole_for_any_length(name: str, tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "model", partial(test_texts.build, name=name))
+    ids = torch.randint(4, 200, (30,))
+    with process_group.fake_group(1, 2), torch.inference_mode():
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        shard = tensor_parallel.map_model(str(folder), None)
+        tensor_parallel.split(shard, group)
+        tensor_parallel.copy_weights(shard, str(folder), ids.device, torch.float32, eight_bits=False)
+        tensor_parallel.use_plain_layers(shard, group)
+        patched = patch(shard, Alone())
+        expected = patched.compute_hidden(ids, torch.arange(30))
+        for layer in patched.layers:  # what compiles here has no break in its graph
+            layer.compile(dynamic=True, fullgraph=True, backend="eager")
+        assert torch.allclose(patched.compute_hidden(ids, torch.arange(30)), expected, atol=1e-5)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            patched.compute_hidden(ids[:17], torch.arange(17))
 
 
 def test_8_bits_are_refused_before_anything_is_loaded(folders: dict[str, Path]) -> None:

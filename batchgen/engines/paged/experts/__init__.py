@@ -6,7 +6,7 @@ A pair is a token and one of its experts; T tokens with K experts each are T × 
                    ─grouped_gemm.multiply→ gate and up of each pair, by its expert's weights
                    ─the model's own gate→ one inner vector a pair
                    ─grouped_gemm.multiply→ one output a pair
-                   ─interface.combine→ weighted sum of each token's K outputs
+                   ─combining.combine→ weighted sum of each token's K outputs
 
 `interface` is what Transformers calls in place of its own loop over experts. Sorting and products are operators that
 the compiler does not look into. On a GPU they are Triton kernels whose launches depend on shapes alone: how many pairs

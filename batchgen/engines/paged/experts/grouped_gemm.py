@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-MANY_PAIRS = 64
-"""Pairs an expert, on average, from which a product in bfloat16 on a GPU is torch's own."""
+MANY_PAIRS = 512
+"""Pairs an expert, on average, from which a product in bfloat16 on a GPU is torch's own: on an H200 both take as long
+then, and with fewer our kernel is faster (benchmarks/README.md)."""
 
 
 class Sorting(NamedTuple):

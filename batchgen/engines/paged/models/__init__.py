@@ -10,7 +10,7 @@ A model is covered by what it asks of attention, not by its name. The way of a m
    that do not have a module of their own here: `bloom`, `falcon`, `mpt`.
 """
 
-from batchgen.engines.paged.models.coverage import check, covers
+from batchgen.engines.paged.models.coverage import check, check_dtype, covers
 from batchgen.engines.paged.models.patching import PatchedModel, patch
 
-__all__ = ["PatchedModel", "check", "covers", "patch"]
+__all__ = ["PatchedModel", "check", "check_dtype", "covers", "patch"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
+
 from batchgen.engine import EngineError
-from batchgen.engines.paged.attention import LARGEST_HEAD
+from batchgen.engines.paged.attention import LARGEST_FLOAT32_HEAD, LARGEST_HEAD
 from batchgen.engines.paged.models import longrope, trial
-from batchgen.models import footprint
+from batchgen.models import architectures, footprint
 from batchgen.models.architectures import OF_THE_LONGEST, model_class
 
 _KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
@@ -18,6 +20,8 @@ _trials: dict[str, str] = {}
 
 def why_refused(config: Any) -> str:
     """Returns what of this config pages of keys and values cannot hold; "" if nothing is known against it."""
+    if architectures.why_refused(config):
+        return architectures.why_refused(config)
     try:
         text = config.get_text_config()
     except ValueError:  # so Transformers says that there are several
@@ -32,6 +36,8 @@ def why_refused(config: Any) -> str:
         return f"its rotary positions are of type {longest.pop()}, which hang on the longest row of a step"
     if getattr(text, "use_bidirectional_attention", False):
         return "its tokens attend to those behind them, too"
+    if getattr(text, "num_kv_shared_layers", 0):
+        return f"its last {text.num_kv_shared_layers} layers attend to keys and values of layers before them"
     heads, size = footprint.cached_heads(config)
     if not heads:
         return "it has no attention heads, and keeps a state instead"
@@ -57,8 +63,20 @@ def covers(config: Any) -> bool:
     return not why_refused(config) and not _try_once(config)
 
 
+def check_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Checks that the kernels of a GPU take the heads of the model in this type.
+
+    Raises:
+        EngineError: they do not; the message says what to use instead.
+    """
+    _, size = footprint.cached_heads(config)
+    if dtype == torch.float32 and size > LARGEST_FLOAT32_HEAD:
+        why = f"its heads have {size} numbers, of which the kernels take {LARGEST_FLOAT32_HEAD} in float32"
+        raise EngineError(f"{trial.word_refusal(config, why)}, or --dtype bfloat16")
+
+
 def check(config: Any) -> None:
-    """Checks the config alone; the engine makes a trial on its own device afterwards (`trial.check`).
+    """Checks the config alone; the engine makes a trial afterwards (`trial.check`).
 
     Raises:
         EngineError: models of this config are not covered; the message says why and what to use instead.

@@ -45,16 +45,27 @@ class _LongRope(nn.Module):
         super().__init__()
         device = rotary.original_inv_freq.device
         longer, _ = ROPE_INIT_FUNCTIONS[TYPE](rotary.config, device, seq_len=original + 1)
+        self._original = original
+        self._scaling = self._long_scaling = rotary.attention_scaling
+        rope = rotary.config.rope_parameters
+        if (
+            "short_mscale" in rope
+        ):  # Phi-MoE, of which Transformers takes the first set for all, and scales each by its own
+            longer = rotary.original_inv_freq
+            self._scaling, self._long_scaling = rope["short_mscale"], rope["long_mscale"]
         self.register_buffer("_short", rotary.original_inv_freq.float(), persistent=False)
         self.register_buffer("_long", longer.float().to(device), persistent=False)
-        self._original, self._scaling = original, rotary.attention_scaling
 
     def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns cosines and sines of the tokens at `position_ids` [1, tokens]: [1, tokens, rotary size] each."""
         layout = get_current_layout()
         reach = position_ids + 1
         reach = reach.amax(-1, keepdim=True) if layout is None else torch.maximum(reach, layout.prompt_tokens)
-        frequencies = torch.where((reach > self._original)[..., None], self._long, self._short)
+        is_long = (reach > self._original)[..., None]
+        frequencies = torch.where(is_long, self._long, self._short)
+        scaling = self._scaling
+        if self._long_scaling != scaling:
+            scaling = torch.where(is_long, self._long_scaling, scaling)
         angles = position_ids[..., None].float() * frequencies
         both = torch.cat((angles, angles), -1)
-        return (both.cos() * self._scaling).to(hidden.dtype), (both.sin() * self._scaling).to(hidden.dtype)
+        return (both.cos() * scaling).to(hidden.dtype), (both.sin() * scaling).to(hidden.dtype)

@@ -21,21 +21,21 @@ from batchgen.engines.paged.layout import AttentionShape
 def patch(body: Any, layers: Sequence[Any], peers: Peers) -> None:
     """Gives the attention of MPT to `attend`; each of `peers` has its share of the heads."""
     body.__class__ = _PagedMptModel
-    config = body.config
-    slopes = compute_slopes(config.n_heads, config.attn_config.alibi_bias_max)
+    slopes = compute_slopes(body.config.n_heads)
     for layer in layers:
         layer.attn.__class__ = _PagedMptAttention
         layer.attn.slopes = slopes.chunk(peers.count)[peers.place].to(body.device)
 
 
-def compute_slopes(heads: int, largest: float) -> torch.Tensor:
-    """The slopes of MPT, [heads]: 2^(-largest * k / n) for k from 1 to n, the power of two at or above `heads`; if that
+def compute_slopes(heads: int) -> torch.Tensor:
+    """The slopes of MPT, [heads]: 2^(-8 * k / n) for k from 1 to n, the power of two at or above `heads`; if that
     is not `heads` itself, every second one first, and then the others, as many as there are heads.
 
-    Source: `build_mpt_alibi_tensor` of Transformers. Other than in the article they fall by head in another order.
+    Source: `MptModel` of Transformers, which takes 8 whatever `alibi_bias_max` says. Other than in the article they
+    fall by head in another order.
     """
     power = 2 ** math.ceil(math.log2(heads))
-    slopes = [2 ** (-largest * (place + 1) / power) for place in range(power)]
+    slopes = [2 ** (-8 * (place + 1) / power) for place in range(power)]
     if power != heads:
         slopes = [*slopes[1::2], *slopes[::2]][:heads]
     return torch.tensor(slopes)

