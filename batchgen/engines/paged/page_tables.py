@@ -1,8 +1,8 @@
 """Which pages each sequence has, in each group of layers, and what of that the device has to learn. Pure.
 
 All groups have a page for the same tokens: column `c` of a block table is the page of tokens `16 c` to `16 c + 15`. In
-groups with a window the first columns are given back as the sequence grows. What stands there then is not read: attention
-masks what a window does not show, whatever another sequence has written there since.
+groups with a window the first columns are given back as the sequence grows. What lies there then does not matter:
+attention masks what a window does not show, whatever another sequence has written there since.
 
 Steps run on the device in the order in which they are planned. So a page that nothing sees after a step may be taken by
 the next one while that step is still in flight.
@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.layer_groups import LayerGroups
-from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, PrefixNode, Pages
+from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, Pages, PrefixNode
 from batchgen.engines.paged.step import Ints, StepLimits
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefix:
-    """Pages that hold the beginning of a sequence already. They have one more user, until `PageTables` is given them."""
+    """Pages that hold the beginning of a sequence already, and have one more user for it."""
 
     node: int = ROOT  # of the last page
     columns: int = 0  # how many pages a group has, those that its window has passed included
