@@ -10,15 +10,14 @@ the next one while that step is still in flight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.layer_groups import LayerGroups
-from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, Pages, PrefixNode
-from batchgen.engines.paged.step import Ints, StepLimits
+from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, ROOT_OF_LONG, Pages, PrefixNode
+from batchgen.engines.paged.step import Ints, Sequence, StepLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +76,13 @@ class PageTables:
         """Whether there are pages for one more column of this many sequences."""
         return sequences * self._groups.count <= self.available
 
-    def find_prefix(self, tokens: Sequence[int], root: int) -> SharedPrefix:
-        """Finds the longest prefix of `tokens` of which all pages are there that the tokens behind it see.
+    def find_prefix(self, sequence: Sequence) -> SharedPrefix:
+        """Finds the longest prefix of a sequence of which all pages are there that the tokens behind it see.
 
-        Args:
-            root: the tree of prefixes to look in.
+        There is none where the prompt's own logits are wanted: it has to be computed whole.
         """
-        path = self._pages.find_path(tokens, root)
+        root = ROOT_OF_LONG if self._limits.is_long(sequence.prompt_tokens) else ROOT
+        path = self._pages.find_path(sequence.tokens, root) if sequence.has_prompt_logprobs else []
         columns, passed = self._find_shared(path)
         if not columns:
             return SharedPrefix(root)
@@ -97,13 +96,14 @@ class PageTables:
         """The sequence that was to share this prefix does not begin."""
         self._give_back(prefix.pages, prefix.passed)
 
-    def begin(self, slot: int, prefix: SharedPrefix, prompt_tokens: int) -> None:
-        """A sequence whose prompt has so many tokens begins in this slot, with the pages of `prefix`."""
+    def begin(self, sequence: Sequence, prefix: SharedPrefix) -> None:
+        """A sequence begins in its slot, with the pages of `prefix`."""
+        slot, sequence.prefix = sequence.slot, prefix.node
         self._columns[slot], self._passed[slot] = prefix.columns, prefix.passed
         self._tables[:, slot, : prefix.columns] = prefix.pages
         last = slot * self._limits.table_width + self._limits.columns
         self._changed_places.append(np.array([last], np.int64))
-        self._changed_pages.append(np.array([prompt_tokens], np.int32))
+        self._changed_pages.append(np.array([sequence.prompt_tokens], np.int32))
         if prefix.columns:
             self._record(np.full(prefix.columns, slot), np.arange(prefix.columns), prefix.pages)
 
@@ -120,20 +120,12 @@ class PageTables:
         self._columns[slots] = columns
         self._record(rows, new, pages)
 
-    def remember(self, slot: int, node: int, tokens: Sequence[int], begin: int, end: int) -> int:
-        """Remembers what the full pages hold of tokens `begin` to `end` of a sequence, once the planned step has run.
-
-        Args:
-            node: of the prefix before.
-            tokens: of the whole sequence.
-
-        Returns:
-            The node of the longer prefix.
-        """
+    def remember(self, sequence: Sequence, begin: int, end: int) -> None:
+        """Remembers what full pages hold of tokens `begin` to `end` of a sequence, once the planned step has run."""
         first, last = begin // PAGE_SIZE, end // PAGE_SIZE
-        for column, pages in enumerate(self._tables[:, slot, first:last].T.tolist(), first):
-            node = self._pages.remember(node, tokens[column * PAGE_SIZE : (column + 1) * PAGE_SIZE], pages)
-        return node
+        for column, pages in enumerate(self._tables[:, sequence.slot, first:last].T.tolist(), first):
+            tokens = sequence.tokens[column * PAGE_SIZE : (column + 1) * PAGE_SIZE]
+            sequence.prefix = self._pages.remember(sequence.prefix, tokens, pages)
 
     def give_back_passed(self, slots: NDArray[np.integer], positions: Ints) -> None:
         """Gives back the pages that windows have passed.

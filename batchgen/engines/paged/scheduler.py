@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from batchgen.engines.paged.admission import CacheForecast, ExpectedLengths
 from batchgen.engines.paged.layer_groups import ONE_GROUP, LayerGroups
 from batchgen.engines.paged.page_tables import PageTables, SharedPrefix
-from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, ROOT_OF_LONG
+from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.prefill_budget import PrefillBudget
 from batchgen.engines.paged.step import Ints, Sequence, Step, StepDraft, StepLimits
 from batchgen.types import Prompt
@@ -220,7 +220,7 @@ class Scheduler:
         """Admits sequences that wait, until the step has `budget` tokens, or the next one has no room in the cache."""
         forecast = self._make_forecast()
         while draft.tokens < budget and (sequence := self._find_next_waiting()) is not None:
-            prefix = self._find_prefix(sequence)
+            prefix = self._tables.find_prefix(sequence)
             own = len(sequence.tokens) - prefix.tokens
             first = self._groups.shorten_chunk(min(own, budget - draft.tokens))
             has_room = self._free_slots and self._tables.can_extend(-(-first // PAGE_SIZE))
@@ -261,11 +261,6 @@ class Scheduler:
             return self._preempted[0]
         return self._waiting[-1][2] if self._waiting else None
 
-    def _find_prefix(self, sequence: Sequence) -> SharedPrefix:
-        """The pages that the sequence can share; none where its prompt's own logits are wanted."""
-        root = ROOT_OF_LONG if self._limits.is_long(sequence.prompt_tokens) else ROOT
-        return self._tables.find_prefix(sequence.tokens, root) if sequence.has_prompt_logprobs else SharedPrefix(root)
-
     def _admit(self, sequence: Sequence, prefix: SharedPrefix) -> None:
         if self._preempted:
             self._preempted.popleft()
@@ -273,8 +268,8 @@ class Scheduler:
             self._waiting.pop()
         self._last_number += 1
         slot = sequence.slot = self._free_slots.pop()
-        sequence.admission, sequence.prefix = self._last_number, prefix.node
-        self._tables.begin(slot, prefix, sequence.prompt_tokens)
+        sequence.admission = self._last_number
+        self._tables.begin(sequence, prefix)
         sequence.planned_tokens = prefix.tokens
         self._length[slot], self._shared[slot] = len(sequence.tokens), sequence.planned_tokens
         self._max_new[slot] = sequence.max_new_tokens
@@ -291,8 +286,7 @@ class Scheduler:
         self._tables.extend(np.array([slot]), np.array([-(-end // PAGE_SIZE)]))
         draft.prefill(sequence, begin, end)
         sequence.planned_tokens = end
-        full = min(end, sequence.prompt_tokens)
-        sequence.prefix = self._tables.remember(slot, sequence.prefix, sequence.tokens, begin, full)
+        self._tables.remember(sequence, begin, min(end, sequence.prompt_tokens))
         if end == len(sequence.tokens):
             self._prefilling.remove(sequence)
             self._remaining[sequence.slot] -= 1

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from batchgen.bench import workloads
 from batchgen.engines.paged.layer_groups import ONE_GROUP, LayerGroups, LayerPlace
 from batchgen.engines.paged.page_tables import PageTables, SharedPrefix
 from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, Pages
-from batchgen.engines.paged.step import StepLimits
+from batchgen.engines.paged.step import Sequence, StepLimits
 from batchgen.models.footprint import LayerCacheShape
+from batchgen.types import SamplingParams
 
 BEGINNING = list(range(100, 100 + 3 * PAGE_SIZE))
 HYBRID = LayerGroups(full=1, windowed=1, window=PAGE_SIZE)
@@ -28,12 +29,12 @@ def remembered(pages: Pages, tokens: list[int]) -> list[int]:
     return taken
 
 
-def find(pages: Pages, tokens: Sequence[int]) -> list[int]:
+def find(pages: Pages, tokens: list[int]) -> list[int]:
     """The pages of the prefix that `tokens` begin with."""
     return [node.pages[0] for node in pages.find_path(tokens)]
 
 
-def give_back(pages: Pages, numbers: Sequence[int]) -> None:
+def give_back(pages: Pages, numbers: list[int]) -> None:
     pages.give_back(np.array(numbers, np.int32))
 
 
@@ -119,16 +120,13 @@ def test_no_page_is_lost_or_given_to_two(seed: int, groups: tuple[int, int]) -> 
             tables.give_back_passed(np.array([slot]), np.array([end], np.int32))
         elif free_slots:
             tokens = [source.randrange(2) for _ in range(PAGE_SIZE)] * source.randrange(1, 5) + [5]
-            prefix = tables.find_prefix(tokens, ROOT)
-            slot = free_slots[-1]
+            sequence = make_sequence(tokens, free_slots[-1])
+            prefix = tables.find_prefix(sequence)
             if not tables.can_extend(-(-len(tokens) // PAGE_SIZE) - prefix.columns):
                 tables.drop(prefix)
                 continue
             lengths[free_slots.pop()] = len(tokens)
-            tables.begin(slot, prefix, len(tokens))
-            tables.extend(np.array([slot]), np.array([-(-len(tokens) // PAGE_SIZE)]))
-            tables.remember(slot, prefix.node, tokens, prefix.tokens, len(tokens))
-            tables.give_back_passed(np.array([slot]), np.array([len(tokens)], np.int32))
+            begin(tables, sequence, prefix)
         _check_users(tables, kinds, list(lengths))
     for slot in lengths:
         tables.release(slot)
@@ -150,14 +148,20 @@ def _check_users(tables: PageTables, groups: LayerGroups, slots: list[int]) -> N
     assert tables.available == (counts == 0).sum()
 
 
-def begin(tables: PageTables, slot: int, tokens: Sequence[int]) -> SharedPrefix:
-    """Computes a prompt in this slot, in a single step."""
-    prefix = tables.find_prefix(tokens, ROOT)
-    tables.begin(slot, prefix, len(tokens))
-    tables.extend(np.array([slot]), np.array([-(-len(tokens) // PAGE_SIZE)]))
-    tables.remember(slot, prefix.node, tokens, prefix.tokens, len(tokens))
-    tables.give_back_passed(np.array([slot]), np.array([len(tokens)], np.int32))
-    return prefix
+def make_sequence(tokens: list[int], slot: int = 0) -> Sequence:
+    sequence = Sequence(workloads.prompt(0, tokens, SamplingParams()))
+    sequence.slot = slot
+    return sequence
+
+
+def begin(tables: PageTables, sequence: Sequence, prefix: SharedPrefix | None = None) -> None:
+    """Computes the prompt of a sequence in a single step."""
+    prefix = prefix or tables.find_prefix(sequence)
+    tables.begin(sequence, prefix)
+    slots = np.array([sequence.slot])
+    tables.extend(slots, np.array([-(-len(sequence.tokens) // PAGE_SIZE)]))
+    tables.remember(sequence, prefix.tokens, len(sequence.tokens))
+    tables.give_back_passed(slots, np.array([len(sequence.tokens)], np.int32))
 
 
 @pytest.mark.parametrize("groups", [HYBRID, WINDOWS])
@@ -178,11 +182,11 @@ def test_a_prefix_is_shared_as_far_as_the_next_token_finds_its_window(
 ) -> None:
     tables = PageTables(StepLimits(4, 20 * PAGE_SIZE, 64), 9, groups)
     tokens = list(range(5 * PAGE_SIZE + 1))
-    begin(tables, 0, tokens)
+    begin(tables, make_sequence(tokens))
     first = tables._tables[:, 0, :6].copy()
     # Four pages have been passed, and nobody else has them: they are given up, the last one first.
     tables._pages.take(tables._pages._free_count + given_up)
-    prefix = tables.find_prefix([*tokens[: common * PAGE_SIZE], *[9] * PAGE_SIZE], ROOT)
+    prefix = tables.find_prefix(make_sequence([*tokens[: common * PAGE_SIZE], *[9] * PAGE_SIZE]))
     passed = max(0, shared - 1)  # of groups with a window the last page alone is shared
     assert (prefix.columns, prefix.passed) == (shared, passed)
     assert np.array_equal(prefix.pages[:, passed:], first[:, passed:shared] if shared else np.zeros((1, 0)))
@@ -196,7 +200,7 @@ def test_nodes_of_a_prefix_are_forgotten_with_their_last_page() -> None:
     for groups in (ONE_GROUP, HYBRID, WINDOWS):
         tables = PageTables(StepLimits(4, 20 * PAGE_SIZE, 64), 9, groups)
         for number in range(20):
-            begin(tables, 0, [number] * (5 * PAGE_SIZE))
+            begin(tables, make_sequence([number] * (5 * PAGE_SIZE)))
             tables.release(0)
         tables._pages.take(tables._pages.available)
         assert (tables._pages._nodes, tables._pages._by_number, tables._pages._owners) == ({}, {}, {})
