@@ -4,7 +4,8 @@ How a step is made, by `loop`, in a thread of its own:
 
 1. wait: take the prompts that `engine` has submitted; with nothing else to do, wait for some (`loop`).
 2. plan: preempt if the cache is full, let every running sequence decode a token, admit waiting ones and prefill a chunk
-   of each (`scheduler`; `admission` says who fits, `prefill_budget` how much a step takes, `pages` which pages).
+   of each (`scheduler`; `admission` says who fits, `prefill_budget` how much a step takes, `page_tables` which pages;
+   `layer_groups` which layers share them, so that layers with a window give back what it has passed).
 3. launch: send the step's arrays to the device (`step_buffers`), set the layout, run the model as a CUDA graph
    (`graphs`), choose the next tokens (`runner`); over several ranks, tell the others first (`lockstep`).
 4. read: wait for the tokens of the step before (`launched_step`), give them to their sequences (`finished_rows`).
@@ -25,7 +26,7 @@ Each module imports only modules of the rows below its own:
     models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
     attention  linear   experts   alone   cache
     kernels    skinny_gemm
-    layout     step_buffers   online_softmax
-    page_rows  step
+    layout     step_buffers   online_softmax   page_tables
+    page_rows  step           layer_groups
     pages      not_covered
 """

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from batchgen.engines.paged.layout import AttentionShape, LayerCache, Layout, get_current_layout
+from batchgen.engine import EngineError
+from batchgen.engines.paged.layout import AttentionShape, LayerCache, Layout, get_current_layout, note_window
 from batchgen.engines.paged.pages import PAGE_SIZE
 
 LARGEST_HEAD = 256
@@ -47,15 +48,27 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: torch.Tensor, *fields: Any
 ) -> torch.Tensor:
     """The operator's implementation; `fields` are those of an `AttentionShape`."""
-    shape, layout = AttentionShape(*fields), get_current_layout()
+    shape, layout, number = AttentionShape(*fields), get_current_layout(), int(layer)
     if layout is None:
+        note_window(number, shape.window)
         return _attend_within(query, key, value, shape)
-    cache = layout.caches[int(layer)]
+    _check_window(layout, number, shape)
+    layout, cache = layout.of_layer(number), layout.caches[number]
     if query.device.type == "cuda":
         from batchgen.engines.paged import kernels  # Triton comes with a torch for GPUs alone
 
         return kernels.attend(query, key, value, cache, layout, shape)
     return attend_in_torch(query, key, value, cache, layout, shape)
+
+
+def _check_window(layout: Layout, layer: int, shape: AttentionShape) -> None:
+    """Raises `EngineError` if pages are given back that this attention sees: its text would be wrong without a word."""
+    groups = layout.groups
+    if groups.windowed and groups.has_window(groups.places[layer].group) and not 0 < shape.window <= groups.window:
+        raise EngineError(
+            f"layer {layer} of this model looks back further than the {groups.window} tokens that it did at load; "
+            "use --engine accelerate"
+        )
 
 
 def _make_output(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *__: Any) -> torch.Tensor:

@@ -164,8 +164,8 @@ class Paged(Engine):
         if self._device.type == "cuda":
             free = runner.measure_free_bytes()
         else:  # or what all slots can need
-            free = min(free // sizing.SHARE_OF_HOST, limits.slots * limits.sequence_tokens * token_bytes)
-        pages = peers.least(free // (token_bytes * PAGE_SIZE))
+            free = min(free // sizing.SHARE_OF_HOST, limits.slots * limits.sequence_tokens * runner.token_bytes)
+        pages = peers.least(free // (runner.token_bytes * PAGE_SIZE))
         if self._options.cache_tokens is not None:
             pages = min(pages, -(-self._options.cache_tokens // PAGE_SIZE))
         pages = sizing.shrink_after(sizing.CacheLesson.read(self._setup.limits), pages)
@@ -186,7 +186,10 @@ class Paged(Engine):
         options = self._options
         slots = peers.least(self._setup.batch_size or sizing.choose_slots(free, token_bytes, self._device))
         parameters = peers.least(sum(parameter.numel() for parameter in self._model.parameters()))
-        sequence_tokens = min(self._tokenizer.context or _LONGEST, options.cache_tokens or _LONGEST)
+        # What layers with a window keep of a sequence may be less than all of its tokens.
+        has_windows = any(layer.window for layer in footprint.list_layer_caches(self._tokenizer.config))
+        longest = _LONGEST if has_windows else options.cache_tokens or _LONGEST
+        sequence_tokens = min(self._tokenizer.context or _LONGEST, longest)
         step_tokens = options.step_tokens or sizing.choose_step_tokens(parameters)
         original_context = find_original_context(self._model.config.get_text_config())
         return StepLimits(slots, sequence_tokens, step_tokens, original_context)
@@ -233,7 +236,7 @@ class Paged(Engine):
     def _lead(self, prompts: Iterator[Prompt], stop: Callable[[], bool], leader: Leader | None) -> Iterator[Batch]:
         """Generates on a rank that plans the steps; on its own, or as the leader of others."""
         runner = self._make_ready()
-        self._scheduler = Scheduler(runner.limits, runner.pages, self._options.expected_share)
+        self._scheduler = Scheduler(runner.limits, runner.pages, self._options.expected_share, runner.groups)
         assert runner.chooser is not None  # this rank plans the steps
         reader = StepReader(self._scheduler, self._tokenizer, runner.chooser, self.signs)
         first_rows = FirstRows(self._make_selftest(runner, leader), leader) if self._setup.selftest else None

@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from batchgen.engines.paged.layer_groups import ONE_GROUP, LayerGroups
 from batchgen.engines.paged.page_rows import ReadRows, WriteRows
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Chunk
@@ -46,7 +47,8 @@ class Layout:
     """Where the tokens of the current step belong."""
 
     caches: Sequence[LayerCache]  # of each layer
-    # [slots + 1, columns + 1], int32: the pages of the sequence in each slot, and how many tokens its prompt has.
+    # [slots + 1, columns + 1], int32: the pages of the sequence in each slot, and how many tokens its prompt has. Where
+    # layers are in several groups, this is the table of one of them, the first of which has those numbers of tokens.
     block_table: torch.Tensor
     slots: torch.Tensor  # [tokens], int32: the slot of each token's sequence
     positions: torch.Tensor  # [tokens], int32: the position in its sequence; below 0: padding
@@ -56,6 +58,17 @@ class Layout:
     decoding_count: torch.Tensor | None = None  # [1], int32: how many tokens decode
     query_blocks: torch.Tensor | None = None  # [blocks, 2], int32: first token and number of tokens; 0: an empty block
     splits: int = 1  # programs that share a decoding sequence
+    groups: LayerGroups = ONE_GROUP  # of the layers
+    block_tables: torch.Tensor | None = None  # [groups, slots + 1, columns + 1]; None: there is a single group
+
+    def of_layer(self, layer: int) -> Layout:
+        """The same layout, with the block table of this layer's group."""
+        return self if self.block_tables is None else self._of_groups[self.groups.places[layer].group]
+
+    @cached_property
+    def _of_groups(self) -> list[Layout]:
+        assert self.block_tables is not None
+        return [replace(self, block_table=table) for table in self.block_tables]
 
     @property
     def prompt_tokens(self) -> torch.Tensor:
@@ -85,6 +98,7 @@ class Layout:
 
 class _Current(threading.local):
     layout: Layout | None = None
+    windows: dict[int, int] | None = None
 
 
 _current = _Current()
@@ -93,6 +107,24 @@ _current = _Current()
 def get_current_layout() -> Layout | None:
     """The layout of the forward that this thread runs; None: the model runs by itself."""
     return _current.layout
+
+
+@contextmanager
+def record_windows(windows: dict[int, int]) -> Iterator[None]:
+    """The forwards that this thread runs inside, without a layout, note down the window of each layer in `windows`."""
+    before, _current.windows = _current.windows, windows
+    try:
+        yield
+    finally:
+        _current.windows = before
+
+
+def note_window(layer: int, window: int) -> None:
+    """A forward without a layout has come to the attention of this layer, which has this window; 0: none."""
+    if _current.windows is not None:
+        # Attention that comes by again with another window sees as much as the widest one shows.
+        known = _current.windows.get(layer, window)
+        _current.windows[layer] = max(known, window) if known and window else 0
 
 
 @contextmanager

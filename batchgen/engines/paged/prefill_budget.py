@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from batchgen.engines.paged.layer_groups import LayerGroups
+from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.step import Ints
 
 _FULL = 0.5  # of the cache, on the average over the remaining steps: beyond it, waiting would leave a part unused
@@ -23,13 +25,14 @@ class PrefillBudget:
     Args:
         lengths: [sequences], tokens of their prompts.
         max_new_tokens: [sequences], tokens they may generate.
-        cache_tokens: tokens that the cache holds.
+        pages: how many the cache has for tokens in all layers.
+        groups: of the model's layers.
     """
 
-    def __init__(self, lengths: Ints, max_new_tokens: Ints, cache_tokens: int) -> None:
+    def __init__(self, lengths: Ints, max_new_tokens: Ints, pages: int, groups: LayerGroups) -> None:
         self._lengths = lengths
         self._tokens_before = np.concatenate([[0], lengths.cumsum()])
-        self._cache_tokens = cache_tokens
+        self._cache_tokens, self._groups = pages * groups.count * PAGE_SIZE, groups  # tokens in one group of layers
         self.max_new_tokens = max_new_tokens
 
     def choose_step_tokens(self, remaining: Ints, running: Ints, running_remaining: Ints, planned: int) -> int | None:
@@ -43,7 +46,7 @@ class PrefillBudget:
         """
         steps = max(int(running_remaining.max(initial=0)), int(remaining.max()))
         lengths = self._lengths[: len(remaining)]
-        held = _sum_tokens(lengths, remaining) + _sum_tokens(running, running_remaining)
+        held = self._sum_tokens(lengths, remaining) + self._sum_tokens(running, running_remaining)
         if held > _FULL * self._cache_tokens * steps:
             return None
         # All prompts down to each one, in the steps that remain until it has to begin.
@@ -53,7 +56,7 @@ class PrefillBudget:
         # tokens take 128 of an H100's 132 in Llama-8B's products of 4,096 columns, 1,280 take it two rounds.
         return max(_SMALLEST, 1 << round(math.log2(max(1.0, needed))))
 
-
-def _sum_tokens(lengths: Ints, remaining: Ints) -> float:
-    """Tokens in the cache, summed over the steps of sequences that grow by one in each until they end."""
-    return float(((lengths + remaining / 2) * remaining).sum())
+    def _sum_tokens(self, lengths: Ints, remaining: Ints) -> float:
+        """Tokens in the cache, summed over groups and over the steps of sequences that grow by one in each until they
+        end."""
+        return float((self._groups.count_cached_tokens(lengths + remaining / 2) * remaining).sum())

@@ -7,6 +7,7 @@ that are compiled once for all shapes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 from batchgen.engine import Peers
 from batchgen.engines.paged import models
 from batchgen.engines.paged.alone import Alone
-from batchgen.engines.paged.cache import make_caches
+from batchgen.engines.paged.cache import count_token_bytes, make_caches
 from batchgen.engines.paged.graphs import Graphs, choose_graph_size
 from batchgen.engines.paged.launched_step import LaunchedStep
+from batchgen.engines.paged.layer_groups import LayerGroups
 from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
 from batchgen.engines.paged.prompt_logprobs import find_prompt_logprobs
-from batchgen.engines.paged.step import Step, StepLimits
+from batchgen.engines.paged.step import Chunk, Step, StepLimits
 from batchgen.engines.paged.step_buffers import StepArrays, StepBuffers
 from batchgen.generation.choosing import TokenChooser
 from batchgen.generation.finite import are_finite
@@ -56,11 +58,13 @@ class Runner:
         self.model, self.device, self.limits = model, model.device, limits
         self._patched = models.patch(model, self._peers)
         self._compute_logits = self._patched.compute_logits
+        self.groups = self._group_layers()
         self._heads = footprint.cached_heads(model.config)[0] // self._peers.count
         slots = limits.slots
         self._most_tokens = -(-max(2, slots, limits.step_tokens) // _PADDED_TO) * _PADDED_TO
         self._buffers = StepBuffers(self._most_tokens, slots, self.device)
-        self._block_table = torch.zeros((slots + 1, limits.table_width), dtype=torch.int32, device=self.device)
+        tables = (self.groups.count, slots + 1, limits.table_width)
+        self._block_tables = torch.zeros(tables, dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(slots + 1, dtype=torch.long, device=self.device)  # of each slot
         self._next_tokens = torch.zeros(max(2, slots), dtype=torch.long, device=self.device)  # of each row of the step
         blocks = self._most_tokens // _TOKENS_OF_A_BLOCK
@@ -75,15 +79,28 @@ class Runner:
             for layer in self._patched.layers:
                 layer.compile(dynamic=True)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that a rank's cache has for a token in all layers."""
+        return count_token_bytes(self.model.config, self._peers.count, self.model.dtype.itemsize, self.groups)
+
+    def _group_layers(self) -> LayerGroups:
+        """The groups of the model's layers, by the windows that they ask attention for; not by what the config says,
+        which has windows that its model does not use."""
+        layers = footprint.list_layer_caches(self.model.config)
+        windows = self._patched.find_windows() if any(layer.window for layer in layers) else [0] * len(layers)
+        return LayerGroups.of(layers, windows, self.limits.sequence_tokens)
+
     def allocate(self, pages: int) -> None:
-        """Makes a cache of `pages` pages, in the place of the one that there may be."""
+        """Makes a cache of `pages` pages for tokens in all layers, in the place of the one that there may be."""
         self.pages = pages
-        self._block_table.zero_()  # a larger cache had pages that this one has not
+        self._block_tables.zero_()  # a larger cache had pages that this one has not
         gpu = self.device.type == "cuda"
         self._caches, self._kept_logits, self._graphs = [], None, Graphs(self.device) if gpu else None
         if gpu:
             torch.cuda.empty_cache()
-        self._caches = make_caches(self.model.config, pages, self._peers.count, self.model.dtype, self.device)
+        config, dtype = self.model.config, self.model.dtype
+        self._caches = make_caches(config, pages, self._peers.count, dtype, self.device, self.groups)
 
     def measure_free_bytes(self) -> int:
         """Of the GPU, what is free for the cache: beside the weights and the largest forward. Compiles the model."""
@@ -171,7 +188,7 @@ class Runner:
     def _update_block_table(self, step: Step) -> None:
         if len(step.table_places):
             places = self._buffers.send(torch.from_numpy(step.table_places))
-            self._block_table.view(-1)[places] = self._buffers.send(torch.from_numpy(step.table_pages))
+            self._block_tables.view(-1)[places] = self._buffers.send(torch.from_numpy(step.table_pages))
 
     def _decode(self, step: Step, buffer_index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Makes a step in which every sequence decodes, and chooses the best tokens.
@@ -211,10 +228,7 @@ class Runner:
         """
         if self._graphs is None:
             arrays = self._buffers.put(step, buffer_index, len(step.slots))
-            slots, positions, _, count = arrays
-            layout = Layout(
-                self._caches, self._block_table, slots, positions, step.decoding, step.chunks, decoding_count=count
-            )
+            layout = self._make_layout(arrays, step.decoding, chunks=step.chunks)
             return arrays, self._forward(layout, self._find_token_ids(arrays))
         blocks = make_query_blocks(step.chunks)
         size = choose_graph_size(len(step.slots), self._most_tokens)
@@ -249,11 +263,19 @@ class Runner:
         return self._buffers.pad(size)
 
     def _make_layout(
-        self, arrays: StepArrays, decoding: int, blocks: torch.Tensor | None = None, splits: int = 1
+        self,
+        arrays: StepArrays,
+        decoding: int,
+        blocks: torch.Tensor | None = None,
+        splits: int = 1,
+        chunks: Sequence[Chunk] = (),
     ) -> Layout:
-        """The layout of a step on a GPU."""
+        """The layout of a step: `blocks` and `splits` on a GPU, `chunks` elsewhere."""
         slots, positions, _, count = arrays
-        return Layout(self._caches, self._block_table, slots, positions, decoding, (), count, blocks, splits)
+        tables = self._block_tables
+        several = tables if self.groups.count > 1 else None
+        rest = (count, blocks, splits, self.groups, several)
+        return Layout(self._caches, tables[0], slots, positions, decoding, chunks, *rest)
 
     def _find_token_ids(self, arrays: StepArrays) -> torch.Tensor:
         """[tokens]: the tokens' own ids, or the one that was chosen last for their slot."""

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.admission import CacheForecast, ExpectedLengths
-from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, ROOT_OF_LONG, Pages
+from batchgen.engines.paged.layer_groups import ONE_GROUP, LayerGroups
+from batchgen.engines.paged.page_tables import PageTables, SharedPrefix
+from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.prefill_budget import PrefillBudget
 from batchgen.engines.paged.step import Ints, Sequence, Step, StepDraft, StepLimits
 from batchgen.types import Prompt
@@ -29,15 +31,18 @@ class Scheduler:
 
     Args:
         limits: of steps and sequences.
-        pages: how many the cache has.
+        pages: how many the cache has for tokens in all layers.
         expected_share: the share of its max_new_tokens that a row is expected to generate; None: it is learnt as rows
             end.
+        groups: of the model's layers.
     """
 
-    def __init__(self, limits: StepLimits, pages: int, expected_share: float | None = None) -> None:
-        self._limits, self._columns = limits, limits.columns
+    def __init__(
+        self, limits: StepLimits, pages: int, expected_share: float | None = None, groups: LayerGroups = ONE_GROUP
+    ) -> None:
+        self._limits, self._groups = limits, groups
         self.preemptions = 0
-        self._pages = Pages(pages)
+        self._tables = PageTables(limits, pages, groups)
         self._waiting: list[tuple[tuple[int, list[int]], int, Sequence]] = []  # sorted, the next one last
         self._preempted: deque[Sequence] = deque()  # these wait, too, before all others
         self._prefill_budget: PrefillBudget | None = None  # of those that wait; None: more may come
@@ -54,21 +59,20 @@ class Scheduler:
         self._remaining = np.zeros(limits.slots, np.int32)
         self._is_running = np.zeros(limits.slots, np.bool_)
         self._decoding_slots: Ints | None = None  # of `_decoding`, in order; None: they have changed
+        self._page_ends: Ints | None = None  # of these, those whose next token begins a page; None: they have changed
         self._last_number = 0
         self._steps_to_next_try = 0
         self._lengths = ExpectedLengths(expected_share)
-        self._table_places: list[int] = []
-        self._table_pages: list[int] = []
 
     @property
     def capacity(self) -> int:
         """Most tokens of a sequence that has the cache for itself."""
-        return min(self._pages.count, self._columns) * PAGE_SIZE
+        return self._tables.capacity
 
     @property
     def pages(self) -> int:
-        """How many pages the cache has."""
-        return self._pages.count
+        """How many pages the cache has for tokens in all layers."""
+        return self._tables.pages
 
     @property
     def waiting(self) -> int:
@@ -96,12 +100,12 @@ class Scheduler:
         """All prompts have been added: from now on those that wait may wait for as long as that delays nothing."""
         sizes = [(len(entry[2].tokens), entry[2].max_new_tokens) for entry in self._waiting]
         lengths, max_new_tokens = np.array(sizes, np.int32).reshape(-1, 2).T
-        self._prefill_budget = PrefillBudget(lengths, max_new_tokens, self._pages.count * PAGE_SIZE)
+        self._prefill_budget = PrefillBudget(lengths, max_new_tokens, self._tables.pages, self._groups)
 
     def must_preempt(self) -> bool:
         """Whether the next step has to preempt a sequence. All steps must have been read then: the sequence is
         computed again from its tokens."""
-        return len(self._find_page_ends()) > self._pages.available
+        return not self._tables.can_extend(len(self._find_page_ends()))
 
     def plan(self) -> Step | None:
         """Plans the next step; None: there is nothing to compute until a step in flight has been read, or at all."""
@@ -113,8 +117,8 @@ class Scheduler:
         self._plan_prefill(draft)
         if not draft.tokens:
             return None
-        step = draft.build(self._table_places, self._table_pages)
-        self._table_places, self._table_pages = [], []
+        step = draft.build(*self._tables.pop_changes())
+        self._give_back_passed(step)
         return step
 
     def finish(self, sequence: Sequence) -> None:
@@ -124,7 +128,7 @@ class Scheduler:
             self._ending.discard(sequence)
         else:
             self._decoding.remove(sequence)
-            self._decoding_slots = None
+            self._decoding_slots = self._page_ends = None
         self._release(sequence)
         self._lengths.learn(sequence.generated_tokens, sequence.max_new_tokens)
 
@@ -137,8 +141,7 @@ class Scheduler:
         running = sorted([*self._decoding, *self._prefilling, *self._ending], key=lambda sequence: -sequence.admission)
         for sequence in running:
             self._preempt(sequence)
-        self._pages = Pages(pages)
-        self._table_places, self._table_pages = [], []
+        self._tables = PageTables(self._limits, pages, self._groups)
         all_waiting = [*self._preempted, *(entry[2] for entry in self._waiting)]
         self._preempted = deque(sequence for sequence in self._preempted if self.fits(sequence.prompt))
         self._waiting = [entry for entry in self._waiting if self.fits(entry[2].prompt)]
@@ -152,16 +155,16 @@ class Scheduler:
             if sequence in sequences:
                 sequences.remove(sequence)
         self._ending.discard(sequence)
-        self._decoding_slots = None
+        self._decoding_slots = self._page_ends = None
         self._release(sequence)
         self._preempted.appendleft(sequence)
         self._steps_to_next_try = _STEPS_BETWEEN_TRIES
 
     def _release(self, sequence: Sequence) -> None:
-        self._pages.give_back(sequence.pages)
+        self._tables.release(sequence.slot)
         self._free_slots.append(sequence.slot)
         self._is_running[sequence.slot] = False
-        sequence.pages, sequence.slot = [], -1
+        sequence.slot = -1
 
     def _find_decoding_slots(self) -> Ints:
         if self._decoding_slots is None:
@@ -169,29 +172,37 @@ class Scheduler:
             self._decoding_slots = np.fromiter(slots, np.int32, len(self._decoding))
         return self._decoding_slots
 
-    def _find_page_ends(self) -> NDArray[np.int64]:
-        """Places in `_decoding` of the sequences whose next token begins a page."""
-        return np.flatnonzero(self._length[self._find_decoding_slots()] % PAGE_SIZE == 0)
+    def _find_page_ends(self) -> Ints:
+        """Slots of the decoding sequences whose next token begins a page."""
+        if self._page_ends is None:
+            slots = self._find_decoding_slots()
+            self._page_ends = slots[self._length[slots] % PAGE_SIZE == 0]
+        return self._page_ends
 
     def _plan_decoding(self, draft: StepDraft) -> None:
         if not self._decoding:
             return
-        at_page_ends, slots = self._find_page_ends().tolist(), self._find_decoding_slots()
-        for place, page in zip(at_page_ends, self._pages.take(len(at_page_ends)), strict=True):
-            self._append_page(self._decoding[place], page)
+        slots, page_ends = self._find_decoding_slots(), self._find_page_ends()
+        if len(page_ends):
+            self._tables.extend(page_ends, self._length[page_ends] // PAGE_SIZE + 1)
         draft.decode(self._decoding, slots, self._length[slots])
         self._length[slots] += 1
+        self._page_ends = None
         self._remaining[slots] -= 1
         last = np.flatnonzero(self._remaining[slots] == 0)
         if len(last):
             self._ending.update(self._decoding[place] for place in last.tolist())
             self._decoding = [self._decoding[place] for place in np.flatnonzero(self._remaining[slots]).tolist()]
-            self._decoding_slots = None
+            self._decoding_slots = self._page_ends = None
 
-    def _append_page(self, sequence: Sequence, page: int) -> None:
-        self._table_places.append(sequence.slot * self._limits.table_width + len(sequence.pages))
-        self._table_pages.append(page)
-        sequence.pages.append(page)
+    def _give_back_passed(self, step: Step) -> None:
+        """Once a step is planned, gives back what windows have passed before the next one: of sequences that begin a
+        page then, and of those with a chunk, which may have taken pages for many more tokens than a window has."""
+        if self._groups.windowed:
+            slots = self._find_page_ends()
+            self._tables.give_back_passed(slots, self._length[slots])
+            for chunk in step.chunks:
+                self._tables.give_back_passed(np.array([chunk.slot]), np.array([chunk.length]))
 
     def _plan_prefill(self, draft: StepDraft) -> None:
         step_tokens = self._limits.step_tokens
@@ -209,18 +220,18 @@ class Scheduler:
         """Admits sequences that wait, until the step has `budget` tokens, or the next one has no room in the cache."""
         forecast = self._make_forecast()
         while draft.tokens < budget and (sequence := self._find_next_waiting()) is not None:
-            pages, prefix = self._find_prefix(sequence)
-            own = len(sequence.tokens) - len(pages) * PAGE_SIZE
-            first = min(own, budget - draft.tokens)
-            has_room = self._free_slots and -(-first // PAGE_SIZE) <= self._pages.available
+            prefix = self._tables.find_prefix(sequence)
+            own = len(sequence.tokens) - prefix.tokens
+            first = self._groups.shorten_chunk(min(own, budget - draft.tokens))
+            has_room = self._free_slots and self._tables.can_extend(-(-first // PAGE_SIZE))
             is_alone = self.running == 0
             remaining = sequence.max_new_tokens - sequence.generated_tokens
             expected = int(self._lengths.expect(np.array([sequence.max_new_tokens]), np.array([remaining]))[0])
             if not has_room or not (is_alone or forecast.admit(own, expected)):
-                self._pages.give_back(pages)
+                self._tables.drop(prefix)
                 self._steps_to_next_try = _STEPS_BETWEEN_TRIES
                 return
-            self._admit(sequence, pages, prefix)
+            self._admit(sequence, prefix)
             self._plan_chunk(draft, sequence, budget)
 
     def _choose_step_tokens(self, draft: StepDraft) -> int:
@@ -237,7 +248,8 @@ class Scheduler:
     def _make_forecast(self) -> CacheForecast:
         slots, remaining = self._expect_running()
         # What another had computed already is counted there.
-        return CacheForecast(self._pages.count, self._length[slots] - self._shared[slots], remaining)
+        lengths = self._length[slots] - self._shared[slots]
+        return CacheForecast(self._tables.pages, lengths, remaining, self._groups)
 
     def _expect_running(self) -> tuple[NDArray[np.int64], Ints]:
         """Slots of the sequences that run, and the tokens that each is expected to generate yet."""
@@ -249,24 +261,16 @@ class Scheduler:
             return self._preempted[0]
         return self._waiting[-1][2] if self._waiting else None
 
-    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], int]:
-        """The pages that the sequence can share, and their node; none where its prompt's own logits are wanted."""
-        root = ROOT_OF_LONG if self._limits.is_long(sequence.prompt_tokens) else ROOT
-        return self._pages.find_prefix(sequence.tokens, root) if sequence.has_prompt_logprobs else ([], root)
-
-    def _admit(self, sequence: Sequence, pages: list[int], prefix: int) -> None:
+    def _admit(self, sequence: Sequence, prefix: SharedPrefix) -> None:
         if self._preempted:
             self._preempted.popleft()
         else:
             self._waiting.pop()
         self._last_number += 1
         slot = sequence.slot = self._free_slots.pop()
-        sequence.admission, sequence.prefix = self._last_number, prefix
-        self._table_places.append(slot * self._limits.table_width + self._columns)
-        self._table_pages.append(sequence.prompt_tokens)
-        for page in pages:
-            self._append_page(sequence, page)
-        sequence.planned_tokens = len(pages) * PAGE_SIZE
+        sequence.admission = self._last_number
+        self._tables.begin(sequence, prefix)
+        sequence.planned_tokens = prefix.tokens
         self._length[slot], self._shared[slot] = len(sequence.tokens), sequence.planned_tokens
         self._max_new[slot] = sequence.max_new_tokens
         self._remaining[slot] = sequence.max_new_tokens - sequence.generated_tokens
@@ -275,25 +279,20 @@ class Scheduler:
 
     def _plan_chunk(self, draft: StepDraft, sequence: Sequence, budget: int) -> bool:
         """Plans as much of the sequence's prefill as the step and the cache have room for; False: there is none."""
-        begin = sequence.planned_tokens
-        room = (self._pages.available + len(sequence.pages)) * PAGE_SIZE - begin
-        count = min(len(sequence.tokens) - begin, budget - draft.tokens, room)
-        if count <= 0:
+        begin, slot = sequence.planned_tokens, sequence.slot
+        end = min(len(sequence.tokens), begin + budget - draft.tokens, self._tables.count_room(slot))
+        if end <= begin:
             return False
-        end = begin + count
-        for page in self._pages.take(-(-end // PAGE_SIZE) - len(sequence.pages)):
-            self._append_page(sequence, page)
+        self._tables.extend(np.array([slot]), np.array([-(-end // PAGE_SIZE)]))
         draft.prefill(sequence, begin, end)
         sequence.planned_tokens = end
-        for page in range(begin // PAGE_SIZE, min(end, sequence.prompt_tokens) // PAGE_SIZE):
-            tokens = sequence.tokens[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
-            sequence.prefix = self._pages.remember(sequence.prefix, tokens, sequence.pages[page])
+        self._tables.remember(sequence, begin, min(end, sequence.prompt_tokens))
         if end == len(sequence.tokens):
             self._prefilling.remove(sequence)
             self._remaining[sequence.slot] -= 1
             if self._remaining[sequence.slot]:
                 self._decoding.append(sequence)
-                self._decoding_slots = None
+                self._decoding_slots = self._page_ends = None
             else:
                 self._ending.add(sequence)
         return True

@@ -32,7 +32,7 @@ class StepLimits:
 
     @property
     def table_width(self) -> int:
-        """The width of the block table: the pages of a sequence, and how many tokens its prompt has."""
+        """The width of a block table: the pages of a sequence, and how many tokens its prompt has."""
         return self.columns + 1
 
     def is_long(self, prompt_tokens: int) -> bool:
@@ -50,7 +50,6 @@ class Sequence:
         "has_prompt_logprobs",
         "max_new_tokens",
         "needs_chooser",
-        "pages",
         "planned_tokens",
         "prefix",
         "prompt",
@@ -69,8 +68,7 @@ class Sequence:
         self.has_own_ends = ends.needs_tokens(prompt)  # besides its length and the model's ends of sequence
         # Those of the prompt have been read, or nobody asks for any.
         self.has_prompt_logprobs = prompt.params.prompt_logprobs is None or self.prompt_tokens < 2
-        self.slot = -1  # its row of the block table; -1: it does not run
-        self.pages: list[int] = []
+        self.slot = -1  # its row of the block tables; -1: it does not run
         self.planned_tokens = 0  # those of `tokens` that are in the cache once the planned steps have run
         self.prefix = 0  # the node of `Pages` that stands for those of them that fill pages
         self.admission = 0  # its number in the order of admission
@@ -112,7 +110,7 @@ class Step:
     rows: Ints  # [rows]: the places of the tokens behind which the next one is wanted
     prompt_rows: Ints  # [prompt rows]: the places of the tokens of prompts whose logits are wanted, see `PromptPart`
     needs_chooser: bool  # of some of these rows more is wanted than the best token: one rank chooses, for all of them
-    table_places: NDArray[np.int64]  # [changes]: places in the flattened block table that change before this step
+    table_places: NDArray[np.int64]  # [changes]: places in the flattened block tables that change before this step
     table_pages: Ints  # [changes]: the pages that they become
     # The rest is known where the step was planned, and empty on the other ranks.
     sequences: list[Sequence] = field(default_factory=list)  # of `rows`; the first `decoding` of them decode
@@ -196,8 +194,8 @@ class StepDraft:
         self._ids.append(ids)
         self.tokens += len(slots)
 
-    def build(self, table_places: list[int], table_pages: list[int]) -> Step:
-        """The step, with the changes of the block table that it needs."""
+    def build(self, table_places: NDArray[np.int64], table_pages: Ints) -> Step:
+        """The step, with the changes of the block tables that it needs."""
         return Step(
             np.concatenate(self._slots),
             np.concatenate(self._positions),
@@ -207,8 +205,8 @@ class StepDraft:
             np.array(self._rows, np.int32),
             np.array(self._prompt_rows, np.int32),
             any(sequence.needs_chooser for sequence in self._sequences),
-            np.array(table_places, np.int64),
-            np.array(table_pages, np.int32),
+            table_places,
+            table_pages,
             self._sequences,
             self._prompt_parts,
         )

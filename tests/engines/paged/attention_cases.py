@@ -140,12 +140,13 @@ def case(heads: Heads, dtype: torch.dtype, features: Features = Features(), *, s
 
 
 def with_stale_cache(of: Case) -> Case:
-    """The same step over a cache that holds NaN wherever its sequences have nothing."""
+    """The same step over a cache that holds NaN wherever its sequences have nothing, or nothing that a window shows."""
     layout = of.layout
     cache = LayerCache(*(torch.full_like(half, torch.nan) for half in layout.caches[0]))
-    decoding = ((slot, int(layout.positions[slot]) + 1) for slot in range(layout.decoding))
-    for slot, length in [*decoding, *((chunk.slot, chunk.length) for chunk in layout.chunks)]:
-        places = torch.arange(length)
+    decoding = [(slot, 1, int(layout.positions[slot]) + 1) for slot in range(layout.decoding)]
+    for slot, count, length in [*decoding, *((chunk.slot, chunk.count, chunk.length) for chunk in layout.chunks)]:
+        first = max(0, length - count + 1 - of.shape.window) if of.shape.window else 0
+        places = torch.arange(min(first, length), length)
         at = layout.block_table[slot, places // PAGE_SIZE].long()
         for stale, half in zip(cache, layout.caches[0], strict=True):
             stale[at, :, places % PAGE_SIZE] = half[at, :, places % PAGE_SIZE]

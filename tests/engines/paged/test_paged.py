@@ -71,7 +71,9 @@ def test_the_tokens_are_those_of_generate(kind: Path) -> None:
     ):
         with load(kind, *settings, batch_size=batch_size) as engine:
             generations = texts(engine, rows)
-            assert (engine.preemptions > 0) == (len(settings) == 3)
+            # Where all layers have a window, the cache holds five rows, however long they are.
+            is_tight = len(settings) == 3 and model.model.config.model_type != "mistral"
+            assert (engine.preemptions > 0) == is_tight
         for row in rows:
             assert generations[row.id].generated_tokens == len(alone[row.id])
             assert generations[row.id].text == model.tokenizer.decode(alone[row.id]), (settings, row.id)
@@ -82,7 +84,7 @@ def test_rows_that_ask_get_the_logprobs_of_the_model_itself(kind: Path) -> None:
     model = models.Model(kind)
     with load(kind, "cache_tokens=128", "expected_share=0.05", "step_tokens=50") as engine:
         generations = texts(engine, rows)
-        assert engine.preemptions > 0
+        assert (engine.preemptions > 0) == (model.model.config.model_type != "mistral")
     model.check_logprobs(rows, generations)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from batchgen.engine import Peers
 from batchgen.engines.paged import experts, linear
+from batchgen.engines.paged.layout import record_windows
 from batchgen.engines.paged.models import bloom, falcon, longrope, mpt
 from batchgen.engines.paged.models.interface import NAME
 from batchgen.engines.paged.models.structure import Logits, find_body, find_layers
@@ -45,6 +46,17 @@ class PatchedModel:
             arguments["position_ids"] = positions.clamp(min=0).long()[None]
         hidden: torch.Tensor = self.body(input_ids=ids[None], use_cache=False, **arguments).last_hidden_state[0]
         return hidden
+
+    def find_windows(self) -> list[int]:
+        """Returns the window that attention has in each layer, in tokens, by a forward of a token; 0: none.
+
+        Ranks that hold the model together call this together.
+        """
+        windows: dict[int, int] = {}
+        device = self.model.device
+        with torch.inference_mode(), record_windows(windows):
+            self.compute_hidden(torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, device=device))
+        return [windows.get(layer, 0) for layer in range(len(self.layers))]
 
     @cached_property
     def takes_positions(self) -> bool:
