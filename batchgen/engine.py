@@ -118,6 +118,8 @@ class Setup:
     run: str = ""  # tells this run, or its shard, from all others; the same in all its attempts
     cache: str = ""  # batchgen's own folder on this machine, for files that are built once
     adapter: str = ""  # the folder of a LoRA adapter that is merged into the weights; "": none
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """The folders of the LoRA adapters that rows may name, by these names; `Prompt.adapter` is one of them."""
     limits: Mapping[int, int] = field(default_factory=dict)
     """Most rows of a batch, by its length in tokens: what earlier attempts died of (`OutOfStep`)."""
 
@@ -182,6 +184,8 @@ class Engine(ABC):
     """It is meant for machines without a GPU, too: there `--engine auto` chooses among such engines."""
     reads_split: ClassVar[bool] = False
     """It reads models whose files are split by rank."""
+    takes_adapters: ClassVar[bool] = False
+    """Rows may each name one of several adapters."""
     group_setting: ClassVar[str | None] = None
     """The setting that says how many ranks share a model; None: there is none."""
     dtypes: ClassVar[Sequence[str]] = ("auto", "float32", "bfloat16", "float16")
@@ -206,6 +210,11 @@ class Engine(ABC):
         Raises:
             EngineError: the engine cannot run like this; the message says why and what to do.
         """
+        if setup.adapters and not cls.takes_adapters:
+            raise EngineError(
+                "this engine has one model for all rows, which cannot name adapters of their own: --adapter FOLDER, "
+                "without a name, merges one adapter for all of them, and --engine paged has several at once"
+            )
         cls.stream(setup.world, options)
 
     @classmethod

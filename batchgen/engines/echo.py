@@ -49,6 +49,7 @@ class Echo(Engine):
     """
 
     needs_model = False
+    takes_adapters = True
     dtypes = DTYPES  # it computes nothing
 
     @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class Prompt:
     sample: int = 0  # which of the row's texts an engine is to generate: `params.n` of this prompt, then of `others`
     markup: Markup | None = None  # what the model may write beside the answer; None: all of its text is the answer
     others: Sequence[Prompt] = ()  # the further prompts of the same row, each with this row's index and id
+    adapter: str = ""  # the name of the adapter that the model has for this row; "": none
 
     @property
     def row_seed(self) -> int:
@@ -132,6 +133,7 @@ class Generation:
     sample: int = 0  # which of the row's samples this is
     others: Sequence[Generation] = ()  # the samples after this one, in order, where the row has several
     markup: Markup | None = None  # the prompt's
+    adapter: str = ""  # the prompt's
 
     @classmethod
     def of(
@@ -158,6 +160,7 @@ class Generation:
             details,
             prompt.sample,
             markup=prompt.markup,
+            adapter=prompt.adapter,
         )
 
     @classmethod
@@ -175,4 +178,5 @@ class Generation:
             prompt.columns,
             prompt.request,
             sample=prompt.sample,
+            adapter=prompt.adapter,
         )

@@ -8,7 +8,7 @@ stream, whose steps the first of them plans.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +18,7 @@ import torch
 
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
-from batchgen.engines.paged import models, sizing
+from batchgen.engines.paged import adapters, models, sizing
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
@@ -45,7 +45,7 @@ _LONGEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
 class Paged(Engine):
     """A whole model a rank, or a group, its rows in flight all the time."""
 
-    serves_cpu = reads_split = True
+    serves_cpu = reads_split = takes_adapters = True
     group_setting = "tp"
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
     pace = Pace(
@@ -98,6 +98,7 @@ class Paged(Engine):
         self._setup, self._options = setup, options
         self._loop: Loop | None = None
         self._runner: Runner | None = None
+        self._adapters: Mapping[str, adapters.LayerAdapters] = {}  # by the names of the model's layers
         self._group: tensor_parallel.Group | None = None  # of ranks that hold the model together; None: this one alone
         self._tokenizer = HfTokenizer(setup.model)
         models.check(self._tokenizer.config)
@@ -126,6 +127,7 @@ class Paged(Engine):
         self._check_model(dtype)
         arguments = {"dtype": dtype, "device_map": {"": str(self._device)}}
         self._model = loading.load(self._setup.model, arguments, adapter=self._setup.adapter)
+        self._adapters = adapters.load(self._setup.adapters, self._tokenizer.config, dtype, self._device)
         self._make_ready()
 
     def _load_shard(self) -> None:
@@ -160,7 +162,7 @@ class Paged(Engine):
         free = device.free_bytes([self._device], self._setup.world.local_size)
         limits = self._choose_limits(peers, free, token_bytes)
         chooser = self._make_chooser(limits) if peers.place == 0 else None
-        runner = Runner(self._model, limits, peers, chooser)
+        runner = Runner(self._model, limits, peers, chooser, self._adapters)
         if self._device.type == "cuda":
             free = runner.measure_free_bytes()
         else:  # or what all slots can need
@@ -192,7 +194,7 @@ class Paged(Engine):
         sequence_tokens = min(self._tokenizer.context or _LONGEST, longest)
         step_tokens = options.step_tokens or sizing.choose_step_tokens(parameters)
         original_context = find_original_context(self._model.config.get_text_config())
-        return StepLimits(slots, sequence_tokens, step_tokens, original_context)
+        return StepLimits(slots, sequence_tokens, step_tokens, original_context, tuple(self._setup.adapters))
 
     @property
     def preemptions(self) -> int:
@@ -239,7 +241,8 @@ class Paged(Engine):
         self._scheduler = Scheduler(runner.limits, runner.pages, self._options.expected_share, runner.groups)
         assert runner.chooser is not None  # this rank plans the steps
         reader = StepReader(self._scheduler, self._tokenizer, runner.chooser, self.signs)
-        first_rows = FirstRows(self._make_selftest(runner, leader), leader) if self._setup.selftest else None
+        test = self._make_selftest(runner, leader) if self._setup.selftest else None
+        first_rows = test and FirstRows(test, leader, runner.limits)
         self._loop = loop = Loop(self._scheduler, runner, reader, self.signs, first_rows, leader)
         loop.start()
         try:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from batchgen.device import is_out_of_memory
 from batchgen.engines.paged.finished_rows import FinishedRow
+from batchgen.engines.paged.layout import use_adapter
 from batchgen.engines.paged.lockstep import Leader
+from batchgen.engines.paged.step import StepLimits
 from batchgen.generation import selftest
 from batchgen.generation.selftest import SelfTest
 
@@ -23,10 +25,11 @@ class FirstRows:
     Args:
         test: of this model.
         leader: of the other ranks that hold the model, which take part in each forward; None: there are none.
+        limits: of steps; they know the adapters.
     """
 
-    def __init__(self, test: SelfTest, leader: Leader | None) -> None:
-        self._test, self._leader = test, leader
+    def __init__(self, test: SelfTest, leader: Leader | None, limits: StepLimits) -> None:
+        self._test, self._leader, self._limits = test, leader, limits
         self._rows: list[FinishedRow] = []
         self._since = 0.0
         self._has_passed = False
@@ -67,9 +70,11 @@ class FirstRows:
         rows = _find_long_rows(rows) or rows
         for place in selftest.choose([row.prompt for row in rows]):
             prompt, tokens = rows[place].prompt, rows[place].tokens or []
+            adapter = self._limits.find_adapter(prompt.adapter)
             if self._leader is not None:
-                self._leader.announce_self_test(prompt.tokens, tokens)
-            self._test.check(prompt, tokens)
+                self._leader.announce_self_test(prompt.tokens, tokens, adapter)
+            with use_adapter(adapter):
+                self._test.check(prompt, tokens)
 
 
 def _find_long_rows(rows: Sequence[FinishedRow]) -> list[FinishedRow]:

@@ -42,13 +42,24 @@ class LayerCache(NamedTuple):
     values: torch.Tensor  # [pages, key heads, PAGE_SIZE, value size]
 
 
+class AdapterRows(NamedTuple):
+    """Which adapter the tokens of a step have; see `adapters.sort_by_adapter`. Numbers count from 0 here."""
+
+    numbers: torch.Tensor  # [tokens, 1], int32: the adapter of each token; as many as there are adapters: none
+    order: torch.Tensor  # [tokens], int32: the token at each place, sorted by adapter
+    offsets: torch.Tensor  # [adapters + 1], int32: the first place of each adapter, and the end of the last one's
+    places: torch.Tensor  # [tokens, 1], int32: the place of each token
+    weights: torch.Tensor  # [tokens, 1], float32: ones
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the tokens of the current step belong."""
 
     caches: Sequence[LayerCache]  # of each layer
-    # [slots + 1, columns + 1], int32: the pages of the sequence in each slot, and how many tokens its prompt has. Where
-    # layers are in several groups, this is the table of one of them, the first of which has those numbers of tokens.
+    # [slots + 1, columns + 2], int32: the pages of the sequence in each slot, the number of its adapter, from 1 (0:
+    # none), and how many tokens its prompt has. Where layers are in several groups, this is the table of one of them,
+    # the first of which has these two numbers.
     block_table: torch.Tensor
     slots: torch.Tensor  # [tokens], int32: the slot of each token's sequence
     positions: torch.Tensor  # [tokens], int32: the position in its sequence; below 0: padding
@@ -59,7 +70,8 @@ class Layout:
     query_blocks: torch.Tensor | None = None  # [blocks, 2], int32: first token and number of tokens; 0: an empty block
     splits: int = 1  # programs that share a decoding sequence
     groups: LayerGroups = ONE_GROUP  # of the layers
-    block_tables: torch.Tensor | None = None  # [groups, slots + 1, columns + 1]; None: there is a single group
+    block_tables: torch.Tensor | None = None  # [groups, slots + 1, columns + 2]; None: there is a single group
+    adapters: AdapterRows | None = None  # None: no token has one
 
     def of_layer(self, layer: int) -> Layout:
         """The same layout, with the block table of this layer's group."""
@@ -74,6 +86,11 @@ class Layout:
     def prompt_tokens(self) -> torch.Tensor:
         """How many tokens the prompt of each token's sequence has, [tokens], int32."""
         return self.block_table[:, -1].index_select(0, self.slots)
+
+    @property
+    def adapter_numbers(self) -> torch.Tensor:
+        """The number of the adapter of each token, from 1; 0: none. [tokens], int32."""
+        return self.block_table[:, -2].index_select(0, self.slots)
 
     # Attention in torch alone uses these, which are the same for all layers.
     @cached_property
@@ -99,6 +116,8 @@ class Layout:
 class _Current(threading.local):
     layout: Layout | None = None
     windows: dict[int, int] | None = None
+    adapter: int = 0
+    adapted: set[int] | None = None
 
 
 _current = _Current()
@@ -125,6 +144,37 @@ def note_window(layer: int, window: int) -> None:
         # Attention that comes by again with another window sees as much as the widest one shows.
         known = _current.windows.get(layer, window)
         _current.windows[layer] = max(known, window) if known and window else 0
+
+
+@contextmanager
+def use_adapter(number: int) -> Iterator[None]:
+    """In the forwards that this thread runs inside, without a layout, all tokens have this adapter; 0: none."""
+    before, _current.adapter = _current.adapter, number
+    try:
+        yield
+    finally:
+        _current.adapter = before
+
+
+def get_current_adapter() -> int:
+    """The number of the adapter of all tokens of a forward without a layout, from 1; 0: none."""
+    return _current.adapter
+
+
+@contextmanager
+def record_adapted(addresses: set[int]) -> Iterator[None]:
+    """The forwards that this thread runs inside note down where B lies of each layer with adapters that they compute."""
+    before, _current.adapted = _current.adapted, addresses
+    try:
+        yield
+    finally:
+        _current.adapted = before
+
+
+def note_adapted(address: int) -> None:
+    """A forward has come to the layer with adapters whose B lies there."""
+    if _current.adapted is not None:
+        _current.adapted.add(address)
 
 
 @contextmanager

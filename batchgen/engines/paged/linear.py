@@ -2,7 +2,8 @@
 
 One product of many columns keeps a GPU busier than several of few: a product of 2,048 tokens and 1,024 columns is one
 of 64 tiles, on 132 multiprocessors. Which kernel computes it depends on the number of tokens, which the compiler leaves
-open; so the product is an operator that decides when it runs.
+open; so the product is an operator that decides when it runs. Where rows have adapters of their own, the operator adds
+what these add, if a token of the step has one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from batchgen.engines.paged import adapters
+from batchgen.engines.paged.adapters import LayerAdapters
 
 # Warning: `join_layers` and `replace_layers` patch modules that Transformers has made.
 #
@@ -24,7 +29,10 @@ from torch import nn
 #   result of another call, and the text is wrong: `models.trial` finds it at load.
 # - The weights of the joined layers have other names: the patched model can be neither saved nor loaded into.
 # - `replace_layers` sets `__class__`. It takes plain `nn.Linear` alone, since a subclass has a `forward` of its own,
-#   which would be lost.
+#   which would be lost. With adapters it takes Conv1D and subclasses, too: `batchgen.models.lora` refuses at
+#   load those that compute more than a product.
+# - `set_adapters` adds buffers to layers. What computes with the weight of such a layer without calling the layer has
+#   no adapter, and the text is wrong: `models.patching` looks at load whether each of them is called.
 
 
 def join_layers(module: nn.Module, names: Sequence[str]) -> None:
@@ -41,10 +49,25 @@ def join_layers(module: nn.Module, names: Sequence[str]) -> None:
         setattr(module, name, _JoinedOutput(joined, number, number == len(names) - 1) if number else joined)
 
 
+def set_adapters(layer: nn.Module, given: LayerAdapters | None) -> None:
+    """Gives a layer the adapters that rows may have, before it is joined or replaced; None: it has none."""
+    for name, tensor in zip(LayerAdapters._fields, given or (), strict=False):
+        layer.register_buffer(f"adapters_{name}", tensor, persistent=False)
+
+
+def get_adapters(layer: nn.Module) -> LayerAdapters | None:
+    """Returns the adapters that rows may have of a layer; None: it has none."""
+    tensors = [getattr(layer, f"adapters_{name}", None) for name in LayerAdapters._fields]
+    return LayerAdapters(*tensors) if all(tensor is not None for tensor in tensors) else None
+
+
 def replace_layers(module: nn.Module) -> None:
-    """Makes plain linear layers of `module`, itself included, compute by `multiply`."""
+    """Makes plain linear layers of `module`, itself included, compute by `multiply`, and those with adapters with
+    these."""
     for layer in module.modules():
-        if type(layer) is nn.Linear:
+        if isinstance(layer, nn.Linear | Conv1D) and get_adapters(layer) is not None:
+            layer.__class__ = _AdaptedConv1D if isinstance(layer, Conv1D) else _AdaptedLinear
+        elif type(layer) is nn.Linear:
             layer.__class__ = _OwnLinear
 
 
@@ -53,6 +76,25 @@ def multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     if inputs.device.type != "cuda":
         return F.linear(inputs, weight, bias)
     output: torch.Tensor = torch.ops.batchgen.product(inputs, weight, bias)
+    return output
+
+
+def multiply_adapted(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, given: LayerAdapters | None
+) -> torch.Tensor:
+    """As `multiply`, with what each token's adapter adds."""
+    if given is None:
+        return multiply(inputs, weight, bias)
+    output: torch.Tensor = torch.ops.batchgen.adapted_product(inputs, weight, bias, *given)
+    return output
+
+
+def _multiply_adapted(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    """The operator's implementation."""
+    output = multiply(inputs, weight, bias)
+    adapters.add_to(output, inputs, LayerAdapters(down, up))
     return output
 
 
@@ -66,7 +108,7 @@ def _multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return F.linear(inputs, weight, bias)
 
 
-def _make_output(inputs: torch.Tensor, weight: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+def _make_output(inputs: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
     return inputs.new_empty((*inputs.shape[:-1], weight.shape[0]))
 
 
@@ -74,11 +116,28 @@ _library = torch.library.Library("batchgen", "FRAGMENT")  # type: ignore[no-unty
 _library.define("product(Tensor inputs, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl("product", _multiply, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("batchgen::product", _make_output, lib=_library)
+_library.define(  # type: ignore[no-untyped-call]
+    "adapted_product(Tensor inputs, Tensor weight, Tensor? bias, Tensor down, Tensor up) -> Tensor"
+)
+_library.impl("adapted_product", _multiply_adapted, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("batchgen::adapted_product", _make_output, lib=_library)
 
 
 class _OwnLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return multiply(input, self.weight, self.bias)
+
+
+class _AdaptedLinear(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return multiply_adapted(input, self.weight, self.bias, get_adapters(self))
+
+
+class _AdaptedConv1D(Conv1D):
+    """GPT-2's layers, which keep the weight as [depth, columns]."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return multiply_adapted(inputs, self.weight.T, self.bias, get_adapters(self))
 
 
 class _JoinedLinear(nn.Module):
@@ -92,10 +151,11 @@ class _JoinedLinear(nn.Module):
         if any(layer.bias is not None for layer in layers):
             biases = [_find_bias(layer) for layer in layers]
             self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        set_adapters(self, adapters.join([get_adapters(layer) for layer in layers], self._sizes))
         self.outputs: tuple[torch.Tensor, ...] = ()  # of all the layers, while others are still to be called
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.outputs = torch.split(multiply(inputs, self.weight, self.bias), self._sizes, -1)
+        self.outputs = torch.split(multiply_adapted(inputs, self.weight, self.bias, get_adapters(self)), self._sizes, -1)
         return self.outputs[0]
 
 

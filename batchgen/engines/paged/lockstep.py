@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from batchgen import device
 from batchgen.engine import Peers, SignsOfLife
 from batchgen.engines.paged.launched_step import LaunchedStep
+from batchgen.engines.paged.layout import use_adapter
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.sizing import CacheLesson
 from batchgen.engines.paged.step import Step
@@ -32,7 +33,7 @@ class _Message(IntEnum):
     ASK_TO_STOP = 0  # whether one of them was asked to stop
     END = 1
     STEP = 2  # a packed `Step` follows
-    SELF_TEST = 3  # of a row: how many tokens its prompt has, these tokens, and those that were generated
+    SELF_TEST = 3  # of a row: its adapter, how many tokens its prompt has, these tokens, and those that were generated
 
 
 class Leader:
@@ -63,9 +64,13 @@ class Leader:
             self._asked_at = time.monotonic()
             self._signs.idle_reports += 1
 
-    def announce_self_test(self, prompt: Tokens, tokens: Tokens) -> None:
-        """The others take part in the forward of a self-test, which this rank makes next."""
-        self._tell(_Message.SELF_TEST, np.array([len(prompt), *prompt, *tokens]))
+    def announce_self_test(self, prompt: Tokens, tokens: Tokens, adapter: int) -> None:
+        """The others take part in the forward of a self-test, which this rank makes next.
+
+        Args:
+            adapter: its number; 0: none.
+        """
+        self._tell(_Message.SELF_TEST, np.array([adapter, len(prompt), *prompt, *tokens]))
 
     def end(self) -> None:
         """There are no more steps: the others leave `Follower.follow`."""
@@ -124,5 +129,6 @@ class Follower:
         self._in_flight = launched
 
     def _take_part_in_self_test(self, numbers: NDArray[np.int64]) -> None:
-        prompt, tokens = np.split(numbers[1:], [numbers[0]])
-        selftest.logits_of(self._runner.model, prompt.tolist(), tokens.tolist(), device=self._runner.device)
+        prompt, tokens = np.split(numbers[2:], [numbers[1]])
+        with use_adapter(int(numbers[0])):
+            selftest.logits_of(self._runner.model, prompt.tolist(), tokens.tolist(), device=self._runner.device)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.layer_groups import LayerGroups
-from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, ROOT_OF_LONG, Pages, PrefixNode
+from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, Pages, PrefixNode, find_root
 from batchgen.engines.paged.step import Ints, Sequence, StepLimits
 
 
@@ -81,7 +81,7 @@ class PageTables:
 
         There is none where the prompt's own logits are wanted: it has to be computed whole.
         """
-        root = ROOT_OF_LONG if self._limits.is_long(sequence.prompt_tokens) else ROOT
+        root = find_root(sequence.adapter, is_long=self._limits.is_long(sequence.prompt_tokens))
         path = self._pages.find_path(sequence.tokens, root) if sequence.has_prompt_logprobs else []
         columns, passed = self._find_shared(path)
         if not columns:
@@ -101,9 +101,9 @@ class PageTables:
         slot, sequence.prefix = sequence.slot, prefix.node
         self._columns[slot], self._passed[slot] = prefix.columns, prefix.passed
         self._tables[:, slot, : prefix.columns] = prefix.pages
-        last = slot * self._limits.table_width + self._limits.columns
-        self._changed_places.append(np.array([last], np.int64))
-        self._changed_pages.append(np.array([sequence.prompt_tokens], np.int32))
+        behind = slot * self._limits.table_width + self._limits.columns
+        self._changed_places.append(np.array([behind, behind + 1], np.int64))
+        self._changed_pages.append(np.array([sequence.adapter, sequence.prompt_tokens], np.int32))
         if prefix.columns:
             self._record(np.full(prefix.columns, slot), np.arange(prefix.columns), prefix.pages)
 

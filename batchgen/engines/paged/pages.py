@@ -20,6 +20,17 @@ kilobyte or more of adjacent memory."""
 ROOT, ROOT_OF_LONG = 0, -1
 """The roots of two trees of prefixes; the second one is for prompts beyond the original context (LongRoPE)."""
 
+
+def find_root(adapter: int, *, is_long: bool) -> int:
+    """Returns the root of the tree for prompts with an adapter: their keys and values are those of nobody else.
+
+    Args:
+        adapter: its number, from 1; 0: none.
+        is_long: the prompt goes beyond the original context.
+    """
+    return (ROOT_OF_LONG if is_long else ROOT) - 2 * adapter
+
+
 _GONE = -1  # in the place of a page
 
 _Key = tuple[int, tuple[int, ...]]  # the number of the node before, and the tokens that follow there

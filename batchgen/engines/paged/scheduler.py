@@ -58,6 +58,7 @@ class Scheduler:
         self._max_new = np.zeros(limits.slots, np.int32)
         self._remaining = np.zeros(limits.slots, np.int32)
         self._is_running = np.zeros(limits.slots, np.bool_)
+        self._adapters = np.zeros(limits.slots, np.int32)
         self._decoding_slots: Ints | None = None  # of `_decoding`, in order; None: they have changed
         self._page_ends: Ints | None = None  # of these, those whose next token begins a page; None: they have changed
         self._last_number = 0
@@ -91,7 +92,7 @@ class Scheduler:
     def add(self, prompts: Iterable[Prompt]) -> None:
         """These prompts wait. Each of them `fits`."""
         for prompt in prompts:
-            sequence = Sequence(prompt)
+            sequence = Sequence(prompt, self._limits.find_adapter(prompt.adapter))
             self._last_number += 1
             self._waiting.append(((sequence.max_new_tokens, sequence.tokens), self._last_number, sequence))
         self._waiting.sort(key=lambda entry: entry[:2])
@@ -117,7 +118,7 @@ class Scheduler:
         self._plan_prefill(draft)
         if not draft.tokens:
             return None
-        step = draft.build(*self._tables.pop_changes())
+        step = draft.build(*self._tables.pop_changes(), self._adapters)
         self._give_back_passed(step)
         return step
 
@@ -274,7 +275,7 @@ class Scheduler:
         self._length[slot], self._shared[slot] = len(sequence.tokens), sequence.planned_tokens
         self._max_new[slot] = sequence.max_new_tokens
         self._remaining[slot] = sequence.max_new_tokens - sequence.generated_tokens
-        self._is_running[slot] = True
+        self._is_running[slot], self._adapters[slot] = True, sequence.adapter
         self._prefilling.append(sequence)
 
     def _plan_chunk(self, draft: StepDraft, sequence: Sequence, budget: int) -> bool:

@@ -24,6 +24,7 @@ class StepLimits:
     step_tokens: int  # most tokens of a step with prefill chunks in it
     # Keys of prompts beyond it have other positions than the same tokens in a shorter one; None: they have the same.
     original_context: int | None = None
+    adapters: tuple[str, ...] = ()  # the names of those that sequences may have; their numbers count from 1
 
     @property
     def columns(self) -> int:
@@ -32,8 +33,12 @@ class StepLimits:
 
     @property
     def table_width(self) -> int:
-        """The width of a block table: the pages of a sequence, and how many tokens its prompt has."""
-        return self.columns + 1
+        """The width of a block table: the pages of a sequence, its adapter, and how many tokens its prompt has."""
+        return self.columns + 2
+
+    def find_adapter(self, name: str) -> int:
+        """Returns the number of the adapter that a prompt names; 0: it names none."""
+        return self.adapters.index(name) + 1 if name else 0
 
     def is_long(self, prompt_tokens: int) -> bool:
         """Whether a prompt goes beyond the original context."""
@@ -44,6 +49,7 @@ class Sequence:
     """One prompt on its way."""
 
     __slots__ = (
+        "adapter",
         "admission",
         "awaits_tokens",
         "has_own_ends",
@@ -58,8 +64,9 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, prompt: Prompt) -> None:
+    def __init__(self, prompt: Prompt, adapter: int = 0) -> None:
         self.prompt = prompt
+        self.adapter = adapter  # its number, from 1; 0: none
         self.tokens = list(prompt.tokens)  # those of the prompt, then those that have been generated
         self.prompt_tokens = len(prompt.tokens)
         self.max_new_tokens = prompt.params.max_new_tokens
@@ -110,6 +117,7 @@ class Step:
     rows: Ints  # [rows]: the places of the tokens behind which the next one is wanted
     prompt_rows: Ints  # [prompt rows]: the places of the tokens of prompts whose logits are wanted, see `PromptPart`
     needs_chooser: bool  # of some of these rows more is wanted than the best token: one rank chooses, for all of them
+    has_adapters: bool  # some of the tokens are of a sequence with an adapter
     table_places: NDArray[np.int64]  # [changes]: places in the flattened block tables that change before this step
     table_pages: Ints  # [changes]: the pages that they become
     # The rest is known where the step was planned, and empty on the other ranks.
@@ -130,14 +138,14 @@ class Step:
             self.table_places,
             self.table_pages,
         )
-        head = np.array([self.decoding, self.needs_chooser, *(len(field) for field in fields)], np.int64)
+        head = np.array([self.decoding, self.needs_chooser, self.has_adapters, *(len(field) for field in fields)], np.int64)
         return np.concatenate([head, *fields])
 
     @classmethod
     def unpack(cls, numbers: NDArray[np.int64]) -> Step:
         """The step that `pack` has made numbers of, without its sequences."""
-        decoding, needs_chooser, *lengths = numbers[:10].tolist()
-        fields = np.split(numbers[10:], np.cumsum(lengths)[:-1])
+        decoding, needs_chooser, has_adapters, *lengths = numbers[:11].tolist()
+        fields = np.split(numbers[11:], np.cumsum(lengths)[:-1])
         slots, positions, ids, chunks, rows, prompt_rows, table_places, table_pages = fields
         return cls(
             slots.astype(np.int32),
@@ -148,6 +156,7 @@ class Step:
             rows.astype(np.int32),
             prompt_rows.astype(np.int32),
             bool(needs_chooser),
+            bool(has_adapters),
             table_places,
             table_pages.astype(np.int32),
         )
@@ -194,10 +203,15 @@ class StepDraft:
         self._ids.append(ids)
         self.tokens += len(slots)
 
-    def build(self, table_places: NDArray[np.int64], table_pages: Ints) -> Step:
-        """The step, with the changes of the block tables that it needs."""
+    def build(self, table_places: NDArray[np.int64], table_pages: Ints, adapters: Ints) -> Step:
+        """The step, with the changes of the block tables that it needs.
+
+        Args:
+            adapters: of the sequence in each slot, [slots].
+        """
+        slots = np.concatenate(self._slots)
         return Step(
-            np.concatenate(self._slots),
+            slots,
             np.concatenate(self._positions),
             np.concatenate(self._ids),
             self._decoding,
@@ -205,6 +219,7 @@ class StepDraft:
             np.array(self._rows, np.int32),
             np.array(self._prompt_rows, np.int32),
             any(sequence.needs_chooser for sequence in self._sequences),
+            bool(adapters[slots].any()),
             table_places,
             table_pages,
             self._sequences,

@@ -73,7 +73,7 @@ def multiply(
     grid = (tiles * triton.cdiv(columns, tile.columns),)
     constants: dict[str, Any] = {
         "EXPERTS": experts,
-        "WIDE": triton.next_power_of_2(experts),
+        "WIDE": max(2, triton.next_power_of_2(experts)),
         "TOP_K": sorting.top_k,
         "BIAS": bias is not None,
         "EVEN": depth % tile.depth == 0,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from batchgen.engine import Peers
+from batchgen.engine import EngineError, Peers
 from batchgen.engines.paged import experts, linear
-from batchgen.engines.paged.layout import record_windows
+from batchgen.engines.paged.adapters import LayerAdapters
+from batchgen.engines.paged.layout import record_adapted, record_windows
 from batchgen.engines.paged.models import bloom, falcon, longrope, mpt
 from batchgen.engines.paged.models.interface import NAME
 from batchgen.engines.paged.models.structure import Logits, find_body, find_layers
+
+NO_ADAPTERS: Mapping[str, LayerAdapters] = MappingProxyType({})
 
 _OWN_ATTENTION = {"bloom": bloom.patch, "falcon": falcon.patch, "mpt": mpt.patch}
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -53,10 +58,33 @@ class PatchedModel:
         Ranks that hold the model together call this together.
         """
         windows: dict[int, int] = {}
-        device = self.model.device
-        with torch.inference_mode(), record_windows(windows):
-            self.compute_hidden(torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, device=device))
+        with record_windows(windows):
+            self._compute_token()
         return [windows.get(layer, 0) for layer in range(len(self.layers))]
+
+    def check_adapters(self) -> None:
+        """Checks, by a forward of a token, that each layer with adapters is called, as `find_windows` does.
+
+        Raises:
+            EngineError: one is not.
+        """
+        layers = {name: linear.get_adapters(module) for name, module in self.model.named_modules()}
+        adapted = {name: found.up.data_ptr() for name, found in layers.items() if found is not None}
+        if adapted:
+            called: set[int] = set()
+            with record_adapted(called):
+                self._compute_token()
+            if missing := sorted(name for name, address in adapted.items() if address not in called):
+                raise EngineError(
+                    f"a {self.model.config.model_type} model computes without calling its layer {missing[0]}, so that a "
+                    "row cannot have an adapter there; give its rows a run of their own, in which --adapter FOLDER "
+                    "merges it"
+                )
+
+    def _compute_token(self) -> None:
+        device = self.model.device
+        with torch.inference_mode():
+            self.compute_hidden(torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, device=device))
 
     @cached_property
     def takes_positions(self) -> bool:
@@ -74,15 +102,18 @@ class PatchedModel:
 # with Transformers itself.
 
 
-def patch(model: Any, peers: Peers) -> PatchedModel:
+def patch(model: Any, peers: Peers, adapters: Mapping[str, LayerAdapters] = NO_ADAPTERS) -> PatchedModel:
     """Gives the attention of a loaded model to `attention.attend`, and its linear layers to `linear`.
 
     Args:
         peers: the ranks that hold the model together; `model` is this one's shard, with as many heads as each has.
+        adapters: that rows may have, by the names of the layers.
 
     Raises:
         NotCovered: a part of the model is not where it should be.
     """
+    for name, given in adapters.items():
+        linear.set_adapters(model.get_submodule(name), given)
     text = model.config.get_text_config()
     body = find_body(model)
     layers = find_layers(body, text.num_hidden_layers)
@@ -100,5 +131,9 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
         linear.replace_layers(layer)
     logits = Logits(model)
     linear.replace_layers(model.get_output_embeddings())
+    for name in adapters:  # some may be outside of the layers
+        linear.replace_layers(model.get_submodule(name))
     model.config._attn_implementation = text._attn_implementation = NAME
-    return PatchedModel(model, body, layers, logits)
+    patched = PatchedModel(model, body, layers, logits)
+    patched.check_adapters()
+    return patched
