@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import click
 
 from batchgen import engines
-from batchgen.commands import CommandError
 from batchgen.planning.auto import AUTO
 from batchgen.runs.watchdog import STALL_SECONDS
 
@@ -72,47 +71,50 @@ _ENGINE_OPTIONS = (
 )
 
 
-class Adapter(NamedTuple):
-    """What `--adapter` names."""
+class Adapters(NamedTuple):
+    """What `--adapter` names, as often as it is given."""
 
-    name: str  # of the model with this adapter, which lines of requests ask for; "" without one
-    folder: str
+    merged: str | None  # the folder of the one that is given without a name
+    named: dict[str, str]  # the folders of those that rows may name, by these names
 
 
-def _read_adapter(context: click.Context, parameter: click.Parameter, text: str | None) -> Adapter | None:
-    """The adapter that is written as FOLDER or NAME=FOLDER; a folder of that very name wins."""
-    if text is None:
-        return None
-    name, equals, folder = text.partition("=")
-    if not equals or os.path.isdir(os.path.expanduser(text)):
-        return Adapter("", text)
-    if not name or not folder:
-        raise click.BadParameter(f"{text!r} is neither FOLDER nor NAME=FOLDER")
-    return Adapter(name, folder)
+def _read_adapters(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> Adapters:
+    """The adapters that are written as FOLDER or NAME=FOLDER; a folder of that very name wins."""
+    merged: str | None = None
+    named: dict[str, str] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or os.path.isdir(os.path.expanduser(text)):
+            if merged is not None:
+                raise click.BadParameter(
+                    f"{merged} and {text} have no names, and one adapter can be merged for all rows. With "
+                    "NAME=FOLDER, each row may name one of several"
+                )
+            merged = text
+        elif not name or not folder:
+            raise click.BadParameter(f"{text!r} is neither FOLDER nor NAME=FOLDER")
+        elif name in named:
+            raise click.BadParameter(f"the name {name} is given to {named[name]} and to {folder}; give each its own")
+        else:
+            named[name] = folder
+    return Adapters(merged, named)
 
 
 def adapter_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The adapter, for the commands that run a model or check one."""
+    """The adapters, for the commands that run a model or check one."""
+
+    @wraps(command)
+    def spelled_out(*arguments: Any, adapter: Adapters, **options: Any) -> Any:
+        return command(*arguments, adapter=adapter.merged, adapters=adapter.named, **options)
+
     return click.option(
         "--adapter",
-        metavar="FOLDER",
-        callback=_read_adapter,
-        help="A LoRA adapter that peft has saved, to be merged into the model's weights as they are loaded.",
-    )(command)
-
-
-def unnamed_folder(adapter: Adapter | None) -> str | None:
-    """The folder of an adapter, for commands whose rows name no model.
-
-    Raises:
-        CommandError: it has a name.
-    """
-    if adapter is not None and adapter.name:
-        raise CommandError(
-            f"--adapter {adapter.name}={adapter.folder}: a name is for run-batch, whose lines ask for a model by its "
-            "name; here the adapter is merged for every row. Give the folder alone"
-        )
-    return None if adapter is None else adapter.folder
+        multiple=True,
+        metavar="FOLDER|NAME=FOLDER",
+        callback=_read_adapters,
+        help="A LoRA adapter that peft has saved. Without a name it is merged into the model's weights as they are "
+        "loaded; with one, which may be given several times, a row may name it (engine paged).",
+    )(spelled_out)
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:

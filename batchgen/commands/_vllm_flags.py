@@ -38,7 +38,7 @@ class RunBatch(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options = [option for option in self.params if isinstance(option, click.Option)]
         words, foreign = _separate(args, options, ctx.help_option_names)
-        words = [*_read_lora_modules(foreign, words), *words]
+        words = [*_read_lora_modules(foreign), *words]
         foreign = [flag for flag in foreign if flag.name != MODULES]
         super().parse_args(ctx, words)
         if not ctx.resilient_parsing:
@@ -83,18 +83,13 @@ def _separate(
     ]
 
 
-def _read_lora_modules(flags: Sequence[Foreign], words: Sequence[str]) -> list[str]:
-    """vLLM's `--lora-modules NAME=FOLDER`, or `{"name": …, "path": …}`, as our `--adapter`.
+def _read_lora_modules(flags: Sequence[Foreign]) -> list[str]:
+    """vLLM's `--lora-modules NAME=FOLDER …`, or `{"name": …, "path": …}`, as our `--adapter`.
 
     Raises:
-        CommandError: there are several, or it cannot be read.
+        CommandError: one cannot be read.
     """
     modules = [text for flag in flags if flag.name == MODULES for text in flag.values]
-    if len(modules) > 1 or (modules and any(word.partition("=")[0] == "--adapter" for word in words)):
-        raise CommandError(
-            f"{MODULES} names several adapters, and run-batch merges one into the model: split the lines by the model "
-            "that they name, into a file and a run for each"
-        )
     found = []
     for text in modules:
         try:

@@ -7,13 +7,14 @@ import json
 import logging
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from batchgen.commands import fail, log_to_stderr, results_only_on_stdout
-from batchgen.commands._options import adapter_option, unnamed_folder
+from batchgen.commands._options import adapter_option
 from batchgen.commands._sampling import sampling_options, sampling_words
 from batchgen.commands._values import template_text
 from batchgen.commands.run import recipe_of
@@ -78,7 +79,6 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
     log_to_stderr(0, 1)
     options["constraint_files"] = {name: options[name] for name in ("json_schema", "grammar")}
     recipe = options["recipe"] = recipe_of(options)
-    options["adapter"] = unnamed_folder(options["adapter"])
     try:
         with results_only_on_stdout():
             work, note, forecasts, node, model = _planned(inputs, recipe, options)
@@ -113,7 +113,7 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     if name == models.DEFAULT:
         name = str(models.resolve(name, models.cache_folder(os.environ), logger.info).folder)
     config, folder = shapes.find(name)
-    _check_adapter(options["adapter"], folder)
+    _check_adapters(options["adapter"], options["adapters"], folder)
     work, note = _work(inputs, recipe, folder)
     host = options["host_memory"]
     card = hardware.card_of(options["gpu"], options["gpu_memory"])
@@ -123,18 +123,18 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     return work, note, forecast.forecasts(model, work, node, measured), node, model
 
 
-def _check_adapter(adapter: str | None, folder: Path | None) -> None:
+def _check_adapters(adapter: str | None, adapters: Mapping[str, str], folder: Path | None) -> None:
     """Raises ModelError if there is an adapter that is none, or does not fit the model in `folder`, if that is here. A
-    merged model needs the memory and the time of the model alone."""
+    merged model needs the memory and the time of the model alone; those of adapters that rows name are left out."""
+    from batchgen import models
     from batchgen.models.definition.adapter import find_adapter
 
-    if adapter is not None:
-        find_adapter(adapter)
-        if folder is not None:
-            from batchgen.models.lora import check_adapter
-            from batchgen.models.tokenizer import HfTokenizer
+    for given in (*([] if adapter is None else [adapter]), *adapters.values()):
+        find_adapter(given)
+    if folder is not None and (adapter is not None or adapters):
+        from batchgen.models.tokenizer import HfTokenizer
 
-            check_adapter(adapter, folder, HfTokenizer(str(folder)))
+        models.check_adapters(adapter, adapters, folder, HfTokenizer(str(folder)))
 
 
 def _work(inputs: Sequence[str], recipe: Any, folder: Path | None) -> tuple[plans.Work, str]:
@@ -224,6 +224,7 @@ def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any
     model = "MODEL" if name in shapes.SHAPES or Path(name).is_file() else name  # neither of them can be run
     words = ["batchgen", "run", *inputs, "--model", model, "--dtype", options["dtype"]]
     words += [] if options["adapter"] is None else ["--adapter", options["adapter"]]
+    words += [word for name, folder in options["adapters"].items() for word in ("--adapter", f"{name}={folder}")]
     recipe = options["recipe"]
     words += sampling_words(recipe.sampling, options["constraint_files"])
     for name in ("prompt_column", "template"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 from batchgen.checkpoint import HEARTBEAT_SECONDS
 from batchgen.commands import fail, generation_config_option, log_to_stderr, results_only_on_stdout
 from batchgen.commands._conversations import CONVERSATION_OPTIONS, conversation_options
-from batchgen.commands._options import adapter_option, engine_options, unnamed_folder
+from batchgen.commands._options import adapter_option, engine_options
 from batchgen.commands._print import print_path
 from batchgen.commands._runs import carry_out, conclude, settings_of
 from batchgen.commands._sampling import read_sampling, sampling_options
@@ -122,7 +123,6 @@ def command(inputs: tuple[str, ...], out: str | None, dry_run: bool, **options: 
     stopped or died; the same command goes on. 4: it could not run.
     """
     options["recipe"] = recipe_of(options)
-    options["adapter"] = unnamed_folder(options["adapter"])
     if dry_run:
         _describe(inputs, options)
         return
@@ -139,8 +139,11 @@ def folder_of(options: dict[str, Any]) -> Path:
     return Path(options["out"]) if options["out"] is not None else default_folder(options["inputs"])
 
 
-def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
+def recipe_of(options: dict[str, Any], model: str | None = None, adapters: Iterable[str] = ()) -> Any:
     """Takes what belongs to `Recipe` and `SamplingParams` out of `options`, and makes the recipe.
+
+    Args:
+        model: that every row must ask for, or one of `adapters`; None: rows may ask for any.
 
     Raises:
         CommandError: a value is out of range.
@@ -152,7 +155,7 @@ def recipe_of(options: dict[str, Any], model: str | None = None) -> Any:
         columns = {name: options.pop(name, None) for name in ("prompt_column", "template", "truncate", "id_prefix")}
         further = ("chat_template_kwargs", "generation_config", *CONVERSATION_OPTIONS)
         columns |= {name: options.pop(name) for name in further if name in options}
-        return Recipe(sampling=sampling, model=model, set_by_user=typed, **columns)
+        return Recipe(sampling=sampling, model=model, adapters=tuple(adapters), set_by_user=typed, **columns)
     except ValueError as error:
         raise fail(error) from error
 

@@ -116,13 +116,10 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     model, options["model"] = options["model"], model_of(options)
     del options["revision"]
     served = options.pop("served_model_name") or (model and model.partition("@")[0])
-    if (adapter := options["adapter"]) is not None:
-        # Lines that ask for the model without the adapter must not be answered by the one with it.
-        served, options["adapter"] = adapter.name or served, adapter.folder
     sequences = options.pop("max_num_seqs")
     options["batch_size"] = options["batch_size"] or sequences
     options["dtype"] = _DTYPES.get(options["dtype"], options["dtype"])
-    options["recipe"] = recipe_of(options, served or models.DEFAULT)
+    options["recipe"] = recipe_of(options, served or models.DEFAULT, options["adapters"])
     options["heartbeat_seconds"], options["shard"] = HEARTBEAT_SECONDS, WHOLE
     for name in (input_file, output_file):
         if is_url(name) and "@" in urllib.parse.urlsplit(name).netloc:

@@ -114,19 +114,17 @@ def command(
 def _check_there(run_options: dict[str, Any]) -> None:
     """Whether what `run` or `run-batch` is given by these options is on this machine, as far as it is files."""
     from batchgen import models
-    from batchgen.commands._options import unnamed_folder
     from batchgen.commands.run_batch import model_of
     from batchgen.runs.prepare import check_there
     from batchgen.runs.transfer import is_url
 
-    adapter = run_options["adapter"] and run_options["adapter"].folder
+    adapter, adapters = run_options["adapter"]
     if "inputs" in run_options:
-        unnamed_folder(run_options["adapter"])
-        check_there(run_options["inputs"], run_options["model"], adapter)
+        check_there(run_options["inputs"], run_options["model"], adapter, adapters)
     elif is_url(run_options["input_file"]):  # fetched when the job begins
-        models.check_there(model_of(run_options), adapter)
+        models.check_there(model_of(run_options), adapter, adapters)
     else:
-        check_there([run_options["input_file"]], model_of(run_options), adapter, lines=True)
+        check_there([run_options["input_file"]], model_of(run_options), adapter, adapters, lines=True)
 
 
 def _submit(folder: Path, script: Script, array: Array, links: int) -> list[str]:

@@ -65,12 +65,15 @@ def read_recorded_choice(provenance: Mapping[str, Any]) -> Choice:
     )
 
 
-def choose_fastest(model: Path, dtype: str, settings: Sequence[str], measure: Measure, nodes: Nodes) -> Choice:
+def choose_fastest(
+    model: Path, dtype: str, settings: Sequence[str], measure: Measure, nodes: Nodes, *, by_row: bool = False
+) -> Choice:
     """The engine that is forecast to be the fastest of those that fit. An engine that needs no model is none of them.
 
     Args:
         model: its folder.
         settings: `name=value`, which leave the engines that know all of these names.
+        by_row: rows name adapters, which leaves the engines that take several.
 
     Raises:
         EngineError: none fits, or none knows the settings; the message says why of each, and what to do.
@@ -82,7 +85,9 @@ def choose_fastest(model: Path, dtype: str, settings: Sequence[str], measure: Me
         if not group_settings & _names(settings):
             settings = [*(f"{name}={split.ranks}" for name in sorted(group_settings)), *settings]
     excluded = {
-        name: why for name, kind in kinds.items() if (why := _why_not(kind, split is not None, dtype, settings))
+        name: why
+        for name, kind in kinds.items()
+        if (why := _why_not(kind, split is not None, dtype, settings) or _why_not_by_row(kind, by_row))
     }
     if len(excluded) == len(kinds):
         raise EngineError(
@@ -114,6 +119,10 @@ def _why_not(kind: type[Engine], split: bool, dtype: str, settings: Sequence[str
         return f"no dtype {dtype}"
     missing = [name for name in kind.packages(parse_options(kind, settings), dtype) if not is_installed(name)]
     return f"the package {missing[0]} is not installed" if missing else ""
+
+
+def _why_not_by_row(kind: type[Engine], by_row: bool) -> str:
+    return "no adapters by row (--adapter FOLDER merges one)" if by_row and not kind.takes_adapters else ""
 
 
 def _grouped(out: Mapping[str, str]) -> str:

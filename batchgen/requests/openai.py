@@ -44,10 +44,14 @@ class Request:
     spelled: Mapping[str, str]  # how the line spells those names, for sentences: max_new_tokens is body.max_tokens
     ignored: Sequence[str]  # keys of the body that are not known here
     further: Sequence[str | Sequence[int]] = ()  # prompts of a completion behind the first one, of the same type
+    model: str = ""  # that it names; "": none
 
 
-def parse(line: Mapping[str, object], model: str | None = None) -> Request:
-    """What a request line asks for. With `model`, the body must name that model or none.
+def parse(line: Mapping[str, object], models: Sequence[str] = ()) -> Request:
+    """What a request line asks for.
+
+    Args:
+        models: the body must name one of these models or none; empty: it may name any.
 
     Raises:
         Refused: the line is not such a request, or asks for what batchgen cannot do. Types: wrong_type,
@@ -71,16 +75,17 @@ def parse(line: Mapping[str, object], model: str | None = None) -> Request:
         raise Refused("wrong_type", f"body must be an object, not {quote(body)}")
     if body.get("stream") not in (None, False):
         raise Refused("stream", _STREAMED)
-    _check_model(body.get("model"), model)
+    model = _read_model(body.get("model"), models)
     ignored = check_keys(body, url)
     sampling, spelled = read_sampling(body, url)
     read_truncation(body)
     if url != COMPLETIONS:
         read = openai_responses.conversation_of if url == RESPONSES else _messages
-        return Request(read_conversation(body, read(body), "body."), None, None, sampling, spelled, ignored)
+        said = read_conversation(body, read(body), "body.")
+        return Request(said, None, None, sampling, spelled, ignored, model=model)
     first, *further = read_prompts(body.get("prompt"))
     text, tokens = (first, None) if isinstance(first, str) else (None, first)
-    return Request(None, text, tokens, sampling, spelled, ignored, further)
+    return Request(None, text, tokens, sampling, spelled, ignored, further, model)
 
 
 def _messages(body: Mapping[str, object]) -> list[dict[str, object]]:
@@ -92,15 +97,20 @@ def _unsupported(url: str) -> str:
     return f"URL {url} was used. Supported endpoints: {', '.join(ENDPOINTS)}."
 
 
-def _check_model(named: object, model: str | None) -> None:
+def _read_model(named: object, models: Sequence[str]) -> str:
+    """The name of the model that a body asks for; "" for none."""
     if named is not None and not isinstance(named, str):
         raise Refused("wrong_type", f"body.model must be a text, not {quote(named)}")
-    if model is not None and named is not None and named != model:
+    if models and named is not None and named not in models:
+        has = f"model is {quote(models[0])}: write that"
+        if len(models) > 1:
+            has = f"models are {', '.join(map(quote, models))}: write one of them"
         raise Refused(
             "model_not_found",
-            f"body.model is {quote(named)}, but this run's model is {quote(model)}: write that into the body, "
-            "or give the name that the lines use with --served-model-name",
+            f"body.model is {quote(named)}, but this run's {has} into the body, or give the name that the lines use "
+            "with --served-model-name",
         )
+    return named or ""
 
 
 # HTTP's answer to each type of `RowError` that is not the request's fault, or not only a bad request.
@@ -116,7 +126,7 @@ def answer(generation: Generation, model: str, created: int, shape: Shape) -> di
     that is no request line (malformed JSON) is called `line-<n>`, n counted from 1.
 
     Args:
-        model: the name in the answer's body.
+        model: the name in the answer's body, unless the generation has an adapter, whose name it is then.
         created: Unix time in whole seconds.
         shape: how a failed request is answered. `openai`: an HTTP error with its body. `vllm`: no body, and the error
             beside the response, a plain text where the URL or stream mode was refused.
@@ -127,7 +137,7 @@ def answer(generation: Generation, model: str, created: int, shape: Shape) -> di
     body: object = None
     error: object = None
     if generation.error is None:
-        body = _body(generation, digest[:32], model, created, shape)
+        body = _body(generation, digest[:32], generation.adapter or model, created, shape)
     else:
         status = _STATUS.get(generation.error.type, 400)
         failure = _failure(generation, generation.error, status, shape)

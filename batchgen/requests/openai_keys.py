@@ -142,6 +142,7 @@ _PLAIN_ROWS_ALSO = {
     **dict.fromkeys(TRUNCATION, "--truncate cuts prompts that are too long"),
     "prompt_token_ids": "a request to /v1/completions may bring token ids",
     "model": "the run has one model for all rows",
+    "adapter": "--adapter NAME=FOLDER gives the run an adapter that rows may name",
     "prefill": "put it into messages with continue_final_message, or behind the prompt",
     "system": "put it into messages",
     "system_prompt": "put it into messages",

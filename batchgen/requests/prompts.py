@@ -67,7 +67,7 @@ class PromptReader:
         self._limits = TokenLimits(tokenizer, recipe.truncate, recipe.authors_length)
         self._render = None if recipe.template is None else compile_template(recipe.template)
         used = re.findall(r"\w+", recipe.template or recipe.prompt_column or "")
-        self._settings = SETTINGS.difference(used)
+        self._settings = SETTINGS.difference(used, ("adapter",) if recipe.adapters else ())
         # Words that columns of data have, too: what the template uses is one.
         self._constraint_columns = [kind for kind in KINDS if kind not in used]
         self._param_columns = PARAMS.difference({"n"}.intersection(used))
@@ -121,7 +121,7 @@ class PromptReader:
 
     def _plain(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool]:
         """The prompt, and whether its text is from a chat template."""
-        own = read_id(value)
+        own, adapter = read_id(value), self._find_adapter(value)
         said = self._plain_conversation(row, value)
         text, markup = (self._plain_text(value), None) if said is None else self._from_chat(row, said)
         from_chat = said is not None
@@ -135,7 +135,22 @@ class PromptReader:
         if not text.isascii():
             check_encodable(text)
         id = make_id(row, own, self._recipe.id_prefix)
-        return Prompt(row.index, id, row.line, text, (), params, value, markup=markup), from_chat
+        return Prompt(row.index, id, row.line, text, (), params, value, markup=markup, adapter=adapter), from_chat
+
+    def _find_adapter(self, value: Mapping[str, object]) -> str:
+        """The adapter that a plain row names; "": none."""
+        named, names = value.get("adapter"), self._recipe.adapters
+        if not names or named is None:
+            return ""
+        if not isinstance(named, str):
+            raise Refused("wrong_type", f'the "adapter" column must hold a text, not {quote(named)}')
+        if named not in names:
+            raise Refused(
+                "model_not_found",
+                f'the "adapter" column is {quote(named)}, but this run\'s adapters are {", ".join(map(quote, names))}: '
+                "write one of them, or null for the model without one",
+            )
+        return named
 
     def _own_params(self, row: Row, value: Mapping[str, object]) -> dict[str, object]:
         """The sampling parameters that a plain row sets itself, its constraint among them."""
@@ -178,7 +193,7 @@ class PromptReader:
 
     def _request(self, row: Row, value: Mapping[str, object]) -> tuple[Prompt, bool | None]:
         """The prompt, and whether its text is from a chat template; None if it brought its tokens along."""
-        request = openai.parse({**value, "body": _given(row, value.get("body"))}, self._recipe.model)
+        request = openai.parse({**value, "body": _given(row, value.get("body"))}, self._recipe.request_models)
         self._report(row, request.ignored)
         if (
             "max_new_tokens" not in request.sampling
@@ -199,6 +214,7 @@ class PromptReader:
         check_encodable(text)
         tokens = request.tokens or ()
         prompt = Prompt(row.index, self._id(row), row.line, text, tokens, params, {}, value, markup=markup)
+        prompt.adapter = request.model if request.model in self._recipe.adapters else ""
         prompt.others = [_make_other(prompt, further) for further in request.further]
         return prompt, None if request.tokens is not None else request.conversation is not None
 

@@ -32,6 +32,10 @@ class Recipe:
     tool_parser: str = "auto"  # the same of calls of tools
     trusts_templates: bool = False  # a row may bring a chat template of its own
     model: str | None = None  # every row must be a request line, for this model or none; None: any row, any model
+    adapters: tuple[str, ...] = ()
+    """The names of adapters, of which a row may have one: a plain row by its `adapter`, a request by its `model`."""
+    base_names: tuple[str, ...] = ()
+    """Beside `adapters` and without a `model`: what a request calls the model itself; a run finds them out itself."""
     generation_config: str = "none"
     """Whose `generation_config.json` says what neither a row nor `sampling` says: none, auto (the model's own), or that
     of a folder."""
@@ -54,6 +58,11 @@ class Recipe:
             except ValueError as error:
                 flag = self.sampling.constraint.kind.replace("_", "-")
                 raise ValueError(f"--{flag}: {error}") from None
+        if self.model in self.adapters:
+            raise ValueError(
+                f"an adapter cannot be called {self.model!r}, as the model itself is, since lines ask for either by "
+                "its name; give the adapter another name, or the model with --served-model-name"
+            )
         for flag, name, forms in (
             ("--reasoning-parser", self.reasoning_parser, thinking.FORMS),
             ("--tool-parser", self.tool_parser, tools.FORMS),
@@ -69,6 +78,13 @@ class Recipe:
     def knows_temperature(self) -> bool:
         """Whether somebody has said how freely to sample, or greedy is what the command does anyway."""
         return self.generation_config == "none" or "temperature" in self.set_by_user | self.authors
+
+    @property
+    def request_models(self) -> tuple[str, ...]:
+        """The names that a request may have in its `model`, those of adapters behind the others; none: any name."""
+        if self.model is None and not self.adapters:
+            return ()
+        return (*((self.model,) if self.model is not None else self.base_names), *self.adapters)
 
     @property
     def authors_length(self) -> int | None:

@@ -8,8 +8,9 @@ from contextlib import suppress
 from batchgen import checkpoint
 from batchgen.checkpoint import Attempt, CheckpointError, RunFolder
 from batchgen.formats.input import files_of
+from batchgen.runs.engine_setup import check_engine
 from batchgen.runs.manifest import identity, provenance
-from batchgen.runs.prepare import Ready, check_all, check_engine, prepare
+from batchgen.runs.prepare import Ready, check_all, prepare
 from batchgen.runs.role import Role
 from batchgen.runs.settings import Host, RunSettings
 

@@ -30,6 +30,7 @@ def identity(ready: Ready) -> dict[str, object]:
         "model": ready.model.name if ready.model.revision == "" else ready.model.revision,
         # Left out where there is none: run folders from before there was such a thing go on without it.
         **({"adapter": ready.model.adapter_revision} if ready.model.adapter else {}),
+        **_adapters(ready),
         "dtype": ready.settled_dtype.recorded,
         **_sampling(recipe.sampling),
         # Null rather than left out: run folders from before it was asked do not have it.
@@ -49,6 +50,15 @@ def identity(ready: Ready) -> dict[str, object]:
         "request_model": recipe.model,
         "error_format": ready.settings.error_format,
     }
+
+
+def _adapters(ready: Ready) -> dict[str, object]:
+    """The adapters that rows may name, by these names; left out where there are none, as `adapter` is. An engine
+    without a model has none of their revisions."""
+    if not ready.settings.adapters:
+        return {}
+    known = {name: adapter.revision for name, adapter in ready.model.adapters.items()}
+    return {"adapters": known or dict.fromkeys(ready.settings.adapters, "none")}
 
 
 def _where_from(generation_config: str) -> str | None:
@@ -77,6 +87,11 @@ def provenance(ready: Ready, role: Role) -> dict[str, object]:
         "model": ready.model.name,
         "model_folder": str(ready.model.folder),
         **({"adapter_folder": ready.model.adapter} if ready.model.adapter else {}),
+        **(
+            {"adapter_folders": {name: of.folder for name, of in ready.model.adapters.items()}}
+            if ready.settings.adapters
+            else {}
+        ),
         "input_files": [redact(str(source.path.absolute()), environment) for source in ready.source.sources],
         "engine": ready.engine,
         "settings": engines.settings_of(ready.options),
@@ -110,6 +125,7 @@ def describe(ready: Ready, ranks: int) -> str:
         f"input:    {len(ready.source)} rows in {len(ready.source.sources)} file(s)",
         f"model:    {ready.model.name} {ready.model.revision}".rstrip(),
         *([f"adapter:  {ready.model.adapter} {ready.model.adapter_revision}"] if ready.model.adapter else []),
+        *(f"adapter:  {name} = {of.folder} {of.revision}" for name, of in ready.model.adapters.items()),
         f"engine:   {ready.engine} {json.dumps(engines.settings_of(ready.options))}",
         *([f"because:  {ready.choice.why}"] if ready.choice.why else []),
         f"dtype:    {ready.dtype}",

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from batchgen import models, packages
+from batchgen import models
 from batchgen.checkpoint import RunFolder
-from batchgen.engine import Engine, Setup, Tokenizer
-from batchgen.engines import check_dtype
+from batchgen.engine import Engine, Tokenizer
 from batchgen.formats import InputError
 from batchgen.formats.input import Input, files_of, find
 from batchgen.models import ResolvedModel
@@ -111,10 +110,12 @@ def prepare(
     own_cache = models.cache_folder(role.environment)
     needs_model = choice is None or choice.kind.needs_model
     resolved = _resolve_model(settings, own_cache, say=says) if needs_model else _NO_MODEL
-    if settings.adapter is not None and not needs_model:
-        find_adapter(settings.adapter)  # a rehearsal with engine echo finds out that it is not there
+    if not needs_model:  # a rehearsal with engine echo finds out that they are not there
+        for given in (*([] if settings.adapter is None else [settings.adapter]), *settings.adapters.values()):
+            find_adapter(given)
     recipe = _with_sampling(settings.recipe, folder, "" if resolved is _NO_MODEL else str(resolved.folder), say=says)
     recipe = _with_parsers(recipe, folder, say=says)
+    recipe = _with_adapters(recipe, settings, resolved)
     settings = replace(settings, recipe=recipe)
     dtype_found = dtype_of.find(settings.dtype, folder, resolved.folder)
     if choice is None:
@@ -127,8 +128,8 @@ def prepare(
         reader = PromptReader(recipe, tokenizer, duplicates, answers_requests)
     except ValueError as error:  # the template is none, or the model has no context to fit
         raise RunError(str(error)) from error
-    if resolved.adapter and says:
-        _check_adapter(resolved, tokenizer)
+    if says:
+        models.check_adapters(resolved.adapter or None, resolved.adapter_folders, resolved.folder, tokenizer)
     settled = dtype_of.settle(dtype_found, tokenizer, say=says)
     return Ready(source, settings, reader, resolved, choice, settled, own_cache, tokenizer, answers_requests)
 
@@ -144,14 +145,16 @@ def _open_input(inputs: Sequence[str], folder: RunFolder, into: Path | None, *, 
 def _resolve_model(settings: RunSettings, cache: Path, *, say: bool) -> ResolvedModel:
     if settings.model is None and say:
         logger.info("no --model given: using the default model, %s", models.DEFAULT)
-    return models.resolve(settings.model, cache, logger.info, settings.adapter)
+    return models.resolve(settings.model, cache, logger.info, settings.adapter, settings.adapters)
 
 
-def _check_adapter(model: ResolvedModel, tokenizer: Tokenizer) -> None:
-    """Raises ModelError if the adapter does not fit the model."""
-    from batchgen.models import lora  # imports torch, and an engine without a model needs none
-
-    lora.check_adapter(model.adapter, model.folder, tokenizer)
+def _with_adapters(recipe: Recipe, settings: RunSettings, model: ResolvedModel) -> Recipe:
+    """The recipe with the names that rows may have for adapters, and requests for the model without one."""
+    if not settings.adapters:
+        return recipe
+    given = settings.model or models.DEFAULT
+    names = dict.fromkeys((given, given.partition("@")[0], model.name))
+    return replace(recipe, adapters=tuple(settings.adapters), base_names=tuple(names))
 
 
 def _with_sampling(recipe: Recipe, folder: RunFolder, model: str, *, say: bool) -> Recipe:
@@ -186,17 +189,6 @@ def _with_parsers(recipe: Recipe, folder: RunFolder, *, say: bool) -> Recipe:
     return recipe
 
 
-def check_engine(ready: Ready, role: Role) -> None:
-    """Raises PackageError or EngineError for what would end every rank alike, before one is started."""
-    check_dtype(ready.kind, ready.dtype)  # that of the run, where none was typed
-    packages.check_installed(ready.kind.packages(ready.options, ready.dtype), f"engine {ready.engine}")
-    ranks = role.ranks_to_start
-    all_ranks = replace(role.world, size=ranks, local_size=ranks) if role.is_single_process else role.world
-    folder, adapter = str(ready.model.folder), ready.model.adapter
-    setup = Setup(folder, ready.dtype, ready.settings.batch_size, all_ranks, adapter=adapter)
-    ready.kind.check(setup, ready.tokenizer, ready.options)
-
-
 def _named_or_recorded(settings: RunSettings, claim: Mapping[str, Any] | None) -> Choice | None:
     """The engine that was named, or that is recorded; None: it is to be chosen."""
     if settings.engine != AUTO:
@@ -213,13 +205,19 @@ def _choose(model: ResolvedModel, dtype: str, settings: Sequence[str], work: aut
     local_size = role.ranks_to_start if role.is_single_process else max(1, world.local_size)
     hosts = 1 if role.is_single_process else max(1, world.size // local_size)
     nodes = Nodes(Machine.here(local_size), role.ranks, hosts)
-    choice = auto.choose_fastest(model.folder, dtype, settings, work, nodes)
+    choice = auto.choose_fastest(model.folder, dtype, settings, work, nodes, by_row=bool(model.adapters))
     logger.info("engine %s: %s", choice, choice.why)
     return choice
 
 
-def check_there(inputs: Sequence[str], model: str | None, adapter: str | None = None, lines: bool = False) -> None:
-    """Whether input, model and adapter are here, without reading them: what a job would find out after hours.
+def check_there(
+    inputs: Sequence[str],
+    model: str | None,
+    adapter: str | None = None,
+    adapters: Mapping[str, str] = models.NO_ADAPTERS,
+    lines: bool = False,
+) -> None:
+    """Whether input, model and adapters are here, without reading them: what a job would find out after hours.
 
     With `lines`, a file is an OpenAI batch file whatever it is called.
 
@@ -228,7 +226,7 @@ def check_there(inputs: Sequence[str], model: str | None, adapter: str | None = 
     """
     for path in files_of(inputs):
         find(path, lines)
-    models.check_there(model, adapter)
+    models.check_there(model, adapter, adapters)
 
 
 def sample(

@@ -31,6 +31,7 @@ class RunSettings:
         recipe: how rows become prompts, and the sampling parameters for what the rows do not set themselves.
         model: a folder, `ORG/NAME[@REVISION]` of a hub model on this machine, or None for the default model.
         adapter: the folder of a LoRA adapter that is merged into the model as it is loaded; None: no adapter.
+        adapters: the folders of LoRA adapters of which a row may name one, by these names; engine `paged` has them.
         engine: a name of `batchgen.engines.names()`; auto: of the engines that know the settings and fit, the one that
             a forecast says is the fastest (`batchgen.planning.auto`).
         engine_settings: `name=value` for the engine's `Options`.
@@ -49,6 +50,7 @@ class RunSettings:
     recipe: Recipe = field(default_factory=Recipe)
     model: str | None = None
     adapter: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
     engine: str = AUTO
     engine_settings: Sequence[str] = ()
     dtype: str = "auto"
@@ -64,6 +66,11 @@ class RunSettings:
             raise RunError(f"there is no dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         if self.batch_size is not None and self.batch_size < 1:
             raise RunError("the batch size must be 1 or more")
+        if self.adapter is not None and self.adapters:
+            raise RunError(
+                "an adapter is merged for all rows, or rows name one of several, and both are given: --adapter FOLDER "
+                "merges one; with a name for each, --adapter NAME=FOLDER, a row may have one of them"
+            )
 
 
 @dataclass(frozen=True)

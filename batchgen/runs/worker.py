@@ -11,9 +11,10 @@ from itertools import chain
 
 from batchgen import packages
 from batchgen.checkpoint import Attempt, Done, Heartbeat, Writer
-from batchgen.engine import Engine, OutOfStep, Setup, Stream
+from batchgen.engine import Engine, OutOfStep, Stream
 from batchgen.engines import settings_of
 from batchgen.requests.output import renderer
+from batchgen.runs.engine_setup import make_setup
 from batchgen.runs.prepare import Ready
 from batchgen.runs.samples import Samples
 from batchgen.runs.schedule import open_rows, order, shard, windows
@@ -41,17 +42,8 @@ class StreamWorker:
             "dtype": ready.dtype,
             "ranks": world.size,
         }
-        self._setup = Setup(
-            str(ready.model.folder),
-            ready.dtype,
-            ready.settings.batch_size,
-            world,
-            run=_name_of(attempt),
-            cache=str(ready.cache),
-            selftest=ready.settings.selftest,
-            adapter=ready.model.adapter,
-            limits=attempt.folder.limits(self._conditions),
-        )
+        limits = attempt.folder.limits(self._conditions)
+        self._setup = replace(make_setup(ready, world), run=_name_of(attempt), limits=limits)
         self.stream: Stream = ready.kind.stream(world, ready.options)
         self._rows = shard(len(ready.source), self.stream, attempt.shard)
         self._most_failures = ready.settings.max_error_rate * len(self._rows)

@@ -77,27 +77,50 @@ def test_a_run_generates_as_the_merged_model_and_goes_on_with_this_adapter_alone
     assert 'adapter was not set, now "sha256:' in call(folders.work, *words, "--adapter", "sql").err
 
 
-def test_one_lora_module_answers_the_lines_that_name_it_and_no_others(folders: Folders, texts: list[str]) -> None:
-    lines = [
+def make_lines(*names: str) -> list[dict[str, object]]:
+    return [
         {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": {"model": name, "prompt": "Say a word"}}
-        for name in ("sql", "base")
+        for name in names
     ]
-    write_rows(folders.work / "lines.jsonl", lines)
-    for number, module in enumerate(["sql=sql", json.dumps({"name": "sql", "path": str(folders.adapter)})]):
-        flags = ("--enable-lora", "--max-lora-rank", 64, "--lora-modules", module, "--model", "base")
-        words = ("run-batch", "-i", "lines.jsonl", "-o", f"answers-{number}.jsonl", *flags, "--temperature", 0)
-        ended = call(folders.work, *words, *SHORT)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ("--lora-modules", "sql=sql", "law=other"),
+        ("--lora-modules", '{"name": "sql", "path": "sql", "base_model_name": "x"}', "--lora-modules", "law=other"),
+        ("--adapter", "sql=sql", "--adapter", "law=other"),
+    ],
+)
+def test_lora_modules_answer_the_lines_that_name_them(
+    folders: Folders, modules: tuple[str, ...], texts: list[str], tmp_path: Path
+) -> None:
+    write_rows(folders.work / "lines.jsonl", make_lines("base", "sql", "law", "math"))
+    flags = ("--enable-lora", "--max-lora-rank", 64, *modules, "--model", "base")
+    words = ("run-batch", "-i", "lines.jsonl", "-o", tmp_path / "answers.jsonl", *flags, "--temperature", 0)
+    ended = call(folders.work, *words, *SHORT[:-1], "paged")
+    assert ended.code == 3, ended.err
+    base, sql, law, none = (answer["response"] for answer in read_rows(tmp_path / "answers.jsonl"))
+    assert [answer["body"]["model"] for answer in (base, sql, law)] == ["base", "sql", "law"]
+    found = [answer["body"]["choices"][0]["text"] for answer in (base, sql, law)]
+    assert found[1] == texts[0]
+    assert len(set(found)) == 3
+    assert none["status_code"] == 404
+    error = read_rows(tmp_path / "answers.jsonl")[3]["error"]["error"]["message"]
+    assert 'body.model is "math", but this run\'s models are "base", "sql", "law": write one of them' in error
+
+
+def test_an_adapter_without_a_name_answers_the_lines_of_the_model(folders: Folders, texts: list[str]) -> None:
+    write_rows(folders.work / "lines.jsonl", make_lines("base", "sql"))
+    for name in ("base", "sql"):
+        words = ("run-batch", "-i", "lines.jsonl", "-o", f"merged-{name}.jsonl", "--model", "base", "--temperature", 0)
+        ended = call(folders.work, *words, "--adapter", "sql", "--served-model-name", name, *SHORT)
         assert ended.code == 3, ended.err
-        good, bad = read_rows(folders.work / f"answers-{number}.jsonl")
-        assert good["response"]["body"]["choices"][0]["text"] == texts[0]
-        assert good["response"]["body"]["model"] == "sql"
-        assert bad["response"]["status_code"] == 404
-    write_rows(folders.work / "lines.jsonl", lines[1:])
-    words = ("run-batch", "-i", "lines.jsonl", "-o", "unnamed.jsonl", "--model", "base", "--temperature", 0)
-    ended = call(folders.work, *words, "--adapter", "sql", *SHORT)
-    assert ended.code == 0, ended.err
-    [answer] = read_rows(folders.work / "unnamed.jsonl")
-    assert answer["response"]["body"]["choices"][0]["text"] == texts[0]
+        for answer in read_rows(folders.work / f"merged-{name}.jsonl"):
+            if answer["custom_id"] == name:
+                assert answer["response"]["body"]["choices"][0]["text"] == texts[0]
+            else:
+                assert answer["response"]["status_code"] == 404
 
 
 def test_a_dry_run_and_a_plan_check_it(folders: Folders) -> None:
@@ -123,7 +146,18 @@ def test_a_dry_run_and_a_plan_check_it(folders: Folders) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("run", "in.jsonl", "--adapter", "a=sql"), "a name is for run-batch, whose lines ask for a model by its name"),
+        (("run", "in.jsonl", "--adapter", "sql", "--adapter", "other"), "With NAME=FOLDER, each row may name one of"),
+        (("run", "in.jsonl", "--adapter", "a=sql", "--adapter", "a=other"), "the name a is given to sql and to other"),
+        (("run", "in.jsonl", "--adapter", "sql", "--adapter", "a=other"), "with a name for each, --adapter NAME=FOLD"),
+        (
+            ("run-batch", "-i", "in.jsonl", "-o", "o.jsonl", "--model", "base", "--adapter", "base=sql"),
+            "an adapter cannot be called 'base', as the model itself is",
+        ),
+        (
+            ("run", "in.jsonl", "--model", "base", "--engine", "accelerate", "--adapter", "a=sql"),
+            "--adapter FOLDER, without a name, merges one adapter for all of them, and --engine paged has several",
+        ),
+        (("run", "in.jsonl", "--engine", "echo", "--adapter", "a=nowhere"), "the adapter nowhere is not there"),
         (("run", "in.jsonl", "--adapter", "=sql"), "'=sql' is neither FOLDER nor NAME=FOLDER"),
         (("run", "in.jsonl", "--engine", "echo", "--adapter", "nowhere"), "the adapter nowhere is not there"),
         (("run", "in.jsonl", "--model", "sql"), "give it as --adapter, and the model that it belongs to as --model"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 from openai.types import Completion
@@ -26,9 +26,9 @@ def chat(**body: object) -> dict[str, object]:
     return line({"model": "m", "messages": HELLO, **body})
 
 
-def refused(value: Mapping[str, object], model: str | None = None) -> Refused:
+def refused(value: Mapping[str, object], models: Sequence[str] = ()) -> Refused:
     with pytest.raises(Refused) as caught:
-        parse(value, model)
+        parse(value, models)
     return caught.value
 
 
@@ -172,9 +172,9 @@ def test_equal_limits_are_one_limit() -> None:
 
 
 def test_body_must_name_the_runs_model_or_none() -> None:
-    parse(chat(), "m")
-    parse(line({"messages": HELLO}), "m")
-    problem = refused(chat(), "other")
+    parse(chat(), ("m",))
+    parse(line({"messages": HELLO}), ("m",))
+    problem = refused(chat(), ("other",))
     sentence = 'body.model is "m", but this run\'s model is "other": write that into the body, '
     sentence += "or give the name that the lines use with --served-model-name"
     assert (problem.type, problem.message) == ("model_not_found", sentence)

@@ -31,9 +31,7 @@ class LayerAdapters(NamedTuple):
     up: torch.Tensor  # B of each, with its factor, [adapters, columns, rank]
 
 
-def load(
-    folders: Mapping[str, str], config: Any, dtype: torch.dtype, device: torch.device
-) -> dict[str, LayerAdapters]:
+def load(folders: Mapping[str, str], config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, LayerAdapters]:
     """Reads the adapters that rows may have, onto the device.
 
     Args:

@@ -242,7 +242,7 @@ class Paged(Engine):
         assert runner.chooser is not None  # this rank plans the steps
         reader = StepReader(self._scheduler, self._tokenizer, runner.chooser, self.signs)
         test = self._make_selftest(runner, leader) if self._setup.selftest else None
-        first_rows = test and FirstRows(test, leader, runner.limits)
+        first_rows = FirstRows(test, leader, runner.limits) if test is not None else None
         self._loop = loop = Loop(self._scheduler, runner, reader, self.signs, first_rows, leader)
         loop.start()
         try:

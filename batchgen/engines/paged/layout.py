@@ -163,7 +163,7 @@ def get_current_adapter() -> int:
 
 @contextmanager
 def record_adapted(addresses: set[int]) -> Iterator[None]:
-    """The forwards that this thread runs inside note down where B lies of each layer with adapters that they compute."""
+    """The forwards that this thread runs inside note down where B lies of each adapted layer that they run."""
     before, _current.adapted = _current.adapted, addresses
     try:
         yield

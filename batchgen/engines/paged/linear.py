@@ -51,14 +51,15 @@ def join_layers(module: nn.Module, names: Sequence[str]) -> None:
 
 def set_adapters(layer: nn.Module, given: LayerAdapters | None) -> None:
     """Gives a layer the adapters that rows may have, before it is joined or replaced; None: it has none."""
-    for name, tensor in zip(LayerAdapters._fields, given or (), strict=False):
-        layer.register_buffer(f"adapters_{name}", tensor, persistent=False)
+    if given is not None:
+        layer.register_buffer("adapters_down", given.down, persistent=False)
+        layer.register_buffer("adapters_up", given.up, persistent=False)
 
 
 def get_adapters(layer: nn.Module) -> LayerAdapters | None:
     """Returns the adapters that rows may have of a layer; None: it has none."""
-    tensors = [getattr(layer, f"adapters_{name}", None) for name in LayerAdapters._fields]
-    return LayerAdapters(*tensors) if all(tensor is not None for tensor in tensors) else None
+    down, up = getattr(layer, "adapters_down", None), getattr(layer, "adapters_up", None)
+    return None if down is None or up is None else LayerAdapters(down, up)
 
 
 def replace_layers(module: nn.Module) -> None:
@@ -155,7 +156,9 @@ class _JoinedLinear(nn.Module):
         self.outputs: tuple[torch.Tensor, ...] = ()  # of all the layers, while others are still to be called
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.outputs = torch.split(multiply_adapted(inputs, self.weight, self.bias, get_adapters(self)), self._sizes, -1)
+        self.outputs = torch.split(
+            multiply_adapted(inputs, self.weight, self.bias, get_adapters(self)), self._sizes, -1
+        )
         return self.outputs[0]
 
 

@@ -138,7 +138,9 @@ class Step:
             self.table_places,
             self.table_pages,
         )
-        head = np.array([self.decoding, self.needs_chooser, self.has_adapters, *(len(field) for field in fields)], np.int64)
+        head = np.array(
+            [self.decoding, self.needs_chooser, self.has_adapters, *(len(field) for field in fields)], np.int64
+        )
         return np.concatenate([head, *fields])
 
     @classmethod

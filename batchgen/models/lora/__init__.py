@@ -2,8 +2,8 @@
 
 An adapter is what peft's `save_pretrained` writes: `adapter_config.json` and the tensors. For each weight it has two
 small matrices, whose product is added (https://arxiv.org/abs/2106.09685, section 4.1), or a new value. A merged model
-computes as the original does, so that no engine knows that there was an adapter. Where rows name one of several adapters, weights stay as they are, and
-the engine adds the products (`by_row`).
+computes as the original does, so that no engine knows that there was an adapter. Where rows name one of several,
+weights stay as they are, and the engine adds the products (`by_row`).
 
 peft itself is not used: it works on a model that is loaded whole and not quantised, and adds layers to it before it
 merges them, whereas a weight that is sharded, quantised or kept on a disk has to be changed before that happens to it.

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from batchgen.engine import Setup
 from batchgen.engines import parse_options
 from batchgen.engines.paged.engine import Paged
-from batchgen.models import ModelError
-from batchgen.models.lora import read_row_adapters
-from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Generation, Prompt
 from batchgen.world import World
 from tests import adapters

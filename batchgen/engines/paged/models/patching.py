@@ -76,8 +76,8 @@ class PatchedModel:
                 self._compute_token()
             if missing := sorted(name for name, address in adapted.items() if address not in called):
                 raise EngineError(
-                    f"a {self.model.config.model_type} model computes without calling its layer {missing[0]}, so that a "
-                    "row cannot have an adapter there; give its rows a run of their own, in which --adapter FOLDER "
+                    f"a {self.model.config.model_type} model computes without calling its layer {missing[0]}, so that "
+                    "a row cannot have an adapter there; give its rows a run of their own, in which --adapter FOLDER "
                     "merges it"
                 )
 
