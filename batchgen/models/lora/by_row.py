@@ -70,7 +70,7 @@ def read_row_adapters(folders: Mapping[str, str], config: Any) -> RowAdapters:
         for parameter, change in places.whole.items():
             layer = parameter.rpartition(".")[0]
             owner = empty.get_submodule(layer)
-            what = _find_other_kind(change, parameter) or ends.get(id(owner), "")
+            what = ends.get(id(owner), "") or _find_other_kind(change, parameter)
             kind = type(owner)
             if not what and f"{kind.__module__}.{kind.__qualname__}" not in _LINEAR_LAYERS:
                 what = f"a layer of class {kind.__name__}"

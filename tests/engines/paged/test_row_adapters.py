@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
 
-from batchgen.engine import Setup
+from batchgen.engine import EngineError, Setup
 from batchgen.engines import parse_options
+from batchgen.engines.paged.adapters import load as load_adapters
+from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.engine import Paged
+from batchgen.engines.paged.layout import use_adapter
+from batchgen.engines.paged.models import patch
+from batchgen.models import ModelError
+from batchgen.models.lora import read_row_adapters
+from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Generation, Prompt
 from batchgen.world import World
-from tests import adapters
+from tests import adapters, kernels
 from tests import tiny_models as models
 
 # Of each base model, the settings of peft's LoraConfig by the adapters' names: other layers, ranks and factors.
@@ -60,6 +70,8 @@ def make_prompts(kind: Kind, count: int = 60) -> list[Prompt]:
     made = models.random_prompts(count, longest=90)
     for number, prompt in enumerate(made):
         prompt.adapter = names[number % len(names)]
+        if number % 7 < 3:
+            prompt.params = replace(prompt.params, temperature=0.9, seed=3)
         if number // len(names) % 3 == 0:
             prompt.tokens = [*BEGINNING, *list(prompt.tokens)[1:20]]
     return made
@@ -74,10 +86,9 @@ def generate(engine: Paged, prompts: Sequence[Prompt]) -> dict[str, Generation]:
 def test_the_tokens_are_those_of_the_merged_models(kind: Kind) -> None:
     rows = make_prompts(kind)
     references = {name: models.Model(folder) for name, folder in kind.merged.items()}
-    alone = {row.id: references[row.adapter].alone(row) for row in rows}
-    of_base = {row.id: references[""].alone(row) for row in rows}
-    changed = [row.id for row in rows if row.adapter and alone[row.id] != of_base[row.id]]
-    assert len(changed) > len(rows) / 3  # the adapters matter
+    alone = {row.id: references[row.adapter].chosen(row) for row in rows}
+    of_base = {row.id: references[""].chosen(row) for row in rows if row.adapter}
+    assert sum(alone[id] != tokens for id, tokens in of_base.items()) > len(rows) / 3  # the adapters matter
     for settings, batch_size in (
         ([], None),
         (["step_tokens=17"], 5),
@@ -89,3 +100,76 @@ def test_the_tokens_are_those_of_the_merged_models(kind: Kind) -> None:
         for row in rows:
             text = references[row.adapter].tokenizer.decode(alone[row.id])
             assert (found[row.id].text, found[row.id].adapter) == (text, row.adapter), (settings, row.id)
+
+
+def test_layers_with_adapters_compile_whole_and_alike(kind: Kind) -> None:
+    names = list(kind.merged)
+    references = {name: models.Model(folder).model for name, folder in kind.merged.items()}
+    base = models.Model(kind.base).model
+    patched = patch(base, Alone(), load_adapters(kind.folders, base.config, torch.float32, torch.device("cpu")))
+    torch.compiler.reset()
+    counter = CompileCounter()
+    for layer in patched.layers:
+        layer.compile(backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+    for number, length in ((0, 20), (1, 33), (len(names) - 1, 12), (1, 9)):
+        ids = torch.randint(4, 128, (length,), generator=torch.Generator().manual_seed(4))
+        with torch.inference_mode(), use_adapter(number):
+            logits = patched.compute_logits(patched.compute_hidden(ids, torch.arange(length)))
+            expected = references[names[number]](ids[None], use_cache=False).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+        graphs.append(counter.frame_count)
+    assert 0 < graphs[0] == graphs[-1]  # those of the first step serve all the others
+
+
+def test_the_operator_says_its_shape_to_the_compiler() -> None:
+    tensors = [torch.randn(*shape) for shape in ((2, 5, 24), (40, 24), (40,), (3, 16, 24), (3, 40, 16))]
+    checks = ("test_schema", "test_faketensor")
+    for number in (0, 2):
+        with use_adapter(number):
+            torch.library.opcheck(torch.ops.batchgen.adapted_product, tuple(tensors), test_utils=checks)
+
+
+def test_a_layer_that_is_not_called_is_refused(tmp_path: Path) -> None:
+    """Bloom adds up slices of the weight by itself, as its training did, and never calls the layer."""
+    base = adapters.save_base(tmp_path / "base", "bloom", pretraining_tp=2, slow_but_exact=True)
+    adapters.save_adapter(base, tmp_path / "one", {"target_modules": ["dense_4h_to_h"]})
+    model = models.Model(base).model
+    adapted = load_adapters({"one": str(tmp_path / "one")}, model.config, torch.float32, torch.device("cpu"))
+    with pytest.raises(
+        EngineError, match=r"a bloom model computes without calling its layer .*\.dense_4h_to_h, so that"
+    ):
+        patch(model, Alone(), adapted)
+
+
+def test_kernels_compute_the_same() -> None:
+    kernels.assert_none_wrong("tests.engines.paged.adapter_cases")
+
+
+REFUSED: list[tuple[str, adapters.Settings, str]] = [
+    ("llama", adapters.CASES["llama"]["DoRA"], "changes a weight with a magnitude of its own"),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "changes a whole weight (modules_to_save)"),
+    ("llama", {"target_modules": ["embed_tokens"]}, "changes the embedding, by its tensor base_model.model.model.emb"),
+    ("llama", {"target_modules": ["lm_head"]}, "changes the output matrix"),
+    ("bloom", adapters.CASES["bloom"]["fused, every bias"], "changes a bias"),
+    ("bloom", adapters.CASES["bloom"]["products with a bias"], "changes a bias"),
+    ("mixtral", adapters.CASES["mixtral"]["experts and router"], "changes the weights of experts (target_parameters)"),
+    (
+        "mixtral",
+        adapters.CASES["mixtral"]["one parameter of the experts"],
+        "changes the weights of experts (target_parameters)",
+    ),
+    ("mixtral", {"target_modules": [], "target_parameters": ["gate.weight"]}, "changes a layer of class Mixtral"),
+]
+
+
+def test_what_a_row_cannot_have_for_itself_is_refused(tmp_path: Path) -> None:
+    bases = {name: adapters.save_base(tmp_path / name, name) for name in {base for base, _, _ in REFUSED}}
+    for number, (base, settings, sentence) in enumerate(REFUSED):
+        folder = adapters.save_adapter(bases[base], tmp_path / str(number), settings)
+        with pytest.raises(ModelError) as caught:
+            read_row_adapters({"mine": str(folder)}, HfTokenizer(str(bases[base])).config)
+        message = str(caught.value)
+        assert message.startswith(f"the adapter 'mine' ({folder}) "), message
+        assert sentence in message
+        assert message.endswith("give its rows a run of their own, in which --adapter FOLDER merges it")
