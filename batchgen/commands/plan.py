@@ -105,7 +105,7 @@ def _sizes(model: plans.Model) -> dict[str, Any]:
 def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any:
     import torch
 
-    from batchgen import models
+    from batchgen import engines, models
     from batchgen.models import shapes
     from batchgen.planning import forecast, hardware
 
@@ -120,7 +120,8 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     node = forecast.Node(card, options["gpus"], None if host is None else int(host * 1e9))
     model = forecast.Model.of(config, getattr(torch, options["dtype"]))
     measured = _measured(options["bench_folder"], options)
-    return work, note, forecast.forecasts(model, work, node, measured), node, model
+    by_row = [name for name in engines.names() if engines.find(name).takes_adapters] if options["adapters"] else None
+    return work, note, forecast.forecasts(model, work, node, measured, by_row), node, model
 
 
 def _check_adapters(adapter: str | None, adapters: Mapping[str, str], folder: Path | None) -> None:

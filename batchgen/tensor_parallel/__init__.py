@@ -7,6 +7,7 @@ share and nothing else. `write_split` and `read_split` keep shares in files of t
 
 from __future__ import annotations
 
+from batchgen.tensor_parallel.adapted import LayerCut, find_layer_cuts
 from batchgen.tensor_parallel.autotp import check_split, max_ranks, placements, split
 from batchgen.tensor_parallel.group import Group, ranks_of_group, stream_of
 from batchgen.tensor_parallel.layers import use_plain_layers
@@ -16,8 +17,10 @@ from batchgen.tensor_parallel.weights import copy_weights, map_model
 
 __all__ = [
     "Group",
+    "LayerCut",
     "check_split",
     "copy_weights",
+    "find_layer_cuts",
     "load_shard",
     "map_model",
     "max_ranks",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,35 @@ def find_additions(adapter: str, folder: str, config: Any, group: Group) -> Addi
         path: partial(changes[name].compute_product, rows=numbers, columns=columns[name, path])
         for (name, path), numbers in rows.items()
     }
+
+
+class LayerCut(NamedTuple):
+    """What a rank has of the weight of a layer, by numbers from 0 and in their order."""
+
+    columns: torch.Tensor  # of its outputs, [columns of this rank]
+    inputs: torch.Tensor  # [inputs of this rank]
+
+
+def find_layer_cuts(folder: str, group: Group, layers: Collection[str]) -> dict[str, LayerCut]:
+    """Returns what this rank has of these layers of the model in `folder`, split as `use_plain_layers` leaves it.
+
+    Of projections that are fused in one layer, the shares lie one below the other, as the layer has them.
+
+    Args:
+        layers: the names of linear layers.
+
+    Returns:
+        By the layer; empty where a rank has the whole model.
+    """
+    if len(group.ranks) == 1:
+        return {}
+    names = [f"{layer}.weight" for layer in layers]
+    rows, inputs = (_find_cut(folder, names, group.model, dimension) for dimension in (0, 1))
+    cuts = {}
+    for layer, name in zip(layers, names, strict=True):
+        paths = [key for key in rows if key[0] == name]
+        cuts[layer] = LayerCut(torch.cat([rows[key] for key in paths]), inputs[paths[0]])
+    return cuts
 
 
 def _find_cut(

@@ -10,7 +10,7 @@ for all tokens of a step at once, and the rest like experts, of which each token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from batchgen.engine import EngineError
 from batchgen.engines.paged.experts import combining, grouped_gemm, routing
 from batchgen.engines.paged.layout import AdapterRows, get_current_adapter, get_current_layout, note_adapted
 from batchgen.models.lora import Change, read_row_adapters
+from batchgen.tensor_parallel import LayerCut
 
 _ALIGN = 16
 """Ranks are filled up with zeros to a multiple of it: rows of 16 bytes and more are read at once."""
@@ -31,12 +32,19 @@ class LayerAdapters(NamedTuple):
     up: torch.Tensor  # B of each, with its factor, [adapters, columns, rank]
 
 
-def load(folders: Mapping[str, str], config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, LayerAdapters]:
+def load(
+    folders: Mapping[str, str],
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    find_cuts: Callable[[Collection[str]], Mapping[str, LayerCut]] = lambda layers: {},
+) -> dict[str, LayerAdapters]:
     """Reads the adapters that rows may have, onto the device.
 
     Args:
         folders: of the adapters, by their names; their numbers are in this order.
         config: Transformers' config of the model.
+        find_cuts: finds what this rank has of layers, by their names; those that it leaves out are whole.
 
     Returns:
         By the names of the model's layers; those that no adapter changes are left out. All have the same rank, so that
@@ -48,16 +56,20 @@ def load(folders: Mapping[str, str], config: Any, dtype: torch.dtype, device: to
     if not folders:
         return {}
     found = read_row_adapters(folders, config)
-    rank = -(-found.rank // _ALIGN) * _ALIGN
-    return {layer: stack(changes, rank, dtype, device) for layer, changes in found.changes.items()}
+    rank, cuts = -(-found.rank // _ALIGN) * _ALIGN, find_cuts(found.changes)
+    return {
+        layer: LayerAdapters(*(each.to(device, dtype) for each in stack(changes, rank, cuts.get(layer))))
+        for layer, changes in found.changes.items()
+    }
 
 
-def stack(changes: Sequence[Change | None], rank: int, dtype: torch.dtype, device: torch.device) -> LayerAdapters:
-    """Makes one tensor of A, and one of B, of what several adapters change in one layer.
+def stack(changes: Sequence[Change | None], rank: int, cut: LayerCut | None = None) -> LayerAdapters:
+    """Makes one tensor of A, and one of B, in float32, of what several adapters change in one layer.
 
     Args:
         changes: one of each adapter, each `is_low_rank`; None: it does not change the layer. One at least does.
         rank: of the result.
+        cut: what this rank has of the layer; None: all of it.
     """
     columns, depth = next(
         (len(change.up), change.down.shape[1])
@@ -69,7 +81,7 @@ def stack(changes: Sequence[Change | None], rank: int, dtype: torch.dtype, devic
         if change is not None and change.up is not None and change.down is not None:
             down[number, : len(change.down)] = change.down.float()
             up[number, :, : change.up.shape[1]] = change.scale * change.up.float()
-    return LayerAdapters(down.to(device, dtype), up.to(device, dtype))
+    return LayerAdapters(down, up) if cut is None else LayerAdapters(down[..., cut.inputs], up[:, cut.columns])
 
 
 def join(parts: Sequence[LayerAdapters | None], columns: Sequence[int]) -> LayerAdapters | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -141,6 +142,8 @@ class Paged(Engine):
         self._check_model(dtype)
         self._model = tensor_parallel.load_shard(self._setup, config, self._group)
         tensor_parallel.use_plain_layers(self._model, self._group.model)
+        find_cuts = partial(tensor_parallel.find_layer_cuts, self._setup.model, self._group)
+        self._adapters = adapters.load(self._setup.adapters, config, dtype, self._device, find_cuts)
 
     def _check_model(self, dtype: torch.dtype) -> None:
         """Checks, before any weight is read, that a small model of the same config computes the right numbers."""

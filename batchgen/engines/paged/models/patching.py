@@ -113,7 +113,8 @@ def patch(model: Any, peers: Peers, adapters: Mapping[str, LayerAdapters] = NO_A
         NotCovered: a part of the model is not where it should be.
     """
     for name, given in adapters.items():
-        linear.set_adapters(model.get_submodule(name), given)
+        layer = model.get_submodule(name)
+        linear.set_adapters(getattr(layer, "share", layer), given)  # where ranks share it, the product of this one
     text = model.config.get_text_config()
     body = find_body(model)
     layers = find_layers(body, text.num_hidden_layers)
