@@ -23,15 +23,13 @@ WINDOWS = LayerGroups(full=0, windowed=1, window=PAGE_SIZE)
 def remembered(pages: Pages, tokens: list[int]) -> list[int]:
     """The pages of a prompt of whole pages, computed by itself."""
     taken: list[int] = pages.take(len(tokens) // PAGE_SIZE).tolist()
-    node = ROOT
-    for number, page in enumerate(taken):
-        node = pages.remember(node, tokens[number * PAGE_SIZE : (number + 1) * PAGE_SIZE], [page])
+    pages.remember(ROOT, tokens, [[page] for page in taken])
     return taken
 
 
 def find(pages: Pages, tokens: list[int]) -> list[int]:
     """The pages of the prefix that `tokens` begin with."""
-    return [node.pages[0] for node in pages.find_path(tokens)]
+    return [own[0] for _, own in pages.find_path(tokens)]
 
 
 def give_back(pages: Pages, numbers: list[int]) -> None:
@@ -92,7 +90,7 @@ def test_what_followed_a_beginning_that_was_given_up_does_not_follow_another() -
     first, second = remembered(pages, BEGINNING[: 2 * PAGE_SIZE])
     give_back(pages, [first])  # its user has gone on to something else, but somebody still has the second page
     assert pages.take(1).tolist() == [first]
-    pages.remember(ROOT, [9] * PAGE_SIZE, [first])
+    pages.remember(ROOT, [9] * PAGE_SIZE, [[first]])
     assert find(pages, [*[9] * PAGE_SIZE, *BEGINNING[PAGE_SIZE : 2 * PAGE_SIZE], 1]) == [first]
     assert second not in find(pages, [*BEGINNING, 1])
 
@@ -116,7 +114,7 @@ def test_no_page_is_lost_or_given_to_two(seed: int, groups: tuple[int, int]) -> 
             lengths[slot] = end = min(9 * PAGE_SIZE, lengths[slot] + source.randrange(1, 20))
             if end > tables.count_room(slot):
                 continue
-            tables.extend(np.array([slot]), np.array([-(-end // PAGE_SIZE)]))
+            tables.extend_one(slot, end)
             tables.give_back_passed(np.array([slot]), np.array([end], np.int32))
         elif free_slots:
             tokens = [source.randrange(2) for _ in range(PAGE_SIZE)] * source.randrange(1, 5) + [5]
@@ -159,7 +157,7 @@ def begin(tables: PageTables, sequence: Sequence, prefix: SharedPrefix | None = 
     prefix = prefix or tables.find_prefix(sequence)
     tables.begin(sequence, prefix)
     slots = np.array([sequence.slot])
-    tables.extend(slots, np.array([-(-len(sequence.tokens) // PAGE_SIZE)]))
+    tables.extend_one(sequence.slot, len(sequence.tokens))
     tables.remember(sequence, prefix.tokens, len(sequence.tokens))
     tables.give_back_passed(slots, np.array([len(sequence.tokens)], np.int32))
 
@@ -203,7 +201,10 @@ def test_nodes_of_a_prefix_are_forgotten_with_their_last_page() -> None:
             begin(tables, make_sequence([number] * (5 * PAGE_SIZE)))
             tables.release(0)
         tables._pages.take(tables._pages.available)
-        assert (tables._pages._nodes, tables._pages._by_number, tables._pages._owners) == ({}, {}, {})
+        pages = tables._pages
+        assert not pages._nodes
+        assert not pages._is_owned.any()
+        assert pages._children == pages._keys == {}
 
 
 SHAPE = LayerCacheShape(2, 8, 8)
