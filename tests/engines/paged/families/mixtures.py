@@ -73,8 +73,8 @@ MIXTURES: dict[str, Config] = {
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
     },
-    # The window is as long as the context, which is 131,072 in the real config. Transformers' own mask of a prefill has a
-    # number for each pair of positions in a window: 17 GB of them.
+    # The window is as long as the context, which is 131,072 tokens in the real config. Transformers' own mask of a
+    # prefill has a number for each pair of positions in a window: 17 GB of them.
     "Phi-3.5-MoE": _PHI_MOE
     | {"sliding_window": 8192, "max_position_embeddings": 8192}
     | {
