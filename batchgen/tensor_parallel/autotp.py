@@ -99,7 +99,7 @@ def _count_share(config: Any, weights: Any, ranks: int) -> int:
             count = parameter.shape[0]
             inner = parameter.numel // (count * config.get_text_config().hidden_size)
             share = max(share, find_largest_share(count, inner, ranks))
-    elements = (weights.total - weights.experts) / ranks + weights.experts * share
+    elements: float = (weights.total - weights.experts) / ranks + weights.experts * share
     return math.ceil(elements) * int(weights.dtype.itemsize)
 
 
@@ -126,7 +126,7 @@ def split(model: Any, group: dist.ProcessGroup, experts: Way | None = None) -> N
     import deepspeed.comm
     from deepspeed.inference.config import DeepSpeedInferenceConfig
     from deepspeed.inference.engine import InferenceEngine
-    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, TensorParallel_Layer
+    from deepspeed.module_inject.layers import TensorParallel_Layer
     from deepspeed.module_inject.tp_shard import AutoTPMeta
 
     # Warning: a private method of DeepSpeed's engine is replaced. If a new version calls it by another name, all
@@ -144,12 +144,7 @@ def split(model: Any, group: dist.ProcessGroup, experts: Way | None = None) -> N
     size = dist.get_world_size(group)
     grain = _choose_grain(model.config, size)
     meta = AutoTPMeta.from_model_config(model.config, grain)
-    _split_vocabulary(model, group, meta)
-    split_fused(model, group, meta)
-    split_heads(model, group, meta)
-    keep_routers_whole(model)
-    if model.config.model_type.startswith("hunyuan"):
-        _split_hunyuan(model, group, meta)
+    _split_what_autotp_does_not(model, group, meta)
     config = DeepSpeedInferenceConfig(
         dtype=torch.float32,
         # The groups that DeepSpeed makes itself are always the first ranks of the world.
@@ -165,6 +160,22 @@ def split(model: Any, group: dist.ProcessGroup, experts: Way | None = None) -> N
             f"DeepSpeed's AutoTP cannot split {type(model).__name__}: {error}. --engine ds-zero shards any model"
         ) from error
     split_experts(model, group, experts)
+    _replace_forwards(model, group)
+
+
+def _split_what_autotp_does_not(model: Any, group: dist.ProcessGroup, meta: Any) -> None:
+    """Splits what AutoTP leaves whole or cuts wrong; `meta` is DeepSpeed's `AutoTPMeta` of the model."""
+    _split_vocabulary(model, group, meta)
+    split_fused(model, group, meta)
+    split_heads(model, group, meta)
+    keep_routers_whole(model)
+    if model.config.model_type.startswith("hunyuan"):
+        _split_hunyuan(model, group, meta)
+
+
+def _replace_forwards(model: Any, group: dist.ProcessGroup) -> None:
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+
     # Warning: the forward of DeepSpeed's layers is replaced, object by object. Theirs goes through autograd's functions
     # and DeepSpeed's own communication, which is twice the Python of a step. If a new version of DeepSpeed computes
     # something else in them (a scale, another order of the weight), this does not, and the text is wrong without an

@@ -149,20 +149,20 @@ def _find_steps(operations: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]
 
 
 def _stack_views(
-    converter: Any, layer_name: str, model: Any = None, config: Any = None, loading_info: Any = None, **_: Any
+    converter: Any, layer_name: str, model: Any = None, config: Any = None, loading_info: Any = None, **unused: Any
 ) -> dict[str, torch.Tensor]:
     """As `WeightConverter.convert`, of a converter that only stacks."""
-    before, _, behind = _find_steps(converter.operations)
+    before, _, after = _find_steps(converter.operations)
     sources, targets = converter.source_patterns, converter.target_patterns
     names = {"full_layer_name": layer_name, "model": model, "config": config}
-    parts = converter.materialize_tensors()
+    parts: Any = converter.materialize_tensors()
     for step in before:
         with log_conversion_errors(layer_name, loading_info, None, step):
             parts = step.convert(parts, sources, targets, **names)
-    matrices = [parts[source] for source in sources if source in parts]
+    matrices: list[Sequence[torch.Tensor]] = [parts[source] for source in sources if source in parts]
     pieces = Pieces(list(zip(*matrices, strict=True)), 0)
     placeholder = made = pieces.make_placeholder()
-    for step in behind:
+    for step in after:
         with log_conversion_errors(layer_name, loading_info, None, step):
             made = step.convert({targets[0]: placeholder}, sources, targets, **names)[targets[0]]
             if made is not placeholder:  # it is changed as a whole, which takes its numbers

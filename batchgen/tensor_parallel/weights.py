@@ -140,13 +140,8 @@ def copy_weights(
         source = sources[key].data
         exact = any(is_kept_exact(path) for *_, path in homes[key])
         target = dtype if source.dtype == own and not exact else source.dtype
-        if hollow is None and (pieces := find_pieces(sources[key])) is not None:
-            here = pieces.assemble(device)
-            for piece in itertools.chain(*pieces.experts):
-                maps.forget(piece)
-        elif hollow is None:
-            here = source.to(device, copy=True)
-            maps.forget(source)
+        if hollow is None:
+            here = _read(sources[key], device, maps)
         else:
             here = torch.empty(source.shape, dtype=source.dtype, device=device)
             loading.fill(homes[key][0][2], here, hollow)
@@ -184,6 +179,18 @@ def _list_parameters(model: nn.Module) -> tuple[dict[int, list[tuple[nn.Module, 
                 sources[id(parameter)] = parameter
                 homes.setdefault(id(parameter), []).append((module, name, f"{path}.{name}".lstrip(".")))
     return homes, sources
+
+
+def _read(source: nn.Parameter, device: torch.device, maps: _MappedFiles) -> torch.Tensor:
+    """Returns a copy of a parameter on `device`, and lets go of the pages that it was read from."""
+    if (pieces := find_pieces(source)) is not None:
+        whole = pieces.assemble(device)
+        for piece in itertools.chain(*pieces.experts):
+            maps.forget(piece)
+        return whole
+    copied = source.data.to(device, copy=True)
+    maps.forget(source.data)
+    return copied
 
 
 def _put(made: torch.Tensor | Int8Weight, homes: list[tuple[nn.Module, str, str]]) -> int:

@@ -170,7 +170,7 @@ def test_an_adapter_of_experts_is_merged_into_placeholders(case: str, tmp_path: 
     assert (find_pieces(experts.down_proj) is None) == (case == "one parameter of the experts")
     changes = lora.place_by_config(lora.read_adapter(str(adapter)), mapped.config).whole
     products = {name: change.compute_product for name, change in changes.items() if change.is_low_rank}
-    copy_weights(mapped, str(base), CPU, torch.float32, eight_bits=False, products=products)
+    copy_weights(mapped, str(base), CPU, torch.float32, eight_bits=False, additions=products)
     for name, parameter in expected.named_parameters():
         assert torch.equal(mapped.get_parameter(name), parameter), name
 

@@ -20,7 +20,15 @@ NAME = "batchgen_paged"
 
 # What some families hand on to every attention function, without a meaning for this one.
 _WITHOUT_MEANING = frozenset(
-    {"cache_position", "dropout", "output_attentions", "output_router_logits", "position_ids", "use_cache"}
+    (
+        "cache_position",
+        "dropout",
+        "logits_to_keep",
+        "output_attentions",
+        "output_router_logits",
+        "position_ids",
+        "use_cache",
+    )
 )
 
 

@@ -14,6 +14,7 @@ WINDOW = 24  # tokens
 ORIGINAL_CONTEXT = 32  # tokens, of models that were made for longer ones afterwards
 VOCABULARY = 256
 _INNER = 64
+_FEW_HEADS = 4  # of keys
 _MOST_LAYERS = 12
 _INNER_SIZES = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "moe_intermediate_size",
                 "shared_expert_intermediate_size", "shared_intermediate_size", "expert_intermediate_size")  # fmt: skip
@@ -21,9 +22,15 @@ _DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_laye
 _FIRST_OF_A_KIND = ("first_k_dense_replace", "moe_layer_start_index", "decoder_sparse_step", "moe_layer_interval")
 
 
-def shrink(config: Any) -> Any:
-    """Returns the config of a small text model with the features of `config`."""
+def shrink(config: Any, *, cuts_heads: bool = True) -> Any:
+    """Returns the config of a small text model with the features of `config`.
+
+    Args:
+        cuts_heads: leave a few heads alone; of some families no model can be made then, since other sizes hang on it.
+    """
     small = copy.deepcopy(config.get_text_config())
+    if cuts_heads:
+        _cut_heads(small)
     layers = _count_layers(small)
     for name, value in list(vars(small).items()):
         if isinstance(value, (list, tuple)) and len(value) == small.num_hidden_layers:
@@ -52,6 +59,23 @@ def shrink_whole(config: Any, text: Any) -> Any:
                 if isinstance(getattr(part, depth, None), int):
                     setattr(part, depth, 1)
     return small
+
+
+def _cut_heads(text: Any) -> None:
+    """Leaves a few heads of keys, with as many heads of queries each as before, and a hidden size to match."""
+    sizes = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")]
+    heads, cached, hidden = (size if isinstance(size, int) else 0 for size in sizes)
+    cached = cached or heads
+    # Falcon has another name for its key heads, and uses it in one of its layouts alone.
+    if not heads or not hidden or heads % cached or hidden % heads or getattr(text, "num_kv_heads", None):
+        return
+    # Biases of positions are computed otherwise where the number of heads is no power of two.
+    few = _FEW_HEADS if cached & (cached - 1) == 0 else _FEW_HEADS + 2
+    if cached > few:
+        text.num_attention_heads = few * (heads // cached)
+        if getattr(text, "num_key_value_heads", None):
+            text.num_key_value_heads = few
+        text.hidden_size = text.num_attention_heads * (hidden // heads)
 
 
 def _count_layers(text: Any) -> int:

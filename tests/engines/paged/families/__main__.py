@@ -58,6 +58,7 @@ def _say_outcome(name: str, count: int) -> bool:
         f"{found.apart:.1e}",
         f"{found.preemptions} preemptions",
         f"{found.texts} texts",
+        f"{found.ties} ties",
         f"{time.monotonic() - since:.1f} s",
     )
     say(f"| {name} | {kind} | {' | '.join(cells)} |{' ' if found.wrong else ''}{found.wrong}")

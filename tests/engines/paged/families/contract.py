@@ -35,6 +35,7 @@ _AROUND = 0.3  # standard deviation of biases, sinks, and the weights of norms a
 _CACHE = 256  # tokens, for all rows at once: enough for each, and not for four
 _LONG_STEPS = 12  # that a prompt longer than a window is computed in, about
 _BEYOND = 40  # tokens by which long prompts go beyond a window, or the original context of stretched positions
+_MOST_TIES = 1  # of a family: two experts that are equal but for rounding, of which Transformers itself takes either
 _SAMPLINGS: tuple[dict[str, Any], ...] = ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.5, "top_k": 30})
 
 
@@ -48,13 +49,22 @@ class Outcome:
     apart: float  # the largest difference of a log-probability
     preemptions: int
     texts: int  # different ones among the greedy rows
+    ties: (
+        int  # greedy rows of which `generate` and a forward over the whole text differ, which have the latter's tokens
+    )
     wrong: str = ""  # of the first row that is not equal, what it has and what Transformers gives
 
     @property
     def is_kept(self) -> bool:
         """Whether the contract is kept, by rows that say something."""
         are_equal = self.greedy == self.sampled == self.rows
-        return are_equal and self.apart < MOST_APART and self.preemptions > 0 and self.texts > self.rows * 0.7
+        return (
+            are_equal
+            and self.ties <= _MOST_TIES
+            and self.apart < MOST_APART
+            and self.preemptions > 0
+            and self.texts > self.rows * 0.7
+        )
 
 
 def make_config(settings: Config) -> Any:
@@ -124,6 +134,7 @@ def check(settings: Config, folder: Path, count: int = 60, step: int = 1) -> Out
         max(each.apart for each in outcome),
         preemptions,
         len({found[row.id].text for row in greedy}),
+        sum(each.is_tie for each in outcome),
         wrong,
     )
 
@@ -163,6 +174,7 @@ class _Judgement:
 
     wrong: str
     apart: float
+    is_tie: bool = False
 
 
 def _judge(model: tiny_models.Model, row: Prompt, generation: Generation, generates: bool) -> _Judgement:
@@ -174,12 +186,16 @@ def _judge(model: tiny_models.Model, row: Prompt, generation: Generation, genera
     tokens = list(generation.details.token_ids or ()) if generation.details else []
     is_sampled = row.params.temperature > 0
     expected = model.alone(row) if generates and not is_sampled else _choose_along(model, row, tokens)
-    if tokens != expected:
+    is_tie = tokens != expected and not is_sampled and tokens == _choose_along(model, row, tokens)
+    if generation.error is not None:
+        return _Judgement(f"{row.id} failed: {generation.error}", 0.0)
+    if tokens != expected and not is_tie:
         return _Judgement(f"{row.id} has the tokens {tokens}, and Transformers gives {expected}", 0.0)
     if not row.params.logprobs:
-        return _Judgement("" if generation.logprobs is None else f"{row.id} has log-probabilities", 0.0)
+        return _Judgement("" if generation.logprobs is None else f"{row.id} has log-probabilities", 0.0, is_tie)
     exact = model.logprobs(row, tokens)
-    return _Judgement("", max(abs(own - other) for own, other in zip(generation.logprobs or (), exact, strict=True)))
+    apart = max(abs(own - other) for own, other in zip(generation.logprobs or (), exact, strict=True))
+    return _Judgement("", apart, is_tie)
 
 
 def _choose_along(model: tiny_models.Model, row: Prompt, tokens: Sequence[int]) -> list[int]:
