@@ -57,7 +57,7 @@ class PageTables:
         self._begins = np.arange(groups.count, dtype=np.int64)[:, None] * ((limits.slots + 1) * width)
         self._changed_places: list[NDArray[np.int64]] = []
         self._changed_pages: list[Ints] = []
-        self._begun: list[tuple[int, int]] = []  # the same, of sequences that have begun: the tokens of their prompts
+        self._prompt_lengths: list[tuple[int, int]] = []  # of sequences that have begun: the place, and the tokens
 
     @property
     def available(self) -> int:
@@ -102,7 +102,7 @@ class PageTables:
         slot, sequence.prefix = sequence.slot, prefix.node
         self._columns[slot], self._passed[slot] = prefix.columns, prefix.passed
         self._tables[:, slot, : prefix.columns] = prefix.pages
-        self._begun.append((slot * self._limits.table_width + self._limits.columns, sequence.prompt_tokens))
+        self._prompt_lengths.append((slot * self._limits.table_width + self._limits.columns, sequence.prompt_tokens))
         if prefix.columns:
             self._record(slot, np.arange(prefix.columns), prefix.pages)
 
@@ -160,9 +160,9 @@ class PageTables:
         Returns:
             Places in the tables [groups, slots + 1, table width], flattened, and what they become: [changes] each.
         """
-        begun = np.array(self._begun, np.int64).reshape(-1, 2)
-        places, pages = [begun[:, 0], *self._changed_places], [begun[:, 1].astype(np.int32), *self._changed_pages]
-        self._begun, self._changed_places, self._changed_pages = [], [], []
+        lengths = np.array(self._prompt_lengths, np.int64).reshape(-1, 2)
+        places, pages = [lengths[:, 0], *self._changed_places], [lengths[:, 1].astype(np.int32), *self._changed_pages]
+        self._prompt_lengths, self._changed_places, self._changed_pages = [], [], []
         return np.concatenate(places), np.concatenate(pages)
 
     def _find_shared(self, path: list[Node]) -> tuple[int, int]:
