@@ -57,9 +57,7 @@ class PageTables:
         self._begins = np.arange(groups.count, dtype=np.int64)[:, None] * ((limits.slots + 1) * width)
         self._changed_places: list[NDArray[np.int64]] = []
         self._changed_pages: list[Ints] = []
-        self._prompt_lengths: list[tuple[int, int]] = []  # of sequences that have begun: the place, and what it becomes
-            tuple[int, int]
-        ] = []  # the same, of sequences that have begun: the tokens of their prompts
+        self._prompt_lengths: list[tuple[int, int]] = []  # of sequences that have begun: the place, and the tokens
 
     @property
     def available(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from batchgen import tensor_parallel
 from batchgen.engine import EngineError, Setup, Stream
@@ -25,11 +26,19 @@ from tests.engines.runs import altered, command, ended_by, read, rows, run, text
 from tests.generation import parameter_cases
 from tests.tensor_parallel import test_texts
 
+
+def build_with_windows(vocabulary: int) -> PreTrainedModel:
+    """A layer that sees all, and three that look back at 24 tokens: four groups of layers, each with pages of its own."""
+    windows = {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 4}
+    return Qwen2ForCausalLM(Qwen2Config(**models.SMALL | {"vocab_size": vocabulary} | windows))
+
+
 KINDS = {
     "llama": partial(models.llama, num_key_value_heads=4),
     "bloom": models.bloom,
     "qwen3": models.qwen3,
     "mistral": models.mistral,
+    "windows": build_with_windows,
 }
 # A cache so small that rows are preempted, and steps so small that prompts are computed in chunks.
 TIGHT = ("tp=2", "cache_tokens=256", "expected_share=0.05", "step_tokens=16")
