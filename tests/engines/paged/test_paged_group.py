@@ -28,7 +28,7 @@ from tests.tensor_parallel import test_texts
 
 
 def build_with_windows(vocabulary: int) -> PreTrainedModel:
-    """A layer that sees all, and three that look back at 24 tokens: four groups of layers, each with pages of its own."""
+    """A layer that sees all, and three that look back at 24 tokens: four groups of layers."""
     windows = {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 4}
     return Qwen2ForCausalLM(Qwen2Config(**models.SMALL | {"vocab_size": vocabulary} | windows))
 
