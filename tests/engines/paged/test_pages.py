@@ -10,7 +10,7 @@ import pytest
 from batchgen.bench import workloads
 from batchgen.engines.paged.layer_groups import ONE_GROUP, LayerGroups, LayerPlace
 from batchgen.engines.paged.page_tables import PageTables, SharedPrefix
-from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, Pages
+from batchgen.engines.paged.pages import GONE, PAGE_SIZE, ROOT, Pages
 from batchgen.engines.paged.step import Sequence, StepLimits
 from batchgen.models.footprint import LayerCacheShape
 from batchgen.types import SamplingParams
@@ -93,6 +93,33 @@ def test_what_followed_a_beginning_that_was_given_up_does_not_follow_another() -
     pages.remember(ROOT, [9] * PAGE_SIZE, [[first]])
     assert find(pages, [*[9] * PAGE_SIZE, *BEGINNING[PAGE_SIZE : 2 * PAGE_SIZE], 1]) == [first]
     assert second not in find(pages, [*BEGINNING, 1])
+
+
+def test_a_prefix_without_a_page_of_a_full_group_is_forgotten_and_the_others_are_free_in_the_end() -> None:
+    pages = Pages(4, full_groups=1)
+    full, windowed = pages.take(2).tolist()
+    pages.remember(ROOT, BEGINNING[:PAGE_SIZE], [[full, windowed]])
+    give_back(pages, [full])
+    assert full in pages.take(3).tolist()
+    assert find(pages, BEGINNING) == []
+    give_back(pages, [windowed])
+    assert pages.take(1).tolist() == [windowed]
+    assert pages.available == 0
+
+
+def test_a_page_that_a_prefix_has_lost_is_replaced_by_that_of_another_sequence() -> None:
+    pages = Pages(4, full_groups=1)
+    first, second = pages.take(2).tolist(), pages.take(2).tolist()
+    number = pages.remember(ROOT, BEGINNING[:PAGE_SIZE], [first])
+    assert pages.remember(ROOT, BEGINNING[:PAGE_SIZE], [second]) == number
+    assert pages.find_path(BEGINNING) == [(number, tuple(first))]
+    give_back(pages, first[1:])
+    assert pages.take(1).tolist() == first[1:]
+    assert pages.find_path(BEGINNING) == [(number, (first[0], GONE))]
+    assert pages.remember(ROOT, BEGINNING[:PAGE_SIZE], [second]) == number
+    assert pages.find_path(BEGINNING) == [(number, (first[0], second[1]))]
+    give_back(pages, second)
+    assert pages.take(1).tolist() == second[:1]  # which no prefix has
 
 
 @pytest.mark.parametrize("groups", [(1, 0), (1, 2), (0, 1)])
