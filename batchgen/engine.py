@@ -59,6 +59,7 @@ class Pace:
     cache_passes: float = 5.0
     cache_passes_eager: float = 10.0
     continuous: bool = False  # when a row ends, another one takes its place at once
+    page_size: int = 1  # tokens that the cache gives out memory for at once
 
 
 class Tokenizer(Protocol):

@@ -139,7 +139,7 @@ def _find_nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Ten
         own, wanted = probabilities[rows], top_p[rows][:, None]
         ordered = own.topk(count).values
         sums = ordered.cumsum(-1)
-        numbers = (sums - ordered < wanted).sum(-1, keepdim=True)
+        numbers = (sums - ordered < wanted).sum(-1, keepdim=True).clamp(min=1)  # none, where a row holds NaN
         least = ordered.gather(-1, numbers - 1)
         above, ties = own > least, own == least
         room = numbers - above.sum(-1, keepdim=True)

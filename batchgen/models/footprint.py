@@ -148,6 +148,7 @@ class Execution:
     ranks: int = 1  # that share the model's heads
     eager: bool = False  # attention writes its scores out
     drops_past_windows: bool = True  # a layer with a window keeps no older tokens, as Transformers' caches do
+    page_size: int = 1  # tokens that the cache gives out memory for at once; a window may touch a page more
     # Each row of a decode step has a copy of the weights of its experts, as `generate` makes it on a GPU: Transformers
     # calls that `batched_mm` (integrations/moe.py).
     copies_experts: bool = False
@@ -204,9 +205,23 @@ class Footprint:
 
     def cache_bytes(self, tokens: int, execution: Execution) -> int:
         """Returns the bytes of the KV cache of a sequence of `tokens` tokens, on each rank."""
-        if execution.drops_past_windows:
+        if execution.drops_past_windows and execution.page_size == 1:
             return _sum_cache(self.caches, execution.item_bytes, tokens, execution.ranks)
+        if execution.drops_past_windows and self._can_share_pages:
+            # A page that is not full counts by its tokens, so that windows alone make a difference.
+            return sum(
+                _sum_cache({layer: count}, execution.item_bytes, 1, execution.ranks)
+                * min(tokens, layer.count_tokens(tokens, execution.page_size))
+                for layer, count in self.caches.items()
+            )
         return tokens * _sum_cache(self.caches, execution.item_bytes, 1, execution.ranks)
+
+    @property
+    def _can_share_pages(self) -> bool:
+        """Whether all layers keep as much of a token, and their windows are equal, so that pages which one has passed
+        can be given to any other."""
+        sizes = {(layer.heads, layer.key_size, layer.value_size) for layer in self.caches}
+        return len(sizes) == 1 and len({layer.window for layer in self.caches} - {0}) <= 1
 
 
 def find_experts_per_token(config: Any) -> int:

@@ -141,8 +141,7 @@ class Speed:
             self.model.dtype.itemsize,
             ranks=self.placement.sharing,
             eager=self.model.eager,
-            # Pages are given back when a row ends, and not when a window has passed them.
-            drops_past_windows=not self.pace.continuous,
+            page_size=self.pace.page_size,
             copies_experts=self._copies_experts,
         )
 

@@ -242,3 +242,16 @@ def test_rounding_of_logits_flips_no_more_draws_than_near_ties() -> None:
     # difference is exponential with mean 1. Logits of up to 13 move by some 1e-5 here: 0.02 such ties are expected.
     assert (one != other).sum() <= 1
     assert (before != after).sum() >= 5
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.5}])
+def test_rows_whose_numbers_are_broken_change_no_other(params: dict[str, Any], number: float) -> None:
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0))
+    numbers = SamplingTensors.of([SamplingParams(temperature=0.9, **params)] * 3, CPU)
+    seeds, steps = torch.tensor([1, 2, 3]), torch.tensor([4, 4, 4])
+    expected = sample(logits, seeds, steps, numbers)
+    logits[1] = number
+    drawn = sample(logits, seeds, steps, numbers)
+    assert drawn[[0, 2]].tolist() == expected[[0, 2]].tolist()
+    assert 0 <= int(drawn[1]) < 2000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +124,25 @@ def test_the_cache_of_a_published_model(shape: str, token: int, tokens: int, seq
     footprint = Footprint.of(config)
     assert footprint.cache_bytes(tokens, HALF) == sequence
     assert footprint.cache_bytes(tokens, Execution(2, drops_past_windows=False)) == tokens * token
+    # A window touches a page more than it fills; windows of these are multiples of a page.
+    page = sum(
+        16 * count * layer.heads * layer.head_size * 2 for layer, count in footprint.caches.items() if layer.window
+    )
+    in_pages = sequence + (page if tokens > 1040 else 0)
+    assert footprint.cache_bytes(tokens, Execution(2, page_size=16)) == in_pages
+
+
+def test_pages_are_kept_where_layers_differ_in_more_than_having_a_window() -> None:
+    footprint = Footprint.of(shapes.config_of("gpt-oss-20b"))
+    alike, other, wider = LayerCacheShape(2, 8, 8, 32), LayerCacheShape(1, 16, 16), LayerCacheShape(2, 8, 8, 48)
+    in_pages = Execution(2, page_size=16)
+    for layers, kept in (
+        ([alike, LayerCacheShape(2, 8, 8)], 48 + 500),
+        ([alike, other], 1000),
+        ([alike, wider], 1000),
+        ([alike, alike], 96),
+    ):
+        assert replace(footprint, caches=Counter(layers)).cache_bytes(500, in_pages) == kept * 2 * 16 * 2
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_groups_that_cannot_be_are_not_forecast(ranks: int, tp: int, folders: di
 
 
 def test_engines_for_gpus_are_asked_where_those_for_cpus_do_not_know_the_model(tmp_path: Path) -> None:
-    config = transformers.OPTConfig(hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.GPTJConfig(n_embd=64, n_inner=96, n_layer=2, n_head=4, rotary_dim=8)
     config.save_pretrained(tmp_path)
     folder = shapes.make(str(tmp_path / "config.json"), torch.float32, tmp_path / "model")
     found = chosen(folder, CPU, ranks=2, settings=["tp=2"])

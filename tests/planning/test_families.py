@@ -59,14 +59,15 @@ def test_layers_with_a_window_read_and_keep_no_more_than_it() -> None:
     assert more[1] - more[0] == pytest.approx(rows * context * cache / hardware.CARDS["H200"].bandwidth, rel=0.1)
     sized, node = model("gemma3-12b"), Node(hardware.CARDS["H200"], 1)
     placement = Placement((), 1, 1, device=sized.weights.read_bytes)
+    # Pages of so many tokens: a window that begins within a page touches one more than it fills.
     fit = {
-        continuous: Expected(
-            dataclasses.replace(PAGED, continuous=continuous), placement, sized, node, {}
-        ).find_largest_batch((16, context))
-        for continuous in (False, True)
+        size: Expected(dataclasses.replace(PAGED, page_size=size), placement, sized, node, {}).find_largest_batch(
+            (16, context)
+        )
+        for size in (1, 16, context)
     }
-    # Transformers' caches drop what windows have passed; pages are kept until their row ends.
-    assert fit[False] > 4 * fit[True] > 0
+    assert 0.97 * fit[1] < fit[16] <= fit[1]
+    assert fit[16] > 4 * fit[context] > 0
 
 
 @pytest.mark.parametrize(

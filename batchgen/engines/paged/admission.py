@@ -65,7 +65,7 @@ class CacheForecast:
     def admit(self, length: int, remaining: int) -> bool:
         """Whether a sequence of `length` tokens and `remaining` expected ones fits beside them; if so, it runs too."""
         # All at their longest at once: cheap, and enough while the cache is far from full.
-        within = int(self._count_window_columns(length + remaining))
+        within = min(-(-(length + remaining) // PAGE_SIZE), self._groups.window_columns)
         pages = self._estimate_pages(self._tokens + length + remaining, self._sequences + 1, self._windows + within)
         fits = bool(pages <= self._pages)
         if not fits and self._checks < _CHECKS:

@@ -57,6 +57,7 @@ class Paged(Engine):
         cache_passes=1.0,
         cache_passes_eager=1.0,
         continuous=True,
+        page_size=PAGE_SIZE,
     )
 
     @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.layer_groups import LayerGroups
-from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, Pages, PrefixNode, find_root
+from batchgen.engines.paged.pages import GONE, PAGE_SIZE, ROOT, Node, Pages, find_root
 from batchgen.engines.paged.step import Ints, Sequence, StepLimits
 
 
@@ -24,7 +24,7 @@ from batchgen.engines.paged.step import Ints, Sequence, StepLimits
 class SharedPrefix:
     """Pages that hold the beginning of a sequence already, and have one more user for it."""
 
-    node: int = ROOT  # of the last page
+    node: int  # the number of that of the last page
     columns: int = 0  # how many pages a group has, those that its window has passed included
     passed: int = 0  # how many of these it has
     # [groups, columns]; what stands in the columns that a window has passed is no page of this sequence.
@@ -57,6 +57,8 @@ class PageTables:
         self._begins = np.arange(groups.count, dtype=np.int64)[:, None] * ((limits.slots + 1) * width)
         self._changed_places: list[NDArray[np.int64]] = []
         self._changed_pages: list[Ints] = []
+        # Of sequences that have begun: places behind their pages, with the adapter and the number of prompt tokens.
+        self._begun: list[tuple[int, int]] = []
 
     @property
     def available(self) -> int:
@@ -86,11 +88,11 @@ class PageTables:
         columns, passed = self._find_shared(path)
         if not columns:
             return SharedPrefix(root)
-        pages = np.array([node.pages for node in path[:columns]], np.int32).T
+        pages = np.array([own for _, own in path[:columns]], np.int32).T
         np.maximum(pages, 0, out=pages)  # where a page is gone nothing is read, but the address must exist
         for part in self._split(pages, passed):
             self._pages.share(part)
-        return SharedPrefix(path[columns - 1].number, columns, passed, pages)
+        return SharedPrefix(path[columns - 1][0], columns, passed, pages)
 
     def drop(self, prefix: SharedPrefix) -> None:
         """The sequence that was to share this prefix does not begin."""
@@ -102,29 +104,35 @@ class PageTables:
         self._columns[slot], self._passed[slot] = prefix.columns, prefix.passed
         self._tables[:, slot, : prefix.columns] = prefix.pages
         behind = slot * self._limits.table_width + self._limits.columns
-        self._changed_places.append(np.array([behind, behind + 1], np.int64))
-        self._changed_pages.append(np.array([sequence.adapter, sequence.prompt_tokens], np.int32))
+        self._begun += [(behind, sequence.adapter), (behind + 1, sequence.prompt_tokens)]
         if prefix.columns:
-            self._record(np.full(prefix.columns, slot), np.arange(prefix.columns), prefix.pages)
+            self._record(slot, np.arange(prefix.columns), prefix.pages)
 
-    def extend(self, slots: NDArray[np.integer], columns: NDArray[np.integer]) -> None:
-        """Takes pages for sequences that will have so many columns. There must be as many available.
+    def extend_one(self, slot: int, tokens: int) -> None:
+        """Takes pages for the sequence in this slot, which will have so many tokens. As many must be available."""
+        before, columns = int(self._columns[slot]), -(-tokens // PAGE_SIZE)
+        if columns > before:
+            pages = self._pages.take((columns - before) * self._groups.count).reshape(self._groups.count, -1)
+            self._tables[:, slot, before:columns] = pages
+            self._columns[slot] = columns
+            self._record(slot, np.arange(before, columns), pages)
 
-        Args:
-            slots: [sequences].
-            columns: [sequences]; no fewer than they have.
-        """
-        rows, new = _list_places(slots, self._columns[slots], columns)
-        pages = self._pages.take(len(rows) * self._groups.count).reshape(self._groups.count, -1)
-        self._tables[:, rows, new] = pages
-        self._columns[slots] = columns
-        self._record(rows, new, pages)
+    def extend(self, slots: Ints) -> None:
+        """Takes pages for one more column of the sequences in `slots`, [sequences]. There must be as many available."""
+        if not len(slots):
+            return
+        columns = self._columns[slots]
+        pages = self._pages.take(len(slots) * self._groups.count).reshape(self._groups.count, -1)
+        self._tables[:, slots, columns] = pages
+        self._columns[slots] += 1
+        self._record(slots, columns, pages)
 
     def remember(self, sequence: Sequence, begin: int, end: int) -> None:
         """Remembers what full pages hold of tokens `begin` to `end` of a sequence, once the planned step has run."""
         first, last = begin // PAGE_SIZE, end // PAGE_SIZE
-        for column, pages in enumerate(self._tables[:, sequence.slot, first:last].T.tolist(), first):
-            tokens = sequence.tokens[column * PAGE_SIZE : (column + 1) * PAGE_SIZE]
+        if last > first:
+            tokens = sequence.tokens[first * PAGE_SIZE : last * PAGE_SIZE]
+            pages = self._tables[:, sequence.slot, first:last].T.tolist()
             sequence.prefix = self._pages.remember(sequence.prefix, tokens, pages)
 
     def give_back_passed(self, slots: NDArray[np.integer], positions: Ints) -> None:
@@ -154,19 +162,18 @@ class PageTables:
         Returns:
             Places in the tables [groups, slots + 1, table width], flattened, and what they become: [changes] each.
         """
-        places, pages = self._changed_places, self._changed_pages
-        self._changed_places, self._changed_pages = [], []
-        if not places:
-            return np.zeros(0, np.int64), np.zeros(0, np.int32)
+        begun = np.array(self._begun, np.int64).reshape(-1, 2)
+        places, pages = [begun[:, 0], *self._changed_places], [begun[:, 1].astype(np.int32), *self._changed_pages]
+        self._begun, self._changed_places, self._changed_pages = [], [], []
         return np.concatenate(places), np.concatenate(pages)
 
-    def _find_shared(self, path: list[PrefixNode]) -> tuple[int, int]:
+    def _find_shared(self, path: list[Node]) -> tuple[int, int]:
         """The most columns of a path that can be shared, and how many of them windows have passed by then."""
         if not self._groups.windowed:
             return len(path), 0
         best = run = 0
-        for columns, node in enumerate(path, 1):
-            run = run + 1 if min(node.pages) >= 0 else 0  # columns down to here of which no page is gone
+        for columns, (_, pages) in enumerate(path, 1):
+            run = run + 1 if GONE not in pages else 0  # columns down to here of which no page is gone
             if run >= columns - self._groups.count_passed(columns * PAGE_SIZE):
                 best = columns
         return best, self._groups.count_passed(best * PAGE_SIZE) if best else 0
@@ -181,10 +188,9 @@ class PageTables:
         for part in reversed(self._split(pages, passed)):
             self._pages.give_back(part)
 
-    def _record(self, slots: NDArray[np.integer], columns: NDArray[np.integer], pages: Ints) -> None:
-        """The device has to learn these pages, [groups, places]."""
-        places = self._begins + (slots.astype(np.int64) * self._limits.table_width + columns)
-        self._changed_places.append(places.ravel())
+    def _record(self, slots: Ints | int, columns: NDArray[np.integer], pages: Ints) -> None:
+        """The device has to learn these pages, [groups, places], of columns [places] of one slot, or of one each."""
+        self._changed_places.append((self._begins + slots * np.int64(self._limits.table_width) + columns).ravel())
         self._changed_pages.append(pages.ravel())
 
 

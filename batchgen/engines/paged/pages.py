@@ -8,7 +8,6 @@ more is kept as long as there are others to take, since a later prompt may begin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,28 +30,15 @@ def find_root(adapter: int, *, is_long: bool) -> int:
     return (ROOT_OF_LONG if is_long else ROOT) - 2 * adapter
 
 
-_GONE = -1  # in the place of a page
+GONE = -1
+"""In the place of a page that a prefix has lost."""
 
-_Key = tuple[int, tuple[int, ...]]  # the number of the node before, and the tokens that follow there
+Key = tuple[int, tuple[int, ...]]
+"""The number of the node before, and the tokens that follow there."""
 
-
-class PrefixNode:
-    """A prefix of whole pages, as a node of their tree: its last tokens, and the pages that hold these."""
-
-    __slots__ = ("children", "key", "number", "pages")
-
-    def __init__(self, number: int, key: _Key, pages: list[int]) -> None:
-        self.number = number  # never used twice: a page that is taken again cannot be mistaken for what it was
-        self.key = key
-        self.pages = pages  # of each group; -1: that one is gone
-        self.children = 0  # nodes that continue it
-
-
-class _Owner(NamedTuple):
-    """What a page is remembered as."""
-
-    node: PrefixNode
-    group: int
+Node = tuple[int, tuple[int, ...]]
+"""A prefix of whole pages: its number, and the pages of its last tokens, one of each group. Plain tuples of numbers, of
+which there may be hundreds of thousands: the garbage collector does not look at them."""
 
 
 class Pages:
@@ -70,11 +56,15 @@ class Pages:
         self._free = np.arange(count - 1, -1, -1, dtype=np.int32)  # the first `_free_count` of these, the last one next
         self._free_count = count
         self._unused: dict[int, None] = {}  # pages of a prefix without a user, in the order in which they are given up
-        self._nodes: dict[_Key, PrefixNode] = {}
-        self._by_number: dict[int, PrefixNode] = {}
-        self._owners: dict[int, _Owner] = {}  # of the pages that hold a part of a prefix
-        self._is_owned = np.zeros(count, np.bool_)
+        # Prefixes of prompts form a tree. Its nodes have numbers of their own, never used twice, so that a page which
+        # was given up and taken again cannot be mistaken for what it was.
+        self._nodes: dict[Key, Node] = {}
+        self._owners: list[Key | None] = [None] * count  # of the node that a page belongs to
+        self._is_owned = np.zeros(count, np.bool_)  # whether there is one
         self._last_number = ROOT
+        # Of nodes by their numbers, where they may be left without a page: how many continue them, and their keys.
+        self._children: dict[int, int] = {}
+        self._keys: dict[int, Key] = {}
 
     @property
     def available(self) -> int:
@@ -112,7 +102,7 @@ class Pages:
         for page in pages.tolist():
             self._unused.pop(page, None)
 
-    def find_path(self, tokens: Sequence[int], root: int = ROOT) -> list[PrefixNode]:
+    def find_path(self, tokens: Sequence[int], root: int = ROOT) -> list[Node]:
         """Finds the longest prefix that `tokens` begin with: its nodes, one for each `PAGE_SIZE` tokens.
 
         At least one token is left out: its logits are wanted, so it has to be computed.
@@ -125,68 +115,88 @@ class Pages:
             node = self._nodes.get((number, tuple(tokens[begin : begin + PAGE_SIZE])))
             if node is None:
                 break
-            number = node.number
+            number = node[0]
             path.append(node)
         return path
 
-    def remember(self, number: int, tokens: Sequence[int], pages: Sequence[int]) -> int:
-        """Remembers that `pages` hold these `PAGE_SIZE` tokens after the prefix of a node, or will when the planned
-        step has run.
+    def remember(self, number: int, tokens: Sequence[int], pages: list[list[int]]) -> int:
+        """Remembers that pages hold these tokens after the prefix of a node, or will when the planned step has run.
 
         Args:
             number: of that node.
-            pages: one of each group.
+            tokens: `PAGE_SIZE` for each of `pages`.
+            pages: for each of them, the page of each group.
 
         Returns:
             The number of the node of that longer prefix.
         """
-        key = (number, tuple(tokens))
-        node = self._nodes.get(key)
-        if node is None:
-            self._last_number += 1
-            node = self._nodes[key] = self._by_number[self._last_number] = PrefixNode(
-                self._last_number, key, [_GONE] * len(pages)
-            )
-            if number in self._by_number:
-                self._by_number[number].children += 1
-        for group, page in enumerate(pages):  # where there is one, another sequence computes the same at the same time
-            if node.pages[group] == _GONE:
-                node.pages[group] = page
-                self._owners[page], self._is_owned[page] = _Owner(node, group), True
-        return node.number
+        owned: list[int] = []
+        for begin, new in zip(range(0, len(tokens), PAGE_SIZE), pages, strict=True):
+            key = (number, tuple(tokens[begin : begin + PAGE_SIZE]))
+            node = self._nodes.get(key)
+            if node is None:
+                node = self._add_node(key, tuple(new))
+            elif GONE in node[1]:
+                new = [page if there == GONE else GONE for there, page in zip(node[1], new, strict=True)]
+                self._nodes[key] = node[0], tuple(map(max, node[1], new))
+            else:
+                new = []  # another sequence computes the same at the same time
+            for page in new:
+                if page != GONE:
+                    self._owners[page] = key
+                    owned.append(page)
+            number = node[0]
+        self._is_owned[owned] = True
+        return number
+
+    def _add_node(self, key: Key, pages: tuple[int, ...]) -> Node:
+        self._last_number += 1
+        node = self._nodes[key] = self._last_number, pages
+        if not self._full_groups:
+            self._children[key[0]] = self._children.get(key[0], 0) + 1
+            self._keys[self._last_number] = key
+        return node
 
     def _give_up(self, page: int) -> None:
         """A page of a prefix, without a user, becomes free."""
-        del self._unused[page]
-        node, group = self._disown(page)
-        self._add_free(np.array([page], np.int32))
+        key = self._owners[page]
+        assert key is not None
+        number, pages = self._nodes[key]
+        group = pages.index(page)
+        self._free_page(page)
+        self._nodes[key] = number, (*pages[:group], GONE, *pages[group + 1 :])
         if group < self._full_groups:
-            self._forget(node)
-        while node.children == 0 and all(each == _GONE for each in node.pages):
-            parent = self._by_number.get(node.key[0])
-            self._forget(node)
-            if parent is None:
-                return
-            node = parent
+            self._forget(key)
+        elif not self._full_groups:
+            self._forget_without_pages(key)
 
-    def _disown(self, page: int) -> _Owner:
-        owner = self._owners.pop(page)
-        self._is_owned[page] = False
-        owner.node.pages[owner.group] = _GONE
-        return owner
-
-    def _forget(self, node: PrefixNode) -> None:
+    def _forget(self, key: Key) -> None:
         """A prefix is not found any more; those that continue it are not, either."""
-        for page in node.pages:
-            if page != _GONE:
-                self._disown(page)
-                if page in self._unused:
-                    del self._unused[page]
-                    self._add_free(np.array([page], np.int32))
-        if self._nodes.pop(node.key, None) is not None:
-            del self._by_number[node.number]
-            if node.key[0] in self._by_number:
-                self._by_number[node.key[0]].children -= 1
+        _, pages = self._nodes.pop(key)
+        for page in pages:
+            if page in self._unused:
+                self._free_page(page)
+            elif page != GONE:
+                self._owners[page], self._is_owned[page] = None, False
+
+    def _forget_without_pages(self, key: Key | None) -> None:
+        """Forgets a prefix if nothing is left of it, and none that continues it; then the one before, likewise."""
+        while key is not None:
+            number, pages = self._nodes[key]
+            if self._children.get(number) or any(page != GONE for page in pages):
+                return
+            del self._nodes[key], self._keys[number]
+            self._children.pop(number, None)
+            self._children[key[0]] -= 1
+            if not self._children[key[0]]:
+                del self._children[key[0]]
+            key = self._keys.get(key[0])  # None: a root
+
+    def _free_page(self, page: int) -> None:
+        """A page of a prefix, which nobody uses, is not a part of it any more."""
+        del self._unused[page]
+        self._owners[page], self._is_owned[page] = None, False
+        self._add_free(np.array([page], np.int32))
 
     def _add_free(self, pages: NDArray[np.int32]) -> None:
         self._free[self._free_count : self._free_count + len(pages)] = pages

@@ -183,9 +183,8 @@ class Scheduler:
     def _plan_decoding(self, draft: StepDraft) -> None:
         if not self._decoding:
             return
-        slots, page_ends = self._find_decoding_slots(), self._find_page_ends()
-        if len(page_ends):
-            self._tables.extend(page_ends, self._length[page_ends] // PAGE_SIZE + 1)
+        slots = self._find_decoding_slots()
+        self._tables.extend(self._find_page_ends())
         draft.decode(self._decoding, slots, self._length[slots])
         self._length[slots] += 1
         self._page_ends = None
@@ -223,9 +222,9 @@ class Scheduler:
         while draft.tokens < budget and (sequence := self._find_next_waiting()) is not None:
             prefix = self._tables.find_prefix(sequence)
             own = len(sequence.tokens) - prefix.tokens
-            first = self._groups.shorten_chunk(min(own, budget - draft.tokens))
+            is_alone = self.running == 0  # then it has room, if only for one page after the other
+            first = 1 if is_alone else self._groups.shorten_chunk(min(own, budget - draft.tokens))
             has_room = self._free_slots and self._tables.can_extend(-(-first // PAGE_SIZE))
-            is_alone = self.running == 0
             remaining = sequence.max_new_tokens - sequence.generated_tokens
             expected = int(self._lengths.expect(np.array([sequence.max_new_tokens]), np.array([remaining]))[0])
             if not has_room or not (is_alone or forecast.admit(own, expected)):
@@ -284,7 +283,7 @@ class Scheduler:
         end = min(len(sequence.tokens), begin + budget - draft.tokens, self._tables.count_room(slot))
         if end <= begin:
             return False
-        self._tables.extend(np.array([slot]), np.array([-(-end // PAGE_SIZE)]))
+        self._tables.extend_one(slot, end)
         draft.prefill(sequence, begin, end)
         sequence.planned_tokens = end
         self._tables.remember(sequence, begin, min(end, sequence.prompt_tokens))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.pages import PAGE_SIZE, ROOT
 from batchgen.generation import ends
 from batchgen.generation.choosing import needs_chooser
 from batchgen.types import Prompt
@@ -77,7 +77,7 @@ class Sequence:
         self.has_prompt_logprobs = prompt.params.prompt_logprobs is None or self.prompt_tokens < 2
         self.slot = -1  # its row of the block tables; -1: it does not run
         self.planned_tokens = 0  # those of `tokens` that are in the cache once the planned steps have run
-        self.prefix = 0  # the node of `Pages` that stands for those of them that fill pages
+        self.prefix = ROOT  # the node of `Pages` that stands for those of them that fill pages
         self.admission = 0  # its number in the order of admission
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from batchgen import tensor_parallel
 from batchgen.engine import EngineError, Setup, Stream
@@ -25,11 +26,19 @@ from tests.engines.runs import altered, command, ended_by, read, rows, run, text
 from tests.generation import parameter_cases
 from tests.tensor_parallel import test_texts
 
+
+def build_with_windows(vocabulary: int) -> PreTrainedModel:
+    """A layer that sees all, and three that look back at 24 tokens: four groups of layers, each with its own pages."""
+    windows = {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 4}
+    return Qwen2ForCausalLM(Qwen2Config(**models.SMALL | {"vocab_size": vocabulary} | windows))
+
+
 KINDS = {
     "llama": partial(models.llama, num_key_value_heads=4),
     "bloom": models.bloom,
     "qwen3": models.qwen3,
     "mistral": models.mistral,
+    "windows": build_with_windows,
 }
 # A cache so small that rows are preempted, and steps so small that prompts are computed in chunks.
 TIGHT = ("tp=2", "cache_tokens=256", "expected_share=0.05", "step_tokens=16")
@@ -201,6 +210,7 @@ def test_loading_may_take_longer_than_patience_and_a_first_rank_that_hangs_is_fo
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "gpt_oss", "mixtral", "olmo2", "phi3", "qwen3_moe"])
 def test_the_layers_of_a_share_are_compiled_as_a_whole_for_any_length(name: str, tmp_path: Path) -> None:
+    torch.compiler.reset()  # what tests before have compiled counts against the limit of variants
     folder = models.save(tmp_path / "model", partial(test_texts.build, name=name))
     ids = torch.randint(4, 200, (30,))
     with process_group.fake_group(1, 2), torch.inference_mode():

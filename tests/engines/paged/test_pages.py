@@ -10,7 +10,7 @@ import pytest
 from batchgen.bench import workloads
 from batchgen.engines.paged.layer_groups import ONE_GROUP, LayerGroups, LayerPlace
 from batchgen.engines.paged.page_tables import PageTables, SharedPrefix
-from batchgen.engines.paged.pages import PAGE_SIZE, ROOT, Pages
+from batchgen.engines.paged.pages import GONE, PAGE_SIZE, ROOT, Pages
 from batchgen.engines.paged.step import Sequence, StepLimits
 from batchgen.models.footprint import LayerCacheShape
 from batchgen.types import SamplingParams
@@ -23,15 +23,13 @@ WINDOWS = LayerGroups(full=0, windowed=1, window=PAGE_SIZE)
 def remembered(pages: Pages, tokens: list[int]) -> list[int]:
     """The pages of a prompt of whole pages, computed by itself."""
     taken: list[int] = pages.take(len(tokens) // PAGE_SIZE).tolist()
-    node = ROOT
-    for number, page in enumerate(taken):
-        node = pages.remember(node, tokens[number * PAGE_SIZE : (number + 1) * PAGE_SIZE], [page])
+    pages.remember(ROOT, tokens, [[page] for page in taken])
     return taken
 
 
 def find(pages: Pages, tokens: list[int]) -> list[int]:
     """The pages of the prefix that `tokens` begin with."""
-    return [node.pages[0] for node in pages.find_path(tokens)]
+    return [own[0] for _, own in pages.find_path(tokens)]
 
 
 def give_back(pages: Pages, numbers: list[int]) -> None:
@@ -92,9 +90,36 @@ def test_what_followed_a_beginning_that_was_given_up_does_not_follow_another() -
     first, second = remembered(pages, BEGINNING[: 2 * PAGE_SIZE])
     give_back(pages, [first])  # its user has gone on to something else, but somebody still has the second page
     assert pages.take(1).tolist() == [first]
-    pages.remember(ROOT, [9] * PAGE_SIZE, [first])
+    pages.remember(ROOT, [9] * PAGE_SIZE, [[first]])
     assert find(pages, [*[9] * PAGE_SIZE, *BEGINNING[PAGE_SIZE : 2 * PAGE_SIZE], 1]) == [first]
     assert second not in find(pages, [*BEGINNING, 1])
+
+
+def test_a_prefix_without_a_page_of_a_full_group_is_forgotten_and_the_others_are_free_in_the_end() -> None:
+    pages = Pages(4, full_groups=1)
+    full, windowed = pages.take(2).tolist()
+    pages.remember(ROOT, BEGINNING[:PAGE_SIZE], [[full, windowed]])
+    give_back(pages, [full])
+    assert full in pages.take(3).tolist()
+    assert find(pages, BEGINNING) == []
+    give_back(pages, [windowed])
+    assert pages.take(1).tolist() == [windowed]
+    assert pages.available == 0
+
+
+def test_a_page_that_a_prefix_has_lost_is_replaced_by_that_of_another_sequence() -> None:
+    pages = Pages(4, full_groups=1)
+    first, second = pages.take(2).tolist(), pages.take(2).tolist()
+    number = pages.remember(ROOT, BEGINNING[:PAGE_SIZE], [first])
+    assert pages.remember(ROOT, BEGINNING[:PAGE_SIZE], [second]) == number
+    assert pages.find_path(BEGINNING) == [(number, tuple(first))]
+    give_back(pages, first[1:])
+    assert pages.take(1).tolist() == first[1:]
+    assert pages.find_path(BEGINNING) == [(number, (first[0], GONE))]
+    assert pages.remember(ROOT, BEGINNING[:PAGE_SIZE], [second]) == number
+    assert pages.find_path(BEGINNING) == [(number, (first[0], second[1]))]
+    give_back(pages, second)
+    assert pages.take(1).tolist() == second[:1]  # which no prefix has
 
 
 @pytest.mark.parametrize("groups", [(1, 0), (1, 2), (0, 1)])
@@ -116,7 +141,7 @@ def test_no_page_is_lost_or_given_to_two(seed: int, groups: tuple[int, int]) -> 
             lengths[slot] = end = min(9 * PAGE_SIZE, lengths[slot] + source.randrange(1, 20))
             if end > tables.count_room(slot):
                 continue
-            tables.extend(np.array([slot]), np.array([-(-end // PAGE_SIZE)]))
+            tables.extend_one(slot, end)
             tables.give_back_passed(np.array([slot]), np.array([end], np.int32))
         elif free_slots:
             tokens = [source.randrange(2) for _ in range(PAGE_SIZE)] * source.randrange(1, 5) + [5]
@@ -159,7 +184,7 @@ def begin(tables: PageTables, sequence: Sequence, prefix: SharedPrefix | None = 
     prefix = prefix or tables.find_prefix(sequence)
     tables.begin(sequence, prefix)
     slots = np.array([sequence.slot])
-    tables.extend(slots, np.array([-(-len(sequence.tokens) // PAGE_SIZE)]))
+    tables.extend_one(sequence.slot, len(sequence.tokens))
     tables.remember(sequence, prefix.tokens, len(sequence.tokens))
     tables.give_back_passed(slots, np.array([len(sequence.tokens)], np.int32))
 
@@ -203,7 +228,10 @@ def test_nodes_of_a_prefix_are_forgotten_with_their_last_page() -> None:
             begin(tables, make_sequence([number] * (5 * PAGE_SIZE)))
             tables.release(0)
         tables._pages.take(tables._pages.available)
-        assert (tables._pages._nodes, tables._pages._by_number, tables._pages._owners) == ({}, {}, {})
+        pages = tables._pages
+        assert not pages._nodes
+        assert not pages._is_owned.any()
+        assert pages._children == pages._keys == {}
 
 
 SHAPE = LayerCacheShape(2, 8, 8)

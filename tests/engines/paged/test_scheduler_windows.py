@@ -79,6 +79,20 @@ def test_a_row_that_fits_only_since_windows_let_go_is_generated_alone() -> None:
         assert scheduler.preemptions == 0
 
 
+def test_a_row_alone_begins_behind_a_prefix_although_its_window_is_still_held() -> None:
+    # Of 56 pages, the second row shares 10 and 6 times 4. A chunk as long as the window would take 7 times 4 more, and
+    # it has room for its 22 columns since it takes one after the other.
+    groups = LayerGroups(full=1, windowed=6, window=64)
+    first, second = prompts([(4, 3), (178, 2)], begin=list(range(10 * PAGE_SIZE)))
+    scheduler = make_scheduler(slots=1, pages=8, sequence_tokens=400, step_tokens=100, groups=groups)
+    assert scheduler.fits(second)
+    scheduler.add([first, second])
+    machine = Machine(scheduler)
+    machine.run()
+    assert machine.texts == {row.index: machine.expected(row) for row in (first, second)}
+    assert machine.computed == len(first.tokens) + 2 + len(second.tokens) - 10 * PAGE_SIZE + 1
+
+
 def test_a_forecast_with_windows_admits_more_and_needs_no_preemption() -> None:
     at_once = []
     for groups in (LayerGroups(full=3), HYBRID):

@@ -187,6 +187,8 @@ def _judge(model: tiny_models.Model, row: Prompt, generation: Generation, genera
     is_sampled = row.params.temperature > 0
     expected = model.alone(row) if generates and not is_sampled else _choose_along(model, row, tokens)
     is_tie = tokens != expected and not is_sampled and tokens == _choose_along(model, row, tokens)
+    if generation.error is not None:
+        return _Judgement(f"{row.id} failed: {generation.error}", 0.0)
     if tokens != expected and not is_tie:
         return _Judgement(f"{row.id} has the tokens {tokens}, and Transformers gives {expected}", 0.0)
     if not row.params.logprobs:

@@ -73,9 +73,15 @@ MIXTURES: dict[str, Config] = {
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
     },
-    # The window is as long as the context.
+    # The window is as long as the context, which is 131,072 tokens in the real config. Transformers' own mask of a
+    # prefill has a number for each pair of positions in a window: 17 GB of them.
     "Phi-3.5-MoE": _PHI_MOE
-    | {"rope_scaling": LONGROPE | {"short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122}},
+    | {"sliding_window": 8192, "max_position_embeddings": 8192}
+    | {
+        "rope_scaling": LONGROPE
+        | {"original_max_position_embeddings": 4096}
+        | {"short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122}
+    },
     "gpt-oss 20B": SMALL
     | {
         "model_type": "gpt_oss",
