@@ -33,7 +33,8 @@ class Recipe:
     trusts_templates: bool = False  # a row may bring a chat template of its own
     model: str | None = None  # every row must be a request line, for this model or none; None: any row, any model
     adapters: tuple[str, ...] = ()
-    """The names of adapters, of which a row may have one: a plain row by its `adapter`, a request by its `model`."""
+    """The names of adapters, of which a row may have one: a plain row by its `adapter`, a request by its `model`; a run
+    finds them out itself."""
     base_names: tuple[str, ...] = ()
     """Beside `adapters` and without a `model`: what a request calls the model itself; a run finds them out itself."""
     generation_config: str = "none"

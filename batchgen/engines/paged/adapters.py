@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from batchgen.engine import EngineError
 from batchgen.engines.paged.experts import combining, grouped_gemm, routing
@@ -32,35 +33,45 @@ class LayerAdapters(NamedTuple):
     up: torch.Tensor  # B of each, with its factor, [adapters, columns, rank]
 
 
-def load(
+def install(
+    model: Any,
     folders: Mapping[str, str],
     config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
     find_cuts: Callable[[Collection[str]], Mapping[str, LayerCut]] = lambda layers: {},
-) -> dict[str, LayerAdapters]:
-    """Reads the adapters that rows may have, onto the device.
+) -> None:
+    """Reads the adapters that rows may have, and gives them to the layers of a loaded model that is not yet patched.
+
+    All layers get the same rank, so that the compiler takes them for the same code.
 
     Args:
         folders: of the adapters, by their names; their numbers are in this order.
         config: Transformers' config of the model.
         find_cuts: finds what this rank has of layers, by their names; those that it leaves out are whole.
 
-    Returns:
-        By the names of the model's layers; those that no adapter changes are left out. All have the same rank, so that
-        the compiler takes them for the same code.
-
     Raises:
         ModelError: one cannot be read, or does more than to add products to linear layers.
     """
     if not folders:
-        return {}
+        return
     found = read_row_adapters(folders, config)
     rank, cuts = -(-found.rank // _ALIGN) * _ALIGN, find_cuts(found.changes)
-    return {
-        layer: LayerAdapters(*(each.to(device, dtype) for each in stack(changes, rank, cuts.get(layer))))
-        for layer, changes in found.changes.items()
-    }
+    for name, changes in found.changes.items():
+        layer, stacked = model.get_submodule(name), stack(changes, rank, cuts.get(name))
+        given = LayerAdapters(*(each.to(model.device, model.dtype) for each in stacked))
+        set_adapters(getattr(layer, "share", layer), given)  # where ranks share it, the product of this one
+
+
+def set_adapters(layer: nn.Module, given: LayerAdapters | None) -> None:
+    """Gives a layer the adapters that rows may have, before it is joined or replaced; None: it has none."""
+    if given is not None:
+        layer.register_buffer("adapters_down", given.down, persistent=False)
+        layer.register_buffer("adapters_up", given.up, persistent=False)
+
+
+def get_adapters(layer: nn.Module) -> LayerAdapters | None:
+    """Returns the adapters that rows may have of a layer; None: it has none."""
+    down, up = getattr(layer, "adapters_down", None), getattr(layer, "adapters_up", None)
+    return None if down is None or up is None else LayerAdapters(down, up)
 
 
 def stack(changes: Sequence[Change | None], rank: int, cut: LayerCut | None = None) -> LayerAdapters:

@@ -8,7 +8,7 @@ stream, whose steps the first of them plans.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +100,6 @@ class Paged(Engine):
         self._setup, self._options = setup, options
         self._loop: Loop | None = None
         self._runner: Runner | None = None
-        self._adapters: Mapping[str, adapters.LayerAdapters] = {}  # by the names of the model's layers
         self._group: tensor_parallel.Group | None = None  # of ranks that hold the model together; None: this one alone
         self._tokenizer = HfTokenizer(setup.model)
         models.check(self._tokenizer.config)
@@ -129,7 +128,7 @@ class Paged(Engine):
         self._check_model(dtype)
         arguments = {"dtype": dtype, "device_map": {"": str(self._device)}}
         self._model = loading.load(self._setup.model, arguments, adapter=self._setup.adapter)
-        self._adapters = adapters.load(self._setup.adapters, self._tokenizer.config, dtype, self._device)
+        adapters.install(self._model, self._setup.adapters, self._tokenizer.config)
         self._make_ready()
 
     def _load_shard(self) -> None:
@@ -144,7 +143,7 @@ class Paged(Engine):
         self._model = tensor_parallel.load_shard(self._setup, config, self._group)
         tensor_parallel.use_plain_layers(self._model, self._group.model)
         find_cuts = partial(tensor_parallel.find_layer_cuts, self._setup.model, self._group)
-        self._adapters = adapters.load(self._setup.adapters, config, dtype, self._device, find_cuts)
+        adapters.install(self._model, self._setup.adapters, config, find_cuts)
 
     def _check_model(self, dtype: torch.dtype) -> None:
         """Checks, before any weight is read, that a small model of the same config computes the right numbers."""
@@ -166,7 +165,7 @@ class Paged(Engine):
         free = device.free_bytes([self._device], self._setup.world.local_size)
         limits = self._choose_limits(peers, free, token_bytes)
         chooser = self._make_chooser(limits) if peers.place == 0 else None
-        runner = Runner(self._model, limits, peers, chooser, self._adapters)
+        runner = Runner(self._model, limits, peers, chooser)
         if self._device.type == "cuda":
             free = runner.measure_free_bytes()
         else:  # or what all slots can need

@@ -31,8 +31,8 @@ from batchgen.engines.paged.adapters import LayerAdapters
 # - `replace_layers` sets `__class__`. It takes plain `nn.Linear` alone, since a subclass has a `forward` of its own,
 #   which would be lost. With adapters it takes Conv1D and subclasses, too: `batchgen.models.lora` refuses at
 #   load those that compute more than a product.
-# - `set_adapters` adds buffers to layers. What computes with the weight of such a layer without calling the layer has
-#   no adapter, and the text is wrong: `models.patching` looks at load whether each of them is called.
+# - Layers may have adapters (`adapters.set_adapters`). What computes with the weight of such a layer without calling
+#   it has no adapter, and the text is wrong: `models.patching` looks at load whether each of them is called.
 
 
 def join_layers(module: nn.Module, names: Sequence[str]) -> None:
@@ -49,24 +49,11 @@ def join_layers(module: nn.Module, names: Sequence[str]) -> None:
         setattr(module, name, _JoinedOutput(joined, number, number == len(names) - 1) if number else joined)
 
 
-def set_adapters(layer: nn.Module, given: LayerAdapters | None) -> None:
-    """Gives a layer the adapters that rows may have, before it is joined or replaced; None: it has none."""
-    if given is not None:
-        layer.register_buffer("adapters_down", given.down, persistent=False)
-        layer.register_buffer("adapters_up", given.up, persistent=False)
-
-
-def get_adapters(layer: nn.Module) -> LayerAdapters | None:
-    """Returns the adapters that rows may have of a layer; None: it has none."""
-    down, up = getattr(layer, "adapters_down", None), getattr(layer, "adapters_up", None)
-    return None if down is None or up is None else LayerAdapters(down, up)
-
-
 def replace_layers(module: nn.Module) -> None:
     """Makes plain linear layers of `module`, itself included, compute by `multiply`, and those with adapters with
     these."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | Conv1D) and get_adapters(layer) is not None:
+        if isinstance(layer, nn.Linear | Conv1D) and adapters.get_adapters(layer) is not None:
             layer.__class__ = _AdaptedConv1D if isinstance(layer, Conv1D) else _AdaptedLinear
         elif type(layer) is nn.Linear:
             layer.__class__ = _OwnLinear
@@ -131,14 +118,14 @@ class _OwnLinear(nn.Linear):
 
 class _AdaptedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return multiply_adapted(input, self.weight, self.bias, get_adapters(self))
+        return multiply_adapted(input, self.weight, self.bias, adapters.get_adapters(self))
 
 
 class _AdaptedConv1D(Conv1D):
     """GPT-2's layers, which keep the weight as [depth, columns]."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return multiply_adapted(inputs, self.weight.T, self.bias, get_adapters(self))
+        return multiply_adapted(inputs, self.weight.T, self.bias, adapters.get_adapters(self))
 
 
 class _JoinedLinear(nn.Module):
@@ -152,12 +139,12 @@ class _JoinedLinear(nn.Module):
         if any(layer.bias is not None for layer in layers):
             biases = [_find_bias(layer) for layer in layers]
             self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
-        set_adapters(self, adapters.join([get_adapters(layer) for layer in layers], self._sizes))
+        adapters.set_adapters(self, adapters.join([adapters.get_adapters(layer) for layer in layers], self._sizes))
         self.outputs: tuple[torch.Tensor, ...] = ()  # of all the layers, while others are still to be called
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         self.outputs = torch.split(
-            multiply_adapted(inputs, self.weight, self.bias, get_adapters(self)), self._sizes, -1
+            multiply_adapted(inputs, self.weight, self.bias, adapters.get_adapters(self)), self._sizes, -1
         )
         return self.outputs[0]
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engines.paged.layer_groups import LayerGroups
-from batchgen.engines.paged.pages import GONE, PAGE_SIZE, ROOT, Node, Pages, find_root
+from batchgen.engines.paged.pages import GONE, PAGE_SIZE, Node, Pages, find_root
 from batchgen.engines.paged.step import Ints, Sequence, StepLimits
 
 

@@ -7,7 +7,7 @@ that are compiled once for all shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from batchgen.engine import Peers
 from batchgen.engines.paged import models
-from batchgen.engines.paged.adapters import LayerAdapters, sort_by_adapter
+from batchgen.engines.paged.adapters import sort_by_adapter
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.cache import count_token_bytes, make_caches
 from batchgen.engines.paged.graphs import Graphs, choose_graph_size
@@ -46,25 +46,19 @@ class Runner:
     """Makes the steps of one scheduler.
 
     Args:
-        model: it is loaded, covered by `models`, on one device, and not yet patched.
+        model: it is loaded, covered by `models`, on one device, with its adapters, and not yet patched.
         limits: of steps and sequences.
         peers: the ranks that hold one model together, of which `model` is this rank's shard.
         chooser: of the next tokens of rows that need more than the largest logit, by their slots; None: another rank
             chooses them.
-        adapters: that rows may have, by the names of the model's layers; `limits` has their names.
     """
 
     def __init__(
-        self,
-        model: Any,
-        limits: StepLimits,
-        peers: Peers | None = None,
-        chooser: TokenChooser | None = None,
-        adapters: Mapping[str, LayerAdapters] = models.NO_ADAPTERS,
+        self, model: Any, limits: StepLimits, peers: Peers | None = None, chooser: TokenChooser | None = None
     ) -> None:
         self._peers, self.chooser = peers or Alone(), chooser
         self.model, self.device, self.limits = model, model.device, limits
-        self._patched = models.patch(model, self._peers, adapters)
+        self._patched = models.patch(model, self._peers)
         self._compute_logits = self._patched.compute_logits
         self.groups = self._group_layers()
         self._heads = footprint.cached_heads(model.config)[0] // self._peers.count
@@ -133,7 +127,7 @@ class Runner:
     def rehearse(self, tokens: int) -> None:
         """Makes a forward of `tokens` tokens of padding, and chooses the next token of as many rows as there may be."""
         arrays = self._pad(tokens)
-        layout = self._make_layout(arrays, 0, self._query_blocks[:1], has_adapters=bool(self.limits.adapters))
+        layout = self._make_layout(arrays, bool(self.limits.adapters), 0, self._query_blocks[:1])
         hidden = self._forward(layout, self._find_token_ids(arrays))
         rows = min(tokens, self.limits.slots)
         self._choose_best(self._compute_logits(hidden[:rows]), arrays.slots[:rows])
@@ -218,8 +212,7 @@ class Runner:
 
         def compute() -> None:
             ids = self._last_tokens.index_select(0, arrays.slots)
-            layout = self._make_layout(arrays, size, splits=splits, has_adapters=step.has_adapters)
-            hidden = self._forward(layout, ids)
+            hidden = self._forward(self._make_layout(arrays, step.has_adapters, size, splits=splits), ids)
             logits = self._compute_logits(hidden[:rows])
             self._choose_best(logits, arrays.slots[:rows])
             if kept is not None:
@@ -239,21 +232,20 @@ class Runner:
         """
         if self._graphs is None:
             arrays = self._buffers.put(step, buffer_index, len(step.slots))
-            layout = self._make_layout(arrays, step.decoding, chunks=step.chunks, has_adapters=step.has_adapters)
+            layout = self._make_layout(arrays, step.has_adapters, step.decoding, chunks=step.chunks)
             return arrays, self._forward(layout, self._find_token_ids(arrays))
         blocks = make_query_blocks(step.chunks)
         size = choose_graph_size(len(step.slots), self._most_tokens)
         most_blocks = size // _TOKENS_OF_A_BLOCK
         if len(blocks) > most_blocks:
             arrays = self._buffers.put(step, buffer_index, -(-len(step.slots) // _PADDED_TO) * _PADDED_TO)
-            blocks = self._buffers.send(blocks)
-            layout = self._make_layout(arrays, step.decoding, blocks, has_adapters=step.has_adapters)
+            layout = self._make_layout(arrays, step.has_adapters, step.decoding, self._buffers.send(blocks))
             return arrays, self._forward(layout, self._find_token_ids(arrays))
         arrays = self._buffers.view(size)
 
         def compute() -> None:
             decoding, some = min(size, self.limits.slots), self._query_blocks[:most_blocks]
-            layout = self._make_layout(arrays, decoding, some, has_adapters=step.has_adapters)
+            layout = self._make_layout(arrays, step.has_adapters, decoding, some)
             self._hidden[:size] = self._forward(layout, self._find_token_ids(arrays))
 
         graph = self._graphs.find_or_capture(("prefill", size, step.has_adapters), compute, lambda: self._pad(size))
@@ -278,21 +270,18 @@ class Runner:
     def _make_layout(
         self,
         arrays: StepArrays,
+        has_adapters: bool,
         decoding: int,
         blocks: torch.Tensor | None = None,
         splits: int = 1,
         chunks: Sequence[Chunk] = (),
-        has_adapters: bool = False,
     ) -> Layout:
         """The layout of a step: `blocks` and `splits` on a GPU, `chunks` elsewhere."""
-        slots, positions, _, count = arrays
-        tables = self._block_tables
-        several = tables if self.groups.count > 1 else None
-        rest = (count, blocks, splits, self.groups, several)
+        slots, positions, _, decoding_count = arrays
+        tables, count = self._block_tables, len(self.limits.adapters)
+        rest = (decoding_count, blocks, splits, self.groups, tables if self.groups.count > 1 else None)
         layout = Layout(self._caches, tables[0], slots, positions, decoding, chunks, *rest)
-        if not has_adapters:
-            return layout
-        return replace(layout, adapters=sort_by_adapter(layout.adapter_numbers, len(self.limits.adapters)))
+        return replace(layout, adapters=sort_by_adapter(layout.adapter_numbers, count)) if has_adapters else layout
 
     def _find_token_ids(self, arrays: StepArrays) -> torch.Tensor:
         """[tokens]: the tokens' own ids, or the one that was chosen last for their slot."""

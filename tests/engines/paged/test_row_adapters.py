@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from batchgen.engine import EngineError, Setup
 from batchgen.engines import parse_options
-from batchgen.engines.paged.adapters import load as load_adapters
+from batchgen.engines.paged.adapters import install
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.engine import Paged
 from batchgen.engines.paged.layout import use_adapter
@@ -106,7 +106,8 @@ def test_layers_with_adapters_compile_whole_and_alike(kind: Kind) -> None:
     names = list(kind.merged)
     references = {name: models.Model(folder).model for name, folder in kind.merged.items()}
     base = models.Model(kind.base).model
-    patched = patch(base, Alone(), load_adapters(kind.folders, base.config, torch.float32, torch.device("cpu")))
+    install(base, kind.folders, base.config)
+    patched = patch(base, Alone())
     torch.compiler.reset()
     counter = CompileCounter()
     for layer in patched.layers:
@@ -135,11 +136,11 @@ def test_a_layer_that_is_not_called_is_refused(tmp_path: Path) -> None:
     base = adapters.save_base(tmp_path / "base", "bloom", pretraining_tp=2, slow_but_exact=True)
     adapters.save_adapter(base, tmp_path / "one", {"target_modules": ["dense_4h_to_h"]})
     model = models.Model(base).model
-    adapted = load_adapters({"one": str(tmp_path / "one")}, model.config, torch.float32, torch.device("cpu"))
+    install(model, {"one": str(tmp_path / "one")}, model.config)
     with pytest.raises(
         EngineError, match=r"a bloom model computes without calling its layer .*\.dense_4h_to_h, so that"
     ):
-        patch(model, Alone(), adapted)
+        patch(model, Alone())
 
 
 def test_kernels_compute_the_same() -> None:

@@ -11,6 +11,6 @@ A model is covered by what it asks of attention, not by its name. The way of a m
 """
 
 from batchgen.engines.paged.models.coverage import check, check_dtype, covers
-from batchgen.engines.paged.models.patching import NO_ADAPTERS, PatchedModel, patch
+from batchgen.engines.paged.models.patching import PatchedModel, patch
 
-__all__ = ["NO_ADAPTERS", "PatchedModel", "check", "check_dtype", "covers", "patch"]
+__all__ = ["PatchedModel", "check", "check_dtype", "covers", "patch"]

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from batchgen.engine import EngineError, Peers
-from batchgen.engines.paged import experts, linear
-from batchgen.engines.paged.adapters import LayerAdapters
+from batchgen.engines.paged import adapters, experts, linear
 from batchgen.engines.paged.layout import record_adapted, record_windows
 from batchgen.engines.paged.models import bloom, falcon, longrope, mpt
 from batchgen.engines.paged.models.interface import NAME
 from batchgen.engines.paged.models.structure import Logits, find_body, find_layers
-
-NO_ADAPTERS: Mapping[str, LayerAdapters] = MappingProxyType({})
 
 _OWN_ATTENTION = {"bloom": bloom.patch, "falcon": falcon.patch, "mpt": mpt.patch}
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -68,7 +63,7 @@ class PatchedModel:
         Raises:
             EngineError: one is not.
         """
-        layers = {name: linear.get_adapters(module) for name, module in self.model.named_modules()}
+        layers = {name: adapters.get_adapters(module) for name, module in self.model.named_modules()}
         adapted = {name: found.up.data_ptr() for name, found in layers.items() if found is not None}
         if adapted:
             called: set[int] = set()
@@ -102,19 +97,16 @@ class PatchedModel:
 # with Transformers itself.
 
 
-def patch(model: Any, peers: Peers, adapters: Mapping[str, LayerAdapters] = NO_ADAPTERS) -> PatchedModel:
+def patch(model: Any, peers: Peers) -> PatchedModel:
     """Gives the attention of a loaded model to `attention.attend`, and its linear layers to `linear`.
 
     Args:
+        model: its layers have the adapters that rows may have (`adapters.install`).
         peers: the ranks that hold the model together; `model` is this one's shard, with as many heads as each has.
-        adapters: that rows may have, by the names of the layers.
 
     Raises:
         NotCovered: a part of the model is not where it should be.
     """
-    for name, given in adapters.items():
-        layer = model.get_submodule(name)
-        linear.set_adapters(getattr(layer, "share", layer), given)  # where ranks share it, the product of this one
     text = model.config.get_text_config()
     body = find_body(model)
     layers = find_layers(body, text.num_hidden_layers)
@@ -132,8 +124,9 @@ def patch(model: Any, peers: Peers, adapters: Mapping[str, LayerAdapters] = NO_A
         linear.replace_layers(layer)
     logits = Logits(model)
     linear.replace_layers(model.get_output_embeddings())
-    for name in adapters:  # some may be outside of the layers
-        linear.replace_layers(model.get_submodule(name))
+    for module in list(model.modules()):
+        if adapters.get_adapters(module) is not None:  # some may be outside of the layers
+            linear.replace_layers(module)
     model.config._attn_implementation = text._attn_implementation = NAME
     patched = PatchedModel(model, body, layers, logits)
     patched.check_adapters()
