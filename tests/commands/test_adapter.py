@@ -44,6 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     other = shutil.copytree(adapter, work / "other")
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    adapters.save_adapter(adapters.save_base(work / "bloom", "bloom"), work / "foreign", {"target_modules": ["dense"]})
     write_rows(work / "in.jsonl", [{"prompt": "Say a word"}, {"prompt": "And another one"}])
     return Folders(work, base, work / "merged", adapter, other)
 
@@ -174,3 +175,7 @@ def test_a_job_has_it(folders: Folders) -> None:
     ended = call(folders.work, *words)
     assert ended.code == 0, ended.err
     assert "--adapter sql" in ended.out
+    ended = call(folders.work, *words[:-1], "a=sql", "--adapter", "b=other")
+    assert ended.code == 0, ended.err
+    assert "--adapter a=sql --adapter b=other" in ended.out
+    assert "does not fit" in call(folders.work, *words[:-1], "a=sql", "--adapter", "b=foreign").err

@@ -58,7 +58,7 @@ class PageTables:
         self._changed_places: list[NDArray[np.int64]] = []
         self._changed_pages: list[Ints] = []
         # Of sequences that have begun: places behind their pages, with the adapter and the number of prompt tokens.
-        self._begun: list[tuple[int, int]] = []
+        self._slot_numbers: list[tuple[int, int]] = []
 
     @property
     def available(self) -> int:
@@ -104,7 +104,7 @@ class PageTables:
         self._columns[slot], self._passed[slot] = prefix.columns, prefix.passed
         self._tables[:, slot, : prefix.columns] = prefix.pages
         behind = slot * self._limits.table_width + self._limits.columns
-        self._begun += [(behind, sequence.adapter), (behind + 1, sequence.prompt_tokens)]
+        self._slot_numbers += [(behind, sequence.adapter), (behind + 1, sequence.prompt_tokens)]
         if prefix.columns:
             self._record(slot, np.arange(prefix.columns), prefix.pages)
 
@@ -162,9 +162,9 @@ class PageTables:
         Returns:
             Places in the tables [groups, slots + 1, table width], flattened, and what they become: [changes] each.
         """
-        begun = np.array(self._begun, np.int64).reshape(-1, 2)
-        places, pages = [begun[:, 0], *self._changed_places], [begun[:, 1].astype(np.int32), *self._changed_pages]
-        self._begun, self._changed_places, self._changed_pages = [], [], []
+        numbers = np.array(self._slot_numbers, np.int64).reshape(-1, 2)
+        places, pages = [numbers[:, 0], *self._changed_places], [numbers[:, 1].astype(np.int32), *self._changed_pages]
+        self._slot_numbers, self._changed_places, self._changed_pages = [], [], []
         return np.concatenate(places), np.concatenate(pages)
 
     def _find_shared(self, path: list[Node]) -> tuple[int, int]:
