@@ -101,6 +101,7 @@ def test_each_engine_names_the_package_that_is_not_there(tiny_llama: Path, tmp_p
     assert (broken[0], BROKEN in broken[1], "Traceback" in broken[1]) == (4, True, False)
 
 
+@pytest.mark.slow
 def test_a_package_that_cannot_be_imported_is_said_once_however_many_ranks_need_it(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def test_rows_of_one_prompt_are_what_one_is_alone(kind: str, tmp_path: Path) -> 
     assert len(batches[0].generations) == embedded[0] * (1 if kind in SHARING[-2:] else 3)
 
 
+@pytest.mark.slow
 def test_a_model_that_sees_runs_with_every_engine(tmp_path: Path) -> None:
     swept = sweep("idefics3", ENGINES, tmp_path)
     assert swept.impossible == ""

@@ -39,6 +39,7 @@ def test_a_name_that_is_no_utf8_or_has_a_line_end_names_rows_all_the_same(format
         assert row["error"]["message"].startswith(f"line 2 of {shown} is not valid JSON")
 
 
+@pytest.mark.slow
 def test_every_command_prints_names_that_are_no_utf8(tmp_path: Path) -> None:
     (tmp_path / f"{ODD}.jsonl").write_bytes(b'{"id":"a","prompt":"one"}\n{"id":"b","prompt":"two"}\n')
     (tmp_path / "requests.jsonl").write_text(

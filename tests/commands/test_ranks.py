@@ -251,6 +251,7 @@ def test_under_torchrun_none_is_started_and_the_last_rank_merges(tmp_path: Path,
     assert len(heartbeats(tmp_path / "out")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "ranks"), [("auto", 1), ("echo", 2), ("auto", 2)])
 def test_that_a_column_is_ignored_is_said_once_a_run(tmp_path: Path, tiny_llama: Path, engine: str, ranks: int) -> None:
     lines = [{**row, "max_tokens": 5} for row in prompts(12)] + [{"prompt": "x", "system": "y"}]

@@ -170,6 +170,7 @@ def test_a_card_that_is_not_known_counts_as_not_measured() -> None:
     assert not recognise_card("NVIDIA B17 80GB", 85_000_000_000).measured
 
 
+@pytest.mark.slow
 def test_a_run_records_what_was_chosen_and_its_ranks_read_it(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n' * 6)
     words = ["run", "p.jsonl", "-o", "out", "--model", str(tiny_llama), "--max-new-tokens", "3", "--ranks", "2"]

@@ -121,6 +121,7 @@ def test_what_a_site_says_of_requeueing_is_its_default(tmp_path: Path, monkeypat
     assert f"{tmp_path / 'slurm.toml'}: sbatch's own --array cannot be used here" in refused.output
 
 
+@pytest.mark.slow
 def test_a_batch_may_be_at_an_address_and_its_model_of_another_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
 ) -> None:
