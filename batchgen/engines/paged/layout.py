@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -123,19 +123,25 @@ class _Current(threading.local):
 _current = _Current()
 
 
+@contextmanager
+def _hold(name: str, value: object) -> Iterator[None]:
+    """What this thread runs inside finds `value` there; afterwards it is what it was."""
+    before = getattr(_current, name)
+    setattr(_current, name, value)
+    try:
+        yield
+    finally:
+        setattr(_current, name, before)
+
+
 def get_current_layout() -> Layout | None:
     """The layout of the forward that this thread runs; None: the model runs by itself."""
     return _current.layout
 
 
-@contextmanager
-def record_windows(windows: dict[int, int]) -> Iterator[None]:
+def record_windows(windows: dict[int, int]) -> AbstractContextManager[None]:
     """The forwards that this thread runs inside, without a layout, note down the window of each layer in `windows`."""
-    before, _current.windows = _current.windows, windows
-    try:
-        yield
-    finally:
-        _current.windows = before
+    return _hold("windows", windows)
 
 
 def note_window(layer: int, window: int) -> None:
@@ -146,14 +152,9 @@ def note_window(layer: int, window: int) -> None:
         _current.windows[layer] = max(known, window) if known and window else 0
 
 
-@contextmanager
-def use_adapter(number: int) -> Iterator[None]:
+def use_adapter(number: int) -> AbstractContextManager[None]:
     """In the forwards that this thread runs inside, without a layout, all tokens have this adapter; 0: none."""
-    before, _current.adapter = _current.adapter, number
-    try:
-        yield
-    finally:
-        _current.adapter = before
+    return _hold("adapter", number)
 
 
 def get_current_adapter() -> int:
@@ -161,14 +162,9 @@ def get_current_adapter() -> int:
     return _current.adapter
 
 
-@contextmanager
-def record_adapted(addresses: set[int]) -> Iterator[None]:
+def record_adapted(addresses: set[int]) -> AbstractContextManager[None]:
     """The forwards that this thread runs inside note down where B lies of each adapted layer that they run."""
-    before, _current.adapted = _current.adapted, addresses
-    try:
-        yield
-    finally:
-        _current.adapted = before
+    return _hold("adapted", addresses)
 
 
 def note_adapted(address: int) -> None:
@@ -177,14 +173,9 @@ def note_adapted(address: int) -> None:
         _current.adapted.add(address)
 
 
-@contextmanager
-def lay_out(layout: Layout) -> Iterator[None]:
+def lay_out(layout: Layout) -> AbstractContextManager[None]:
     """The forwards that this thread runs inside have their tokens laid out like this."""
-    before, _current.layout = _current.layout, layout
-    try:
-        yield
-    finally:
-        _current.layout = before
+    return _hold("layout", layout)
 
 
 def make_query_blocks(chunks: Sequence[Chunk]) -> torch.Tensor:
