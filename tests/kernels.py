@@ -6,12 +6,28 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+
+
+def say_cases(*kinds: Callable[[str], Iterator[tuple[str, bool]]]) -> None:
+    """Writes a line a case, on the device that the command line names; the last one says how many are wrong.
+
+    Args:
+        kinds: each gives, for a device, its cases in words, and whether they are right.
+    """
+    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    wrong = 0
+    for line, right in (case for cases in kinds for case in cases(device)):
+        wrong += not right
+        sys.stdout.write(f"{line} {'' if right else 'WRONG'}\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"{wrong} wrong\n")
 
 
 def assert_none_wrong(module: str) -> None:

@@ -6,7 +6,6 @@ them, on the CPU. Outputs are poisoned before they are written.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from batchgen.engines.paged.adapters import LayerAdapters
 from tests.engines.paged.attention_cases import poisoned
 from tests.engines.paged.expert_cases import TOLERANCES
+from tests.kernels import say_cases
 
 
 class Case(NamedTuple):
@@ -113,15 +113,5 @@ def layers(device: str) -> Iterator[tuple[str, bool]]:
             yield f"{dtype} {case}: {error:.1e}", error < TOLERANCES[dtype]
 
 
-def main(device: str) -> None:
-    """Writes a line a case; the last one says whether all are right."""
-    wrong = 0
-    for cases in (parts, layers):
-        for line, right in cases(device):
-            wrong += not right
-            sys.stdout.write(f"{line} {'' if right else 'WRONG'}\n")
-    sys.stdout.write(f"{wrong} wrong\n")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:] or ["cpu"])
+    say_cases(parts, layers)

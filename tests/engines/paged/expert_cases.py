@@ -6,7 +6,6 @@ them, on the CPU. Outputs are poisoned before they are written.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from tests.engines.paged.attention_cases import poisoned
+from tests.kernels import say_cases
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -205,16 +205,5 @@ def layers(device: str) -> Iterator[tuple[str, bool]]:
                 yield f"{layout} {dtype} {case}: {error:.1e}", error < TOLERANCES[dtype]
 
 
-def main(device: str) -> None:
-    """Writes a line a case; the last one says whether all are right."""
-    wrong = 0
-    for cases in (sorts, products, sums, layers):
-        for line, right in cases(device):
-            wrong += not right
-            sys.stdout.write(f"{line} {'' if right else 'WRONG'}\n")
-            sys.stdout.flush()
-    sys.stdout.write(f"{wrong} wrong\n")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:] or ["cpu"])
+    say_cases(sorts, products, sums, layers)

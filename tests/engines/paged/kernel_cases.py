@@ -5,7 +5,6 @@ On a GPU, or, where Triton is told to interpret them, on the CPU. Outputs are po
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +22,7 @@ from tests.engines.paged.attention_cases import (
     with_broken_token,
     with_stale_cache,
 )
+from tests.kernels import say_cases
 
 # The interpreter has no bfloat16, and takes seconds for a case.
 INTERPRETED = [(heads, torch.float32, of) for heads in (Heads(6, 2, 16, 16), Heads(4, 2, 40, 24)) for of in FEATURES]
@@ -94,16 +94,5 @@ def linear_layers(device: str) -> Iterator[tuple[str, bool]]:
                 yield f"{dtype} {tokens}x{depth}x{columns} bias={biased}: {error:.1e}", error < TOLERANCES[dtype]
 
 
-def main(device: str) -> None:
-    """Writes a line a case; the last one says whether all are right."""
-    wrong = 0
-    for cases in (linear_layers, attentions):
-        for line, right in cases(device):
-            wrong += not right
-            sys.stdout.write(f"{line} {'' if right else 'WRONG'}\n")
-            sys.stdout.flush()
-    sys.stdout.write(f"{wrong} wrong\n")
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:] or ["cpu"])
+    say_cases(linear_layers, attentions)
