@@ -256,6 +256,7 @@ def main() -> None:
             report["allocated_GB"] = round(torch.cuda.memory_allocated() / 1e9, 2)
             report["slots"], report["cache_tokens"] = engine._runner.limits.slots, engine._scheduler.pages * PAGE_SIZE
         print(json.dumps(report), flush=True)
+        warm: set[str] = set()
         for name in jobs:
             prompts = job(name)
             if os.environ.get("TRACE"):
@@ -264,7 +265,9 @@ def main() -> None:
             if name == "check":
                 print(json.dumps({"shape": shape, **check(engine, prompts)}), flush=True)
                 continue
-            timed(engine, prompts)
+            if name not in warm:  # a job that is named again is timed again
+                timed(engine, prompts)
+                warm.add(name)
             runs = [timed(engine, prompts) for _ in range(int(os.environ.get("RUNS", "3")))]
             seconds = statistics.median(run[0] for run in runs)
             tokens = runs[0][1]
