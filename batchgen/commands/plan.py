@@ -114,6 +114,10 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
         name = str(models.resolve(name, models.cache_folder(os.environ), logger.info).folder)
     config, folder = shapes.find(name)
     _check_adapters(options["adapter"], options["adapters"], folder)
+    if options["adapters"]:  # a row may name one, and a request the model, as in a run
+        given = options["model"]
+        names = (given, given.partition("@")[0], Path(given).name)
+        recipe = dataclasses.replace(recipe, adapters=tuple(options["adapters"]), base_names=names)
     work, note = _work(inputs, recipe, folder)
     host = options["host_memory"]
     card = hardware.card_of(options["gpu"], options["gpu_memory"])

@@ -174,6 +174,9 @@ class _Search:
         for_gpus = [name for name in others if not find_engine(name).serves_cpu]
         if not self.nodes.machine.gpus and for_gpus:
             why += f"; made for GPUs, and there is none here: {', '.join(for_gpus)}"
+        else:
+            for_gpus = []
+        why += "".join(f"; no forecast for {name}: --engine {name} says why" for name in others if name not in for_gpus)
         return fastest, f"{why}; the model has {model}"
 
     def _types(self) -> tuple[Any, Literal[0, 4, 8]]:

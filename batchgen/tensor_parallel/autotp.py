@@ -55,10 +55,12 @@ def check_split(config: Any, ranks: int, *, evenly: bool = False) -> None:
         EngineError: it cannot; the message says what can be done.
     """
     kind = config.model_type
-    if kind not in PROVEN or (kind == "falcon" and not config.new_decoder_architecture):
+    is_old_falcon = kind == "falcon" and not config.new_decoder_architecture
+    if kind not in PROVEN or is_old_falcon:
+        which = " without new_decoder_architecture in config.json" if is_old_falcon else ""
         raise EngineError(
-            f"models of type {kind} have not been shown to generate the right text when DeepSpeed's AutoTP splits "
-            "them. --engine ds-zero shards any model; --tp 1 keeps it whole"
+            f"models of type {kind}{which} have not been shown to generate the right text when DeepSpeed's AutoTP "
+            "splits them. --engine ds-zero shards any model; --tp 1 keeps it whole"
         )
     most = max_ranks(config)
     if ranks > most:

@@ -159,7 +159,7 @@ def test_without_adapters_the_column_is_data(made: Made, caplog: pytest.LogCaptu
     assert read_rows(made.work / "data" / "generations.jsonl")[0]["adapter"] == "USB"
 
 
-def test_auto_takes_an_engine_that_has_them(made: Made) -> None:
+def test_auto_takes_an_engine_that_has_them(made: Made, caplog: pytest.LogCaptureFixture) -> None:
     words = ("run", "in.jsonl", "-o", "auto", "--model", "base", *BY_ROW[len(MODEL) :], "--dry-run")
     ended = call(made.work, *words)
     assert ended.code == 0, ended.err
@@ -170,6 +170,7 @@ def test_auto_takes_an_engine_that_has_them(made: Made) -> None:
     assert "--adapter sql=sql-lora --adapter law=law-lora" in ended.out.splitlines()[-1], ended.err
     assert "--engine paged" in ended.out.splitlines()[-1]
     assert "accelerate" not in ended.out
+    assert "changes no text" not in caplog.text, "the adapter of a row does"
 
 
 @pytest.mark.slow

@@ -128,6 +128,9 @@ def test_engines_for_gpus_are_asked_where_those_for_cpus_do_not_know_the_model(t
     folder = shapes.make(str(tmp_path / "config.json"), torch.float32, tmp_path / "model")
     found = chosen(folder, CPU, ranks=2, settings=["tp=2"])
     assert (found.name, found.options.tp) == ("ds-inference", 2)
+    whole = chosen(folder, CPU)
+    assert whole.name == "accelerate"
+    assert "; no forecast for paged: --engine paged says why; the model has " in whole.why
 
 
 def test_nothing_fits_is_said_of_each_engine_with_what_to_do(folders: dict[str, Path]) -> None:

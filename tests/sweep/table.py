@@ -32,8 +32,9 @@ More than one rank for a model (`--tp`) is a question of its own: see [Several G
 
 Engine `paged` goes by what a model asks of attention, and not by its kind: before it loads weights, it builds a small
 random model of the same config, and compares its logits with those of Transformers. So a model of a kind that runs here
-is refused if its config asks for more, a window that Transformers applies outside of attention, say. Why other kinds
-are refused is said [further down](#kinds-that-paged-refuses).
+is refused if its config asks for more, a window that Transformers applies outside of attention, say. And a model of a
+kind that is refused here may run if its config asks for less: `phimoe` with the config of Phi-3.5-MoE does. Why other
+kinds are refused is said [further down](#kinds-that-paged-refuses).
 """
 
 
