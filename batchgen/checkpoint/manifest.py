@@ -105,6 +105,7 @@ def check_same(path: Path, identity: Mapping[str, Any], provenance: Mapping[str,
     if "input" in recorded and recorded["input"] != identity.get("input"):
         files = provenance.get("input_files")
         raise Changed(listed(files if isinstance(files, list) and files else ["the input"]))
+    recorded, identity = _flatten(recorded), _flatten(identity)
     differing = [name for name in {**recorded, **identity} if recorded.get(name) != identity.get(name)]
     if differing:
         changes = "; ".join(
@@ -152,6 +153,15 @@ def _original(entry: Mapping[str, Any]) -> Original:
     text_digest = str(entry.get("text_digest", ""))
     name, digest = str(entry["name"]), str(entry["digest"])
     return Original(name, digest, rows, size, text_digest) if is_known else Original(name, digest)
+
+
+def _flatten(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked, with each adapter as a field of its own: of two long objects a sentence shows the beginnings."""
+    adapters = identity.get("adapters")
+    if not isinstance(adapters, Mapping):
+        return dict(identity)
+    others = {name: value for name, value in identity.items() if name != "adapters"}
+    return others | {f"adapters.{name}": value for name, value in adapters.items()}
 
 
 def _format_value(identity: Mapping[str, Any], name: str) -> str:

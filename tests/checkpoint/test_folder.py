@@ -288,6 +288,20 @@ def test_the_same_run_is_taken_up_and_a_changed_one_is_refused_with_the_fields_t
     assert folder.created == created
 
 
+def test_of_several_adapters_those_that_differ_are_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    adapters = {"sql": "sha256:" + "1" * 64, "law": "sha256:" + "2" * 64}
+    folder.check_or_create({"rows": 2, "adapters": adapters}, {})
+    folder.check_or_create({"rows": 2, "adapters": dict(reversed(adapters.items()))}, {})
+    with pytest.raises(DifferentRun, match=r'differently: adapters\.law was "sha256:22+", now not set\. Start'):
+        folder.check_or_create({"rows": 2, "adapters": {"sql": adapters["sql"]}}, {})
+    with pytest.raises(DifferentRun, match=r'differently: adapters\.law was "sha256:22+", now "sha256:33+"\. Start'):
+        folder.check_or_create({"rows": 2, "adapters": adapters | {"law": "sha256:" + "3" * 64}}, {})
+    with pytest.raises(DifferentRun, match=r"adapters\.sql was .*, now not set; adapters\.law was .*, now not set\. S"):
+        folder.check_or_create({"rows": 2}, {})
+
+
 def test_of_several_first_starts_one_decides_what_was_asked(tmp_path: Path) -> None:
     code = """
 import sys

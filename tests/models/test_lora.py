@@ -196,7 +196,38 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no kind": (settings(peft_type=None), r"peft_type is None"),
     "layers twice": (settings(layer_replication=[[0, 2]]), r"sets layer_replication, which --adapter does not merge"),
     "a changed base": (settings(init_lora_weights="pissa_niter_4"), r"'pissa_niter_4', which changes the base model"),
-    "no rank": (settings(r="4"), r"r and lora_alpha must be numbers"),
+    "no rank": (settings(r="4"), r"r and lora_alpha must be finite numbers"),
+    "an endless factor": (settings(lora_alpha=float("inf")), r"r and lora_alpha must be finite numbers"),
+    "a factor that is none": (settings(lora_alpha=float("nan")), r"r and lora_alpha must be finite numbers"),
+    "a factor beyond any float": (settings(lora_alpha=10**400), r"r and lora_alpha must be finite numbers"),
+    "a pattern that is none": (
+        settings(rank_pattern={"q_proj(": 4}),
+        r"adapter_config\.json: the layer 'q_proj\(' in rank_pattern is no regular expression \(missing \)",
+    ),
+    "patterns in a list": (settings(alpha_pattern=["q_proj"]), r"alpha_pattern must be an object of numbers by layers"),
+    "parameters that are no names": (settings(target_parameters=3), r"target_parameters must be a list of names"),
+    "a number that is none": (
+        lambda config, tensors, folder: tensors[f"{QUERY}.lora_A.weight"].fill_(float("nan")),
+        r"the tensor base_model\S+q_proj\.lora_A\.weight holds NaN or infinity",
+    ),
+    "whole numbers": (
+        lambda config, tensors, folder: tensors.update(
+            {f"{QUERY}.lora_A.weight": tensors[f"{QUERY}.lora_A.weight"].to(torch.int8)}
+        ),
+        r"the tensor base_model\S+q_proj\.lora_A\.weight holds numbers of type int8",
+    ),
+    "too few lengths": (
+        tensor(f"{QUERY}.lora_magnitude_vector.weight", 7),
+        r"q_proj\.weight, DoRA has 7 lengths for 32 rows",
+    ),
+    "an output matrix without rows": (
+        tensor("base_model.model.lm_head.weight"),
+        r"lm_head\.weight is for a weight of \[\], and lm_head\.weight is \[260, 32\]",
+    ),
+    "an output matrix in a row": (
+        tensor("base_model.model.lm_head.weight", 8320),
+        r"lm_head\.weight is for a weight of \[8320\], and lm_head\.weight is \[260, 32\]",
+    ),
     "another rank": (settings(r=8), r"says rank 8 for model\.layers\.0\.\S+, and base_model\S+ is \[4, \d+\]"),
     "other layers": (
         tensor("base_model.model.model.layers.7.mlp.up_proj.lora_A.weight", 4, 32),

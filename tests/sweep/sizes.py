@@ -53,6 +53,7 @@ SIZES: dict[str, Any] = {
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _PLACES = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}  # of time, height and width
 _HALF_LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_HALF_CONV = {"layer_types": ["conv", "full_attention"] * 2}
 _GEMMA3N = {
     "num_hidden_layers": 6,
     "num_kv_shared_layers": 2,
@@ -136,7 +137,9 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _HALF_LINEAR
     | {"linear_head_dim": 8, "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "lfm2": _HALF_CONV,
+    "lfm2_moe": _HALF_CONV | {"num_dense_layers": 1},
+    "lfm2_vl": {"text_config": _HALF_CONV},
     "lfm3": {"layer_types": ["conv", "sliding_attention", "conv", "full_attention"]},
     "llama4": {
         "vision_config": {

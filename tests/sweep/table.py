@@ -32,9 +32,11 @@ More than one rank for a model (`--tp`) is a question of its own: see [Several G
 
 Engine `paged` goes by what a model asks of attention, and not by its kind: before it loads weights, it builds a small
 random model of the same config, and compares its logits with those of Transformers. So a model of a kind that runs here
-is refused if its config asks for more, a window that Transformers applies outside of attention, say. And a model of a
-kind that is refused here may run if its config asks for less: `phimoe` with the config of Phi-3.5-MoE does. Why other
-kinds are refused is said [further down](#kinds-that-paged-refuses).
+is refused if its config asks for more, a window that Transformers applies outside of attention, say, or if its latent
+attention takes too much of the cache: it is kept as whole keys and values, which may take 2 MiB a token in 16 bits.
+Small models of kind `deepseek_v3` run, and DeepSeek V3 itself and Kimi K2 are refused. And a model of a kind that is
+refused here may run if its config asks for less: `phimoe` with the config of Phi-3.5-MoE does. Why other kinds are
+refused is said [further down](#kinds-that-paged-refuses).
 """
 
 

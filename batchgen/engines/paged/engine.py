@@ -25,8 +25,7 @@ from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.lockstep import Follower, Leader
 from batchgen.engines.paged.loop import PROMPTS_AT_ONCE, Loop
-from batchgen.engines.paged.models import trial
-from batchgen.engines.paged.models.longrope import find_original_context
+from batchgen.engines.paged.models import longrope, trial
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.scheduler import Scheduler
@@ -196,8 +195,9 @@ class Paged(Engine):
         longest = _LONGEST if has_windows else options.cache_tokens or _LONGEST
         sequence_tokens = min(self._tokenizer.context or _LONGEST, longest)
         step_tokens = options.step_tokens or sizing.choose_step_tokens(parameters)
-        original_context = find_original_context(self._model.config.get_text_config())
-        return StepLimits(slots, sequence_tokens, step_tokens, original_context, tuple(self._setup.adapters))
+        text, adapters = self._model.config.get_text_config(), tuple(self._setup.adapters)
+        contexts = longrope.find_original_context(text), longrope.find_restretched_at(text)
+        return StepLimits(slots, sequence_tokens, step_tokens, contexts[0], adapters, contexts[1])
 
     @property
     def preemptions(self) -> int:

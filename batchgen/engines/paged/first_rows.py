@@ -70,6 +70,7 @@ class FirstRows:
         rows = _find_long_rows(rows) or rows
         for place in selftest.choose([row.prompt for row in rows]):
             prompt, tokens = rows[place].prompt, rows[place].tokens or []
+            tokens = tokens[: self._limits.count_comparable(len(prompt.tokens), len(tokens))]
             adapter = self._limits.find_adapter(prompt.adapter)
             if self._leader is not None:
                 self._leader.announce_self_test(prompt.tokens, tokens, adapter)

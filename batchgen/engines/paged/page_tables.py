@@ -83,7 +83,7 @@ class PageTables:
 
         There is none where the prompt's own logits are wanted: it has to be computed whole.
         """
-        root = find_root(sequence.adapter, is_long=self._limits.is_long(sequence.prompt_tokens))
+        root = find_root(sequence.adapter, is_long=self._limits.is_long(sequence.position_tokens))
         path = self._pages.find_path(sequence.tokens, root) if sequence.has_prompt_logprobs else []
         columns, passed = self._find_shared(path)
         if not columns:
@@ -104,7 +104,7 @@ class PageTables:
         self._columns[slot], self._passed[slot] = prefix.columns, prefix.passed
         self._tables[:, slot, : prefix.columns] = prefix.pages
         behind = slot * self._limits.table_width + self._limits.columns
-        self._slot_numbers += [(behind, sequence.adapter), (behind + 1, sequence.prompt_tokens)]
+        self._slot_numbers += [(behind, sequence.adapter), (behind + 1, sequence.position_tokens)]
         if prefix.columns:
             self._record(slot, np.arange(prefix.columns), prefix.pages)
 

@@ -52,17 +52,13 @@ class Scheduler:
         self._ending: set[Sequence] = set()  # nothing is left to plan, the last token has not been read yet
         # Of each slot, so that a step of thousands of sequences is planned at once: tokens that are or will be in the
         # cache without another one being generated; those of them that others had computed; the most to generate, and
-        # how many of them remain.
-        self._length = np.zeros(limits.slots, np.int32)
-        self._shared = np.zeros(limits.slots, np.int32)
-        self._max_new = np.zeros(limits.slots, np.int32)
-        self._remaining = np.zeros(limits.slots, np.int32)
+        # how many of them remain; the adapter.
+        numbers = np.zeros((5, limits.slots), np.int32)
+        self._length, self._shared, self._max_new, self._remaining, self._adapters = numbers
         self._is_running = np.zeros(limits.slots, np.bool_)
-        self._adapters = np.zeros(limits.slots, np.int32)
         self._decoding_slots: Ints | None = None  # of `_decoding`, in order; None: they have changed
         self._page_ends: Ints | None = None  # of these, those whose next token begins a page; None: they have changed
-        self._last_number = 0
-        self._steps_to_next_try = 0
+        self._last_number = self._steps_to_next_try = 0
         self._lengths = ExpectedLengths(expected_share)
 
     @property
@@ -104,14 +100,13 @@ class Scheduler:
         self._prefill_budget = PrefillBudget(lengths, max_new_tokens, self._tables.pages, self._groups)
 
     def must_preempt(self) -> bool:
-        """Whether the next step has to preempt a sequence. All steps must have been read then: the sequence is
-        computed again from its tokens."""
-        return not self._tables.can_extend(len(self._find_page_ends()))
+        """Whether the next step has to preempt a sequence. All steps must have been read then: it is computed again."""
+        return self._choose_preempted() is not None
 
     def plan(self) -> Step | None:
         """Plans the next step; None: there is nothing to compute until a step in flight has been read, or at all."""
-        while self.must_preempt():
-            self._preempt(max([*self._decoding, *self._prefilling], key=lambda sequence: sequence.admission))
+        while (sequence := self._choose_preempted()) is not None:
+            self._preempt(sequence)
             self.preemptions += 1
         draft = StepDraft()
         self._plan_decoding(draft)
@@ -158,6 +153,7 @@ class Scheduler:
         self._ending.discard(sequence)
         self._decoding_slots = self._page_ends = None
         self._release(sequence)
+        sequence.position_tokens = self._limits.count_position_tokens(sequence.prompt_tokens, len(sequence.tokens))
         self._preempted.appendleft(sequence)
         self._steps_to_next_try = _STEPS_BETWEEN_TRIES
 
@@ -166,6 +162,16 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         self._is_running[sequence.slot] = False
         sequence.slot = -1
+
+    def _choose_preempted(self) -> Sequence | None:
+        """A sequence whose keys all have other positions from the next token on; the newest one, if pages lack."""
+        if self._limits.restretched_at is not None:
+            places = np.flatnonzero(self._length[self._find_decoding_slots()] == self._limits.restretched_at)
+            if len(places):
+                return self._decoding[int(places[0])]
+        if self._tables.can_extend(len(self._find_page_ends())):
+            return None
+        return max([*self._decoding, *self._prefilling], key=lambda sequence: sequence.admission)
 
     def _find_decoding_slots(self) -> Ints:
         if self._decoding_slots is None:
@@ -218,7 +224,9 @@ class Scheduler:
 
     def _admit_waiting(self, draft: StepDraft, budget: int) -> None:
         """Admits sequences that wait, until the step has `budget` tokens, or the next one has no room in the cache."""
-        forecast = self._make_forecast()
+        slots, remaining_of_running = self._expect_running()
+        lengths = self._length[slots] - self._shared[slots]  # what another had computed already is counted there
+        forecast = CacheForecast(self._tables.pages, lengths, remaining_of_running, self._groups)
         while draft.tokens < budget and (sequence := self._find_next_waiting()) is not None:
             prefix = self._tables.find_prefix(sequence)
             own = len(sequence.tokens) - prefix.tokens
@@ -244,12 +252,6 @@ class Scheduler:
             self._lengths.expect(max_new_tokens, max_new_tokens), self._length[slots], running_remaining, draft.tokens
         )
         return min(self._limits.step_tokens, tokens or self._limits.step_tokens)
-
-    def _make_forecast(self) -> CacheForecast:
-        slots, remaining = self._expect_running()
-        # What another had computed already is counted there.
-        lengths = self._length[slots] - self._shared[slots]
-        return CacheForecast(self._tables.pages, lengths, remaining, self._groups)
 
     def _expect_running(self) -> tuple[NDArray[np.int64], Ints]:
         """Slots of the sequences that run, and the tokens that each is expected to generate yet."""

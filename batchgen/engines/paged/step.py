@@ -25,6 +25,9 @@ class StepLimits:
     # Keys of prompts beyond it have other positions than the same tokens in a shorter one; None: they have the same.
     original_context: int | None = None
     adapters: tuple[str, ...] = ()  # the names of those that sequences may have; their numbers count from 1
+    # A sequence that grows beyond so many tokens has the positions of a long prompt for all of them; None: it keeps
+    # those that its tokens were computed with.
+    restretched_at: int | None = None
 
     @property
     def columns(self) -> int:
@@ -44,6 +47,20 @@ class StepLimits:
         """Whether a prompt goes beyond the original context."""
         return self.original_context is not None and prompt_tokens > self.original_context
 
+    def count_position_tokens(self, prompt_tokens: int, tokens: int) -> int:
+        """Returns which number of tokens decides on the positions of a sequence that is computed from its `tokens`."""
+        crosses = self.restretched_at is not None and prompt_tokens <= self.restretched_at < tokens
+        return tokens if crosses else prompt_tokens
+
+    def count_comparable(self, prompt_tokens: int, tokens: int) -> int:
+        """Returns how many of the `tokens` generated behind a prompt one forward over all of them would choose, too.
+
+        Where a row grows beyond the original context, a forward over the whole row has other positions than its steps.
+        """
+        if self.original_context is None or self.is_long(prompt_tokens):
+            return tokens
+        return min(tokens, self.original_context - prompt_tokens + 1)
+
 
 class Sequence:
     """One prompt on its way."""
@@ -57,6 +74,7 @@ class Sequence:
         "max_new_tokens",
         "needs_chooser",
         "planned_tokens",
+        "position_tokens",
         "prefix",
         "prompt",
         "prompt_tokens",
@@ -68,7 +86,7 @@ class Sequence:
         self.prompt = prompt
         self.adapter = adapter  # its number, from 1; 0: none
         self.tokens = list(prompt.tokens)  # those of the prompt, then those that have been generated
-        self.prompt_tokens = len(prompt.tokens)
+        self.prompt_tokens = self.position_tokens = len(prompt.tokens)  # the latter decides on its positions (LongRoPE)
         self.max_new_tokens = prompt.params.max_new_tokens
         self.needs_chooser = needs_chooser(prompt)  # more is wanted of its logits than the place of the largest
         self.awaits_tokens = False  # whether its last token has to be read before the next is chosen, once it has begun

@@ -73,8 +73,15 @@ def read_adapter(name: str) -> Adapter:
     folder = find_adapter(name)
     config = read_json(folder / CONFIG) or {}
     _check_kind(folder, config)
+    _check_patterns(folder, config)
     parts: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
-    for tensor, content in _read_tensors(find_tensors(folder)).items():
+    path = find_tensors(folder)
+    for tensor, content in _read_tensors(path).items():
+        if not content.is_floating_point() or not content.float().isfinite().all():
+            raise ModelError(
+                f"{path}: the tensor {tensor} holds {_name_numbers(content)}, and weights are finite numbers; train "
+                "the adapter again, or copy it again"
+            )
         match = _PARTS.fullmatch(tensor.removeprefix(_PREFIX)) if tensor.startswith(_PREFIX) else None
         if match is None or "lora_" in match["layer"]:
             raise ModelError(
@@ -114,6 +121,29 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_patterns(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ModelError if what the config says by the names of layers is nothing that `_find_pattern` can read."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise ModelError(f"{folder / CONFIG}: {name} must be an object of numbers by layers, and is {patterns!r}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ModelError(
+                    f"{folder / CONFIG}: the layer {pattern!r} in {name} is no regular expression ({error}); "
+                    "copy the adapter again"
+                ) from error
+    listed = config.get("target_parameters") or []
+    if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+        raise ModelError(f"{folder / CONFIG}: target_parameters must be a list of names, and is {listed!r}")
+
+
+def _name_numbers(tensor: torch.Tensor) -> str:
+    return "NaN or infinity" if tensor.is_floating_point() else f"numbers of type {str(tensor.dtype)[6:]}"
+
+
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -149,6 +179,11 @@ def _make_change(folder: Path, weight: str, parts: Mapping[str, tuple[str, torch
     turned = "lora_embedding" in parts["down"][0] if "down" in found else False
     if turned and magnitude is not None:
         raise ModelError(f"{folder}: {tensor} is DoRA of an embedding, which --adapter does not merge")
+    if magnitude is not None and magnitude.numel() != found["up"].shape[0]:
+        raise ModelError(
+            f"{folder}: of {weight}, DoRA has {magnitude.numel()} lengths for {found['up'].shape[0]} rows; copy the "
+            "adapter again"
+        )
     return Change(
         tensor=tensor,
         value=found.get("value"),
@@ -165,10 +200,11 @@ def _read_rank_and_scale(folder: Path, config: Mapping[str, Any], layer: str) ->
     LoRA alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732)."""
     rank = _find_pattern(config.get("rank_pattern"), layer, config.get("r"))
     alpha = _find_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha"))
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+    is_alpha = isinstance(alpha, (int, float)) and abs(alpha) <= torch.finfo(torch.float32).max
+    if not isinstance(rank, int) or rank < 1 or not is_alpha:
         raise ModelError(
-            f"{folder / CONFIG}: r and lora_alpha must be numbers, r 1 or more; for {layer} they are {rank!r} and "
-            f"{alpha!r}"
+            f"{folder / CONFIG}: r and lora_alpha must be finite numbers, r 1 or more; for {layer} they are {rank!r} "
+            f"and {alpha!r}"
         )
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -105,11 +105,12 @@ def check_shape(adapter: Adapter, model: Any, name: str, change: Change, weight:
         return
     of_words = (model.get_input_embeddings(), model.get_output_embeddings())
     owner = dict(model.named_modules()).get(_layer_of(name))
-    rows = (change.value if change.value is not None else weight).shape[0]
-    if owner is not None and owner in of_words and change.value is not None and rows != shape[0]:
-        why = f"{change.tensor} has {rows} tokens and the model {shape[0]}: {_OF_TOKENS}"
+    value = change.value
+    is_matrix = value is not None and value.dim() == len(shape)
+    if owner is not None and owner in of_words and value is not None and is_matrix and len(value) != shape[0]:
+        why = f"{change.tensor} has {len(value)} tokens and the model {shape[0]}: {_OF_TOKENS}"
     else:
-        given = list(change.shape if change.value is None else change.value.shape)
+        given = list(change.shape if value is None else value.shape)
         why = f"{change.tensor} is for a weight of {given}, and {name} is {list(shape)}. Give the model that the "
         why += "adapter was trained on"
     raise ModelError(f"{describe(adapter)} does not fit the model{_name(model)}: {why}")

@@ -11,8 +11,6 @@ import pytest
 from transformers import (
     GPTJConfig,
     GPTJForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -29,6 +27,9 @@ from batchgen.types import Batch, Generation, Prompt, SamplingParams
 from batchgen.world import World
 from tests import tiny_models as models
 from tests.engines import runs
+from tests.engines.paged.families import contract
+from tests.engines.paged.families.dense import DENSE, LONGROPE, SMALL
+from tests.engines.paged.families.mixtures import MIXTURES
 
 KINDS = {"llama": models.llama, "bloom": models.bloom, "qwen3": models.qwen3, "mistral": models.mistral}
 BEGINNING = [models.BEGIN, *range(10, 70)]
@@ -147,15 +148,40 @@ def test_positions_that_hang_on_the_longest_row_are_refused(tmp_path: Path) -> N
         load(path)
 
 
-def test_each_row_has_the_positions_of_its_own_length(tmp_path: Path) -> None:
+ORIGINAL = {"original_max_position_embeddings": 40}
+STRETCHED = {
+    "phi3": DENSE["Phi-3-mini-128k"] | ORIGINAL,
+    "phimoe": MIXTURES["Phi-3.5-MoE"]
+    | ORIGINAL
+    | {"rope_scaling": LONGROPE | ORIGINAL | {"short_mscale": 1.2, "long_mscale": 1.3}},
+    "llama": SMALL
+    | {"model_type": "llama", "rope_scaling": LONGROPE | ORIGINAL | {"factor": 4.0}, "max_position_embeddings": 160},
+}
+"""LongRoPE, with other positions beyond 40 tokens. Rows of the first two that grow beyond them are computed anew with
+these by `generate`; those of the third one go on."""
+
+
+def save_longrope(folder: Path, kind: str) -> Path:
+    """A model whose text hangs on its positions."""
+    return models.save(folder, lambda _: contract.build(STRETCHED[kind]))
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_the_self_test_looks_at_a_row_up_to_its_original_context(kind: str, tmp_path: Path) -> None:
+    """LongRoPE: behind it, a forward over the whole row has other positions than the row had step by step."""
+    path = save_longrope(tmp_path / kind, kind)
+    model, rows = models.Model(path), models.random_prompts(12, max_new_tokens=30, longest=40)
+    rows = [row for row in rows if len(row.tokens) < 40 < len(row.tokens) + 25 and len(model.alone(row)) > 25]
+    assert rows
+    for row in rows:
+        with load(path, selftest=True) as engine:
+            assert texts(engine, [row])[row.id].text == model.tokenizer.decode(model.alone(row))
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_each_row_has_the_positions_of_its_own_length(kind: str, tmp_path: Path) -> None:
     """LongRoPE: rows that stay within the original context, that cross it, and that begin beyond it, in one batch."""
-    factors = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.5, 3.0, 6.0, 9.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40, **factors}
-
-    def build(vocabulary: int) -> PreTrainedModel:
-        return Phi3ForCausalLM(Phi3Config(**models.SMALL | {"vocab_size": vocabulary, "rope_parameters": rope}))
-
-    path = models.save(tmp_path / "phi3", build)
+    path = save_longrope(tmp_path / kind, kind)
     rows = prompts()
     model = models.Model(path)
     alone = {row.id: model.tokenizer.decode(model.alone(row)) for row in rows}

@@ -16,7 +16,7 @@ from batchgen.engines.paged.layout import AttentionShape
 from batchgen.engines.paged.models import bloom, coverage, falcon, interface, mpt, patching, structure, trial
 from batchgen.models import architectures
 from tests.engines.paged.families.contract import make_config
-from tests.engines.paged.families.dense import DENSE
+from tests.engines.paged.families.dense import DENSE, LONGROPE
 from tests.engines.paged.families.mixtures import MIXTURES
 from tests.sweep.kinds import make_config as make_sweep_config
 
@@ -115,6 +115,18 @@ def test_rounding_is_far_below_the_tolerance(family: str) -> None:
 def test_what_pages_cannot_hold_is_seen_in_the_config(kind: str, reason: str) -> None:
     with pytest.raises(EngineError, match=f"of type {kind}: .*{reason}.*; use --engine accelerate"):
         coverage.check(make_sweep_config(kind))
+
+
+def test_stretched_positions_of_a_kind_of_layer_are_refused() -> None:
+    """A small model does not reach the context of 8,192 tokens beyond which the longest row of a step decides."""
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    stretched = LONGROPE | {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8192}
+    for full, sliding in ((stretched, plain), (plain, stretched)):
+        config = make_config(DENSE["Gemma 3 1B"] | {"head_dim": 8})
+        coverage.check(config)
+        config.rope_parameters = {"full_attention": full, "sliding_attention": sliding}
+        with pytest.raises(EngineError, match="positions are of type longrope, which hang on the longest row of a ste"):
+            coverage.check(config)
 
 
 @pytest.mark.parametrize("kind", ["emu3", "qwen2_5_vl"])

@@ -31,7 +31,9 @@ def why_refused(config: Any) -> str:
     kinds = set(getattr(text, "layer_types", None) or ()) - _KINDS_OF_LAYERS
     if kinds:
         return f"it has layers of type {', '.join(sorted(kinds))}, whose state is not kept in pages"
-    longest = _find_rope_types(text) & set(OF_THE_LONGEST) - {longrope.TYPE}
+    # Positions of each kind of layer for themselves are not those that `longrope` patches.
+    is_patched = longrope.find_original_context(text) is not None
+    longest = _find_rope_types(text) & set(OF_THE_LONGEST) - ({longrope.TYPE} if is_patched else set())
     if longest:
         return f"its rotary positions are of type {longest.pop()}, which hang on the longest row of a step"
     if getattr(text, "use_bidirectional_attention", False):

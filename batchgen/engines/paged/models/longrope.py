@@ -3,7 +3,8 @@
 A model has two sets of frequencies: one for sequences up to the original context, another one for longer ones.
 Transformers takes that of the longest sequence of a forward for all of them. Here each token has that of its own: the
 second set if its prompt is longer than the original context, or if the token itself lies beyond it. These are the
-frequencies that Transformers' `generate` takes for the row alone.
+frequencies that Transformers' `generate` takes for the row alone. Of Phi-3 and its kin, `generate` computes the whole
+row anew with the second set where it grows beyond the original context, and so does the scheduler.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from batchgen.engines.paged.layout import get_current_layout
 
 TYPE = "longrope"
+_RESTRETCHED = frozenset(("phi3", "phi4_multimodal", "phimoe"))
 
 
 def find_original_context(text: Any) -> int | None:
@@ -26,6 +28,15 @@ def find_original_context(text: Any) -> int | None:
         return None
     given = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
     return int(given or text.max_position_embeddings)
+
+
+def find_restretched_at(text: Any) -> int | None:
+    """Returns the tokens from which on `generate` computes a row anew that grows beyond them; None: it never does.
+
+    Source: `prepare_inputs_for_generation` of `Phi3ForCausalLM`, `PhimoeForCausalLM` and `Phi4MultimodalForCausalLM`.
+    """
+    is_stretched = find_original_context(text) is not None and text.model_type in _RESTRETCHED
+    return getattr(text, "original_max_position_embeddings", None) if is_stretched else None
 
 
 def patch(body: Any) -> None:
