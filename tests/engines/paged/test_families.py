@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engines.paged.families import contract
+from tests.engines.paged.families import __main__ as script
+from tests.engines.paged.families import contract, rounded
 from tests.engines.paged.families.dense import DENSE, Config
 from tests.engines.paged.families.mixtures import MIXTURES, REFUSED
 
@@ -53,6 +54,28 @@ def test_sixty_rows_are_those_of_transformers(feature: str, tmp_path: Path) -> N
     outcome = contract.check(settings, tmp_path, count=30, step=6)
     assert not outcome.wrong
     assert outcome.is_kept, outcome
+
+
+@pytest.mark.parametrize("feature", ["plain", "sinks, and experts that are transposed"])
+def test_rounded_logprobs_are_as_good_as_those_of_transformers(feature: str, tmp_path: Path) -> None:
+    outcome = rounded.check(cut_window((DENSE | MIXTURES)[FEATURES[feature]]), tmp_path)
+    assert outcome.is_kept, outcome
+
+
+def test_a_window_that_is_off_by_one_is_more_than_rounding(tmp_path: Path) -> None:
+    settings = cut_window(DENSE["Mistral 7B v0.1"])
+    outcome = rounded.check(settings, tmp_path, planted={"sliding_window": WINDOW - 1})
+    assert not outcome.is_kept, outcome
+
+
+def test_a_part_of_the_table_is_every_second_family(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [name for name in script.FAMILIES if "OPT" in name]
+    assert len(names) == 2
+    for part, name in enumerate(names, 1):
+        assert script.main(["--rounded", "--count", "4", "--part", f"{part}/2", "OPT"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"| {name} |")
+        assert lines[1:] == ["1 families, 0 wrong"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
