@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from batchgen.models import loading, shapes
+from batchgen.models import loading, random_weights, shapes
 
 
 def weights(shape: str, folder: Path) -> int:
@@ -26,7 +26,7 @@ def weights(shape: str, folder: Path) -> int:
     shapes.make(shape, torch.bfloat16, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = loading.load(str(folder), {"dtype": torch.bfloat16, "device_map": {"": device}})
-    for hollow in [*folder.glob("*.safetensors*"), folder / loading.HOLLOW]:
+    for hollow in [*folder.glob("*.safetensors*"), folder / random_weights.HOLLOW]:
         hollow.unlink(missing_ok=True)
     model.save_pretrained(folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

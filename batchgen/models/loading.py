@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -19,15 +18,13 @@ from transformers.integrations import sdpa_attention
 
 from batchgen import device
 from batchgen.engine import Died, EngineError
-from batchgen.models import architectures, lora, split_folder
+from batchgen.models import architectures, lora, random_weights, split_folder
 from batchgen.models.definition.build import explain_shapes
 from batchgen.models.definition.errors import ModelError, one_line
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import weight_files
 from batchgen.types import UserError
 from batchgen.world import World
-
-HOLLOW = "hollow.json"  # in the folder of a model whose weight files are empty: random numbers shall take their place
 
 _repeated = sdpa_attention.repeat_kv
 
@@ -120,9 +117,8 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapt
         why = explain_shapes(Path(model), error) or one_line(error)
         raise ModelError(f"the model in {model} cannot be loaded: {why}") from error
     _check_report(model, loaded.config, report)
-    if filled and (spread := hollow(Path(model))) is not None:
-        for name, parameter in loaded.named_parameters():
-            fill(name, parameter, spread)
+    if filled:
+        random_weights.fill_hollow(model, loaded)
     return loaded.eval()
 
 
@@ -179,43 +175,6 @@ def refused_pickle(folder: Path) -> ModelError:
         f"the model in {folder} cannot be loaded: its pytorch_model*.bin holds more than tensors, or is damaged. Such "
         "a file can run code as it is read, so this one is not; take a model with safetensors"
     )
-
-
-def hollow(folder: Path) -> float | None:
-    """The standard deviation of the random weights that the model in `folder` shall get; None: it has its own."""
-    path = folder / HOLLOW
-    return float(json.loads(path.read_text(encoding="utf-8"))["standard_deviation"]) if path.exists() else None
-
-
-def fill(name: str, parameter: torch.Tensor, spread: float) -> None:
-    """Random numbers into a parameter of that name, in place: as large as a new model's, 1 for a norm, 0 for a bias.
-
-    A shard of ZeRO is filled where it lies; one that waits on a disk stays zeros, and its text means nothing at all.
-    """
-    values = getattr(parameter, "ds_tensor", parameter).data
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    if values.device.type == "meta" or values.numel() == 0:
-        return
-    if not values.is_floating_point():
-        _fill_rounded(parameter, values, spread)
-    elif len(shape) > 1:
-        # What waits in host memory comes from the GPU: of one core, seven billion numbers take half a minute.
-        if values.device.type == "cpu" and torch.cuda.is_available():
-            values.copy_(torch.empty_like(values, device="cuda").normal_(0.0, spread))
-        else:
-            values.normal_(0.0, spread)
-    else:
-        values.fill_(0.0 if name.endswith("bias") else 1.0)
-
-
-def _fill_rounded(parameter: Any, values: torch.Tensor, spread: float) -> None:
-    """The same into a weight that bitsandbytes has rounded: any numbers, with scales that give them that spread."""
-    if getattr(parameter, "SCB", None) is not None:  # 8 bits: the largest number of a row stands for its scale
-        values.random_(-127, 128)
-        parameter.SCB.fill_(spread * 3**0.5)
-    elif getattr(parameter, "quant_state", None) is not None:  # 4 bits, two of them a byte: places in a table
-        values.random_(0, 256)
-        parameter.quant_state.absmax.fill_(spread / parameter.quant_state.code.std())
 
 
 def own_dtype(config: Any) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Models of a known shape and no known weights, to measure what a size costs without downloading it.
 
 The folder that `make` writes is a model's like any other, so that every engine loads it: but its weight files are
-hollow, headers in front of bytes that no disk holds. Whoever loads it fills in random numbers (`loading.fill`).
+hollow, headers in front of bytes that no disk holds. Whoever loads it fills in random numbers (`random_weights.fill`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from batchgen.models import loading
+from batchgen.models import random_weights
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.folder import explained
 from batchgen.models.search import find_folder
@@ -243,7 +243,7 @@ def make(shape: str, dtype: torch.dtype, folder: Path) -> Path:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         spread = getattr(config.get_text_config(), "initializer_range", 0.02)
         known = {"shape": shape, "standard_deviation": spread}
-        (folder / loading.HOLLOW).write_text(json.dumps(known), encoding="utf-8")
+        (folder / random_weights.HOLLOW).write_text(json.dumps(known), encoding="utf-8")
     except OSError as error:
         raise ModelError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder

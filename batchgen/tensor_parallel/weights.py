@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from batchgen.engine import EngineError
-from batchgen.models import loading
+from batchgen.models import loading, random_weights
 from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
 from batchgen.models.lora import Change, merged_on_load
@@ -128,7 +128,7 @@ def copy_weights(
         dtype: of parameters that are of the files' own type; others were given theirs by Transformers on purpose.
         additions: what an adapter adds to parameters of this rank's share; None: nothing.
     """
-    maps, hollow = _MappedFiles(Path(folder)), loading.hollow(Path(folder))
+    maps, hollow = _MappedFiles(Path(folder)), random_weights.hollow(Path(folder))
     is_kept_exact = _find_kept_exact(model)
     homes, sources = _list_parameters(model)
     stored = Counter({p.dtype: 0 for p in sources.values()})
@@ -144,7 +144,7 @@ def copy_weights(
             here = _read(sources[key], device, maps)
         else:
             here = torch.empty(source.shape, dtype=source.dtype, device=device)
-            loading.fill(homes[key][0][2], here, hollow)
+            random_weights.fill(homes[key][0][2], here, hollow)
         for *_, path in homes[key]:
             if additions is not None and path in additions:
                 here = here.float() + additions[path](device)

@@ -12,7 +12,7 @@ import torch
 
 from batchgen.engine import Setup
 from batchgen.engines.accelerate import Accelerate
-from batchgen.models import ModelError, loading, shapes
+from batchgen.models import ModelError, random_weights, shapes
 from batchgen.models.footprint import cache_bytes_per_token
 from batchgen.models.parameters import list_parameters
 from batchgen.world import World
@@ -138,7 +138,7 @@ FAMILIES = {
 def test_engines_fill_a_hollow_model_with_numbers_that_mean_something(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     folder = shapes.make(str(tmp_path / "config.json"), torch.float32, tmp_path / "model")
-    assert loading.hollow(folder) == 0.3
+    assert random_weights.hollow(folder) == 0.3
     words = [sys.executable, "-c", FILLED, name, str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,8 @@ Each module imports only modules of the rows below its own:
     loop
     first_rows
     lockstep   finished_rows
-    runner     scheduler
+    runner     scheduler    limits    warm_up
+    forward
     models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
     attention  linear   alone   cache
     kernels    skinny_gemm    adapters

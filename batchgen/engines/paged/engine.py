@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,13 +20,14 @@ import torch
 
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
-from batchgen.engines.paged import adapters, models, sizing
+from batchgen.engines.paged import adapters, models, sizing, warm_up
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
+from batchgen.engines.paged.limits import Room, choose_limits
 from batchgen.engines.paged.lockstep import Follower, Leader
 from batchgen.engines.paged.loop import PROMPTS_AT_ONCE, Loop
-from batchgen.engines.paged.models import longrope, trial
+from batchgen.engines.paged.models import trial
 from batchgen.engines.paged.pages import PAGE_SIZE
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.scheduler import Scheduler
@@ -33,13 +35,12 @@ from batchgen.engines.paged.step import StepLimits
 from batchgen.generation import finite
 from batchgen.generation.choosing import TokenChooser
 from batchgen.generation.selftest import SelfTest
-from batchgen.models import footprint, loading
+from batchgen.models import loading, random_weights
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
 _YIELD_SECONDS = 1.0
-_LONGEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
 
 
 class Paged(Engine):
@@ -124,11 +125,24 @@ class Paged(Engine):
     def _load(self) -> None:
         """Loads the whole model on this rank's device."""
         dtype = loading.floating_dtype(self._setup.dtype, self._tokenizer.config)
-        self._check_model(dtype)
         arguments = {"dtype": dtype, "device_map": {"": str(self._device)}}
-        self._model = loading.load(self._setup.model, arguments, adapter=self._setup.adapter)
+        with self._compile_meanwhile(dtype):
+            self._check_model(dtype)
+            self._model = loading.load(self._setup.model, arguments, filled=False, adapter=self._setup.adapter)
+        random_weights.fill_hollow(self._setup.model, self._model)
         adapters.install(self._model, self._setup.adapters, self._tokenizer.config)
         self._make_ready()
+
+    def _compile_meanwhile(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """While the model is loaded, compiles for it what steps need on a GPU."""
+        if self._device.type != "cuda" or self._setup.adapters:  # the layers with adapters compute something else
+            return nullcontext()
+
+        def choose(parameters: int, free: int) -> StepLimits:
+            room = Room(parameters, dtype.itemsize, free, self._device)
+            return choose_limits(self._setup, self._options, self._tokenizer, room, Alone())
+
+        return warm_up.compile_meanwhile(warm_up.Subject(self._tokenizer.config, dtype, self._device, choose))
 
     def _load_shard(self) -> None:
         """Joins the group of this rank, and loads its shard of the model."""
@@ -160,9 +174,10 @@ class Paged(Engine):
 
     def _make_runner(self, peers: Peers) -> Runner:
         """The runner, with as large a cache as there is memory for."""
-        token_bytes = footprint.cache_bytes_per_token(self._tokenizer.config, self._model.dtype.itemsize) // peers.count
         free = device.free_bytes([self._device], self._setup.world.local_size)
-        limits = self._choose_limits(peers, free, token_bytes)
+        parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        room = Room(parameters, self._model.dtype.itemsize, free, self._device)
+        limits = choose_limits(self._setup, self._options, self._tokenizer, room, peers)
         chooser = self._make_chooser(limits) if peers.place == 0 else None
         runner = Runner(self._model, limits, peers, chooser)
         if self._device.type == "cuda":
@@ -184,20 +199,6 @@ class Paged(Engine):
     def _make_chooser(self, limits: StepLimits) -> TokenChooser:
         vocabulary = self._model.config.get_text_config().vocab_size
         return TokenChooser(limits.slots, vocabulary, self._tokenizer, self._device)
-
-    def _choose_limits(self, peers: Peers, free: int, token_bytes: int) -> StepLimits:
-        """The limits of steps, in `free` bytes of which a token of the cache takes `token_bytes`."""
-        options = self._options
-        slots = peers.least(self._setup.batch_size or sizing.choose_slots(free, token_bytes, self._device))
-        parameters = peers.least(sum(parameter.numel() for parameter in self._model.parameters()))
-        # What layers with a window keep of a sequence may be less than all of its tokens.
-        has_windows = any(layer.window for layer in footprint.list_layer_caches(self._tokenizer.config))
-        longest = _LONGEST if has_windows else options.cache_tokens or _LONGEST
-        sequence_tokens = min(self._tokenizer.context or _LONGEST, longest)
-        step_tokens = options.step_tokens or sizing.choose_step_tokens(parameters)
-        text, adapters = self._model.config.get_text_config(), tuple(self._setup.adapters)
-        contexts = longrope.find_original_context(text), longrope.find_restretched_at(text)
-        return StepLimits(slots, sequence_tokens, step_tokens, contexts[0], adapters, contexts[1])
 
     @property
     def preemptions(self) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from batchgen.engine import SignsOfLife
+from batchgen.engines.paged.forward import NOT_FINITE
 from batchgen.engines.paged.launched_step import LaunchedStep
-from batchgen.engines.paged.runner import NOT_FINITE
 from batchgen.engines.paged.scheduler import Scheduler
 from batchgen.engines.paged.step import Sequence
 from batchgen.generation import finite, refusals, results

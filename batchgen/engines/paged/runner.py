@@ -7,8 +7,6 @@ that are compiled once for all shapes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,33 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from batchgen.engine import Peers
-from batchgen.engines.paged import models
-from batchgen.engines.paged.adapters import sort_by_adapter
-from batchgen.engines.paged.alone import Alone
-from batchgen.engines.paged.cache import count_token_bytes, make_caches
+from batchgen.engines.paged.forward import PADDED_TO, TOKENS_OF_A_BLOCK, Forward
 from batchgen.engines.paged.graphs import Graphs, choose_graph_size
 from batchgen.engines.paged.launched_step import LaunchedStep
-from batchgen.engines.paged.layer_groups import LayerGroups
-from batchgen.engines.paged.layout import LayerCache, Layout, lay_out, make_query_blocks
+from batchgen.engines.paged.layout import make_query_blocks
 from batchgen.engines.paged.prompt_logprobs import find_prompt_logprobs
-from batchgen.engines.paged.step import Chunk, Step, StepLimits
-from batchgen.engines.paged.step_buffers import StepArrays, StepBuffers
+from batchgen.engines.paged.step import Step, StepLimits
+from batchgen.engines.paged.step_buffers import StepArrays
 from batchgen.generation.choosing import TokenChooser
-from batchgen.generation.finite import are_finite
-from batchgen.models import footprint
-
-NOT_FINITE = -1
-"""In the place of a row's next token: its logits hold NaN or infinity."""
-
-_PROGRAMS = 528  # that keep a large GPU busy: four on each of an H100's 132 multiprocessors
-_MOST_SPLITS = 16
-_SPLIT_TOKENS = 128  # fewer are not worth the kernel that joins them
-_RESERVED = 0.02  # of a GPU's memory
-_PADDED_TO = 64  # multiples of it: the tokens of a step without a graph
-_TOKENS_OF_A_BLOCK = 16  # on average, at least, in a graph of prefill chunks; other steps run without one
 
 
-class Runner:
+class Runner(Forward):
     """Makes the steps of one scheduler.
 
     Args:
@@ -56,81 +38,17 @@ class Runner:
     def __init__(
         self, model: Any, limits: StepLimits, peers: Peers | None = None, chooser: TokenChooser | None = None
     ) -> None:
-        self._peers, self.chooser = peers or Alone(), chooser
-        self.model, self.device, self.limits = model, model.device, limits
-        self._patched = models.patch(model, self._peers)
-        self._compute_logits = self._patched.compute_logits
-        self.groups = self._group_layers()
-        self._heads = footprint.cached_heads(model.config)[0] // self._peers.count
-        slots = limits.slots
-        self._most_tokens = -(-max(2, slots, limits.step_tokens) // _PADDED_TO) * _PADDED_TO
-        self._buffers = StepBuffers(self._most_tokens, slots, self.device)
-        tables = (self.groups.count, slots + 1, limits.table_width)
-        self._block_tables = torch.zeros(tables, dtype=torch.int32, device=self.device)
-        self._last_tokens = torch.zeros(slots + 1, dtype=torch.long, device=self.device)  # of each slot
-        self._next_tokens = torch.zeros(max(2, slots), dtype=torch.long, device=self.device)  # of each row of the step
-        blocks = self._most_tokens // _TOKENS_OF_A_BLOCK
-        self._query_blocks = torch.zeros((blocks, 2), dtype=torch.int32, device=self.device)
-        self.pages = 0
-        self._caches: list[LayerCache] = []
+        super().__init__(model, limits, peers)
+        self.chooser = chooser
         self._kept_logits: torch.Tensor | None = None  # of decode steps with rows that need them after the graph
         self._graphs: Graphs | None = None
         if self.device.type == "cuda":
             size = model.config.get_text_config().hidden_size
             self._hidden = torch.zeros((self._most_tokens, size), dtype=model.dtype, device=self.device)
-            for layer in self._patched.layers:
-                layer.compile(dynamic=True)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that a rank's cache has for a token in all layers."""
-        return count_token_bytes(self.model.config, self._peers.count, self.model.dtype.itemsize, self.groups)
-
-    def _group_layers(self) -> LayerGroups:
-        """The groups of the model's layers, by the windows that they ask attention for; not by what the config says,
-        which has windows that its model does not use."""
-        layers = footprint.list_layer_caches(self.model.config)
-        windows = self._patched.find_windows() if any(layer.window for layer in layers) else [0] * len(layers)
-        return LayerGroups.of(layers, windows, self.limits.sequence_tokens)
 
     def allocate(self, pages: int) -> None:
-        """Makes a cache of `pages` pages for tokens in all layers, in the place of the one that there may be."""
-        self.pages = pages
-        self._block_tables.zero_()  # a larger cache had pages that this one has not
-        gpu = self.device.type == "cuda"
-        self._caches, self._kept_logits, self._graphs = [], None, Graphs(self.device) if gpu else None
-        if gpu:
-            torch.cuda.empty_cache()
-        config, dtype = self.model.config, self.model.dtype
-        self._caches = make_caches(config, pages, self._peers.count, dtype, self.device, self.groups)
-
-    def measure_free_bytes(self) -> int:
-        """Of the GPU, what is free for the cache: beside the weights and the largest forward. Compiles the model."""
-        self.allocate(1)
-        device = self.device
-        with torch.inference_mode():
-            # The compiler takes sizes that are equal in the first call for equal ones in all, so this one is odd.
-            for tokens in (min(1000, self._most_tokens), self._most_tokens):
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-                self.rehearse(tokens)
-        torch.cuda.synchronize(device)
-        forward = torch.cuda.max_memory_allocated(device) - before
-        self._caches = []
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(device)
-        # The same amount again, since graphs have a separate pool; the logits that tokens are drawn from; and something
-        # for the graphs themselves, drawing, and cuBLAS.
-        logits = self.limits.slots * self.model.config.get_text_config().vocab_size * self.model.dtype.itemsize
-        return int(free - 2 * forward - logits - _RESERVED * total)
-
-    def rehearse(self, tokens: int) -> None:
-        """Makes a forward of `tokens` tokens of padding, and chooses the next token of as many rows as there may be."""
-        arrays = self._pad(tokens)
-        layout = self._make_layout(arrays, bool(self.limits.adapters), 0, self._query_blocks[:1])
-        hidden = self._forward(layout, self._find_token_ids(arrays))
-        rows = min(tokens, self.limits.slots)
-        self._choose_best(self._compute_logits(hidden[:rows]), arrays.slots[:rows])
+        self._kept_logits, self._graphs = None, Graphs(self.device) if self.device.type == "cuda" else None
+        super().allocate(pages)
 
     def launch(self, step: Step) -> LaunchedStep:
         """Starts a step; on a GPU it is only queued.
@@ -236,9 +154,9 @@ class Runner:
             return arrays, self._forward(layout, self._find_token_ids(arrays))
         blocks = make_query_blocks(step.chunks)
         size = choose_graph_size(len(step.slots), self._most_tokens)
-        most_blocks = size // _TOKENS_OF_A_BLOCK
+        most_blocks = size // TOKENS_OF_A_BLOCK
         if len(blocks) > most_blocks:
-            arrays = self._buffers.put(step, buffer_index, -(-len(step.slots) // _PADDED_TO) * _PADDED_TO)
+            arrays = self._buffers.put(step, buffer_index, -(-len(step.slots) // PADDED_TO) * PADDED_TO)
             layout = self._make_layout(arrays, step.has_adapters, step.decoding, self._buffers.send(blocks))
             return arrays, self._forward(layout, self._find_token_ids(arrays))
         arrays = self._buffers.view(size)
@@ -254,45 +172,3 @@ class Runner:
         self._query_blocks[:most_blocks] = self._buffers.send(padded)
         graph.replay()
         return arrays, self._hidden
-
-    def _choose_best(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
-        """Chooses the best token of each row, from `logits` [rows, vocabulary], for the sequences in `slots` [rows]."""
-        largest, best = torch.max(logits, -1)
-        self._next_tokens[: len(logits)] = torch.where(are_finite(largest), best, NOT_FINITE)
-        # The step that is planned before this one is read computes with it, whatever it is.
-        self._last_tokens[slots] = self._peers.tokens(best)
-
-    def _pad(self, size: int) -> StepArrays:
-        """A step of nothing but padding."""
-        self._query_blocks.zero_()
-        return self._buffers.pad(size)
-
-    def _make_layout(
-        self,
-        arrays: StepArrays,
-        has_adapters: bool,
-        decoding: int,
-        blocks: torch.Tensor | None = None,
-        splits: int = 1,
-        chunks: Sequence[Chunk] = (),
-    ) -> Layout:
-        """The layout of a step: `blocks` and `splits` on a GPU, `chunks` elsewhere."""
-        slots, positions, _, decoding_count = arrays
-        tables, count = self._block_tables, len(self.limits.adapters)
-        rest = (decoding_count, blocks, splits, self.groups, tables if self.groups.count > 1 else None)
-        layout = Layout(self._caches, tables[0], slots, positions, decoding, chunks, *rest)
-        return replace(layout, adapters=sort_by_adapter(layout.adapter_numbers, count)) if has_adapters else layout
-
-    def _find_token_ids(self, arrays: StepArrays) -> torch.Tensor:
-        """[tokens]: the tokens' own ids, or the one that was chosen last for their slot."""
-        return torch.where(arrays.ids < 0, self._last_tokens.index_select(0, arrays.slots), arrays.ids.long())
-
-    def _forward(self, layout: Layout, ids: torch.Tensor) -> torch.Tensor:
-        """The last hidden states of these tokens, [tokens, hidden size]."""
-        with lay_out(layout):
-            return self._patched.compute_hidden(ids, layout.positions)
-
-    def _choose_splits(self, decoding: int, longest: int) -> int:
-        """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""
-        wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * self._heads), longest // _SPLIT_TOKENS)
-        return 1 << max(0, wanted.bit_length() - 1)

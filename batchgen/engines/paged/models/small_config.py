@@ -28,22 +28,29 @@ def shrink(config: Any, *, cuts_heads: bool = True) -> Any:
     Args:
         cuts_heads: leave a few heads alone; of some families no model can be made then, since other sizes hang on it.
     """
-    small = copy.deepcopy(config.get_text_config())
+    small = cut_layers(config, least=2)
     if cuts_heads:
         _cut_heads(small)
-    layers = _count_layers(small)
-    for name, value in list(vars(small).items()):
-        if isinstance(value, (list, tuple)) and len(value) == small.num_hidden_layers:
-            setattr(small, name, type(value)(value[:layers]))
-    small.num_hidden_layers = layers
     _cut_sizes(small)
     small.vocab_size = min(small.vocab_size, VOCABULARY)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(small, name, None) is not None:
             setattr(small, name, 0)
-    if getattr(small, "quantization_config", None) is not None:
-        del small.quantization_config
     return small
+
+
+def cut_layers(config: Any, least: int = 1) -> Any:
+    """Returns the config of a text model with the first layers of `config` alone: one of each kind, and at least so
+    many. All sizes stay."""
+    text = copy.deepcopy(config.get_text_config())
+    layers = _count_layers(text, least)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == text.num_hidden_layers:
+            setattr(text, name, type(value)(value[:layers]))
+    text.num_hidden_layers = layers
+    if getattr(text, "quantization_config", None) is not None:
+        del text.quantization_config
+    return text
 
 
 def shrink_whole(config: Any, text: Any) -> Any:
@@ -78,12 +85,12 @@ def _cut_heads(text: Any) -> None:
         text.hidden_size = text.num_attention_heads * (hidden // heads)
 
 
-def _count_layers(text: Any) -> int:
-    """Returns how many of the first layers have one of each kind, and at least two."""
+def _count_layers(text: Any, least: int) -> int:
+    """Returns how many of the first layers have one of each kind; at least `least`, if there are so many."""
     count: int = text.num_hidden_layers
     lists = [value for value in vars(text).values() if isinstance(value, (list, tuple)) and len(value) == count]
     kinds = list(zip(*[[str(each) for each in value] for value in lists], strict=True)) or [()] * count
-    needed = max(2, max(kinds.index(kind) + 1 for kind in set(kinds)))
+    needed = max(least, max(kinds.index(kind) + 1 for kind in set(kinds)))
     for name in _FIRST_OF_A_KIND:
         given = getattr(text, name, None)
         if isinstance(given, int) and given < count:
