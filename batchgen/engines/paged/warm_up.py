@@ -18,6 +18,7 @@ import gc
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -125,7 +126,8 @@ class _WarmUp:
         self._log("the threads have ended")
         for task in self._tasks:
             if (error := task.exception()) is not None:
-                logger.debug("the warm-up has failed", exc_info=error)
+                # As text: a record of the error itself would hold the model that its frames hold.
+                logger.debug("the warm-up has failed: %s", "".join(traceback.format_exception(error)))
         self._tasks, self._twin = [], Future()
         gc.collect()  # modules refer to each other
         self._memory.clear()
