@@ -17,6 +17,8 @@ import copy
 import gc
 import logging
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from batchgen.engines.paged.step import StepLimits
 from batchgen.models import architectures
 from batchgen.models.construction import tell_when_made
 from batchgen.models.definition.build import build_empty
+from batchgen.packages import without_garbage_collection
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +76,14 @@ def compile_meanwhile(subject: Subject) -> Iterator[None]:
     """
     warm_up = _WarmUp(subject)
     try:
-        with tell_when_made(warm_up.allow_compiler):
+        # Imports and compilers make millions of objects that stay.
+        with without_garbage_collection(), tell_when_made(warm_up.allow_compiler):
             yield
+            warm_up.end()
     except BaseException:
         warm_up.cancel()
-        raise
-    finally:
         warm_up.end()
+        raise
 
 
 class _WarmUp:
@@ -90,6 +94,7 @@ class _WarmUp:
         self._may_compile, self._is_cancelled = threading.Event(), threading.Event()
         self._twin: Future[tuple[Any, StepLimits]] = Future()  # the model that is compiled, and the limits of its steps
         self._memory: list[Any] = []  # pools of the GPU's memory
+        self._started = time.monotonic()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="warm-up")
         self._tasks: list[Future[None]] = []
         try:
@@ -104,6 +109,7 @@ class _WarmUp:
 
     def allow_compiler(self) -> None:
         """Says that the modules of the loaded model have been made."""
+        self._log("the model's modules are made")
         self._may_compile.set()
 
     def cancel(self) -> None:
@@ -115,10 +121,13 @@ class _WarmUp:
         if not self._may_compile.is_set():  # no model has been made, or this Transformers does not say so
             self.cancel()
         self._may_compile.set()
+        self._log("the model is loaded")
         self._threads.shutdown()
+        self._log("the threads have ended")
         for task in self._tasks:
             if (error := task.exception()) is not None:
-                logger.debug("the warm-up has failed", exc_info=error)
+                # As text: a record of the error itself would hold the model that its frames hold.
+                logger.debug("the warm-up has failed: %s", "".join(traceback.format_exception(error)))
         self._tasks, self._twin = [], Future()
         gc.collect()  # modules refer to each other
         self._memory.clear()
@@ -133,6 +142,7 @@ class _WarmUp:
                 _fill_with_zeros(model, subject.device)
                 shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
                 self._twin.set_result((copy.deepcopy(model, shared), limits))
+                self._log("the model of zeros is made")
                 forward = Forward(model, limits, compiler="")
                 forward.allocate(1)
                 with torch.inference_mode():
@@ -140,6 +150,7 @@ class _WarmUp:
                         if self._is_cancelled.is_set():
                             return
                         rehearse()
+                        self._log("kernels are compiled")
         except BaseException as error:
             if not self._twin.done():
                 self._twin.set_exception(error)
@@ -163,6 +174,7 @@ class _WarmUp:
     def _compile_layers(self) -> None:
         """Has torch compile the layers of the copy."""
         _start_compiler()
+        self._log("the compiler is imported")
         model, limits = self._twin.result()
         self._may_compile.wait()
         if self._is_cancelled.is_set():
@@ -174,6 +186,10 @@ class _WarmUp:
             with torch.inference_mode():
                 for tokens in forward.rehearsed_tokens:
                     forward.rehearse(tokens)
+                    self._log("the layers are compiled")
+
+    def _log(self, event: str) -> None:
+        logger.debug("warm-up: %s after %.1f s", event, time.monotonic() - self._started)
 
     @contextmanager
     def _own_memory(self) -> Iterator[None]:
@@ -208,8 +224,9 @@ def _estimate_parameters(config: Any, model: Any) -> int:
     """The parameters of the whole model, or somewhat more, from `model`, which has some of its layers."""
     layers = find_layers(find_body(model), model.config.get_text_config().num_hidden_layers)
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-    outside = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
-    return int(outside + config.get_text_config().num_hidden_layers * max(sizes))
+    given = sum(parameter.numel() for parameter in model.parameters())
+    missing = config.get_text_config().num_hidden_layers - len(layers)
+    return int(given + missing * max(sizes))
 
 
 def _start_compiler() -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from batchgen.engine import Setup
+from batchgen.engines.paged import warm_up
+from batchgen.engines.paged.engine import Paged
+from batchgen.world import World
 from tests import tiny_models as models
 from tests.engines.runs import command, read, run
 
@@ -30,3 +38,28 @@ def test_prompts_longer_than_a_step_end_in_none_of_the_first(tmp_path: Path) -> 
     done = run(*words, "--dtype", "bfloat16", "--set", "cache_tokens=4096")
     assert done.returncode == 0, done.stderr
     assert all(0 < row["generated_tokens"] <= 9 for row in read(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_loaded_model_finds_compiled_what_was_compiled_while_it_was_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, windows: bool
+) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 1024, "num_hidden_layers": 4}
+    kinds: dict[str, Any] = (
+        {"layer_types": ["sliding_attention", "full_attention"] * 2, "use_sliding_window": True} if windows else {}
+    )
+    folder = models.save(tmp_path / "model", partial(models.qwen3, **shape, **kinds, sliding_window=64))
+    torch._dynamo.reset()
+    counters.clear()
+    caplog.set_level(logging.DEBUG, warm_up.logger.name)
+    setup = Setup(str(folder), "bfloat16", 16, World(), selftest=False)
+    with Paged(setup, Paged.Options(cache_tokens=8192)) as engine:
+        assert counters["stats"]["unique_graphs"] == len(set(kinds.get("layer_types", [""])))
+        rows = models.random_prompts(8, max_new_tokens=8)
+        generations = [row for batch in engine.generate(iter(rows), lambda: False) for row in batch.generations]
+    assert [row.error for row in generations] == [None] * 8
+    said = [record.getMessage() for record in caplog.records if record.name == warm_up.logger.name]
+    assert sum("layers are compiled" in line for line in said) == 2
+    assert not [line for line in said if "failed" in line or "no warm-up" in line]
+    assert counters["stats"]["unique_graphs"] == len(set(kinds.get("layer_types", [""])))
+    assert "warm-up" not in {thread.name.partition("_")[0] for thread in threading.enumerate()}
