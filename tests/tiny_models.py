@@ -36,7 +36,8 @@ from batchgen.generation.greedy import LoadedModel
 from batchgen.generation.sampling import SamplingTensors, sample
 from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
-from batchgen.models import loading
+from batchgen.models import architectures, loading
+from batchgen.models.definition.model_config import read_config
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Generation, Prompt, SamplingParams
 
@@ -150,7 +151,9 @@ class Model:
         self.tokenizer = HfTokenizer(str(folder))
         self.device = torch.device(device)
         loading.prepare_transformers()
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
+        attention = architectures.choose_attention(read_config(str(folder)))
+        given = {} if attention is None else {"attn_implementation": attention}
+        self.model = AutoModelForCausalLM.from_pretrained(folder, **given).eval().to(self.device)
         self._exact: PreTrainedModel | None = None
         self.signs = SignsOfLife()
         loaded = LoadedModel(self.model, self.tokenizer, self.device)

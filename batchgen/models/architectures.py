@@ -108,6 +108,15 @@ def holds_state_in_cache(config: Any) -> bool:
     return not {config.model_type, config.get_text_config().model_type} & _STATE_OUTSIDE_CACHE
 
 
+def choose_attention(config: Any) -> str | None:
+    """The attention that a model of this config needs in Transformers; None: Transformers chooses.
+
+    Of Gemma 2, Transformers up to 5.17 (5.23 no longer) chooses SDPA, which leaves out the cap of the scores without a
+    word, and gives another text.
+    """
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
 def auto_class(config: Any) -> Any:
     """The automatic class of Transformers that loads a model of this config whole; None: there is none.
 

@@ -97,8 +97,11 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapt
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
+        config = read_config(model)
+        if attention := architectures.choose_attention(config):
+            given.setdefault("attn_implementation", attention)
         with lora.merged_on_load(adapter):
-            loaded, report = architectures.auto_class(read_config(model)).from_pretrained(
+            loaded, report = architectures.auto_class(config).from_pretrained(
                 model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
             )
     except (UserError, Died):

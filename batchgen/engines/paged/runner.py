@@ -43,7 +43,7 @@ class Runner(Forward):
         self._kept_logits: torch.Tensor | None = None  # of decode steps with rows that need them after the graph
         self._graphs: Graphs | None = None
         if self.device.type == "cuda":
-            size = model.config.get_text_config().hidden_size
+            size = model.get_output_embeddings().weight.shape[1]  # OPT-350M's is not its `hidden_size`
             self._hidden = torch.zeros((self._most_tokens, size), dtype=model.dtype, device=self.device)
 
     def allocate(self, pages: int) -> None:

@@ -18,6 +18,8 @@ from batchgen.engines.paged import warm_up
 from batchgen.engines.paged.engine import Paged
 from batchgen.world import World
 from tests import tiny_models as models
+from tests.engines.paged.families import rounded
+from tests.engines.paged.families.__main__ import FAMILIES
 from tests.engines.runs import command, read, run
 
 pytestmark = [
@@ -63,3 +65,11 @@ def test_the_loaded_model_finds_compiled_what_was_compiled_while_it_was_read(
     assert not [line for line in said if "failed" in line or "no warm-up" in line]
     assert counters["stats"]["unique_graphs"] == len(set(kinds.get("layer_types", [""])))
     assert "warm-up" not in {thread.name.partition("_")[0] for thread in threading.enumerate()}
+
+
+# The last hidden states of OPT-350M are narrower than its `hidden_size`; Transformers 5.17 gives Gemma 2 an attention
+# without caps, and Hunyuan positions that wait for the GPU.
+@pytest.mark.parametrize("name", ["OPT 350M", "Gemma 2 9B", "Hunyuan 7B"])
+def test_log_probabilities_of_families_are_those_of_transformers_but_for_rounding(tmp_path: Path, name: str) -> None:
+    found = rounded.check(FAMILIES[name], tmp_path, 24)
+    assert found.is_kept, found

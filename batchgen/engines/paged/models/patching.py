@@ -113,6 +113,7 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
     if text.model_type in _OWN_ATTENTION:
         _OWN_ATTENTION[text.model_type](body, layers, peers)
     longrope.patch(body)
+    _fix_frequencies(body)
     experts.install(model)
     for number, layer in enumerate(layers):
         # A number would be a constant to the compiler, which would then compile each layer anew.
@@ -131,3 +132,11 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
     patched = PatchedModel(model, body, layers, logits)
     patched.check_adapters()
     return patched
+
+
+def _fix_frequencies(body: Any) -> None:
+    """Has positions of type "dynamic" keep their frequencies: Transformers asks at each step for the longest row, and
+    waits for the GPU. Those that hang on it are refused (`coverage`); an alpha makes them a fixed factor."""
+    for module in body.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"

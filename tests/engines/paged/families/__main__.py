@@ -32,8 +32,8 @@ FAMILIES = DENSE | MIXTURES
 say = partial(print, flush=True)
 
 _COUNT_HELP = (
-    "how many prompts each family gets; 60 unless given, 12 with --rounded. Without --rounded a family is also wrong if "
-    "no row of it was preempted, which was seen with 8 prompts and more, and not with 2"
+    "how many prompts each family gets; 60 unless given, 12 with --rounded. Without that, a family is also wrong if no "
+    "row of it was preempted, which was seen with 8 prompts and more, and not with 2"
 )
 
 
