@@ -70,7 +70,7 @@ class Subject:
 
 @contextmanager
 def compile_meanwhile(subject: Subject) -> Iterator[None]:
-    """Meanwhile, a model is checked and loaded inside; when the block has ended, all is compiled, and memory is free.
+    """Meanwhile, a model is loaded inside; when the block has ended, all is compiled, and memory is free.
 
     Never fails by itself. An error that leaves the block waits only for what has been begun.
     """
