@@ -126,7 +126,7 @@ class Paged(Engine):
         """Loads the whole model on this rank's device."""
         dtype = loading.floating_dtype(self._setup.dtype, self._tokenizer.config)
         arguments = {"dtype": dtype, "device_map": {"": str(self._device)}}
-        # Beside compilers, which keep the interpreter to themselves, this takes 9 to 14 s on a large host and not 1 or 2.
+        # Before the compilers: beside them, which keep the interpreter to themselves, it takes ten times as long.
         self._check_model(dtype)
         with self._compile_meanwhile(dtype):
             self._model = loading.load(self._setup.model, arguments, filled=False, adapter=self._setup.adapter)
