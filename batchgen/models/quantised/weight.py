@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 
 Kind = Literal["fp8", "int8", "int4", "mxfp4"]
-"""How a number is stored: float8_e4m3fn; a whole number from -128 to 127; one from 0 to 15; a float of 4 bits (e2m1)."""
+"""How a number is stored: float8_e4m3fn; a whole number from -128 to 127, or from 0 to 15; a float of 4 bits, e2m1."""
 
 Inputs = Literal["", "fp8", "int8"]
-"""What the inputs of a product are rounded to, with a scale for each token (largest / 448, largest / 127); "": nothing."""
+"""What the inputs of a product are rounded to, with a scale for each token (largest / 448, or / 127); "": they are not."""
 
 ZERO_OF_INT4 = 8
 """What is subtracted from a number of 4 bits that has no `zeros`."""
@@ -96,7 +96,8 @@ class QuantisedWeight:
             scales = torch.full_like(scales, self.inputs_scale)
         rounded = (groups / scales).clamp(-most, most)
         rounded = rounded.to(torch.float8_e4m3fn).float() if self.inputs == "fp8" else rounded.round()
-        return (rounded * scales).flatten(-2)
+        whole: torch.Tensor = (rounded * scales).flatten(-2)
+        return whole
 
     def to(self, device: torch.device | str) -> QuantisedWeight:
         """Returns a copy on `device`."""
@@ -158,11 +159,11 @@ def join_rows(weights: Sequence[QuantisedWeight]) -> QuantisedWeight | None:
 
 def stack_experts(weights: Sequence[QuantisedWeight]) -> QuantisedWeight | None:
     """Returns one weight of several experts; None: they differ in more than their numbers."""
-    return _join(weights, lambda tensors: torch.stack(list(tensors)))
+    return _join(weights, lambda tensors: torch.stack(tensors))
 
 
 def _join(
-    weights: Sequence[QuantisedWeight], join: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    weights: Sequence[QuantisedWeight], join: Callable[[list[torch.Tensor]], torch.Tensor]
 ) -> QuantisedWeight | None:
     first = weights[0]
     if any(_describe(weight) != _describe(first) for weight in weights):
