@@ -16,7 +16,7 @@ Kind = Literal["fp8", "int8", "int4", "mxfp4"]
 """How a number is stored: float8_e4m3fn; a whole number from -128 to 127, or from 0 to 15; a float of 4 bits, e2m1."""
 
 Inputs = Literal["", "fp8", "int8"]
-"""What the inputs of a product are rounded to, with a scale for each token (largest / 448, or / 127); "": they are not."""
+"""What the inputs of a product are rounded to, with a scale for each token (largest / 448, or 127); "": nothing."""
 
 ZERO_OF_INT4 = 8
 """What is subtracted from a number of 4 bits that has no `zeros`."""
@@ -90,7 +90,7 @@ class QuantisedWeight:
         if not self.inputs:
             return inputs.float()
         most = 448.0 if self.inputs == "fp8" else 127.0
-        groups = inputs.float().unflatten(-1, (-1, self.inputs_group or inputs.shape[-1]))
+        groups = inputs.float().view(len(inputs), -1, self.inputs_group or inputs.shape[-1])
         scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / most
         if self.inputs_scale is not None:
             scales = torch.full_like(scales, self.inputs_scale)
