@@ -95,10 +95,11 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 def _sizes(model: plans.Model) -> dict[str, Any]:
     """What --json says about the model."""
+    from batchgen.models.footprint import CacheFormat
     from batchgen.planning.description import list_cache_kinds
 
     weights = model.weights
-    cache = list_cache_kinds(model.footprint, model.dtype.itemsize)
+    cache = list_cache_kinds(model.footprint, model.cache or CacheFormat(model.dtype.itemsize))
     return {"parameters": weights.total, "active_parameters": weights.active, "kv_cache": cache}
 
 
