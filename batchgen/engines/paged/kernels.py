@@ -16,6 +16,7 @@ import triton.language as tl
 from batchgen.engines.paged.layout import QUERY_BLOCK, AttentionShape, LayerCache, Layout
 from batchgen.engines.paged.online_softmax import LOG2_E, add_keys, add_newest
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.rounding_kernels import round_row, scale_queries
 
 
 class Settings(NamedTuple):
@@ -60,13 +61,16 @@ def attend(
         "SOFTCAP": float(shape.softcap),
         "GROUP": heads // key_heads,
         "PAGE": PAGE_SIZE,
+        "ROUNDED": cache.is_rounded,
         "WINDOW": shape.window,
         "ALIBI": shape.slopes is not None,
         "SINKS": shape.sinks is not None,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     new = (key, value, key.stride(2), key.stride(1), value.stride(2), value.stride(1))
-    common = (*cache, layout.block_table, layout.slots, layout.positions, shape.slopes, shape.sinks)
+    keys, values = (half.view(torch.uint8) if cache.is_rounded else half for half in (cache.keys, cache.values))
+    kept = (keys, values, cache.key_exponents, cache.value_exponents)
+    common = (*kept, layout.block_table, layout.slots, layout.positions, shape.slopes, shape.sinks)
     assert layout.decoding_count is not None
     pages = (cache.keys.stride(0), cache.values.stride(0), layout.block_table.stride(0))
     strides = (query.stride(2), query.stride(1), *pages)
@@ -74,7 +78,8 @@ def attend(
         _launch_decode(query, out, layout, _Arguments(new, common, strides, constants))
     if layout.query_blocks is not None:
         _write[(tokens, key_heads)](
-            *new, *common[:5], *pages, layout.decoding_count, **sizes, PAGE=PAGE_SIZE, num_warps=1
+            *new, *common[:7], *pages, layout.decoding_count, **sizes, PAGE=PAGE_SIZE, ROUNDED=cache.is_rounded,
+            num_warps=1,
         )
         _prefill[(len(layout.query_blocks), heads)](
             query, out, layout.query_blocks, *common, *strides, heads * value_size, QUERIES=QUERY_BLOCK, **constants,
@@ -114,9 +119,9 @@ def _round_up(size: int) -> int:
 
 @triton.jit
 def _write(
-    key, value, key_token, key_head, value_token, value_head, cached_keys, cached_values, table, slots, positions,
-    key_page, value_page, columns, count, SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr,
-    WIDE_V: tl.constexpr, PAGE: tl.constexpr,
+    key, value, key_token, key_head, value_token, value_head, cached_keys, cached_values, key_exponents,
+    value_exponents, table, slots, positions, key_page, value_page, columns, count, SIZE: tl.constexpr,
+    WIDE: tl.constexpr, SIZE_V: tl.constexpr, WIDE_V: tl.constexpr, PAGE: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """A token's key and value of one head into its page, for the tokens behind those that decode."""
     token, head = tl.program_id(0), tl.program_id(1)
@@ -126,21 +131,27 @@ def _write(
         row = head * PAGE + position % PAGE
         each = tl.arange(0, WIDE)
         inside = each < SIZE
-        new = tl.load(key + token * key_token + head * key_head + each, mask=inside)
+        new = tl.load(key + token * key_token + head * key_head + each, mask=inside, other=0.0)
+        if ROUNDED:
+            new, exponent = round_row(new.to(tl.float32))
+            tl.store(key_exponents + page * (key_page // SIZE) + row, exponent)
         tl.store(cached_keys + page * key_page + row * SIZE + each, new, mask=inside)
         each = tl.arange(0, WIDE_V)
         inside = each < SIZE_V
-        new = tl.load(value + token * value_token + head * value_head + each, mask=inside)
+        new = tl.load(value + token * value_token + head * value_head + each, mask=inside, other=0.0)
+        if ROUNDED:
+            new, exponent = round_row(new.to(tl.float32))
+            tl.store(value_exponents + page * (key_page // SIZE) + row, exponent)
         tl.store(cached_values + page * value_page + row * SIZE_V + each, new, mask=inside)
 
 
 @triton.jit
 def _decode(
     queries, out, sums, count, new_keys, new_values, key_token, key_head_size, value_token, value_head_size,
-    cached_keys, cached_values, table, slots, positions, slopes, sinks, query_token, query_head, key_page, value_page,
-    columns, out_token, sums_token, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
-    SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr, WIDE_V: tl.constexpr, PAGE: tl.constexpr,
-    KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    cached_keys, cached_values, key_exponents, value_exponents, table, slots, positions, slopes, sinks, query_token,
+    query_head, key_page, value_page, columns, out_token, sums_token, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr, WIDE_V: tl.constexpr,
+    PAGE: tl.constexpr, ROUNDED: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one key head, of one decoding sequence, over one of `SPLITS` equal parts of its keys.
@@ -162,6 +173,10 @@ def _decode(
         queries + token * query_token + heads[:, None] * query_head + each[None, :],
         mask=valid[:, None] & (each < SIZE)[None, :], other=0.0,
     )  # fmt: skip
+    query_scale = tl.zeros([ROWS], tl.float32)
+    if ROUNDED:
+        query, query_scale = scale_queries(query)
+        key_exponents, value_exponents = key_exponents + key_head * PAGE, value_exponents + key_head * PAGE
     slope = tl.zeros([ROWS], tl.float32)
     if ALIBI:
         slope = tl.load(slopes + heads, mask=valid, other=0.0) * LOG2_E
@@ -175,14 +190,15 @@ def _decode(
     keys, values = cached_keys + key_head * PAGE * SIZE, cached_values + key_head * PAGE * SIZE_V
     for start in range(begin, end, KEYS):
         best, total, mixed = add_keys(
-            query, best, total, mixed, start, end, first, places, slope, pages, keys, values, key_page, value_page,
-            SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, KEYS, 0, ALIBI, False, PRECISION,
+            query, query_scale, best, total, mixed, start, end, first, places, slope, pages, keys, values,
+            key_exponents, value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE,
+            ROUNDED, KEYS, 0, ALIBI, False, PRECISION,
         )  # fmt: skip
     if (begin <= place) & (place < begin + share):
         best, total, mixed = add_newest(
-            query, best, total, mixed, new_keys + token * key_token + key_head * key_head_size,
-            new_values + token * value_token + key_head * value_head_size, place, pages, keys, values, key_page,
-            value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE,
+            query, query_scale, best, total, mixed, new_keys + token * key_token + key_head * key_head_size,
+            new_values + token * value_token + key_head * value_head_size, place, pages, keys, values, key_exponents,
+            value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, ROUNDED,
         )  # fmt: skip
     result = mixed / tl.where(total > 0, total, 1.0)[:, None]
     each_v = tl.arange(0, WIDE_V)
@@ -216,10 +232,10 @@ def _join(parts, sums, out, out_token, SPLITS: tl.constexpr, SIZE: tl.constexpr,
 
 @triton.jit
 def _prefill(
-    queries, out, blocks, cached_keys, cached_values, table, slots, positions, slopes, sinks, query_token, query_head,
-    key_page, value_page, columns, out_token, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
-    SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr, WIDE_V: tl.constexpr, PAGE: tl.constexpr,
-    KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
+    queries, out, blocks, cached_keys, cached_values, key_exponents, value_exponents, table, slots, positions, slopes,
+    sinks, query_token, query_head, key_page, value_page, columns, out_token, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr,
+    WIDE_V: tl.constexpr, PAGE: tl.constexpr, ROUNDED: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr,
 ):  # fmt: skip
     """One head of a block of consecutive tokens of a sequence, over all keys up to theirs."""
@@ -237,6 +253,11 @@ def _prefill(
     places = place + rows
     end = place + count
     first = tl.maximum(place + 1 - WINDOW, 0) // KEYS * KEYS if WINDOW else 0
+    query_scale = tl.zeros([QUERIES], tl.float32)
+    if ROUNDED:
+        query, query_scale = scale_queries(query)
+        first_row = (head // GROUP) * PAGE
+        key_exponents, value_exponents = key_exponents + first_row, value_exponents + first_row
     slope = tl.zeros([QUERIES], tl.float32)
     if ALIBI:
         slope += tl.load(slopes + head) * LOG2_E
@@ -254,18 +275,21 @@ def _prefill(
     if WINDOW:
         for start in range(first, begin, KEYS):
             best, total, mixed = add_keys(
-                query, best, total, mixed, start, begin, first, places, slope, pages, keys, values, key_page,
-                value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, KEYS, WINDOW, ALIBI, False, PRECISION,
+                query, query_scale, best, total, mixed, start, begin, first, places, slope, pages, keys, values,
+                key_exponents, value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V,
+                PAGE, ROUNDED, KEYS, WINDOW, ALIBI, False, PRECISION,
             )  # fmt: skip
     for start in range(begin, middle, KEYS):
         best, total, mixed = add_keys(
-            query, best, total, mixed, start, middle, first, places, slope, pages, keys, values, key_page, value_page,
-            SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, KEYS, 0, ALIBI, False, PRECISION,
+            query, query_scale, best, total, mixed, start, middle, first, places, slope, pages, keys, values,
+            key_exponents, value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE,
+            ROUNDED, KEYS, 0, ALIBI, False, PRECISION,
         )  # fmt: skip
     for start in range(middle, end, KEYS):
         best, total, mixed = add_keys(
-            query, best, total, mixed, start, end, first, places, slope, pages, keys, values, key_page, value_page,
-            SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, KEYS, WINDOW, ALIBI, True, PRECISION,
+            query, query_scale, best, total, mixed, start, end, first, places, slope, pages, keys, values,
+            key_exponents, value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE,
+            ROUNDED, KEYS, WINDOW, ALIBI, True, PRECISION,
         )  # fmt: skip
     each_v = tl.arange(0, WIDE_V)
     to = out + (token + rows)[:, None] * out_token + head * SIZE_V + each_v[None, :]
