@@ -20,11 +20,11 @@ from transformers import (
 
 from batchgen.models import shapes
 from batchgen.models.footprint import (
+    CacheFormat,
     Execution,
     Footprint,
     LayerCacheShape,
     cache_bytes,
-    CacheFormat,
     cache_bytes_per_token,
     cached_heads,
     find_experts_per_token,

@@ -1,8 +1,8 @@
 """Keys and values of 8 bits in the kernels, in Triton: the same numbers as those of `rounding`.
 
-A number is loaded as its byte, and widened to float16, in which it is exact and for which a GPU has an instruction; its
-scale multiplies the score, or the weight of the value. Products are those of float16, never of 8 bits, whose sums are
-short. bfloat16 would take three instructions more a number. Numbers are rounded by whole-number arithmetic, so that
+A number is loaded as its byte, and widened to float16, in which it is exact and for which a GPU has an instruction;
+bfloat16 would take three more a number. The scale of a key multiplies its score, that of a value its weight. Products
+are those of float16, never of 8 bits, whose sums are short. Numbers are rounded by whole-number arithmetic, so that
 the interpreter, which rounds otherwise, has the same.
 """
 
@@ -12,11 +12,17 @@ import triton
 import triton.language as tl
 
 NOT_FINITE = tl.constexpr(255)  # `rounding.NOT_FINITE`
+LEAST = tl.constexpr(20)  # the lowest exponent that counts in sums of values: a scale of 2**-107
+_ROOM = tl.constexpr(14)  # weights are scaled by 2**14, since normal numbers of float16 go from 2**-14 to 2**16
+_IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without instructions of a GPU
 
 
 @triton.jit
 def round_row(wide):
-    """A key or value of one head: its numbers [WIDE], as bytes, and its exponent. `wide` is float32, [WIDE]."""
+    """A key or value of one head: its numbers [WIDE], as bytes, and its exponent. `wide` is float32, [WIDE].
+
+    The numbers of what is not finite are 0, so that they times the scale of `find_scales` are NaN.
+    """
     largest = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # as bits, among which NaN is the largest
     finite = largest < 0x7F800000
     # The exponent, plus one beyond the mantissa of 448, less the exponent of 448.
@@ -38,51 +44,93 @@ def _round_to_bytes(scaled):
 
 
 @triton.jit
-def widen(numbers, exponent):
-    """What `round_row` has made of a key or value, in float32; NaN if it was not finite."""
-    return numbers.to(tl.float8e4nv, bitcast=True).to(tl.float32) * find_scales(exponent)
+def widen_bytes(numbers):
+    """Bytes of float8_e4m3fn as float16.
+
+    On a GPU by an instruction that the compiler does not see through: it would widen numbers only where the product
+    takes them, and read them byte by byte from shared memory, which takes a fifth more instructions in all.
+    """
+    if _IS_INTERPRETED:
+        wide = numbers.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        wide = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b16 low, high;
+            mov.b32 {low, high}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }
+            """,
+            "=r,=r,r", [numbers], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
+    return wide
+
+
+@triton.jit
+def widen_row(numbers):
+    """What `round_row` has made of numbers, in float32 and without their scale."""
+    return numbers.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_exponents(key_exponents, value_exponents, rows, there):
+    """The exponents of keys and of values in these rows, [KEYS] each; 1 where none is there.
+
+    In one load, which has numbers for all threads: of one with fewer, each thread would load all that it needs.
+    """
+    half = tl.arange(0, 2)[None, :]
+    exponents = tl.where(half == 0, key_exponents + rows[:, None], value_exponents + rows[:, None])
+    return tl.split(tl.load(exponents, mask=there[:, None] & (half >= 0), other=1).to(tl.int32))
 
 
 @triton.jit
 def find_scales(exponents):
-    """2 ** (exponent - 127); NaN of what is not finite."""
-    exponents = exponents.to(tl.int32)
-    scales = (exponents << 23).to(tl.float32, bitcast=True)
-    return tl.where(exponents == NOT_FINITE, float("nan"), scales)
+    """2 ** (exponent - 127); infinite of what is not finite."""
+    return (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def share_scales(exponents, NEEDS_FINITE: tl.constexpr):
-    """The scales of several values as parts of the largest one, [KEYS], and that largest one.
+def share_scales(exponents, unit, NEEDS_FINITE: tl.constexpr):
+    """The largest of `unit` and these exponents of values, and how many of it, times 2**_ROOM, a scale is, [KEYS].
 
-    A weight times its part is at most 1, as far below it as float16 reaches.
+    Weights times that are numbers of float16; what is too small for it is nothing beside the largest value.
 
     Args:
-        NEEDS_FINITE: where a value is not finite the part is a number all the same, instead of NaN.
+        NEEDS_FINITE: where a value is not finite its number is finite all the same, instead of NaN.
     """
-    exponents = exponents.to(tl.int32)
     finite = exponents != NOT_FINITE
     usable = tl.where(finite, exponents, 1)
-    largest = tl.max(usable, 0)
-    parts = (tl.maximum(usable - largest + 127, 0) << 23).to(tl.float32, bitcast=True)
+    unit = tl.maximum(unit, tl.max(usable, 0))
+    shares = (tl.maximum(usable - unit + (127 + _ROOM), 0) << 23).to(tl.float32, bitcast=True)
     if not NEEDS_FINITE:
-        parts = tl.where(finite, parts, float("nan"))
-    return parts, (largest << 23).to(tl.float32, bitcast=True)
+        shares = tl.where(finite, shares, float("nan"))
+    return unit, shares
+
+
+@triton.jit
+def find_ratio(unit, higher):
+    """2 ** (unit - higher): what a sum in units of one exponent is multiplied by to be one of a higher exponent's."""
+    return (tl.maximum(unit - higher + 127, 0) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def find_unit(unit):
+    """What a sum of values is multiplied by in the end that was made of the shares of this exponent."""
+    return ((unit - _ROOM) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scale_queries(queries):
-    """Queries [rows, WIDE] in a type of products that has all numbers of 8 bits, and what each row is a multiple of.
+    """Queries [rows, WIDE] in a type of products that has all numbers of 8 bits, and what they are multiples of.
 
-    float16 has not the range of bfloat16: the largest number of a row becomes one between 1 and 2. float32 stays.
+    float16 has not the range of bfloat16: the largest number becomes one between 2**14 and 2**15. float32 stays.
     """
-    wide = queries.to(tl.float32)
-    largest = tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-    exponents = tl.minimum(tl.maximum(largest >> 23, 1), 253)
-    if queries.dtype == tl.float32:
-        exponents = exponents * 0 + 127
-    scaled = wide * ((254 - exponents) << 23).to(tl.float32, bitcast=True)[:, None]
-    scales = (exponents << 23).to(tl.float32, bitcast=True)
+    scale = 1.0
     if queries.dtype != tl.float32:
-        return scaled.to(tl.float16), scales
-    return scaled, scales
+        wide = queries.to(tl.float32)
+        largest = tl.max(tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
+        exponent = tl.minimum(tl.maximum((largest >> 23) - 14, 1), 253)
+        queries = (wide * ((254 - exponent) << 23).to(tl.float32, bitcast=True)).to(tl.float16)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return queries, scale
