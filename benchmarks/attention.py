@@ -150,11 +150,13 @@ def _make_tensors(kind: Kind, tokens: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 def make_works(kind: Kind) -> Iterator[tuple[str, str, Work]]:
     """The steps of a kind: the kernel, the step in words, and the step."""
+    of_8_bits = ", fp8" if kind.fp8 else ""
     for sequences, length, splits in DECODES:
         words = f"{sequences} rows of {length}, {splits} splits"
-        yield f"decode{', fp8' * kind.fp8}", words, make_decode(kind, sequences, length, splits)
+        yield f"decode{of_8_bits}", words, make_decode(kind, sequences, length, splits)
     for sequences, count, length in PREFILLS:
-        yield f"prefill{', fp8' * kind.fp8}", f"{sequences} x {count} of {length}", make_prefill(kind, sequences, count, length)
+        words = f"{sequences} x {count} of {length}"
+        yield f"prefill{of_8_bits}", words, make_prefill(kind, sequences, count, length)
 
 
 def measure(work: Work) -> float:
