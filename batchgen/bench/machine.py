@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from batchgen.device import cores
-from batchgen.models.footprint import Execution, Footprint
+from batchgen.models.footprint import CacheFormat, Execution, Footprint
 from batchgen.models.parameters import Parameters, list_parameters
 
 _TIMES = 5  # the best of this many
@@ -66,15 +66,16 @@ class Floor:
     weights: Parameters
     footprint: Footprint
     operations: int  # a token: two a weight that it is computed with, the embedding's aside
+    cache: CacheFormat | None = None  # how the KV cache is kept; None: in the type of the weights
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype, machine: Machine) -> Floor:
+    def of(cls, config: Any, dtype: torch.dtype, machine: Machine, cache: CacheFormat | None = None) -> Floor:
         """The floor for the model with this Transformers config."""
         weights = list_parameters(config, dtype)
         text = config.get_text_config()
         # An embedding is looked up; where it is the output matrix too, it is multiplied with once.
         looked_up = 0 if weights.tied else text.vocab_size * text.hidden_size
-        return cls(machine, weights, Footprint.of(config), 2 * (weights.active - looked_up))
+        return cls(machine, weights, Footprint.of(config), 2 * (weights.active - looked_up), cache)
 
     def prefill(self, rows: int, tokens: int) -> float:
         """One forward over `rows` prompts of `tokens` tokens."""
@@ -82,7 +83,7 @@ class Floor:
 
     def decode(self, rows: int, context: float, steps: int) -> float:
         """`steps` steps of `rows` rows, with `context` tokens before the first of them."""
-        execution = Execution(self.weights.dtype.itemsize)
+        execution = Execution(self.weights.dtype.itemsize, cache=self.cache)
         caches = (self.footprint.cache_bytes(round(context) + step, execution) for step in range(steps))
         return sum(self._step(rows, rows * cache) for cache in caches)
 

@@ -16,7 +16,7 @@ import torch
 
 from batchgen.engine import Pace, Placement
 from batchgen.engines.ds_zero import quantization
-from batchgen.models.footprint import Execution, Footprint
+from batchgen.models.footprint import CacheFormat, Execution, Footprint
 from batchgen.models.parameters import Parameters, list_parameters
 from batchgen.planning.description import describe_model
 from batchgen.planning.hardware import Card
@@ -58,16 +58,17 @@ class Model:
     config: Any
     dtype: torch.dtype
     weights: Parameters = field(repr=False)
+    cache: CacheFormat | None = None  # how its KV cache is kept; None: in the type that is computed with
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype, bits: Literal[0, 4, 8] = 0) -> Model:
+    def of(cls, config: Any, dtype: torch.dtype, bits: Literal[0, 4, 8] = 0, cache: CacheFormat | None = None) -> Model:
         """A model with weights of type `dtype`, or with matrices that are rounded to this many bits."""
         weights = list_parameters(config, dtype)
-        return cls(config, dtype, quantization.plan_quantized(weights, bits, _GROUP) if bits else weights)
+        return cls(config, dtype, quantization.plan_quantized(weights, bits, _GROUP) if bits else weights, cache)
 
     def __str__(self) -> str:
         """The model's size in words."""
-        return describe_model(self.weights, self.footprint)
+        return describe_model(self.weights, self.footprint, self.cache)
 
     @property
     def layers(self) -> int:
@@ -93,7 +94,7 @@ class Model:
 
         In a layer with a window these are no more than those of the window.
         """
-        return self.footprint.cache_bytes(round(tokens), Execution(self.dtype.itemsize))
+        return self.footprint.cache_bytes(round(tokens), Execution(self.dtype.itemsize, cache=self.cache))
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Speed:
             eager=self.model.eager,
             page_size=self.pace.page_size,
             copies_experts=self._copies_experts,
+            cache=self.model.cache,
         )
 
     @property

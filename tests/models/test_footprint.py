@@ -20,6 +20,7 @@ from transformers import (
 
 from batchgen.models import shapes
 from batchgen.models.footprint import (
+    CacheFormat,
     Execution,
     Footprint,
     LayerCacheShape,
@@ -118,9 +119,9 @@ def test_latent_attention_counts_expanded_and_is_cached_smaller(kind: str) -> No
 )
 def test_the_cache_of_a_published_model(shape: str, token: int, tokens: int, sequence: int) -> None:
     config = shapes.config_of(shape)
-    assert cache_bytes_per_token(config, 2) == token
-    assert cache_bytes(config, 2, tokens) == sequence
-    assert cache_bytes(config, 2, tokens, ranks=4) == sequence // 4
+    assert cache_bytes_per_token(config, CacheFormat(2)) == token
+    assert cache_bytes(config, CacheFormat(2), tokens) == sequence
+    assert cache_bytes(config, CacheFormat(2), tokens, ranks=4) == sequence // 4
     footprint = Footprint.of(config)
     assert footprint.cache_bytes(tokens, HALF) == sequence
     assert footprint.cache_bytes(tokens, Execution(2, drops_past_windows=False)) == tokens * token

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
 from batchgen.engines.paged import adapters, models, sizing, warm_up
 from batchgen.engines.paged.alone import Alone
+from batchgen.engines.paged.cache import check_device, find_format
 from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.limits import Room, choose_limits
@@ -68,6 +69,7 @@ class Paged(Engine):
         cache_tokens: int | None = None  # that the KV cache holds; None: as many as fit
         expected_share: float | None = None  # of its max_new_tokens that a row generates; None: learnt as rows end
         tp: int | None = None  # ranks that hold one model together; None: each has a whole one
+        kv_dtype: Literal["auto", "fp8"] = "auto"  # of keys and values in the cache; auto: that of the model
         timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
 
         def __post_init__(self) -> None:
@@ -140,7 +142,7 @@ class Paged(Engine):
             return nullcontext()
 
         def choose(parameters: int, free: int) -> StepLimits:
-            room = Room(parameters, dtype.itemsize, free, self._device)
+            room = Room(parameters, find_format(self._options.kv_dtype, dtype), free, self._device)
             return choose_limits(self._setup, self._options, self._tokenizer, room, Alone())
 
         return warm_up.compile_meanwhile(warm_up.Subject(self._tokenizer.config, dtype, self._device, choose))
@@ -163,6 +165,7 @@ class Paged(Engine):
         """Checks, before any weight is read, that a small model of the same config computes the right numbers."""
         if self._device.type == "cuda":
             models.check_dtype(self._tokenizer.config, dtype)
+        check_device(self._options.kv_dtype, self._device)
         trial.check(self._tokenizer.config)
 
     def _make_ready(self) -> Runner:
@@ -177,7 +180,7 @@ class Paged(Engine):
         """The runner, with as large a cache as there is memory for."""
         free = device.free_bytes([self._device], self._setup.world.local_size)
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        room = Room(parameters, self._model.dtype.itemsize, free, self._device)
+        room = Room(parameters, find_format(self._options.kv_dtype, self._model.dtype), free, self._device)
         limits = choose_limits(self._setup, self._options, self._tokenizer, room, peers)
         chooser = self._make_chooser(limits) if peers.place == 0 else None
         runner = Runner(self._model, limits, peers, chooser)

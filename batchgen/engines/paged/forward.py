@@ -16,7 +16,7 @@ from batchgen.engine import Peers
 from batchgen.engines.paged import models
 from batchgen.engines.paged.adapters import sort_by_adapter
 from batchgen.engines.paged.alone import Alone
-from batchgen.engines.paged.cache import count_token_bytes, make_caches
+from batchgen.engines.paged.cache import count_token_bytes, find_dtype, find_format, make_caches
 from batchgen.engines.paged.layer_groups import LayerGroups
 from batchgen.engines.paged.layout import LayerCache, Layout, lay_out
 from batchgen.engines.paged.step import Chunk, StepLimits
@@ -77,7 +77,8 @@ class Forward:
     @property
     def token_bytes(self) -> int:
         """Bytes that a rank's cache has for a token in all layers."""
-        return count_token_bytes(self.model.config, self._peers.count, self.model.dtype.itemsize, self.groups)
+        kept = find_format(self.limits.kv_dtype, self.model.dtype)
+        return count_token_bytes(self.model.config, self._peers.count, kept, self.groups)
 
     def _group_layers(self) -> LayerGroups:
         """The groups of the model's layers, by the windows that they ask attention for; not by what the config says,
@@ -93,8 +94,8 @@ class Forward:
         had_caches, self._caches = bool(self._caches), []
         if had_caches and self.device.type == "cuda":
             torch.cuda.empty_cache()
-        config, dtype = self.model.config, self.model.dtype
-        self._caches = make_caches(config, self.pages, self._peers.count, dtype, self.device, self.groups)
+        dtype = find_dtype(self.limits.kv_dtype, self.model.dtype)
+        self._caches = make_caches(self.model.config, pages, self._peers.count, dtype, self.device, self.groups)
 
     def measure_free_bytes(self) -> int:
         """Of the GPU, what is free for the cache: beside the weights and the largest forward. Compiles the model."""

@@ -28,6 +28,7 @@ class StepLimits:
     # A sequence that grows beyond so many tokens has the positions of a long prompt for all of them; None: it keeps
     # those that its tokens were computed with.
     restretched_at: int | None = None
+    kv_dtype: str = "auto"  # of the cache: fp8, or auto, that of the model
 
     @property
     def columns(self) -> int:

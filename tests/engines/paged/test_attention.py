@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from batchgen.engines.paged.attention import attend, attend_in_torch
-from batchgen.engines.paged.layout import LayerCache, lay_out
+from batchgen.engines.paged.layout import lay_out
 from batchgen.engines.paged.pages import PAGE_SIZE
 from tests.engines.paged import kernel_cases
 from tests.engines.paged.attention_cases import (
@@ -18,6 +18,7 @@ from tests.engines.paged.attention_cases import (
     Features,
     Heads,
     case,
+    copy_cache,
     find_error,
     make_wrong_shapes,
     with_broken_key,
@@ -41,7 +42,7 @@ def alone(of: Case, slot: int, first: int, count: int, length: int) -> torch.Ten
         begin = max(0, place + 1 - shape.window) if shape.window else 0
         places = torch.arange(begin, place + 1)
         # [places, key heads, size] each
-        keys, values = (half[pages[places // PAGE_SIZE], :, places % PAGE_SIZE] for half in cache)
+        keys, values = (half[pages[places // PAGE_SIZE], :, places % PAGE_SIZE] for half in cache[:2])
         rows = []
         for head in range(of.query.shape[1]):
             query = of.query[0, head, first + token].double()
@@ -113,11 +114,11 @@ def test_layers_may_differ_in_their_key_heads() -> None:
     assert torch.equal(two.layout.block_table, four.layout.block_table)
     for of in (two, four, two):
         one_layout = replace(of, layout=two.layout)
-        cache = LayerCache(*(half.clone() for half in of.layout.caches[0]))
+        cache = copy_cache(of.layout.caches[0])
         out = attend_in_torch(of.query, of.key, of.value, cache, one_layout.layout, of.shape)
         expected, kept = of.reference()
         torch.testing.assert_close(out, expected)
-        assert all(torch.equal(half, other) for half, other in zip(cache, kept, strict=True))
+        assert all(torch.equal(half, other) for half, other in zip(cache[:2], kept[:2], strict=True))
 
 
 @pytest.mark.parametrize("features", [FEATURES[0], FEATURES[-1]], ids=str)
@@ -129,7 +130,7 @@ def test_the_operator_takes_all_features_through_the_compiler(features: Features
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return attend(query, key, value, layer, of.shape).flatten(2)
 
-    with lay_out(replace(of.layout, caches=[LayerCache(*(half.clone() for half in of.layout.caches[0]))])):
+    with lay_out(replace(of.layout, caches=[copy_cache(of.layout.caches[0])])):
         out = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=True)(of.query, of.key, of.value)
     torch.testing.assert_close(out, of.reference()[0].flatten(2))
     chunk = of.layout.chunks[1]
@@ -146,7 +147,7 @@ def test_only_the_places_of_the_tokens_change() -> None:
     slots, positions = of.layout.slots[real].long(), of.layout.positions[real].long()
     pages = of.layout.block_table[slots, positions // PAGE_SIZE]
     expected = set(zip(pages.tolist(), (positions % PAGE_SIZE).tolist(), strict=True))
-    for half, before in zip(cache, of.layout.caches[0], strict=True):
+    for half, before in zip(cache[:2], of.layout.caches[0][:2], strict=True):
         changed = (half != before).any(-1).any(1)  # [pages, PAGE_SIZE]
         assert {(page, place) for page, place in changed.nonzero().tolist()} == expected
 
