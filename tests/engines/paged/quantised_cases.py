@@ -1,7 +1,8 @@
 """Products of quantised weights beside float64: `python -m tests.engines.paged.quantised_cases [cuda]`.
 
-On a GPU, or, where Triton is told to interpret them, on the CPU; SCHEMES=0,3 takes some of `SCHEMES`. Outputs are poisoned before they are written. The
-reference multiplies what the inputs are rounded to by what the weight stands for, both by `QuantisedWeight`.
+On a GPU, or, where Triton is told to interpret them, on the CPU; SCHEMES=0,3 takes some of `SCHEMES`. Outputs are
+poisoned before they are written. The reference multiplies what the inputs are rounded to by what the weight stands for,
+both by `QuantisedWeight`.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ def _multiply(
             outs[str(tile)] = eight_bits_kernel.multiply(*stored, weight, bias, wanted)
         return outs
     kinds4 = [tile for _, tile in four_bits_kernel.TILES] if all_tiles else []
-    for tile4 in (*kinds4, four_bits_kernel.LARGEST):
+    scaled = four_bits_kernel.LARGEST._replace(scale_weights=True)
+    for tile4 in (*kinds4, four_bits_kernel.LARGEST, scaled):
         outs[str(tile4)] = four_bits_kernel.multiply(inputs, weight, bias, None, tile4)
     if all_tiles and inputs.is_cuda:
         outs["without assembly"] = four_bits_kernel.multiply(inputs, weight, bias, assembly=False)

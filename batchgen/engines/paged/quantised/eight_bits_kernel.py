@@ -108,7 +108,7 @@ def multiply(
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tokens", "blocks", "groups"])
 def _multiply(
     inputs, input_scales, values, scales, bias, output, sums_of_splits, counters, order, offsets,
     tiles, tokens, rows, columns, blocks, groups, input_row,
@@ -143,10 +143,7 @@ def _multiply(
         splits = tl.num_programs(1)
         share = tl.cdiv(blocks, splits)
         begin = tl.program_id(1) * share
-        if WHOLE and GROUP == 0:
-            sums = tl.zeros([ROWS, TOKENS], tl.int32)
-        else:
-            sums = tl.zeros([ROWS, TOKENS], tl.float32)
+        sums = tl.zeros([ROWS, TOKENS], tl.int32 if WHOLE and GROUP == 0 else tl.float32)
         for block in range(begin, tl.minimum(begin + share, blocks)):
             column = block * DEPTH
             if EVEN:

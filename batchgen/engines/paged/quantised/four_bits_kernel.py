@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
-from batchgen.engines.paged.experts.grouped_gemm_kernel import find_tile, count_tiles
-from batchgen.engines.paged.quantised.nibbles import widen_e2m1, widen_int4
-from batchgen.engines.paged.quantised.packing import Packed
+from batchgen.engines.paged.experts.grouped_gemm_kernel import count_tiles, find_tile
+from batchgen.engines.paged.quantised.nibbles import prepare_zeros, widen_e2m1, widen_int4
+from batchgen.engines.paged.quantised.packing import BLOCK, PART, Packed
 
 _NEIGHBOURS = 8  # tiles of tokens that go through the rows together, and share the weights that are in the cache
 
@@ -37,11 +37,11 @@ class Tile(NamedTuple):
 
 
 TILES = (
-    (16, Tile(16, 64, 4, 4, 528)),
+    (16, Tile(16, 128, 4, 4, 528)),
     (32, Tile(32, 64, 4, 4, 528)),
-    (64, Tile(64, 128, 4, 4, 264)),
+    (64, Tile(64, 128, 8, 4, 264)),
 )
-LARGEST = Tile(128, 128, 8, 4, 0, True)
+LARGEST = Tile(64, 128, 8, 4)
 _counters: dict[torch.device, torch.Tensor] = {}
 
 
@@ -57,7 +57,7 @@ def prepare(device: torch.device) -> None:
 
 
 def get_counters(device: torch.device) -> torch.Tensor:
-    """Returns zeros, in which programs of a product count how many of them have ended, and which they leave as zeros."""
+    """Returns zeros, in which programs of a product count how many of them have ended; they leave zeros."""
     prepare(device)
     return _counters[device]
 
@@ -82,7 +82,7 @@ def multiply(
         [tokens, rows], or [pairs, rows], sorted; rows of pairs without an expert are not written.
     """
     values = weight.values if sorting else weight.values[None]
-    (experts, blocks, rows, half), columns = values.shape, inputs.shape[1]
+    (experts, blocks, rows, _), columns = values.shape, inputs.shape[1]
     tokens = len(sorting.order) if sorting else len(inputs)
     output = torch.empty((tokens, rows), dtype=inputs.dtype, device=inputs.device)
     if tokens == 0:
@@ -91,15 +91,15 @@ def multiply(
     tile = tile or choose_tile(tokens, experts)
     tiles = count_tiles(tokens, experts, tile.tokens) if sorting else triton.cdiv(tokens, tile.tokens)
     across = triton.cdiv(rows, tile.rows)
-    splits = 1 if sorting or tiles > 1 else max(1, min(blocks // 2, tile.programs // across, 32))
+    splits = 1 if sorting or tiles > 1 else max(1, min(blocks, tile.programs // across, 32))
     groups = weight.scales.shape[-2]
     group = -(-columns // groups) if groups > 1 else 1 << 30
     sums = torch.empty((splits, tokens, rows), dtype=torch.float32, device=inputs.device) if splits > 1 else output
     constants: dict[str, Any] = {
         "KIND": weight.form, "GROUPED": sorting is not None, "EXPERTS": experts,
         "WIDE": max(2, triton.next_power_of_2(experts)), "TOP_K": sorting.top_k if sorting else 0,
-        "BIAS": bias is not None, "ZEROS": weight.zeros is not None, "SPLIT": splits > 1, "GROUP": group, "HALF": half,
-        "SAME": group % (2 * half) == 0, "EVEN": blocks * 2 * half == columns, "SCALE": tile.scale_weights,
+        "BIAS": bias is not None, "ZEROS": weight.zeros is not None, "SPLIT": splits > 1, "GROUP": group,
+        "GROUPS": count_groups(group), "EVEN": columns % BLOCK == 0, "SCALE": tile.scale_weights, "PART": PART,
         "ONCE": tiles == 1, "ROWS": tile.rows, "TOKENS": tile.tokens, "NEIGHBOURS": _NEIGHBOURS,
         "ASSEMBLY": inputs.device.type == "cuda" if assembly is None else assembly,
     }  # fmt: skip
@@ -111,23 +111,138 @@ def multiply(
     return output
 
 
+def count_groups(group: int) -> int:
+    """Returns how many scales a row has in a block; as many as parts, if groups do not end with blocks."""
+    if group % BLOCK == 0:
+        return 1
+    return BLOCK // (group if BLOCK % group == 0 else PART)
+
+
 @triton.jit
-def _find_scales(scales, at, inside, KIND: tl.constexpr):
-    """The scales of a group of some rows, in float32."""
+def _find_group(at, column, rows, groups, GROUP: tl.constexpr):
+    """Where the scales and zeros of some rows are, for a column; behind the last one, those of the last."""
+    return at + tl.minimum(column // GROUP, groups - 1) * rows
+
+
+@triton.jit
+def _load_scales(scales, at, inside, KIND: tl.constexpr):
+    """In float32."""
     found = tl.load(scales + at, mask=inside, other=0)
     if KIND == "mxfp4":
-        return (found.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    else:
-        return found.to(tl.float32)
+        found = (found.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    return found.to(tl.float32)
 
 
 @triton.jit
+def load_four_scales(
+    scales, at, column, rows, groups, inside,
+    KIND: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Those of four parts of a block, from `column` on; which are the same is known from GROUPS, those of a block."""
+    first = _load_scales(scales, _find_group(at, column, rows, groups, GROUP), inside, KIND)
+    second, third, fourth = first, first, first
+    if GROUPS >= 4:
+        third = _load_scales(scales, _find_group(at, column + 2 * PART, rows, groups, GROUP), inside, KIND)
+        fourth = third
+    if GROUPS == 8:
+        second = _load_scales(scales, _find_group(at, column + PART, rows, groups, GROUP), inside, KIND)
+        fourth = _load_scales(scales, _find_group(at, column + 3 * PART, rows, groups, GROUP), inside, KIND)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _load_four_zeros(
+    zeros, at, column, rows, groups, inside, GROUP: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
+    """As `load_four_scales`."""
+    first = tl.load(zeros + _find_group(at, column, rows, groups, GROUP), mask=inside, other=0)
+    second, third, fourth = first, first, first
+    if GROUPS >= 4:
+        third = tl.load(zeros + _find_group(at, column + 2 * PART, rows, groups, GROUP), mask=inside, other=0)
+        fourth = third
+    if GROUPS == 8:
+        second = tl.load(zeros + _find_group(at, column + PART, rows, groups, GROUP), mask=inside, other=0)
+        fourth = tl.load(zeros + _find_group(at, column + 3 * PART, rows, groups, GROUP), mask=inside, other=0)
+    return first, second, third, fourth
+
+
+@triton.jit
+def widen(
+    words, zeros, at, column, rows, groups, inside,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr,
+    HALF: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Four of the eight parts of a block, from `column` on, less their zeros."""
+    if KIND == "mxfp4":
+        a, b, c, d = widen_e2m1(words, HALF, DTYPE, ASSEMBLY)
+    else:
+        if ZEROS:
+            first, second, third, fourth = _load_four_zeros(
+                zeros, at, column, rows, groups, inside, GROUP, GROUPS, PART
+            )
+        else:
+            first = tl.full(at.shape, 8, tl.int32)
+            second, third, fourth = first, first, first
+        first = prepare_zeros(first, DTYPE, ASSEMBLY)
+        second = prepare_zeros(second, DTYPE, ASSEMBLY)
+        third = prepare_zeros(third, DTYPE, ASSEMBLY)
+        fourth = prepare_zeros(fourth, DTYPE, ASSEMBLY)
+        a, b, c, d = widen_int4(words, (first, second, third, fourth), HALF, DTYPE, ASSEMBLY)
+    return a, b, c, d
+
+
+@triton.jit
+def _load_part(at, column, columns, each, there, EVEN: tl.constexpr):
+    """The inputs of a part, [PART, TOKENS]."""
+    if EVEN:
+        part = tl.load(at + column, mask=there[None, :], other=0.0)
+    else:
+        part = tl.load(at + column, mask=there[None, :] & (each < columns - column)[:, None], other=0.0)
+    return part
+
+
+@triton.jit
+def _load_half(at, column, columns, each, there, EVEN: tl.constexpr, PART: tl.constexpr):
+    """Those of four parts."""
+    first = _load_part(at, column, columns, each, there, EVEN)
+    second = _load_part(at, column + PART, columns, each, there, EVEN)
+    third = _load_part(at, column + 2 * PART, columns, each, there, EVEN)
+    fourth = _load_part(at, column + 3 * PART, columns, each, there, EVEN)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _add_half(sums, numbers, inputs, scales, GROUPS: tl.constexpr, SCALE: tl.constexpr):
+    """`sums` and the products of four parts of a block, [ROWS, TOKENS]."""
+    a, b, c, d = numbers
+    first, second, third, fourth = inputs
+    scale_a, scale_b, scale_c, scale_d = scales
+    if SCALE:
+        sums = tl.dot((a.to(tl.float32) * scale_a[:, None]).to(a.dtype), first, sums)
+        sums = tl.dot((b.to(tl.float32) * scale_b[:, None]).to(a.dtype), second, sums)
+        sums = tl.dot((c.to(tl.float32) * scale_c[:, None]).to(a.dtype), third, sums)
+        sums = tl.dot((d.to(tl.float32) * scale_d[:, None]).to(a.dtype), fourth, sums)
+    elif GROUPS <= 2:
+        part = tl.dot(d, fourth, tl.dot(c, third, tl.dot(b, second, tl.dot(a, first))))
+        sums += part * scale_a[:, None]
+    elif GROUPS == 4:
+        sums += tl.dot(b, second, tl.dot(a, first)) * scale_a[:, None]
+        sums += tl.dot(d, fourth, tl.dot(c, third)) * scale_c[:, None]
+    else:
+        sums += tl.dot(a, first) * scale_a[:, None]
+        sums += tl.dot(b, second) * scale_b[:, None]
+        sums += tl.dot(c, third) * scale_c[:, None]
+        sums += tl.dot(d, fourth) * scale_d[:, None]
+    return sums
+
+
+@triton.jit(do_not_specialize=["tiles", "tokens", "blocks", "groups"])
 def _multiply(
     inputs, values, scales, zeros, bias, output, sums_of_splits, counters, order, offsets,
     tiles, tokens, rows, columns, blocks, groups, input_row,
     KIND: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr, WIDE: tl.constexpr, TOP_K: tl.constexpr,
-    BIAS: tl.constexpr, ZEROS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
-    SAME: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr, ONCE: tl.constexpr, ROWS: tl.constexpr,
+    BIAS: tl.constexpr, ZEROS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    PART: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr, ONCE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, NEIGHBOURS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """One tile, [ROWS, TOKENS]. `TOP_K` is 0 if `inputs` has a row a pair."""
@@ -147,58 +262,59 @@ def _multiply(
         inside = row < rows
         place = first + tl.arange(0, TOKENS)
         there = place < end
-        each = tl.arange(0, HALF)
+        each = tl.arange(0, PART)
         token = place
         if TOP_K > 0:
             token = tl.load(order + place, mask=there, other=0) // TOP_K
         inputs_at = inputs + token.to(tl.int64)[None, :] * input_row + each[:, None]
-        values_at = values + expert.to(tl.int64) * blocks * rows * HALF + row[:, None] * HALF + each[None, :]
+        values_at = values + expert.to(tl.int64) * blocks * rows * PART + row[:, None] * PART + each[None, :]
         scales_at = expert.to(tl.int64) * groups * rows + row
         splits = tl.num_programs(1)
         share = tl.cdiv(blocks, splits)
         begin = tl.program_id(1) * share
         sums = tl.zeros([ROWS, TOKENS], tl.float32)
+        # The scales of a block are read one block ahead: the compiler does so for what it gives to matrix units alone.
+        column = begin * 8 * PART
+        low_scales = load_four_scales(scales, scales_at, column, rows, groups, inside, KIND, GROUP, GROUPS, PART)
+        high_scales = load_four_scales(
+            scales, scales_at, column + 4 * PART, rows, groups, inside, KIND, GROUP, GROUPS, PART
+        )
         for block in range(begin, tl.minimum(begin + share, blocks)):
-            at = values_at + tl.cast(block, tl.int64) * rows * HALF
+            at = values_at + tl.cast(block, tl.int64) * rows * PART
             if ONCE:
-                bytes = tl.load(at, mask=inside[:, None], other=0, eviction_policy="evict_first")
+                words = tl.load(at, mask=inside[:, None], other=0, eviction_policy="evict_first")
             else:
-                bytes = tl.load(at, mask=inside[:, None], other=0)
-            column = block * 2 * HALF
-            if EVEN:
-                low_inputs = tl.load(inputs_at + column, mask=there[None, :], other=0.0)
-                high_inputs = tl.load(inputs_at + column + HALF, mask=there[None, :], other=0.0)
+                words = tl.load(at, mask=inside[:, None], other=0)
+            column = block * 8 * PART
+            next_low_scales, next_high_scales = low_scales, high_scales
+            if SCALE:  # numbers are scaled where matrix units want them, which is not where a value of before is
+                low_scales = load_four_scales(
+                    scales, scales_at, column, rows, groups, inside, KIND, GROUP, GROUPS, PART
+                )
+                high_scales = load_four_scales(
+                    scales, scales_at, column + 4 * PART, rows, groups, inside, KIND, GROUP, GROUPS, PART
+                )
             else:
-                deep = (each < columns - column)[:, None] & there[None, :]
-                low_inputs = tl.load(inputs_at + column, mask=deep, other=0.0)
-                deep = (each < columns - column - HALF)[:, None] & there[None, :]
-                high_inputs = tl.load(inputs_at + column + HALF, mask=deep, other=0.0)
-            low_group = tl.minimum(column // GROUP, groups - 1) * rows
-            high_group = low_group if SAME else tl.minimum((column + HALF) // GROUP, groups - 1) * rows
-            low_scale = _find_scales(scales, scales_at + low_group, inside, KIND)
-            high_scale = low_scale if SAME else _find_scales(scales, scales_at + high_group, inside, KIND)
-            if KIND == "mxfp4":
-                low, high = widen_e2m1(bytes, DTYPE, ASSEMBLY)
-            else:
-                if ZEROS:
-                    low_zero = tl.load(zeros + scales_at + low_group, mask=inside, other=0).to(tl.float32)
-                    high_zero = low_zero
-                    if not SAME:
-                        high_zero = tl.load(zeros + scales_at + high_group, mask=inside, other=0).to(tl.float32)
-                else:
-                    low_zero = tl.full([ROWS], 8.0, tl.float32)
-                    high_zero = low_zero
-                low, high = widen_int4(bytes, low_zero, high_zero, DTYPE, ASSEMBLY)
-            if SCALE:
-                low = (low.to(tl.float32) * low_scale[:, None]).to(DTYPE)
-                high = (high.to(tl.float32) * high_scale[:, None]).to(DTYPE)
-                sums = tl.dot(low, low_inputs, sums)
-                sums = tl.dot(high, high_inputs, sums)
-            elif SAME:
-                sums += tl.dot(high, high_inputs, tl.dot(low, low_inputs)) * low_scale[:, None]
-            else:
-                sums += tl.dot(low, low_inputs) * low_scale[:, None]
-                sums += tl.dot(high, high_inputs) * high_scale[:, None]
+                next_low_scales = load_four_scales(
+                    scales, scales_at, column + 8 * PART, rows, groups, inside, KIND, GROUP, GROUPS, PART
+                )
+                next_high_scales = load_four_scales(
+                    scales, scales_at, column + 12 * PART, rows, groups, inside, KIND, GROUP, GROUPS, PART
+                )
+            parts = _load_half(inputs_at, column, columns, each, there, EVEN, PART)
+            numbers = widen(
+                words, zeros, scales_at, column, rows, groups, inside,
+                KIND, ZEROS, GROUP, GROUPS, PART, 0, DTYPE, ASSEMBLY,
+            )  # fmt: skip
+            sums = _add_half(sums, numbers, parts, low_scales, GROUPS, SCALE)
+            column += 4 * PART
+            parts = _load_half(inputs_at, column, columns, each, there, EVEN, PART)
+            numbers = widen(
+                words, zeros, scales_at, column, rows, groups, inside,
+                KIND, ZEROS, GROUP, GROUPS, PART, 1, DTYPE, ASSEMBLY,
+            )  # fmt: skip
+            sums = _add_half(sums, numbers, parts, high_scales, GROUPS, SCALE)
+            low_scales, high_scales = next_low_scales, next_high_scales
         mask = inside[:, None] & there[None, :]
         to = place.to(tl.int64)[None, :] * rows + row[:, None]
         last = True

@@ -10,100 +10,137 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# $0, $1: the low nibbles of four bytes, two numbers of 16 bits each; $2, $3: the high ones; $4: the bytes; of "int4"
-# then the low and the high nibbles' zeros + 128 (or 1,024). `prmt` puts two bytes into the halves of a register,
-# and 0xEA is (a & b) | c.
-_SPREAD = """
-    .reg .b32 a, b, c, d;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-"""
-_INT4 = """{{{spread}
-    shr.u32 c, a, 4;
-    shr.u32 d, b, 4;
-    lop3.b32 a, a, 0x000f000f, {one}, 0xEA;
-    lop3.b32 b, b, 0x000f000f, {one}, 0xEA;
-    lop3.b32 c, c, 0x000f000f, {one}, 0xEA;
-    lop3.b32 d, d, 0x000f000f, {one}, 0xEA;
-    {subtract} $0, a, $5;
-    {subtract} $1, b, $6;
-    {subtract} $2, c, $7;
-    {subtract} $3, d, $8;
+# $0 to $3: four of the eight numbers of two words, each of both words, in 16 bits; $4, $5: the words; of "int4", then
+# what is subtracted from each of the four, twice, as two numbers of 16 bits. `prmt` takes halves of both words, and 0xEA is (a & b) | c.
+_INT4 = """{{
+    .reg .b32 a, b;
+    prmt.b32 a, $4, $5, {halves};
+    lop3.b32 b, a, 0x000f000f, {one}, 0xEA;
+    {subtract} $0, b, $6;
+    shr.u32 a, a, 4;
+    lop3.b32 b, a, 0x000f000f, {one}, 0xEA;
+    {subtract} $1, b, $8;
+    shr.u32 a, a, 4;
+    lop3.b32 b, a, 0x000f000f, {one}, 0xEA;
+    {subtract} $2, b, $10;
+    shr.u32 a, a, 4;
+    lop3.b32 b, a, 0x000f000f, {one}, 0xEA;
+    {subtract} $3, b, $12;
 }}"""
-_E2M1 = """{{{spread}
-    .reg .b32 s, t, factor;
+_E2M1 = """{{
+    .reg .b32 a, b, c, factor;
     mov.b32 factor, {factor};
-    shl.b32 s, a, 12; and.b32 s, s, 0x80008000;
-    shl.b32 t, a, {low}; lop3.b32 s, t, {bits}, s, 0xEA;
-    {multiply} $0, s, factor;
-    shl.b32 s, b, 12; and.b32 s, s, 0x80008000;
-    shl.b32 t, b, {low}; lop3.b32 s, t, {bits}, s, 0xEA;
-    {multiply} $1, s, factor;
-    shl.b32 s, a, 8; and.b32 s, s, 0x80008000;
-    shl.b32 t, a, {high}; lop3.b32 s, t, {bits}, s, 0xEA;
-    {multiply} $2, s, factor;
-    shl.b32 s, b, 8; and.b32 s, s, 0x80008000;
-    shl.b32 t, b, {high}; lop3.b32 s, t, {bits}, s, 0xEA;
-    {multiply} $3, s, factor;
+    prmt.b32 a, $4, $5, {halves};
+    shl.b32 b, a, 12;
+    and.b32 b, b, 0x80008000;
+    {move_0};
+    lop3.b32 b, c, {bits}, b, 0xEA;
+    {multiply} $0, b, factor;
+    shl.b32 b, a, 8;
+    and.b32 b, b, 0x80008000;
+    {move_1};
+    lop3.b32 b, c, {bits}, b, 0xEA;
+    {multiply} $1, b, factor;
+    shl.b32 b, a, 4;
+    and.b32 b, b, 0x80008000;
+    {move_2};
+    lop3.b32 b, c, {bits}, b, 0xEA;
+    {multiply} $2, b, factor;
+    and.b32 b, a, 0x80008000;
+    {move_3};
+    lop3.b32 b, c, {bits}, b, 0xEA;
+    {multiply} $3, b, factor;
 }}"""
 _BFLOAT16 = {"one": "0x43004300", "subtract": "sub.rn.bf16x2"}
 _FLOAT16 = {"one": "0x64006400", "subtract": "sub.rn.f16x2"}
-_BFLOAT16_E2M1 = {"factor": "0x7E807E80", "low": 6, "high": 2, "bits": "0x01C001C0", "multiply": "mul.rn.bf16x2"}
-_FLOAT16_E2M1 = {"factor": "0x74007400", "low": 9, "high": 5, "bits": "0x0E000E00", "multiply": "mul.rn.f16x2"}
-_INT4_BFLOAT16 = tl.constexpr(_INT4.format(spread=_SPREAD, **_BFLOAT16))
-_INT4_FLOAT16 = tl.constexpr(_INT4.format(spread=_SPREAD, **_FLOAT16))
-_E2M1_BFLOAT16 = tl.constexpr(_E2M1.format(spread=_SPREAD, **_BFLOAT16_E2M1))
-_E2M1_FLOAT16 = tl.constexpr(_E2M1.format(spread=_SPREAD, **_FLOAT16_E2M1))
-_OUT_IN = tl.constexpr("=r,=r,=r,=r,r")
-_OUT_IN_ZEROS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r")
+_BFLOAT16_E2M1 = {
+    "factor": "0x7E807E80", "bits": "0x01C001C0", "multiply": "mul.rn.bf16x2",
+    "move_0": "shl.b32 c, a, 6", "move_1": "shl.b32 c, a, 2", "move_2": "shr.u32 c, a, 2", "move_3": "shr.u32 c, a, 6",
+}  # fmt: skip
+_FLOAT16_E2M1 = {
+    "factor": "0x74007400", "bits": "0x0E000E00", "multiply": "mul.rn.f16x2",
+    "move_0": "shl.b32 c, a, 9", "move_1": "shl.b32 c, a, 5", "move_2": "shl.b32 c, a, 1", "move_3": "shr.u32 c, a, 3",
+}  # fmt: skip
+_LOW, _HIGH = {"halves": "0x5410"}, {"halves": "0x7632"}
+_INT4_BFLOAT16_LOW = tl.constexpr(_INT4.format(**_LOW, **_BFLOAT16))
+_INT4_BFLOAT16_HIGH = tl.constexpr(_INT4.format(**_HIGH, **_BFLOAT16))
+_INT4_FLOAT16_LOW = tl.constexpr(_INT4.format(**_LOW, **_FLOAT16))
+_INT4_FLOAT16_HIGH = tl.constexpr(_INT4.format(**_HIGH, **_FLOAT16))
+_E2M1_BFLOAT16_LOW = tl.constexpr(_E2M1.format(**_LOW, **_BFLOAT16_E2M1))
+_E2M1_BFLOAT16_HIGH = tl.constexpr(_E2M1.format(**_HIGH, **_BFLOAT16_E2M1))
+_E2M1_FLOAT16_LOW = tl.constexpr(_E2M1.format(**_LOW, **_FLOAT16_E2M1))
+_E2M1_FLOAT16_HIGH = tl.constexpr(_E2M1.format(**_HIGH, **_FLOAT16_E2M1))
+_OF_E2M1 = tl.constexpr("=r,=r,=r,=r,r,r")
+_OF_INT4 = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r")
 
 
 @triton.jit
-def widen_int4(bytes, low_zero, high_zero, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """The low and the high nibbles of `bytes` [rows, half], less their zeros, [rows] in float32, as DTYPE."""
+def prepare_zeros(zeros, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """What `widen_int4` subtracts: of assembly, 128 + zero (or 1,024 + zero) in both halves of a word, in 16 bits."""
     if ASSEMBLY:
-        if DTYPE == tl.bfloat16:
-            low_zero = (low_zero + 128.0).to(DTYPE)[:, None]
-            high_zero = (high_zero + 128.0).to(DTYPE)[:, None]
-            low, high = tl.inline_asm_elementwise(
-                _INT4_BFLOAT16, _OUT_IN_ZEROS, [bytes, low_zero, high_zero],
-                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            zeros = (zeros | 0x4300) * 0x10001
+        else:
+            zeros = (zeros | 0x6400) * 0x10001
+    return zeros
+
+
+@triton.jit
+def widen_int4(words, zeros, HALF: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Four of the eight numbers of each of `words` [rows, columns], less their zeros, as DTYPE.
+
+    Args:
+        zeros: four of [rows], int32: those of `prepare_zeros`.
+        HALF: 0: the first four; 1: the others.
+    """
+    first, second, third, fourth = zeros
+    if ASSEMBLY:
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            a, b, c, d = tl.inline_asm_elementwise(
+                _INT4_BFLOAT16_HIGH if HALF else _INT4_BFLOAT16_LOW, _OF_INT4,
+                [words, first[:, None], second[:, None], third[:, None], fourth[:, None]],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
             )  # fmt: skip
         else:
-            low_zero = (low_zero + 1024.0).to(DTYPE)[:, None]
-            high_zero = (high_zero + 1024.0).to(DTYPE)[:, None]
-            low, high = tl.inline_asm_elementwise(
-                _INT4_FLOAT16, _OUT_IN_ZEROS, [bytes, low_zero, high_zero],
-                dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+            a, b, c, d = tl.inline_asm_elementwise(
+                _INT4_FLOAT16_HIGH if HALF else _INT4_FLOAT16_LOW, _OF_INT4,
+                [words, first[:, None], second[:, None], third[:, None], fourth[:, None]],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
             )  # fmt: skip
     else:
-        low = (bytes & 15).to(DTYPE) - low_zero.to(DTYPE)[:, None]
-        high = (bytes >> 4).to(DTYPE) - high_zero.to(DTYPE)[:, None]
-    return low, high
+        a = (((words >> 16 * HALF) & 15) - first[:, None]).to(DTYPE)
+        b = (((words >> 16 * HALF + 4) & 15) - second[:, None]).to(DTYPE)
+        c = (((words >> 16 * HALF + 8) & 15) - third[:, None]).to(DTYPE)
+        d = (((words >> 16 * HALF + 12) & 15) - fourth[:, None]).to(DTYPE)
+    return a, b, c, d
 
 
 @triton.jit
-def widen_e2m1(bytes, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """The low and the high nibbles of `bytes`, floats of 4 bits, as DTYPE."""
+def widen_e2m1(words, HALF: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """As `widen_int4`, of floats of 4 bits."""
     if ASSEMBLY:
-        if DTYPE == tl.bfloat16:
-            low, high = tl.inline_asm_elementwise(
-                _E2M1_BFLOAT16, _OUT_IN, [bytes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            a, b, c, d = tl.inline_asm_elementwise(
+                _E2M1_BFLOAT16_HIGH if HALF else _E2M1_BFLOAT16_LOW, _OF_E2M1, [words],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+            )  # fmt: skip
         else:
-            low, high = tl.inline_asm_elementwise(
-                _E2M1_FLOAT16, _OUT_IN, [bytes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-            )
+            a, b, c, d = tl.inline_asm_elementwise(
+                _E2M1_FLOAT16_HIGH if HALF else _E2M1_FLOAT16_LOW, _OF_E2M1, [words],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
     else:
-        low = _widen_one_e2m1((bytes & 15).to(tl.uint32)).to(DTYPE)
-        high = _widen_one_e2m1((bytes >> 4).to(tl.uint32)).to(DTYPE)
-    return low, high
+        a = _widen_one_e2m1(words >> 16 * HALF).to(DTYPE)
+        b = _widen_one_e2m1(words >> 16 * HALF + 4).to(DTYPE)
+        c = _widen_one_e2m1(words >> 16 * HALF + 8).to(DTYPE)
+        d = _widen_one_e2m1(words >> 16 * HALF + 12).to(DTYPE)
+    return a, b, c, d
 
 
 @triton.jit
-def _widen_one_e2m1(bits):
+def _widen_one_e2m1(words):
     """Two bits of exponent and one of mantissa make a float32 of the same bits, but for 0 and 0.5."""
-    size = bits & 7
+    size = words & 7
     value = tl.where(size == 1, 0.5, ((size << 22) + (126 << 23)).to(tl.float32, bitcast=True))
     value = tl.where(size == 0, 0.0, value)
-    return tl.where(bits > 7, -value, value)
+    return tl.where((words & 8) > 0, -value, value)

@@ -1,4 +1,4 @@
-"""Widens weights of 4 and 8 bits to 16 bits on a GPU, in Triton: for so many tokens that the product is what takes time."""
+"""Widens weights of 4 and 8 bits to 16 bits on a GPU, in Triton: where tokens are many, the product takes longer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from batchgen.engines.paged.quantised.four_bits_kernel import _find_scales
-from batchgen.engines.paged.quantised.nibbles import widen_e2m1, widen_int4
-from batchgen.engines.paged.quantised.packing import Packed
+from batchgen.engines.paged.quantised.four_bits_kernel import count_groups, load_four_scales
+from batchgen.engines.paged.quantised.four_bits_kernel import widen as widen_half
+from batchgen.engines.paged.quantised.packing import PART, Packed
 
 _ROWS = 32  # of a program
 
 
-def widen(
-    weight: Packed, columns: int, dtype: torch.dtype, begin: int = 0, end: int | None = None
-) -> torch.Tensor:
+def widen(weight: Packed, columns: int, dtype: torch.dtype, begin: int = 0, end: int | None = None) -> torch.Tensor:
     """Returns the rows from `begin` to `end` of a linear layer's packed weight, [end - begin, columns]."""
     all_rows = weight.values.shape[-2]
     rows = (all_rows if end is None else end) - begin
@@ -29,12 +27,12 @@ def widen(
             weight.values, weight.scales, output, begin, rows, all_rows, columns, groups, **constants
         )
         return output
-    blocks, _, half = weight.values.shape
+    blocks = weight.values.shape[0]
     constants = {
-        "KIND": weight.form, "ZEROS": weight.zeros is not None, "GROUP": group, "HALF": half, "ROWS": _ROWS,
+        "KIND": weight.form, "ZEROS": weight.zeros is not None, "GROUP": group, "GROUPS": count_groups(group), "PART": PART, "ROWS": _ROWS,
         "ASSEMBLY": output.device.type == "cuda",
     }  # fmt: skip
-    _widen_4[(across, blocks)](
+    _widen_4[(across, blocks, 2)](
         weight.values, weight.scales, weight.zeros, output, begin, rows, all_rows, columns, groups, **constants
     )
     return output
@@ -57,34 +55,39 @@ def _widen_8(
 
 
 @triton.jit
+def _store_part(numbers, scale, to, column, columns, each, inside):
+    numbers = numbers.to(tl.float32) * scale[:, None]
+    tl.store(to + column, numbers.to(to.dtype.element_ty), mask=inside[:, None] & (each < columns - column)[None, :])
+
+
+@triton.jit
 def _widen_4(
     values, scales, zeros, output, begin, rows, all_rows, columns, groups,
-    KIND: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
+    """Some rows of a block, half of its parts."""
     DTYPE: tl.constexpr = output.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    each = tl.arange(0, HALF)
-    block = tl.program_id(1)
-    stored = begin + row
-    at = values + (block.to(tl.int64) * all_rows + stored)[:, None] * HALF + each[None, :]
-    bytes = tl.load(at, mask=inside[:, None], other=0)
-    column = block * 2 * HALF
-    low_at = tl.minimum(column // GROUP, groups - 1) * all_rows + stored
-    high_at = tl.minimum((column + HALF) // GROUP, groups - 1) * all_rows + stored
-    if KIND == "mxfp4":
-        low, high = widen_e2m1(bytes, DTYPE, ASSEMBLY)
-    else:
-        if ZEROS:
-            low_zero = tl.load(zeros + low_at, mask=inside, other=0).to(tl.float32)
-            high_zero = tl.load(zeros + high_at, mask=inside, other=0).to(tl.float32)
-        else:
-            low_zero = tl.full([ROWS], 8.0, tl.float32)
-            high_zero = low_zero
-        low, high = widen_int4(bytes, low_zero, high_zero, DTYPE, ASSEMBLY)
-    low = low.to(tl.float32) * _find_scales(scales, low_at, inside, KIND)[:, None]
-    high = high.to(tl.float32) * _find_scales(scales, high_at, inside, KIND)[:, None]
-    to = output + row.to(tl.int64)[:, None] * columns + column + each[None, :]
-    tl.store(to, low.to(DTYPE), mask=inside[:, None] & (each < columns - column)[None, :])
-    tl.store(to + HALF, high.to(DTYPE), mask=inside[:, None] & (each < columns - column - HALF)[None, :])
+    each = tl.arange(0, PART)
+    block, stored = tl.program_id(1), begin + row
+    words = tl.load(
+        values + (block.to(tl.int64) * all_rows + stored)[:, None] * PART + each[None, :], mask=inside[:, None], other=0
+    )
+    to = output + row.to(tl.int64)[:, None] * columns + each[None, :]
+    column = block * 8 * PART
+    for half in tl.static_range(2):
+        if tl.program_id(2) == half:
+            column += half * 4 * PART
+            first, second, third, fourth = widen_half(
+                words, zeros, stored, column, all_rows, groups, inside,
+                KIND, ZEROS, GROUP, GROUPS, PART, half, DTYPE, ASSEMBLY,
+            )  # fmt: skip
+            scale_1, scale_2, scale_3, scale_4 = load_four_scales(
+                scales, stored, column, all_rows, groups, inside, KIND, GROUP, GROUPS, PART
+            )
+            _store_part(first, scale_1, to, column, columns, each, inside)
+            _store_part(second, scale_2, to, column + PART, columns, each, inside)
+            _store_part(third, scale_3, to, column + 2 * PART, columns, each, inside)
+            _store_part(fourth, scale_4, to, column + 3 * PART, columns, each, inside)
