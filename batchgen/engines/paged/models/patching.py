@@ -16,6 +16,9 @@ from batchgen.engines.paged.layout import record_adapted, record_windows
 from batchgen.engines.paged.models import bloom, falcon, longrope, mpt
 from batchgen.engines.paged.models.interface import NAME
 from batchgen.engines.paged.models.structure import Logits, find_body, find_layers
+from batchgen.engines.paged.not_covered import NotCovered
+from batchgen.engines.paged.quantised.held import hold_experts
+from batchgen.models.quantised.places import get_quantised
 
 _OWN_ATTENTION = {"bloom": bloom.patch, "falcon": falcon.patch, "mpt": mpt.patch}
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -114,6 +117,7 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
         _OWN_ATTENTION[text.model_type](body, layers, peers)
     longrope.patch(body)
     experts.install(model)
+    hold_experts(model)
     for number, layer in enumerate(layers):
         # A number would be a constant to the compiler, which would then compile each layer anew.
         layer_number = torch.tensor([number])
@@ -128,6 +132,19 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
         if adapters.get_adapters(module) is not None:  # some may be outside of the layers
             linear.replace_layers(module)
     model.config._attn_implementation = text._attn_implementation = NAME
+    _check_quantised(model)
     patched = PatchedModel(model, body, layers, logits)
     patched.check_adapters()
     return patched
+
+
+def _check_quantised(model: nn.Module) -> None:
+    """Checks that no quantised weight is left where nothing computes with it.
+
+    Raises:
+        NotCovered: one is.
+    """
+    for name, module in model.named_modules():
+        for parameter, _ in module.named_parameters(recurse=False):
+            if get_quantised(module, parameter) is not None:
+                raise NotCovered(f"its {name}.{parameter} is quantised, which is not covered there")

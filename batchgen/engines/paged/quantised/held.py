@@ -7,6 +7,7 @@ from torch import nn
 
 from batchgen.engines.paged.adapters import LayerAdapters
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
+from batchgen.engines.paged.experts.interface import HELD, asks_the_interface, name_up
 from batchgen.engines.paged.quantised import products
 from batchgen.engines.paged.quantised.packing import Packed, pack
 from batchgen.engines.paged.quantised.rounding import round_inputs
@@ -19,6 +20,11 @@ class HeldWeight(nn.Module):
 
     Its tensors are buffers, so that the compiler takes layers of the same sizes for the same code.
     """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    order: torch.Tensor | None
 
     def __init__(self, weight: QuantisedWeight) -> None:
         super().__init__()
@@ -38,8 +44,7 @@ class HeldWeight(nn.Module):
     @property
     def rows(self) -> int:
         """Of the matrix, or of each expert's."""
-        rows: int = self.values.shape[-2]
-        return rows
+        return self.values.shape[-2]
 
     def multiply(
         self, inputs: torch.Tensor, bias: torch.Tensor | None, adapters: LayerAdapters | None = None
@@ -71,3 +76,11 @@ def take_quantised(module: nn.Module, names: tuple[str, ...] = ("weight",)) -> d
     taken = move_quantised(module, nn.Module())
     found = ((name, get_quantised(taken, name)) for name in names)
     return {name: weight for name, weight in found if weight is not None}
+
+
+def hold_experts(model: nn.Module) -> None:
+    """Makes the experts of a loaded model whose weights are quantised compute by `HeldWeight`."""
+    for module in list(model.modules()):
+        if asks_the_interface(module):
+            for name, weight in take_quantised(module, (name_up(module), "down_proj")).items():
+                setattr(module, HELD + name, HeldWeight(weight))

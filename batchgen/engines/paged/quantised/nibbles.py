@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 # $0 to $3: four of the eight numbers of two words, each of both words, in 16 bits; $4, $5: the words; of "int4", then
-# what is subtracted from each of the four, twice, as two numbers of 16 bits. `prmt` takes halves of both words, and 0xEA is (a & b) | c.
+# what is subtracted from each of the four, twice, as two numbers of 16 bits. `prmt` takes halves of both words, and
+# 0xEA is (a & b) | c.
 _INT4 = """{{
     .reg .b32 a, b;
     prmt.b32 a, $4, $5, {halves};
@@ -78,7 +79,7 @@ _OF_INT4 = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r")
 def prepare_zeros(zeros, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """What `widen_int4` subtracts: of assembly, 128 + zero (or 1,024 + zero) in both halves of a word, in 16 bits."""
     if ASSEMBLY:
-        if DTYPE == tl.bfloat16:  # noqa: SIM300
+        if DTYPE == tl.bfloat16:  # noqa: SIM108, SIM300
             zeros = (zeros | 0x4300) * 0x10001
         else:
             zeros = (zeros | 0x6400) * 0x10001

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,12 +30,12 @@ def widen(weight: Packed, columns: int, dtype: torch.dtype, begin: int = 0, end:
         )
         return output
     blocks = weight.values.shape[0]
-    constants = {
-        "KIND": weight.form, "ZEROS": weight.zeros is not None, "GROUP": group, "GROUPS": count_groups(group), "PART": PART, "ROWS": _ROWS,
-        "ASSEMBLY": output.device.type == "cuda",
+    of_4_bits: dict[str, Any] = {
+        "KIND": weight.form, "ZEROS": weight.zeros is not None, "GROUP": group, "GROUPS": count_groups(group),
+        "PART": PART, "ROWS": _ROWS, "ASSEMBLY": output.device.type == "cuda",
     }  # fmt: skip
     _widen_4[(across, blocks, 2)](
-        weight.values, weight.scales, weight.zeros, output, begin, rows, all_rows, columns, groups, **constants
+        weight.values, weight.scales, weight.zeros, output, begin, rows, all_rows, columns, groups, **of_4_bits
     )
     return output
 
