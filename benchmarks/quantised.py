@@ -32,6 +32,7 @@ from batchgen.models.quantised.weight import QuantisedWeight
 TOKENS = tuple(map(int, os.environ.get("TOKENS", "1,16,64,128,256,512,2048").split(",")))
 FLUSHED = 256e6  # bytes of weights in a graph, at least
 GPU = "cuda"
+ONLY_COMPILES = False
 
 LAYERS = {  # rows and columns
     "llama-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
@@ -85,7 +86,7 @@ class Layer:
     def __init__(self, kind: str, rows: int, columns: int) -> None:
         self.kind, self.columns = kind, columns
         size = {"bf16": 2.0, "int4": 0.5, "mxfp4": 0.5}.get(kind, 1.0) * rows * columns
-        count = max(2, -(-int(FLUSHED) // int(size)))
+        count = 1 if ONLY_COMPILES else max(2, -(-int(FLUSHED) // int(size)))
         if kind == "bf16":
             self.weights: list[Any] = [torch.randn(rows, columns, device=GPU).bfloat16() for _ in range(count)]
         else:
@@ -152,7 +153,11 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def measure(calls: Sequence[Call], replays: int = 9) -> float:
-    """Microseconds a call."""
+    """Microseconds a call; in a process that only compiles, of no meaning."""
+    if ONLY_COMPILES:
+        calls[0]()
+        torch.cuda.synchronize()
+        return 0.0
     graph = capture(calls)
     times = []
     for _ in range(replays + 2):
@@ -243,6 +248,21 @@ def make_expert_call(kind: str, weight: Any, tokens: int, model: str, name: str)
     elif kind == "int8":
         stored = round_inputs(inputs, "int8")
     return lambda: products.multiply_grouped(stored, weight, None, sorting, torch.bfloat16)
+
+
+def compile_one(work: tuple[str, str, str, int]) -> None:
+    """Computes each product of a model once, in a process of its own, so that the main one finds kernels compiled."""
+    global ONLY_COMPILES, TOKENS
+    mode, model, kind, tokens = work
+    ONLY_COMPILES, TOKENS = True, (tokens,)
+    time_dense(model, [kind]) if mode == "dense" else time_experts(model, [kind])
+
+
+def compile_all(mode: str, model: str, kinds: Sequence[str]) -> None:
+    """As `compile_one`, of all formats and numbers of tokens, in as many processes as there are cores."""
+    parts = [(mode, model, kind, tokens) for kind in kinds if kind != "bf16" for tokens in TOKENS]
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
+        pool.map(compile_one, parts, chunksize=1)
 
 
 def list_tiles(kind: str, tokens: int) -> Iterator[Any]:
@@ -344,8 +364,12 @@ def main() -> None:
             if mode == "tiles" and model in LAYERS:
                 search_tiles(model, [kind for kind in kinds if kind != "bf16"])
             elif mode == "dense" and model in LAYERS:
+                compile_all(mode, model, kinds)
+                print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
                 write_table(f"{model} (a layer)", time_dense(model, kinds), list(LAYERS[model]))
             elif mode == "experts" and model in EXPERTS:
+                compile_all(mode, model, kinds)
+                print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
                 write_table(f"{model} (experts)", time_experts(model, kinds), list(EXPERTS[model].products))
             print(f"after {time.perf_counter() - started:.0f} s", flush=True)
 
