@@ -11,22 +11,26 @@ import triton
 import triton.language as tl
 
 # $0 to $3: four of the eight numbers of two words, each of both words, in 16 bits; $4, $5: the words; of "int4", then
-# what is subtracted from each of the four, twice, as two numbers of 16 bits. `prmt` takes halves of both words, and
-# 0xEA is (a & b) | c.
+# what is subtracted from each of the four, in the low halves of two words. All are read before the first is written,
+# which may be in the place of one. `prmt` takes halves of two words, and 0xEA is (a & b) | c.
 _INT4 = """{{
-    .reg .b32 a, b;
+    .reg .b32 a, b, first, second, third, fourth;
     prmt.b32 a, $4, $5, {halves};
+    prmt.b32 first, $6, $7, 0x5410;
+    prmt.b32 second, $8, $9, 0x5410;
+    prmt.b32 third, $10, $11, 0x5410;
+    prmt.b32 fourth, $12, $13, 0x5410;
     lop3.b32 b, a, 0x000f000f, {one}, 0xEA;
-    {subtract} $0, b, $6;
+    {subtract} $0, b, first;
     shr.u32 a, a, 4;
     lop3.b32 b, a, 0x000f000f, {one}, 0xEA;
-    {subtract} $1, b, $8;
+    {subtract} $1, b, second;
     shr.u32 a, a, 4;
     lop3.b32 b, a, 0x000f000f, {one}, 0xEA;
-    {subtract} $2, b, $10;
+    {subtract} $2, b, third;
     shr.u32 a, a, 4;
     lop3.b32 b, a, 0x000f000f, {one}, 0xEA;
-    {subtract} $3, b, $12;
+    {subtract} $3, b, fourth;
 }}"""
 _E2M1 = """{{
     .reg .b32 a, b, c, factor;
@@ -77,12 +81,12 @@ _OF_INT4 = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r")
 
 @triton.jit
 def prepare_zeros(zeros, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """What `widen_int4` subtracts: of assembly, 128 + zero (or 1,024 + zero) in both halves of a word, in 16 bits."""
+    """What `widen_int4` subtracts: of assembly, 128 + zero (or 1,024 + zero), in 16 bits."""
     if ASSEMBLY:
         if DTYPE == tl.bfloat16:  # noqa: SIM108, SIM300
-            zeros = (zeros | 0x4300) * 0x10001
+            zeros = zeros | 0x4300
         else:
-            zeros = (zeros | 0x6400) * 0x10001
+            zeros = zeros | 0x6400
     return zeros
 
 
