@@ -218,7 +218,7 @@ def test_the_layers_of_a_share_are_compiled_as_a_whole_for_any_length(name: str,
         assert group is not None
         shard = tensor_parallel.map_model(str(folder), None)
         tensor_parallel.split(shard, group)
-        tensor_parallel.copy_weights(shard, str(folder), ids.device, torch.float32, eight_bits=False)
+        tensor_parallel.copy_weights(shard, str(folder), ids.device, torch.float32)
         tensor_parallel.use_plain_layers(shard, group)
         patched = patch(shard, Alone())
         expected = patched.compute_hidden(ids, torch.arange(30))
