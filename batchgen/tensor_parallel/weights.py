@@ -19,10 +19,16 @@ from torch import nn
 
 from batchgen.engine import EngineError
 from batchgen.models import loading
+from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
 from batchgen.models.lora import Change, merged_on_load
+from batchgen.models.quantised.checkpoint import Checkpoint, find_checkpoint
+from batchgen.models.quantised.placeholders import Placeholders
+from batchgen.models.quantised.places import set_quantised
+from batchgen.models.quantised.weight import QuantisedWeight
 from batchgen.tensor_parallel.file_views import find_pieces, forget_pieces, keep_views
+from batchgen.tensor_parallel.quantised import find_placeholders, keep_placeholders, read_quantised
 
 Additions = Mapping[str, Callable[[torch.device], torch.Tensor]]
 """What is added to a parameter, by its path: a function that computes it on a device, in float32."""
@@ -45,10 +51,25 @@ def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -
     Raises:
         EngineError: as `loading.load`.
     """
+    found = find_checkpoint(Path(folder), read_config(folder))
+    if found is not None:
+        return _map_quantised(folder, found, attn_implementation)
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
     with keep_views(), merged_on_load(adapter, _is_merged_whole):
         model = loading.load(folder, arguments, filled=False)
     _check_unpacked(folder, model)
+    return model
+
+
+def _map_quantised(folder: str, found: Checkpoint, attn_implementation: str | None) -> Any:
+    """As `map_model`, of a quantised checkpoint; its quantised weights are placeholders."""
+    dtype = found.dtype or torch.bfloat16
+    placeholders = Placeholders(found.weights.values(), dtype)
+    arguments = {"dtype": dtype, "attn_implementation": attn_implementation}
+    with keep_views():
+        state_dict = found.make_state_dict(placeholders.take)
+        model = loading.load(folder, arguments, filled=False, state_dict=state_dict)
+    keep_placeholders(model, placeholders)
     return model
 
 
@@ -136,10 +157,17 @@ def copy_weights(
         stored[parameter.dtype] += parameter.numel()
     own = stored.most_common(1)[0][0]
 
-    def copy(key: int) -> torch.Tensor | Int8Weight:
+    placeholders = find_placeholders(model)
+
+    def copy(key: int) -> torch.Tensor | Int8Weight | QuantisedWeight:
         source = sources[key].data
         exact = any(is_kept_exact(path) for *_, path in homes[key])
         target = dtype if source.dtype == own and not exact else source.dtype
+        if placeholders is not None:
+            weight = read_quantised(placeholders, sources[key], device, maps.forget)
+            if weight is not None:
+                keeps = all(_takes_quantised(model, module, name) for module, name, _ in homes[key])
+                return weight if keeps else weight.widen(target)
         if hollow is None:
             here = _read(sources[key], device, maps)
         else:
@@ -159,7 +187,7 @@ def copy_weights(
     # are views of files, stay in use: the text is right, and memory is not what was planned.
     with ThreadPoolExecutor(_READERS) as readers, torch.no_grad():
         for key, made in zip(homes, readers.map(copy, list(homes)), strict=True):
-            size += _put(made, homes[key])
+            size += _put(made, homes[key], dtype)
             sources[key].data = torch.empty(0)
             forget_pieces(sources[key])
     for module in model.modules():
@@ -193,8 +221,18 @@ def _read(source: nn.Parameter, device: torch.device, maps: _MappedFiles) -> tor
     return copied
 
 
-def _put(made: torch.Tensor | Int8Weight, homes: list[tuple[nn.Module, str, str]]) -> int:
-    """Puts a parameter into the modules that share it; returns its bytes."""
+def _put(
+    made: torch.Tensor | Int8Weight | QuantisedWeight, homes: list[tuple[nn.Module, str, str]], dtype: torch.dtype
+) -> int:
+    """Puts a parameter into the modules that share it; returns its bytes.
+
+    Args:
+        dtype: that quantised weights are computed with in.
+    """
+    if isinstance(made, QuantisedWeight):
+        for module, name, _ in homes:
+            set_quantised(module, name, made, dtype)
+        return made.nbytes
     shared: nn.Module | nn.Parameter
     if isinstance(made, Int8Weight):
         shared, size = made, made.values.nbytes + made.scales.nbytes
@@ -213,6 +251,16 @@ def _takes_8_bits(module: nn.Module) -> bool:
     weight = module._parameters["weight"]
     matrix = weight is not None and weight.dim() == 2 and weight.numel() > 0
     return matrix and isinstance(module, (nn.Linear, nn.Embedding, TensorParallel_Layer))
+
+
+def _takes_quantised(model: Any, module: nn.Module, name: str) -> bool:
+    """Returns whether `module` is a linear layer, but not the head, or one of experts; all else is widened."""
+    if name != "weight":
+        return True
+    # By their names: DeepSpeed takes seconds to import, and a rank that is alone does without it.
+    names = {base.__name__ for base in type(module).__mro__}
+    is_layer = isinstance(module, nn.Linear) or ("TensorParallel_Layer" in names and "VocabParallel" not in str(names))
+    return is_layer and module is not model.get_output_embeddings()
 
 
 def _find_kept_exact(model: Any) -> Callable[[str], bool]:
