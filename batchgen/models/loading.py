@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +25,7 @@ from batchgen.models.definition.build import explain_shapes
 from batchgen.models.definition.errors import ModelError, one_line
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import weight_files
+from batchgen.models.quantised import checkpoint as quantised
 from batchgen.types import UserError
 from batchgen.world import World
 
@@ -86,13 +88,23 @@ def check_weights(model: str) -> None:
     weight_files(Path(model))
 
 
-def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapter: str = "") -> Any:
+def load(
+    model: str,
+    arguments: Mapping[str, Any],
+    *,
+    filled: bool = True,
+    adapter: str = "",
+    state_dict: Mapping[str, Any] | None = None,
+) -> Any:
     """The model in folder `model`, in eval mode. `arguments` go to `from_pretrained`; those that are None do not.
 
     The LoRA adapter in the folder `adapter` is merged into its weights; "" is none.
 
     A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs. A hollow
     model's weights are made here, unless they are not wanted `filled` yet.
+
+    Args:
+        state_dict: the weights of a quantised checkpoint (`quantised.checkpoint`); None: they are widened.
 
     Raises:
         EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
@@ -101,9 +113,7 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapt
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
         with lora.merged_on_load(adapter):
-            loaded, report = architectures.auto_class(read_config(model)).from_pretrained(
-                model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
-            )
+            loaded, report = _load(model, given, state_dict)
     except (UserError, Died):
         raise
     except UnpicklingError as error:
@@ -124,6 +134,32 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapt
         for name, parameter in loaded.named_parameters():
             fill(name, parameter, spread)
     return loaded.eval()
+
+
+def _load(model: str, given: dict[str, Any], state_dict: Mapping[str, Any] | None) -> Any:
+    """The model, and Transformers' report of what it has loaded."""
+    config = read_config(model)
+    found = quantised.find_checkpoint(Path(model), config) if state_dict is None else None
+    if found is not None:
+        # What Transformers widens of these formats, it widens less exactly or not at all (FP8 whose rows are no
+        # multiple of a block: 5.17 and 5.23 take a wrong scale).
+        dtype = given.get("dtype")
+        if not isinstance(dtype, torch.dtype):
+            given["dtype"] = dtype = own_dtype(config)
+        state_dict = found.make_state_dict(partial(quantised.widen, dtype=dtype, device=_find_device(given)))
+    if state_dict is not None:
+        return quantised.load(architectures.model_class(config), config, state_dict, given)
+    return architectures.auto_class(config).from_pretrained(
+        model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
+    )
+
+
+def _find_device(given: Mapping[str, Any]) -> str:
+    """Where quantised weights are widened: where the whole model goes, or on a GPU that there is."""
+    places = given.get("device_map")
+    if isinstance(places, dict) and set(places) == {""}:
+        return str(places[""])
+    return "cuda" if places is not None and torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

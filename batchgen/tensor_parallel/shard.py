@@ -62,8 +62,12 @@ def load_shard(
     return model
 
 
-def load_rounded(setup: Setup, config: Any, device: torch.device, scheme: Scheme) -> Any:
-    """Loads a whole model onto the device of a rank that has it for itself, its weights rounded one by one.
+def load_alone(setup: Setup, config: Any, device: torch.device, dtype: torch.dtype, scheme: Scheme | None) -> Any:
+    """Loads a whole model onto the device of a rank that has it for itself, weight by weight.
+
+    Args:
+        dtype: that it computes in.
+        scheme: how the weights of layers are rounded; None: they are as the checkpoint has them, be it quantised.
 
     Raises:
         EngineError: it cannot be loaded, or no weight of it can be rounded like this.
@@ -72,10 +76,9 @@ def load_rounded(setup: Setup, config: Any, device: torch.device, scheme: Scheme
     loading.check_weights(setup.model)
     model = map_model(setup.model, None, setup.adapter)
     additions = find_additions(setup.adapter, setup.model, config, None)
-    dtype = _choose_dtype(setup.dtype, config, device, scheme)
     size = copy_weights(model, setup.model, device, dtype, rounding=scheme, additions=additions)
     if setup.world.rank == 0:
-        logger.info("loaded in %.1f s: %.2f GB of weights in %s", time.perf_counter() - begin, size / 1e9, setup.dtype)
+        logger.info("loaded in %.1f s: %.2f GB of weights on each rank", time.perf_counter() - begin, size / 1e9)
     return model
 
 

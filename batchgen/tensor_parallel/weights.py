@@ -9,37 +9,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from batchgen.engine import EngineError
 from batchgen.models import loading
+from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
 from batchgen.models.lora import Change, merged_on_load
-from batchgen.models.quantised.places import make_placeholder, set_quantised
+from batchgen.models.quantised.checkpoint import Checkpoint, find_checkpoint
+from batchgen.models.quantised.placeholders import Placeholders
+from batchgen.models.quantised.places import set_quantised
 from batchgen.models.quantised.rounding import Scheme
 from batchgen.models.quantised.weight import QuantisedWeight
 from batchgen.tensor_parallel.file_views import Pieces, find_pieces, forget_pieces, keep_views
 from batchgen.tensor_parallel.mapped_files import MappedFiles
+from batchgen.tensor_parallel.quantised import find_placeholders, keep_placeholders, read_quantised
 from batchgen.tensor_parallel.rounded import Rounding, cut_experts, plan_rounding
 
 Additions = Mapping[str, Callable[[torch.device], torch.Tensor]]
 """What is added to a parameter, by its path: a function that computes it on a device, in float32."""
 
-
-class Rounded(NamedTuple):
-    """A parameter that has been rounded."""
-
-    weight: QuantisedWeight
-    shape: torch.Size  # of the parameter
-    dtype: torch.dtype  # that is computed in
-
-
-Made = torch.Tensor | Int8Weight | Rounded
-"""What a parameter becomes."""
 
 _READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
 
@@ -58,10 +51,25 @@ def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -
     Raises:
         EngineError: as `loading.load`.
     """
+    found = find_checkpoint(Path(folder), read_config(folder))
+    if found is not None:
+        return _map_quantised(folder, found, attn_implementation)
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
     with keep_views(), merged_on_load(adapter, _is_merged_whole):
         model = loading.load(folder, arguments, filled=False)
     _check_unpacked(folder, model)
+    return model
+
+
+def _map_quantised(folder: str, found: Checkpoint, attn_implementation: str | None) -> Any:
+    """As `map_model`, of a quantised checkpoint; its quantised weights are placeholders."""
+    dtype = found.dtype or torch.bfloat16
+    placeholders = Placeholders(found.weights.values(), dtype)
+    arguments = {"dtype": dtype, "attn_implementation": attn_implementation}
+    with keep_views():
+        state_dict = found.make_state_dict(placeholders.take)
+        model = loading.load(folder, arguments, filled=False, state_dict=state_dict)
+    keep_placeholders(model, placeholders)
     return model
 
 
@@ -149,6 +157,8 @@ def copy_weights(
     own = _find_own_dtype(sources.values())
     plan = plan_rounding(model, rounding, homes, is_kept_exact) if isinstance(rounding, Scheme) else None
 
+    placeholders = find_placeholders(model)
+
     def bring(key: int, part: torch.Tensor | Pieces) -> torch.Tensor:
         if hollow is None:
             return maps.read(part, device)
@@ -156,19 +166,22 @@ def copy_weights(
         loading.fill(homes[key][0][2], here, hollow)
         return here
 
-    def copy(key: int) -> Made:
+    def copy(key: int) -> torch.Tensor | Int8Weight | QuantisedWeight:
         source, paths = sources[key], [path for *_, path in homes[key]]
         target = dtype if source.dtype == own and not any(map(is_kept_exact, paths)) else source.dtype
+        if placeholders is not None:
+            weight = read_quantised(placeholders, source, device, maps.forget)
+            if weight is not None:
+                keeps = all(_takes_quantised(model, module, name) for module, name, _ in homes[key])
+                return weight if keeps else weight.widen(target)
         added = [additions[path] for path in paths if additions is not None and path in additions]
         if plan is not None and key in plan.chosen and not added:
-            parts = (bring(key, part) for part in cut_experts(source))
-            return Rounded(plan.round(key, parts), source.shape, target)
+            return plan.round(key, (bring(key, part) for part in cut_experts(source)))
         here = bring(key, find_pieces(source) or source.data)
         for compute in added:
             here = here.float() + compute(device)
         if plan is not None and key in plan.chosen:
-            # In the type of the files, as the merged weights would have been saved in.
-            return Rounded(plan.round(key, iter([here.to(source.dtype)])), source.shape, target)
+            return plan.round(key, iter([here.to(source.dtype)]))  # as merged weights are saved
         if rounding is Int8Weight and all(name == "weight" and _takes_8_bits(module) for module, name, _ in homes[key]):
             return Int8Weight.rounded(here, target)
         return here.to(target)
@@ -180,7 +193,7 @@ def copy_weights(
     # are views of files, stay in use: the text is right, and memory is not what was planned.
     with ThreadPoolExecutor(_READERS) as readers, torch.no_grad():
         for key, made in zip(homes, readers.map(copy, list(homes)), strict=True):
-            size += _put(made, homes[key], device)
+            size += _put(made, homes[key], dtype)
             sources[key].data = torch.empty(0)
             forget_pieces(sources[key])
     for module in model.modules():
@@ -210,12 +223,18 @@ def _find_own_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
     return stored.most_common(1)[0][0]
 
 
-def _put(made: Made, homes: list[tuple[nn.Module, str, str]], device: torch.device) -> int:
-    """Puts a parameter into the modules that share it; returns its bytes."""
-    if isinstance(made, Rounded):
+def _put(
+    made: torch.Tensor | Int8Weight | QuantisedWeight, homes: list[tuple[nn.Module, str, str]], dtype: torch.dtype
+) -> int:
+    """Puts a parameter into the modules that share it; returns its bytes.
+
+    Args:
+        dtype: that quantised weights are computed with in.
+    """
+    if isinstance(made, QuantisedWeight):
         for module, name, _ in homes:
-            set_quantised(module, name, made.weight, make_placeholder(made.shape, made.dtype, device))
-        return made.weight.nbytes
+            set_quantised(module, name, made, dtype)
+        return made.nbytes
     shared: nn.Module | nn.Parameter
     if isinstance(made, Int8Weight):
         shared, size = made, made.values.nbytes + made.scales.nbytes
@@ -234,6 +253,16 @@ def _takes_8_bits(module: nn.Module) -> bool:
     weight = module._parameters["weight"]
     matrix = weight is not None and weight.dim() == 2 and weight.numel() > 0
     return matrix and isinstance(module, (nn.Linear, nn.Embedding, TensorParallel_Layer))
+
+
+def _takes_quantised(model: Any, module: nn.Module, name: str) -> bool:
+    """Returns whether `module` is a linear layer, but not the head, or one of experts; all else is widened."""
+    if name != "weight":
+        return True
+    # By their names: DeepSpeed takes seconds to import, and a rank that is alone does without it.
+    names = {base.__name__ for base in type(module).__mro__}
+    is_layer = isinstance(module, nn.Linear) or ("TensorParallel_Layer" in names and "VocabParallel" not in str(names))
+    return is_layer and module is not model.get_output_embeddings()
 
 
 def _find_kept_exact(model: Any) -> Callable[[str], bool]:

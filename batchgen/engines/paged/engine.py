@@ -91,7 +91,7 @@ class Paged(Engine):
     @classmethod
     def check(cls, setup: Setup, tokenizer: Any, options: Options) -> None:
         super().check(setup, tokenizer, options)
-        weights.make_scheme(setup.dtype, options.group_size)
+        weights.make_scheme(setup.dtype, options.group_size, tokenizer.config)
         models.check(tokenizer.config)
         if cls.will_call_together(options):
             tensor_parallel.check_split(tokenizer.config, options.tp or 1, evenly=True)
@@ -102,11 +102,11 @@ class Paged(Engine):
 
     def __init__(self, setup: Setup, options: Options) -> None:
         self._setup, self._options = setup, options
-        self._scheme = weights.make_scheme(setup.dtype, options.group_size)
         self._loop: Loop | None = None
         self._runner: Runner | None = None
         self._group: tensor_parallel.Group | None = None  # of ranks that hold the model together; None: this one alone
         self._tokenizer = HfTokenizer(setup.model)
+        self._scheme = weights.make_scheme(setup.dtype, options.group_size, self._tokenizer.config)
         models.check(self._tokenizer.config)
         loading.prepare_transformers()
         self.calls_together = self.will_call_together(options)
@@ -149,7 +149,7 @@ class Paged(Engine):
         adapters.install(self._model, self._setup.adapters, config, find_cuts)
 
     def _check_model(self) -> torch.dtype:
-        """Checks, before weights are read, that a small model of the config computes right; returns what to compute in."""
+        """Checks that a small model of the config computes right, before weights are read; returns the type to use."""
         dtype = weights.choose_dtype(self._scheme, self._setup.dtype, self._tokenizer.config, self._device)
         trial.check(self._tokenizer.config)
         return dtype

@@ -10,6 +10,7 @@ from batchgen import tensor_parallel
 from batchgen.engine import EngineError, Setup
 from batchgen.engines.paged import models
 from batchgen.models import loading
+from batchgen.models.quantised import find_format, get_settings
 from batchgen.models.quantised.places import widen_all
 from batchgen.models.quantised.rounding import DTYPES, GROUP_SIZES, Scheme
 
@@ -25,15 +26,24 @@ def check_group_size(size: int | None) -> None:
         raise EngineError(f"--set group_size={size}: must be one of {sizes}")
 
 
-def make_scheme(dtype: str, group_size: int | None) -> Scheme | None:
+def make_scheme(dtype: str, group_size: int | None, config: Any) -> Scheme | None:
     """Returns how the weights are rounded; None: they are not.
 
+    Args:
+        config: Transformers' config of the model.
+
     Raises:
-        EngineError: a group size is given, and the type has no groups.
+        EngineError: a group size is given, and the type has no groups; or the model is quantised already.
     """
     if group_size is not None and dtype != "int4":
         raise EngineError(f"--set group_size={group_size} is of --dtype int4 alone, and this run has {dtype}")
     found = next((kind for kind in DTYPES if kind == dtype), None)
+    if found is not None and get_settings(config):
+        method = get_settings(config).get("quant_method")
+        raise EngineError(
+            f"the weights of this model are quantised already ({method}, by quantization_config in its config.json), "
+            f"and are not rounded again: leave --dtype {dtype} out"
+        )
     return None if found is None else Scheme(found, group_size or 0)
 
 
@@ -63,9 +73,9 @@ def load(setup: Setup, config: Any, device: torch.device, scheme: Scheme | None,
     Raises:
         EngineError: it cannot be loaded, or no weight of it can be rounded like this.
     """
-    if scheme is None:
+    if scheme is None and find_format(config) is None:
         return loading.load(setup.model, {"dtype": dtype, "device_map": {"": str(device)}}, adapter=setup.adapter)
-    model = tensor_parallel.load_rounded(setup, config, device, scheme)
+    model = tensor_parallel.load_alone(setup, config, device, dtype, scheme)
     finish(model)
     return model
 

@@ -1,0 +1,107 @@
+"""Quantised weights of a rank's share: what the placeholders of a mapped model stand for, read where it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchgen.engine import EngineError
+from batchgen.models.quantised.placeholders import Part, Placeholders
+from batchgen.models.quantised.weight import ZERO_OF_INT4, QuantisedWeight, join_rows, stack_experts
+from batchgen.tensor_parallel.file_views import find_pieces
+
+Forget = Callable[[torch.Tensor], None]
+"""Lets go of the pages of a view of a file that have been read."""
+
+_PLACE = "batchgen_placeholders"
+
+
+def keep_placeholders(model: nn.Module, placeholders: Placeholders) -> None:
+    """Has `model` know what its placeholders stand for, once it is loaded.
+
+    Raises:
+        EngineError: Transformers has changed some of them as it loaded them.
+    """
+    views = [view for parameter in model.parameters() for view in _list_views(parameter)]
+    placeholders.check_used(views)
+    model.__dict__[_PLACE] = placeholders  # no module
+
+
+def find_placeholders(model: nn.Module) -> Placeholders | None:
+    """Returns what the placeholders of `model` stand for; None: it has none."""
+    found: Placeholders | None = model.__dict__.get(_PLACE)
+    return found
+
+
+def read_quantised(
+    placeholders: Placeholders, parameter: nn.Parameter, device: torch.device, forget: Forget
+) -> QuantisedWeight | None:
+    """Reads what `parameter` stands for to `device`; None: it is a plain one.
+
+    Raises:
+        EngineError: it is cut, or put together, in a way that its format does not allow.
+    """
+    pieces = find_pieces(parameter)
+    if pieces is None:
+        part = placeholders.find(parameter.data)
+        return None if part is None else _read([part], device, forget)
+    experts = [[placeholders.find(view) for view in views] for views in pieces.experts]
+    known = [[part for part in parts if part is not None] for parts in experts]
+    if not any(known):
+        return None
+    if any(len(parts) != len(views) for parts, views in zip(known, pieces.experts, strict=True)):
+        raise EngineError(
+            f"some experts beside {known[0][0].stored.name} are quantised and some are not, which is not read; use "
+            "--engine accelerate"
+        )
+    for parts in known:
+        below = parts[0].is_transposed == (pieces.axis == 1)
+        if len(parts) > 1 and not below:
+            raise EngineError(f"{parts[0].stored.name} is to be joined by columns, which is not done to it")
+    read = [_read(parts, device, forget) for parts in known]
+    return _join(read, stack_experts, known[0][0].stored.name)
+
+
+def _read(parts: Sequence[Part], device: torch.device, forget: Forget) -> QuantisedWeight:
+    """Reads a matrix in parts that lie below each other, or a stack of experts in one part."""
+    weights = []
+    for part in parts:
+        weight = part.read(device)
+        if not part.is_stack and weight.values.dim() == 3:
+            weight = weight.map(lambda tensor: tensor[0], also_order=False)
+        weights.append(weight)
+        for view in part.list_views():
+            forget(view)
+    return weights[0] if len(weights) == 1 else _join(weights, join_rows, parts[0].stored.name)
+
+
+def _join(weights: Sequence[QuantisedWeight], join: Any, name: str) -> QuantisedWeight:
+    joined: QuantisedWeight | None = join(weights) or join(list(_make_alike(weights)))
+    if joined is None:
+        raise EngineError(
+            f"the experts beside {name} are quantised in different ways, which is not read; use --engine accelerate"
+        )
+    return joined
+
+
+def _make_alike(weights: Sequence[QuantisedWeight]) -> Iterator[QuantisedWeight]:
+    """Yields the same weights, all of them with zeros if some have them, and without scales of inputs that differ."""
+    has_zeros = any(weight.zeros is not None for weight in weights)
+    for weight in weights:
+        zeros = weight.zeros
+        if has_zeros and zeros is None:
+            zeros = torch.full_like(weight.scales, ZERO_OF_INT4, dtype=torch.uint8)
+        yield replace(weight, zeros=zeros, inputs_scale=None)
+
+
+def _list_views(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    pieces = find_pieces(parameter)
+    if pieces is None:
+        yield parameter.data
+        return
+    for views in pieces.experts:
+        yield from views
