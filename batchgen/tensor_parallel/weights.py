@@ -28,7 +28,7 @@ from batchgen.models.quantised.weight import QuantisedWeight
 from batchgen.tensor_parallel.file_views import Pieces, find_pieces, forget_pieces, keep_views
 from batchgen.tensor_parallel.mapped_files import MappedFiles
 from batchgen.tensor_parallel.quantised import find_placeholders, keep_placeholders, read_quantised
-from batchgen.tensor_parallel.rounded import Rounding, cut_experts, plan_rounding
+from batchgen.tensor_parallel.rounded import Rounding, RoundingPlan, cut_experts, plan_rounding
 
 Additions = Mapping[str, Callable[[torch.device], torch.Tensor]]
 """What is added to a parameter, by its path: a function that computes it on a device, in float32."""
@@ -155,7 +155,7 @@ def copy_weights(
     is_kept_exact = _find_kept_exact(model)
     homes, sources = _list_parameters(model)
     own = _find_own_dtype(sources.values())
-    plan = plan_rounding(model, rounding, homes, is_kept_exact) if isinstance(rounding, Scheme) else None
+    plan = plan_of(model, rounding) if isinstance(rounding, Scheme) else None
 
     placeholders = find_placeholders(model)
 
@@ -201,6 +201,15 @@ def copy_weights(
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return size
+
+
+def plan_of(model: Any, scheme: Scheme) -> RoundingPlan:
+    """Returns which parameters of a model, or of a rank's share of one, are rounded.
+
+    Raises:
+        EngineError: none would be, or the groups of the scheme do not divide a matrix.
+    """
+    return plan_rounding(model, scheme, _list_parameters(model)[0], _find_kept_exact(model))
 
 
 def _list_parameters(model: nn.Module) -> tuple[dict[int, list[tuple[nn.Module, str, str]]], dict[int, nn.Parameter]]:

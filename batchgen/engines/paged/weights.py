@@ -37,14 +37,14 @@ def make_scheme(dtype: str, group_size: int | None, config: Any) -> Scheme | Non
     """
     if group_size is not None and dtype != "int4":
         raise EngineError(f"--set group_size={group_size} is of --dtype int4 alone, and this run has {dtype}")
-    found = next((kind for kind in DTYPES if kind == dtype), None)
-    if found is not None and get_settings(config):
+    scheme = Scheme.of(dtype, group_size or 0)
+    if scheme is not None and get_settings(config):
         method = get_settings(config).get("quant_method")
         raise EngineError(
             f"the weights of this model are quantised already ({method}, by quantization_config in its config.json), "
             f"and are not rounded again: leave --dtype {dtype} out"
         )
-    return None if found is None else Scheme(found, group_size or 0)
+    return scheme
 
 
 def choose_dtype(scheme: Scheme | None, dtype: str, config: Any, device: torch.device) -> torch.dtype:

@@ -48,6 +48,12 @@ class Scheme:
         if self.group_size and self.kind != "int4":
             raise ValueError(f"{self.kind} has a scale for each row, and no groups of columns: int4 has")
 
+    @classmethod
+    def of(cls, dtype: str, group_size: int = 0) -> Scheme | None:
+        """Returns the scheme that `--dtype` calls so; None: it is a type that is not rounded here."""
+        found = next((kind for kind in DTYPES if kind == dtype), None)
+        return None if found is None else cls(found, group_size)
+
     def fit(self, columns: Iterable[int]) -> Scheme:
         """Returns the scheme with a group size that divides all of `columns`, the widths of the matrices.
 
