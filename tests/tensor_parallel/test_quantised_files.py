@@ -91,8 +91,12 @@ def test_the_files_are_those_of_compressed_tensors(folders: dict[str, Path], tmp
     assert settings["ignore"] == ["lm_head"]
     (group,) = settings["config_groups"].values()
     assert group["weights"] == {
-        **{"num_bits": 4, "type": "int", "dynamic": False, "symmetric": False},
-        **{"strategy": "group", "group_size": 32},
+        "num_bits": 4,
+        "type": "int",
+        "dynamic": False,
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": 32,
     }
     assert config["dtype"] == "bfloat16"
     assert {path.name for path in out.iterdir()} >= {"tokenizer.json", "generation_config.json", "chat_template.jinja"}
@@ -128,6 +132,6 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(quantised_files, "save_file", fail)
-    with pytest.raises(EngineError, match="cannot write .*full: No space left"):
+    with pytest.raises(EngineError, match=r"cannot write .*full: No space left"):
         write(folders["phi3"], tmp_path / "full", "fp8")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "odd"}
