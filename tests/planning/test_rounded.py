@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from batchgen.commands import main
 from batchgen.engines import find
 from batchgen.models import shapes
 from batchgen.models.definition.model_config import read_config
@@ -74,12 +76,10 @@ def test_steps_are_faster_by_the_bytes_and_products_of_many_tokens_by_fp8() -> N
 
 
 def test_only_engines_that_have_the_type_are_planned_with(tmp_path: Path) -> None:
-    from tests.commands.starts import call
-
     (tmp_path / "in.jsonl").write_text('{"prompt": "a", "max_new_tokens": 5}\n')
     words = ["plan", str(tmp_path / "in.jsonl"), "--model", "llama-70b", "--gpus", "1", "--gpu", "H200"]
     for dtype, fits in {"bfloat16": False, "fp8": True, "int4": True}.items():
-        said = call(*words, "--dtype", dtype).stdout
+        said = CliRunner().invoke(main, [*words, "--dtype", dtype]).output
         assert ("paged" in said.partition("does not fit")[0]) == fits, said
         assert ("ds-zero" in said) == (dtype == "bfloat16")
         assert "70.6 B parameters" in said
