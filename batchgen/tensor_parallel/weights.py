@@ -148,6 +148,9 @@ def copy_weights(
     Args:
         dtype: of parameters that are of the files' own type; others were given theirs by Transformers on purpose.
         additions: what an adapter adds to parameters of this rank's share; None: nothing.
+
+    Raises:
+        EngineError: the weights are quantised, and are to be cut as they cannot be, or to be rounded once more.
     """
     maps, hollow = _MappedFiles(Path(folder)), loading.hollow(Path(folder))
     is_kept_exact = _find_kept_exact(model)
@@ -158,6 +161,8 @@ def copy_weights(
     own = stored.most_common(1)[0][0]
 
     placeholders = find_placeholders(model)
+    if placeholders is not None and eight_bits:
+        raise EngineError(f"the weights in {folder} are quantised as they are; leave out --dtype int8")
 
     def copy(key: int) -> torch.Tensor | Int8Weight | QuantisedWeight:
         source = sources[key].data

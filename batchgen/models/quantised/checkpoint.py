@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +14,7 @@ import torch
 
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.folder import weight_files
-from batchgen.models.quantised import find_format
+from batchgen.models.quantised import find_format, make_plain
 from batchgen.models.quantised.format import Format
 from batchgen.models.quantised.stored import StoredTensor, StoredWeight, list_tensors
 
@@ -106,15 +105,6 @@ def load(cls: Any, config: Any, state_dict: Mapping[str, Any], arguments: Mappin
     )
     model.config.name_or_path = model.name_or_path = config.name_or_path
     return model, report
-
-
-def make_plain(config: Any) -> Any:
-    """Returns a copy of a Transformers config that says nothing of quantisation."""
-    plain = copy.deepcopy(config)
-    for part in (plain, plain.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    return plain
 
 
 def widen(weight: StoredWeight, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

@@ -212,9 +212,7 @@ CASES: dict[str, Case] = {
         "fp8",
         128,
     ),
-    "compressed fp8 weights": Case(
-        compressed("float-quantized", _FP8 | {"strategy": "channel"}), fp8_channels, "fp8"
-    ),
+    "compressed fp8 weights": Case(compressed("float-quantized", _FP8 | {"strategy": "channel"}), fp8_channels, "fp8"),
     "compressed int8": Case(
         compressed(
             "int-quantized",

@@ -44,7 +44,8 @@ def test_a_checkpoint_is_what_its_format_says(name: str, base: Path, tmp_path: P
     size = copy_weights(model, str(tmp_path / "quantised"), CPU, torch.float32, eight_bits=False)
     for layer in layers:
         weight = get_quantised(model.get_submodule(layer))
-        assert weight is not None and weight.kind == case.kind
+        assert weight is not None
+        assert weight.kind == case.kind
         rounds = weight.shape[-1] % max(case.inputs_group, 1) == 0
         expected_inputs = (case.inputs, case.inputs_group) if rounds else ("", 0)
         assert (weight.inputs, weight.inputs_group) == expected_inputs
