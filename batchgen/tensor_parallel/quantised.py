@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from batchgen.engine import EngineError
+from batchgen.models import loading
+from batchgen.models.quantised.checkpoint import Checkpoint
 from batchgen.models.quantised.placeholders import Part, Placeholders
 from batchgen.models.quantised.weight import ZERO_OF_INT4, QuantisedWeight, join_rows, stack_experts
-from batchgen.tensor_parallel.file_views import find_pieces
+from batchgen.tensor_parallel.file_views import find_pieces, keep_views
 
 Forget = Callable[[torch.Tensor], None]
 """Lets go of the pages of a view of a file that have been read."""
@@ -20,21 +22,37 @@ Forget = Callable[[torch.Tensor], None]
 _PLACE = "batchgen_placeholders"
 
 
-def keep_placeholders(model: nn.Module, placeholders: Placeholders) -> None:
-    """Has `model` know what its placeholders stand for, once it is loaded.
+def map_quantised(folder: str, checkpoint: Checkpoint, attn_implementation: str | None) -> Any:
+    """As `map_model`, of a quantised checkpoint: quantised weights are placeholders, plain ones mapped files.
 
     Raises:
-        EngineError: Transformers has changed some of them as it loaded them.
+        EngineError: as `loading.load`; or Transformers changes some of the quantised weights as it loads them.
     """
-    views = [view for parameter in model.parameters() for view in _list_views(parameter)]
-    placeholders.check_used(views)
+    dtype = checkpoint.dtype or torch.bfloat16
+    placeholders = Placeholders(checkpoint.weights.values(), dtype)
+    arguments = {"dtype": dtype, "attn_implementation": attn_implementation}
+    with keep_views():
+        state_dict = checkpoint.make_state_dict(placeholders.take)
+        model = loading.load(folder, arguments, filled=False, state_dict=state_dict)
+    placeholders.check_used(view for parameter in model.parameters() for view in _list_views(parameter))
     model.__dict__[_PLACE] = placeholders  # no module
+    return model
 
 
 def find_placeholders(model: nn.Module) -> Placeholders | None:
     """Returns what the placeholders of `model` stand for; None: it has none."""
     found: Placeholders | None = model.__dict__.get(_PLACE)
     return found
+
+
+def takes_quantised(model: Any, module: nn.Module, name: str) -> bool:
+    """Returns whether `module` is a linear layer, but not the head, or one of experts; all else is widened."""
+    if name != "weight":
+        return True
+    # By their names: DeepSpeed takes seconds to import, and a rank that is alone does without it.
+    names = {base.__name__ for base in type(module).__mro__}
+    is_layer = isinstance(module, nn.Linear) or ("TensorParallel_Layer" in names and "VocabParallel" not in str(names))
+    return is_layer and module is not model.get_output_embeddings()
 
 
 def read_quantised(

@@ -8,7 +8,7 @@ import json
 import mmap
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,12 +23,11 @@ from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
 from batchgen.models.lora import Change, merged_on_load
-from batchgen.models.quantised.checkpoint import Checkpoint, find_checkpoint
-from batchgen.models.quantised.placeholders import Placeholders
+from batchgen.models.quantised.checkpoint import find_checkpoint
 from batchgen.models.quantised.places import set_quantised
 from batchgen.models.quantised.weight import QuantisedWeight
 from batchgen.tensor_parallel.file_views import find_pieces, forget_pieces, keep_views
-from batchgen.tensor_parallel.quantised import find_placeholders, keep_placeholders, read_quantised
+from batchgen.tensor_parallel.quantised import find_placeholders, map_quantised, read_quantised, takes_quantised
 
 Additions = Mapping[str, Callable[[torch.device], torch.Tensor]]
 """What is added to a parameter, by its path: a function that computes it on a device, in float32."""
@@ -51,25 +50,13 @@ def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -
     Raises:
         EngineError: as `loading.load`.
     """
-    found = find_checkpoint(Path(folder), read_config(folder))
-    if found is not None:
-        return _map_quantised(folder, found, attn_implementation)
+    checkpoint = find_checkpoint(Path(folder), read_config(folder))
+    if checkpoint is not None:
+        return map_quantised(folder, checkpoint, attn_implementation)
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
     with keep_views(), merged_on_load(adapter, _is_merged_whole):
         model = loading.load(folder, arguments, filled=False)
     _check_unpacked(folder, model)
-    return model
-
-
-def _map_quantised(folder: str, found: Checkpoint, attn_implementation: str | None) -> Any:
-    """As `map_model`, of a quantised checkpoint; its quantised weights are placeholders."""
-    dtype = found.dtype or torch.bfloat16
-    placeholders = Placeholders(found.weights.values(), dtype)
-    arguments = {"dtype": dtype, "attn_implementation": attn_implementation}
-    with keep_views():
-        state_dict = found.make_state_dict(placeholders.take)
-        model = loading.load(folder, arguments, filled=False, state_dict=state_dict)
-    keep_placeholders(model, placeholders)
     return model
 
 
@@ -155,10 +142,7 @@ def copy_weights(
     maps, hollow = _MappedFiles(Path(folder)), loading.hollow(Path(folder))
     is_kept_exact = _find_kept_exact(model)
     homes, sources = _list_parameters(model)
-    stored = Counter({p.dtype: 0 for p in sources.values()})
-    for parameter in sources.values():
-        stored[parameter.dtype] += parameter.numel()
-    own = stored.most_common(1)[0][0]
+    own = _find_own_dtype(sources.values())
 
     placeholders = find_placeholders(model)
     if placeholders is not None and eight_bits:
@@ -171,7 +155,7 @@ def copy_weights(
         if placeholders is not None:
             weight = read_quantised(placeholders, sources[key], device, maps.forget)
             if weight is not None:
-                keeps = all(_takes_quantised(model, module, name) for module, name, _ in homes[key])
+                keeps = all(takes_quantised(model, module, name) for module, name, _ in homes[key])
                 return weight if keeps else weight.widen(target)
         if hollow is None:
             here = _read(sources[key], device, maps)
@@ -195,11 +179,23 @@ def copy_weights(
             size += _put(made, homes[key], dtype)
             sources[key].data = torch.empty(0)
             forget_pieces(sources[key])
+    _copy_buffers(model, device)
+    return size
+
+
+def _find_own_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    """Returns the type that most numbers of a mapped model have."""
+    stored: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        stored[parameter.dtype] += parameter.numel()
+    return stored.most_common(1)[0][0]
+
+
+def _copy_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    return size
 
 
 def _list_parameters(model: nn.Module) -> tuple[dict[int, list[tuple[nn.Module, str, str]]], dict[int, nn.Parameter]]:
@@ -256,16 +252,6 @@ def _takes_8_bits(module: nn.Module) -> bool:
     weight = module._parameters["weight"]
     matrix = weight is not None and weight.dim() == 2 and weight.numel() > 0
     return matrix and isinstance(module, (nn.Linear, nn.Embedding, TensorParallel_Layer))
-
-
-def _takes_quantised(model: Any, module: nn.Module, name: str) -> bool:
-    """Returns whether `module` is a linear layer, but not the head, or one of experts; all else is widened."""
-    if name != "weight":
-        return True
-    # By their names: DeepSpeed takes seconds to import, and a rank that is alone does without it.
-    names = {base.__name__ for base in type(module).__mro__}
-    is_layer = isinstance(module, nn.Linear) or ("TensorParallel_Layer" in names and "VocabParallel" not in str(names))
-    return is_layer and module is not model.get_output_embeddings()
 
 
 def _find_kept_exact(model: Any) -> Callable[[str], bool]:

@@ -19,7 +19,7 @@ import torch
 
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
-from batchgen.engines.paged import adapters, models, sizing
+from batchgen.engines.paged import adapters, models, sizing, weights
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
@@ -35,8 +35,6 @@ from batchgen.generation import finite
 from batchgen.generation.choosing import TokenChooser
 from batchgen.generation.selftest import SelfTest
 from batchgen.models import footprint, loading
-from batchgen.models.quantised import find_format
-from batchgen.models.quantised.places import widen_all
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
@@ -128,13 +126,7 @@ class Paged(Engine):
         """Loads the whole model on this rank's device."""
         dtype = loading.floating_dtype(self._setup.dtype, self._tokenizer.config)
         self._check_model(dtype)
-        if find_format(self._tokenizer.config) is not None:
-            self._model = tensor_parallel.map_model(self._setup.model, None)
-            tensor_parallel.copy_weights(self._model, self._setup.model, self._device, dtype, eight_bits=False)
-            self._prepare_quantised()
-        else:
-            arguments = {"dtype": dtype, "device_map": {"": str(self._device)}}
-            self._model = loading.load(self._setup.model, arguments, adapter=self._setup.adapter)
+        self._model = weights.load_whole(self._setup, self._tokenizer.config, self._device, dtype)
         adapters.install(self._model, self._setup.adapters, self._tokenizer.config)
         self._make_ready()
 
@@ -148,14 +140,10 @@ class Paged(Engine):
         self._device = self._group.device
         self._check_model(dtype)
         self._model = tensor_parallel.load_shard(self._setup, config, self._group)
-        self._prepare_quantised()
+        weights.prepare_quantised(self._model)
         tensor_parallel.use_plain_layers(self._model, self._group.model)
         find_cuts = partial(tensor_parallel.find_layer_cuts, self._setup.model, self._group)
         adapters.install(self._model, self._setup.adapters, config, find_cuts)
-
-    def _prepare_quantised(self) -> None:
-        """Widens quantised weights, of which there are no products yet."""
-        widen_all(self._model)
 
     def _check_model(self, dtype: torch.dtype) -> None:
         """Checks, before any weight is read, that a small model of the same config computes the right numbers."""
