@@ -157,11 +157,7 @@ def copy_weights(
             if weight is not None:
                 keeps = all(takes_quantised(model, module, name) for module, name, _ in homes[key])
                 return weight if keeps else weight.widen(target)
-        if hollow is None:
-            here = _read(sources[key], device, maps)
-        else:
-            here = torch.empty(source.shape, dtype=source.dtype, device=device)
-            loading.fill(homes[key][0][2], here, hollow)
+        here = _read(sources[key], device, maps) if hollow is None else _fill(source, device, homes[key][0][2], hollow)
         for *_, path in homes[key]:
             if additions is not None and path in additions:
                 here = here.float() + additions[path](device)
@@ -220,6 +216,13 @@ def _read(source: nn.Parameter, device: torch.device, maps: _MappedFiles) -> tor
     copied = source.data.to(device, copy=True)
     maps.forget(source.data)
     return copied
+
+
+def _fill(source: torch.Tensor, device: torch.device, name: str, spread: float) -> torch.Tensor:
+    """Returns random numbers for a parameter of a hollow model, as `loading.fill` makes them, on `device`."""
+    filled = torch.empty(source.shape, dtype=source.dtype, device=device)
+    loading.fill(name, filled, spread)
+    return filled
 
 
 def _put(
