@@ -71,7 +71,7 @@ _RUN_FILES = (
     "--dtype",
     default="auto",
     show_default=True,
-    help="The number type of the weights: auto, float32, bfloat16, float16, int8, nf4, half or float.",
+    help="The number type of the weights: auto, float32, bfloat16, float16, fp8, int8, int4, nf4, half or float.",
 )
 @click.option(
     "--default-chat-template-kwargs",

@@ -39,9 +39,19 @@ def map_quantised(folder: str, checkpoint: Checkpoint, attn_implementation: str 
     return model
 
 
-def find_placeholders(model: nn.Module) -> Placeholders | None:
-    """Returns what the placeholders of `model` stand for; None: it has none."""
+def find_placeholders(model: nn.Module, folder: str, *, is_rounded: bool) -> Placeholders | None:
+    """Returns what the placeholders of `model` stand for; None: it has none.
+
+    Args:
+        folder: of the model, for messages.
+        is_rounded: what is read is to be rounded.
+
+    Raises:
+        EngineError: they stand for quantised weights, which are not rounded once more.
+    """
     found: Placeholders | None = model.__dict__.get(_PLACE)
+    if found is not None and is_rounded:
+        raise EngineError(f"the weights in {folder} are quantised as they are; leave out --dtype int8")
     return found
 
 

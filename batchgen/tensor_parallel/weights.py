@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import json
-import mmap
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,15 +22,18 @@ from batchgen.models.int8 import Int8Weight
 from batchgen.models.lora import Change, merged_on_load
 from batchgen.models.quantised.checkpoint import find_checkpoint
 from batchgen.models.quantised.places import set_quantised
+from batchgen.models.quantised.rounding import Scheme
 from batchgen.models.quantised.weight import QuantisedWeight
-from batchgen.tensor_parallel.file_views import find_pieces, forget_pieces, keep_views
+from batchgen.tensor_parallel.file_views import Pieces, find_pieces, forget_pieces, keep_views
+from batchgen.tensor_parallel.mapped_files import MappedFiles
 from batchgen.tensor_parallel.quantised import find_placeholders, map_quantised, read_quantised, takes_quantised
+from batchgen.tensor_parallel.rounded import Rounding, RoundingPlan, cut_experts, plan_rounding
 
 Additions = Mapping[str, Callable[[torch.device], torch.Tensor]]
 """What is added to a parameter, by its path: a function that computes it on a device, in float32."""
 
+
 _READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
-_MADV_DONTNEED = 4  # see madvise(2)
 
 # As the safetensors format names them.
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -124,44 +124,53 @@ def copy_weights(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    eight_bits: bool,
+    rounding: Rounding | None = None,
     additions: Additions | None = None,
 ) -> int:
     """Copies the parameters of `model`, views of files in `folder`, to `device`, one by one; returns their bytes there.
 
-    Each is read, put into type `dtype` and, with `eight_bits`, rounded before the next: besides what it keeps, a rank
-    needs host memory for a few parameters of its own share.
+    Each is read, put into type `dtype` or rounded before the next: besides what it keeps, a rank needs memory for a few
+    parameters of its own share, or for a few experts.
 
     Args:
         dtype: of parameters that are of the files' own type; others were given theirs by Transformers on purpose.
+        rounding: of the weights that `models.quantised.selection` chooses, which lie beside the parameters afterwards
+            (`models.quantised.places`); `Int8Weight`: of linear layers and embeddings; None: none is rounded.
         additions: what an adapter adds to parameters of this rank's share; None: nothing.
 
     Raises:
         EngineError: the weights are quantised, and are to be cut as they cannot be, or to be rounded once more.
     """
-    maps, hollow = _MappedFiles(Path(folder)), loading.hollow(Path(folder))
+    maps, hollow = MappedFiles(Path(folder)), loading.hollow(Path(folder))
     is_kept_exact = _find_kept_exact(model)
     homes, sources = _list_parameters(model)
     own = _find_own_dtype(sources.values())
+    plan = plan_of(model, rounding) if isinstance(rounding, Scheme) else None
+    placeholders = find_placeholders(model, folder, is_rounded=rounding is not None)
 
-    placeholders = find_placeholders(model)
-    if placeholders is not None and eight_bits:
-        raise EngineError(f"the weights in {folder} are quantised as they are; leave out --dtype int8")
+    def bring(key: int, part: torch.Tensor | Pieces) -> torch.Tensor:
+        if hollow is None:
+            return maps.read(part, device)
+        here = torch.empty(part.shape, dtype=sources[key].dtype, device=device)
+        loading.fill(homes[key][0][2], here, hollow)
+        return here
 
     def copy(key: int) -> torch.Tensor | Int8Weight | QuantisedWeight:
-        source = sources[key].data
-        exact = any(is_kept_exact(path) for *_, path in homes[key])
-        target = dtype if source.dtype == own and not exact else source.dtype
+        source, paths = sources[key], [path for *_, path in homes[key]]
+        target = dtype if source.dtype == own and not any(map(is_kept_exact, paths)) else source.dtype
         if placeholders is not None:
-            weight = read_quantised(placeholders, sources[key], device, maps.forget)
-            if weight is not None:
+            if (weight := read_quantised(placeholders, source, device, maps.forget)) is not None:
                 keeps = all(takes_quantised(model, module, name) for module, name, _ in homes[key])
                 return weight if keeps else weight.widen(target)
-        here = _read(sources[key], device, maps) if hollow is None else _fill(source, device, homes[key][0][2], hollow)
-        for *_, path in homes[key]:
-            if additions is not None and path in additions:
-                here = here.float() + additions[path](device)
-        if eight_bits and all(name == "weight" and _takes_8_bits(module) for module, name, _ in homes[key]):
+        added = [additions[path] for path in paths if additions is not None and path in additions]
+        if plan is not None and key in plan.chosen and not added:
+            return plan.round(key, (bring(key, part) for part in cut_experts(source)))
+        here = bring(key, find_pieces(source) or source.data)
+        for compute in added:
+            here = here.float() + compute(device)
+        if plan is not None and key in plan.chosen:
+            return plan.round(key, iter([here.to(source.dtype)]))  # as merged weights are saved
+        if rounding is Int8Weight and all(name == "weight" and _takes_8_bits(module) for module, name, _ in homes[key]):
             return Int8Weight.rounded(here, target)
         return here.to(target)
 
@@ -194,6 +203,15 @@ def _copy_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
+def plan_of(model: Any, scheme: Scheme) -> RoundingPlan:
+    """Returns which parameters of a model, or of a rank's share of one, are rounded.
+
+    Raises:
+        EngineError: none would be, or the groups of the scheme do not divide a matrix.
+    """
+    return plan_rounding(model, scheme, _list_parameters(model)[0], _find_kept_exact(model))
+
+
 def _list_parameters(model: nn.Module) -> tuple[dict[int, list[tuple[nn.Module, str, str]]], dict[int, nn.Parameter]]:
     """Returns where each parameter is (module, name in it, path), and the parameter itself; a shared one once."""
     homes: dict[int, list[tuple[nn.Module, str, str]]] = {}
@@ -204,25 +222,6 @@ def _list_parameters(model: nn.Module) -> tuple[dict[int, list[tuple[nn.Module, 
                 sources[id(parameter)] = parameter
                 homes.setdefault(id(parameter), []).append((module, name, f"{path}.{name}".lstrip(".")))
     return homes, sources
-
-
-def _read(source: nn.Parameter, device: torch.device, maps: _MappedFiles) -> torch.Tensor:
-    """Returns a copy of a parameter on `device`, and lets go of the pages that it was read from."""
-    if (pieces := find_pieces(source)) is not None:
-        whole = pieces.assemble(device)
-        for piece in itertools.chain(*pieces.experts):
-            maps.forget(piece)
-        return whole
-    copied = source.data.to(device, copy=True)
-    maps.forget(source.data)
-    return copied
-
-
-def _fill(source: torch.Tensor, device: torch.device, name: str, spread: float) -> torch.Tensor:
-    """Returns random numbers for a parameter of a hollow model, as `loading.fill` makes them, on `device`."""
-    filled = torch.empty(source.shape, dtype=source.dtype, device=device)
-    loading.fill(name, filled, spread)
-    return filled
 
 
 def _put(
@@ -263,33 +262,3 @@ def _find_kept_exact(model: Any) -> Callable[[str], bool]:
     names += getattr(model, "_keep_in_fp32_modules", None) or ()
     pattern = re.compile(rf"(^|\.)({'|'.join(map(re.escape, names))})(\.|$)") if names else None
     return lambda path: pattern is not None and pattern.search(path) is not None
-
-
-class _MappedFiles:
-    """Where this process has mapped the files of a folder.
-
-    Pages that were read count as this process's memory until the kernel needs room, or until they are forgotten.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        files = {str(path.resolve()) for path in folder.rglob("*")}  # an index may name files in a subfolder
-        self._ranges = []
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[5] in files:
-                begin, end = (int(edge, 16) for edge in fields[0].split("-"))
-                self._ranges.append((begin, end))
-        self._advise = ctypes.CDLL(None, use_errno=True).madvise
-        self._advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-    def forget(self, view: torch.Tensor) -> None:
-        """Lets go of the pages of `view`, if it is part of one of the files; they can be read again."""
-        if view.numel() == 0:
-            return
-        last = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
-        begin, end = view.data_ptr(), view.data_ptr() + (last + 1) * view.element_size()
-        if any(first <= begin and end <= after for first, after in self._ranges):
-            # Whole pages between the edges: those at the edges may be another's, who is about to read them.
-            begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > begin:
-                self._advise(begin, end - begin, _MADV_DONTNEED)

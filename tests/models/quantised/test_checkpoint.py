@@ -41,7 +41,7 @@ def test_a_checkpoint_is_what_its_format_says(name: str, base: Path, tmp_path: P
     expected = loading.load(str(tmp_path / "plain"), {"dtype": torch.float32}).state_dict()
 
     model = map_model(str(tmp_path / "quantised"), None)
-    size = copy_weights(model, str(tmp_path / "quantised"), CPU, torch.float32, eight_bits=False)
+    size = copy_weights(model, str(tmp_path / "quantised"), CPU, torch.float32)
     for layer in layers:
         weight = get_quantised(model.get_submodule(layer))
         assert weight is not None
@@ -111,7 +111,7 @@ def load_share(folder: Path, way: Any) -> dict[str, torch.Tensor]:
     """The parameters of the second of two ranks, or of the only one."""
     if way == "whole":
         model = map_model(str(folder), None)
-        copy_weights(model, str(folder), CPU, torch.float32, eight_bits=False)
+        copy_weights(model, str(folder), CPU, torch.float32, rounding=None)
         widen_all(model)
         return dict(model.named_parameters())
     with process_group.fake_group(1, 2):
@@ -119,7 +119,7 @@ def load_share(folder: Path, way: Any) -> dict[str, torch.Tensor]:
         group = torch.distributed.group.WORLD
         assert group is not None
         split(model, group, way)
-        copy_weights(model, str(folder), CPU, torch.float32, eight_bits=False)
+        copy_weights(model, str(folder), CPU, torch.float32, rounding=None)
         use_plain_layers(model, group)
         widen_all(model)
         return dict(model.named_parameters())

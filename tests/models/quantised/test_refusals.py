@@ -15,6 +15,7 @@ from batchgen.engine import EngineError
 from batchgen.models import loading
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.model_config import read_config
+from batchgen.models.int8 import Int8Weight
 from batchgen.tensor_parallel import copy_weights, map_model, process_group, split
 from tests import tiny_models as models
 from tests.models.quantised.checkpoints import CASES, compressed, write
@@ -124,8 +125,8 @@ def test_a_damaged_checkpoint_is_a_sentence(
         read_mapped(str(folder))
 
 
-def read_mapped(folder: str, *, eight_bits: bool = False) -> None:
-    copy_weights(map_model(folder, None), folder, torch.device("cpu"), torch.float32, eight_bits=eight_bits)
+def read_mapped(folder: str, rounding: type[Int8Weight] | None = None) -> None:
+    copy_weights(map_model(folder, None), folder, torch.device("cpu"), torch.float32, rounding=rounding)
 
 
 def test_plain_weights_under_the_name_of_a_format_are_a_sentence(tmp_path: Path) -> None:
@@ -143,10 +144,10 @@ def test_columns_in_act_order_are_not_cut(written: Callable[[str], Path]) -> Non
         assert group is not None
         split(model, group)
         with pytest.raises(EngineError, match=r"columns 96 to 192.*desc_act.*Leave --tp out"):
-            copy_weights(model, folder, torch.device("cpu"), torch.float32, eight_bits=False)
+            copy_weights(model, folder, torch.device("cpu"), torch.float32, rounding=None)
 
 
 def test_quantised_weights_are_not_rounded_once_more(written: Callable[[str], Path]) -> None:
     folder = str(written("awq"))
     with pytest.raises(EngineError, match="are quantised as they are; leave out --dtype int8"):
-        read_mapped(folder, eight_bits=True)
+        read_mapped(folder, rounding=Int8Weight)
