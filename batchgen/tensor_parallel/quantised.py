@@ -65,10 +65,15 @@ def takes_quantised(model: Any, module: nn.Module, name: str) -> bool:
     return is_layer and module is not model.get_output_embeddings()
 
 
+def stands_for_quantised(placeholders: Placeholders, parameter: nn.Parameter) -> bool:
+    """Returns whether `parameter`, or a piece of it, is a view of a placeholder."""
+    return any(placeholders.find(view) is not None for view in _list_views(parameter))
+
+
 def read_quantised(
     placeholders: Placeholders, parameter: nn.Parameter, device: torch.device, forget: Forget
-) -> QuantisedWeight | None:
-    """Reads what `parameter` stands for to `device`; None: it is a plain one.
+) -> QuantisedWeight:
+    """Reads what `parameter`, which stands for a quantised weight, stands for to `device`.
 
     Raises:
         EngineError: it is cut, or put together, in a way that its format does not allow.
@@ -76,22 +81,20 @@ def read_quantised(
     pieces = find_pieces(parameter)
     if pieces is None:
         part = placeholders.find(parameter.data)
-        return None if part is None else _read([part], device, forget)
+        assert part is not None
+        return _read([part], device, forget)
     experts = [[placeholders.find(view) for view in views] for views in pieces.experts]
     known = [[part for part in parts if part is not None] for parts in experts]
-    if not any(known):
-        return None
+    name = next(part for parts in known for part in parts).stored.name
     if any(len(parts) != len(views) for parts, views in zip(known, pieces.experts, strict=True)):
         raise EngineError(
-            f"some experts beside {known[0][0].stored.name} are quantised and some are not, which is not read; use "
-            "--engine accelerate"
+            f"some experts beside {name} are quantised and some are not, which is not read; use --engine accelerate"
         )
     for parts in known:
         below = parts[0].is_transposed == (pieces.axis == 1)
         if len(parts) > 1 and not below:
             raise EngineError(f"{parts[0].stored.name} is to be joined by columns, which is not done to it")
-    read = [_read(parts, device, forget) for parts in known]
-    return _join(read, stack_experts, known[0][0].stored.name)
+    return _join([_read(parts, device, forget) for parts in known], stack_experts, name)
 
 
 def _read(parts: Sequence[Part], device: torch.device, forget: Forget) -> QuantisedWeight:
