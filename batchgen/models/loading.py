@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,6 +24,7 @@ from batchgen.models.definition.build import explain_shapes
 from batchgen.models.definition.errors import ModelError, one_line
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import weight_files
+from batchgen.models.loading_report import check_report
 from batchgen.models.quantised import checkpoint as quantised
 from batchgen.types import UserError
 from batchgen.world import World
@@ -129,37 +129,23 @@ def load(
             raise Died(f"another rank has gone while the ranks loaded together: {error}") from error
         why = explain_shapes(Path(model), error) or one_line(error)
         raise ModelError(f"the model in {model} cannot be loaded: {why}") from error
-    _check_report(model, loaded.config, report)
+    check_report(model, loaded.config, report)
     if filled and (spread := hollow(Path(model))) is not None:
         for name, parameter in loaded.named_parameters():
             fill(name, parameter, spread)
     return loaded.eval()
 
 
-def _load(model: str, given: dict[str, Any], state_dict: Mapping[str, Any] | None) -> Any:
+def _load(model: str, given: Mapping[str, Any], state_dict: Mapping[str, Any] | None) -> Any:
     """The model, and Transformers' report of what it has loaded."""
     config = read_config(model)
-    found = quantised.find_checkpoint(Path(model), config) if state_dict is None else None
-    if found is not None:
-        # What Transformers widens of these formats, it widens less exactly or not at all (FP8 whose rows are no
-        # multiple of a block: 5.17 and 5.23 take a wrong scale).
-        dtype = given.get("dtype")
-        if not isinstance(dtype, torch.dtype):
-            given["dtype"] = dtype = own_dtype(config)
-        state_dict = found.make_state_dict(partial(quantised.widen, dtype=dtype, device=_find_device(given)))
     if state_dict is not None:
-        return quantised.load(architectures.model_class(config), config, state_dict, given)
+        return quantised.load(config, state_dict, given)
+    if (checkpoint := quantised.find_checkpoint(Path(model), config)) is not None:
+        return quantised.load_widened(config, checkpoint, given)
     return architectures.auto_class(config).from_pretrained(
         model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
     )
-
-
-def _find_device(given: Mapping[str, Any]) -> str:
-    """Where quantised weights are widened: where the whole model goes, or on a GPU that there is."""
-    places = given.get("device_map")
-    if isinstance(places, dict) and set(places) == {""}:
-        return str(places[""])
-    return "cuda" if places is not None and torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
@@ -182,31 +168,6 @@ def refuse_model(config: Any, has_generated: Callable[[], bool] = lambda: False)
             f"Transformers cannot generate with the model in {config.name_or_path} ({config.model_type}): {name}: "
             f"{one_line(error).removeprefix(f'{name}: ')}. Choose another model"
         ) from error
-
-
-def _check_report(model: str, config: Any, report: Mapping[str, Any]) -> None:
-    """Raises ModelError if the files lack weights of the model, or hold more layers than its config says."""
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"the weights in {model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
-            "copy or download the model again"
-        )
-    text = config.get_text_config()
-    # Layers behind the last, which guess several tokens at once, are left out by design.
-    layers = text.num_hidden_layers + (getattr(text, "num_nextn_predict_layers", None) or 0)
-    beyond = [name for name in sorted(report["unexpected_keys"]) if _layer_of(name) >= layers]
-    if beyond:
-        raise ModelError(
-            f"the weights in {model} hold more layers than its config.json says: {beyond[0]} (one of {len(beyond)}) "
-            f"has no place among num_hidden_layers {text.num_hidden_layers}; take the config.json that belongs to them"
-        )
-
-
-def _layer_of(name: str) -> int:
-    """The number of the layer that a weight is of, from 0; -1: of none."""
-    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
-    return int(found[1]) if found else -1
 
 
 def refused_pickle(folder: Path) -> ModelError:

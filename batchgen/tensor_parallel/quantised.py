@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from batchgen.engine import EngineError
+from batchgen.models import loading
+from batchgen.models.quantised.checkpoint import Checkpoint
 from batchgen.models.quantised.placeholders import Part, Placeholders
 from batchgen.models.quantised.weight import ZERO_OF_INT4, QuantisedWeight, join_rows, stack_experts
-from batchgen.tensor_parallel.file_views import find_pieces
+from batchgen.tensor_parallel.file_views import find_pieces, keep_views
 
 Forget = Callable[[torch.Tensor], None]
 """Lets go of the pages of a view of a file that have been read."""
@@ -20,27 +22,58 @@ Forget = Callable[[torch.Tensor], None]
 _PLACE = "batchgen_placeholders"
 
 
-def keep_placeholders(model: nn.Module, placeholders: Placeholders) -> None:
-    """Has `model` know what its placeholders stand for, once it is loaded.
+def map_quantised(folder: str, checkpoint: Checkpoint, attn_implementation: str | None) -> Any:
+    """As `map_model`, of a quantised checkpoint: quantised weights are placeholders, plain ones mapped files.
 
     Raises:
-        EngineError: Transformers has changed some of them as it loaded them.
+        EngineError: as `loading.load`; or Transformers changes some of the quantised weights as it loads them.
     """
-    views = [view for parameter in model.parameters() for view in _list_views(parameter)]
-    placeholders.check_used(views)
+    dtype = checkpoint.dtype or torch.bfloat16
+    placeholders = Placeholders(checkpoint.weights.values(), dtype)
+    arguments = {"dtype": dtype, "attn_implementation": attn_implementation}
+    with keep_views():
+        state_dict = checkpoint.make_state_dict(placeholders.take)
+        model = loading.load(folder, arguments, filled=False, state_dict=state_dict)
+    placeholders.check_used(view for parameter in model.parameters() for view in _list_views(parameter))
     model.__dict__[_PLACE] = placeholders  # no module
+    return model
 
 
-def find_placeholders(model: nn.Module) -> Placeholders | None:
-    """Returns what the placeholders of `model` stand for; None: it has none."""
+def find_placeholders(model: nn.Module, folder: str, *, is_rounded: bool) -> Placeholders | None:
+    """Returns what the placeholders of `model` stand for; None: it has none.
+
+    Args:
+        folder: of the model, for messages.
+        is_rounded: what is read is to be rounded.
+
+    Raises:
+        EngineError: they stand for quantised weights, which are not rounded once more.
+    """
     found: Placeholders | None = model.__dict__.get(_PLACE)
+    if found is not None and is_rounded:
+        raise EngineError(f"the weights in {folder} are quantised as they are; leave out --dtype int8")
     return found
+
+
+def takes_quantised(model: Any, module: nn.Module, name: str) -> bool:
+    """Returns whether `module` is a linear layer, but not the head, or one of experts; all else is widened."""
+    if name != "weight":
+        return True
+    # By their names: DeepSpeed takes seconds to import, and a rank that is alone does without it.
+    names = {base.__name__ for base in type(module).__mro__}
+    is_layer = isinstance(module, nn.Linear) or ("TensorParallel_Layer" in names and "VocabParallel" not in str(names))
+    return is_layer and module is not model.get_output_embeddings()
+
+
+def stands_for_quantised(placeholders: Placeholders, parameter: nn.Parameter) -> bool:
+    """Returns whether `parameter`, or a piece of it, is a view of a placeholder."""
+    return any(placeholders.find(view) is not None for view in _list_views(parameter))
 
 
 def read_quantised(
     placeholders: Placeholders, parameter: nn.Parameter, device: torch.device, forget: Forget
-) -> QuantisedWeight | None:
-    """Reads what `parameter` stands for to `device`; None: it is a plain one.
+) -> QuantisedWeight:
+    """Reads what `parameter`, which stands for a quantised weight, stands for to `device`.
 
     Raises:
         EngineError: it is cut, or put together, in a way that its format does not allow.
@@ -48,22 +81,20 @@ def read_quantised(
     pieces = find_pieces(parameter)
     if pieces is None:
         part = placeholders.find(parameter.data)
-        return None if part is None else _read([part], device, forget)
+        assert part is not None
+        return _read([part], device, forget)
     experts = [[placeholders.find(view) for view in views] for views in pieces.experts]
     known = [[part for part in parts if part is not None] for parts in experts]
-    if not any(known):
-        return None
+    name = next(part for parts in known for part in parts).stored.name
     if any(len(parts) != len(views) for parts, views in zip(known, pieces.experts, strict=True)):
         raise EngineError(
-            f"some experts beside {known[0][0].stored.name} are quantised and some are not, which is not read; use "
-            "--engine accelerate"
+            f"some experts beside {name} are quantised and some are not, which is not read; use --engine accelerate"
         )
     for parts in known:
         below = parts[0].is_transposed == (pieces.axis == 1)
         if len(parts) > 1 and not below:
             raise EngineError(f"{parts[0].stored.name} is to be joined by columns, which is not done to it")
-    read = [_read(parts, device, forget) for parts in known]
-    return _join(read, stack_experts, known[0][0].stored.name)
+    return _join([_read(parts, device, forget) for parts in known], stack_experts, name)
 
 
 def _read(parts: Sequence[Part], device: torch.device, forget: Forget) -> QuantisedWeight:

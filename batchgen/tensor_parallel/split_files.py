@@ -23,7 +23,7 @@ from batchgen.models.definition.build import build_empty
 from batchgen.models.definition.files import DEFINITION
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.int8 import Int8Weight
-from batchgen.models.quantised import get_settings
+from batchgen.models.quantised import find_format
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.tensor_parallel import process_group
 from batchgen.tensor_parallel.autotp import check_split, split
@@ -50,7 +50,7 @@ def write_split(source: ResolvedModel, out: Path, count: int, dtype: str, report
     if out.exists():
         raise EngineError(f"{out} exists; choose another folder, or remove it")
     config = HfTokenizer(folder).config
-    if get_settings(config):
+    if find_format(config) is not None:
         raise EngineError(
             f"the weights in {folder} are quantised (quantization_config in config.json), and are not split by rank; "
             "run the model as it is, with --tp, or split it in another precision"

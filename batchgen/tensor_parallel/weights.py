@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,27 +15,34 @@ from torch import nn
 from batchgen.engine import EngineError
 from batchgen.models import loading
 from batchgen.models.definition.model_config import read_config
-from batchgen.models.folder import weight_files
 from batchgen.models.int8 import Int8Weight
 from batchgen.models.lora import Change, merged_on_load
-from batchgen.models.quantised.checkpoint import Checkpoint, find_checkpoint
+from batchgen.models.quantised.checkpoint import find_checkpoint
 from batchgen.models.quantised.placeholders import Placeholders
 from batchgen.models.quantised.places import set_quantised
 from batchgen.models.quantised.rounding import Scheme
 from batchgen.models.quantised.weight import QuantisedWeight
 from batchgen.tensor_parallel.file_views import Pieces, find_pieces, forget_pieces, keep_views
 from batchgen.tensor_parallel.mapped_files import MappedFiles
-from batchgen.tensor_parallel.quantised import find_placeholders, keep_placeholders, read_quantised
+from batchgen.tensor_parallel.quantised import (
+    find_placeholders,
+    map_quantised,
+    read_quantised,
+    stands_for_quantised,
+    takes_quantised,
+)
 from batchgen.tensor_parallel.rounded import Rounding, RoundingPlan, cut_experts, plan_rounding
+from batchgen.tensor_parallel.stored_dtype import find_stored_dtype
 
 Additions = Mapping[str, Callable[[torch.device], torch.Tensor]]
 """What is added to a parameter, by its path: a function that computes it on a device, in float32."""
 
 
-_READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
+_Homes = dict[int, list[tuple[nn.Module, str, str]]]
+"""Where each parameter is: module, name in it, path."""
+_Sources = dict[int, nn.Parameter]
 
-# As the safetensors format names them.
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
 
 
 def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -> Any:
@@ -51,25 +56,13 @@ def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -
     Raises:
         EngineError: as `loading.load`.
     """
-    found = find_checkpoint(Path(folder), read_config(folder))
-    if found is not None:
-        return _map_quantised(folder, found, attn_implementation)
+    checkpoint = find_checkpoint(Path(folder), read_config(folder))
+    if checkpoint is not None:
+        return map_quantised(folder, checkpoint, attn_implementation)
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
     with keep_views(), merged_on_load(adapter, _is_merged_whole):
         model = loading.load(folder, arguments, filled=False)
     _check_unpacked(folder, model)
-    return model
-
-
-def _map_quantised(folder: str, found: Checkpoint, attn_implementation: str | None) -> Any:
-    """As `map_model`, of a quantised checkpoint; its quantised weights are placeholders."""
-    dtype = found.dtype or torch.bfloat16
-    placeholders = Placeholders(found.weights.values(), dtype)
-    arguments = {"dtype": dtype, "attn_implementation": attn_implementation}
-    with keep_views():
-        state_dict = found.make_state_dict(placeholders.take)
-        model = loading.load(folder, arguments, filled=False, state_dict=state_dict)
-    keep_placeholders(model, placeholders)
     return model
 
 
@@ -91,46 +84,6 @@ def _check_unpacked(folder: str, model: nn.Module) -> None:
             )
 
 
-def find_stored_dtype(folder: Path) -> torch.dtype:
-    """Returns the floating type that most bytes of the weights in `folder` have.
-
-    Raises:
-        EngineError: the files cannot be read, or hold none.
-    """
-    sizes: Counter[torch.dtype] = Counter()
-    for dtype, size in _list_stored(folder):
-        sizes[dtype] += size
-    if not sizes:
-        raise EngineError(f"the weights in {folder} are of no floating type; this engine does not read packed ones")
-    return sizes.most_common(1)[0][0]
-
-
-def _list_stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
-    """Yields type and bytes of each floating tensor in the files of `folder`; only their headers are read."""
-    files = weight_files(folder)  # all of one kind
-    tables = [path for path in files if path.suffix == ".safetensors"]
-    for path in tables:
-        try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (OSError, ValueError, MemoryError, OverflowError) as error:
-            raise EngineError(f"{path} cannot be read as safetensors ({error}); copy or download it again") from error
-        for name, tensor in header.items():
-            if name != "__metadata__" and tensor["dtype"] in _TYPES:
-                begin, end = tensor["data_offsets"]
-                yield _TYPES[tensor["dtype"]], end - begin
-    for path in () if tables else files:
-        try:
-            tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        except UnpicklingError as error:
-            raise loading.refused_pickle(folder) from error
-        except (OSError, RuntimeError, ValueError) as error:
-            raise EngineError(f"{path} cannot be read ({error}); copy or download it again") from error
-        for tensor in tensors.values():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                yield tensor.dtype, tensor.nbytes
-
-
 def copy_weights(
     model: nn.Module,
     folder: str,
@@ -150,14 +103,17 @@ def copy_weights(
         rounding: of the weights that `models.quantised.selection` chooses, which lie beside the parameters afterwards
             (`models.quantised.places`); `Int8Weight`: of linear layers and embeddings; None: none is rounded.
         additions: what an adapter adds to parameters of this rank's share; None: nothing.
+
+    Raises:
+        EngineError: quantised weights are to be cut as they cannot be, or to be rounded once more.
     """
     maps, hollow = MappedFiles(Path(folder)), loading.hollow(Path(folder))
     is_kept_exact = _find_kept_exact(model)
     homes, sources = _list_parameters(model)
     own = _find_own_dtype(sources.values())
     plan = plan_of(model, rounding) if isinstance(rounding, Scheme) else None
-
-    placeholders = find_placeholders(model)
+    quantised = find_placeholders(model, folder, is_rounded=rounding is not None)
+    size = 0 if quantised is None else _copy_quantised(model, quantised, (homes, sources), (device, dtype), maps.forget)
 
     def bring(key: int, part: torch.Tensor | Pieces) -> torch.Tensor:
         if hollow is None:
@@ -169,11 +125,6 @@ def copy_weights(
     def copy(key: int) -> torch.Tensor | Int8Weight | QuantisedWeight:
         source, paths = sources[key], [path for *_, path in homes[key]]
         target = dtype if source.dtype == own and not any(map(is_kept_exact, paths)) else source.dtype
-        if placeholders is not None:
-            weight = read_quantised(placeholders, source, device, maps.forget)
-            if weight is not None:
-                keeps = all(_takes_quantised(model, module, name) for module, name, _ in homes[key])
-                return weight if keeps else weight.widen(target)
         added = [additions[path] for path in paths if additions is not None and path in additions]
         if plan is not None and key in plan.chosen and not added:
             return plan.round(key, (bring(key, part) for part in cut_experts(source)))
@@ -186,21 +137,69 @@ def copy_weights(
             return Int8Weight.rounded(here, target)
         return here.to(target)
 
-    size = 0
     # Warning: from here on the modules of Transformers and DeepSpeed hold other objects than they were made with: a
     # parameter may have become an `Int8Weight`, which is a module. `_parameters` is changed by hand, since `setattr`
     # refuses a module where a parameter was. If a new version of torch keeps parameters elsewhere, the old ones, which
     # are views of files, stay in use: the text is right, and memory is not what was planned.
+    size += _replace(copy, homes, sources, dtype)
+    _copy_buffers(model, device)
+    return size
+
+
+def _replace(
+    make: Callable[[int], torch.Tensor | Int8Weight | QuantisedWeight],
+    homes: _Homes,
+    sources: _Sources,
+    dtype: torch.dtype,
+) -> int:
+    """Puts what `make` gives for each parameter of `homes` in its place; returns the bytes of all."""
+    size = 0
     with ThreadPoolExecutor(_READERS) as readers, torch.no_grad():
-        for key, made in zip(homes, readers.map(copy, list(homes)), strict=True):
+        for key, made in zip(homes, readers.map(make, list(homes)), strict=True):
             size += _put(made, homes[key], dtype)
             sources[key].data = torch.empty(0)
             forget_pieces(sources[key])
+    return size
+
+
+def _copy_quantised(
+    model: Any,
+    placeholders: Placeholders,
+    listed: tuple[_Homes, _Sources],
+    target: tuple[torch.device, torch.dtype],
+    forget: Callable[[torch.Tensor], None],
+) -> int:
+    """Copies the quantised weights of a checkpoint, and takes them off the list; returns their bytes on the device.
+
+    Args:
+        listed: as `_list_parameters` returns it.
+        target: where they are computed with, and in which type.
+        forget: lets go of the pages of a view of a file.
+    """
+    (homes, sources), (device, dtype) = listed, target
+    read = {key: homes.pop(key) for key in list(homes) if stands_for_quantised(placeholders, sources[key])}
+
+    def copy(key: int) -> torch.Tensor | QuantisedWeight:
+        weight = read_quantised(placeholders, sources[key], device, forget)
+        keeps = all(takes_quantised(model, module, name) for module, name, _ in read[key])
+        return weight if keeps else weight.widen(dtype)
+
+    return _replace(copy, read, sources, dtype)
+
+
+def _find_own_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    """Returns the type that most numbers of a mapped model have."""
+    stored: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        stored[parameter.dtype] += parameter.numel()
+    return stored.most_common(1)[0][0]
+
+
+def _copy_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    return size
 
 
 def plan_of(model: Any, scheme: Scheme) -> RoundingPlan:
@@ -212,24 +211,16 @@ def plan_of(model: Any, scheme: Scheme) -> RoundingPlan:
     return plan_rounding(model, scheme, _list_parameters(model)[0], _find_kept_exact(model))
 
 
-def _list_parameters(model: nn.Module) -> tuple[dict[int, list[tuple[nn.Module, str, str]]], dict[int, nn.Parameter]]:
+def _list_parameters(model: nn.Module) -> tuple[_Homes, _Sources]:
     """Returns where each parameter is (module, name in it, path), and the parameter itself; a shared one once."""
-    homes: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    sources: dict[int, nn.Parameter] = {}
+    homes: _Homes = {}
+    sources: _Sources = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 sources[id(parameter)] = parameter
                 homes.setdefault(id(parameter), []).append((module, name, f"{path}.{name}".lstrip(".")))
     return homes, sources
-
-
-def _find_own_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
-    """Returns the type that most numbers of the parameters have."""
-    stored: Counter[torch.dtype] = Counter()
-    for parameter in parameters:
-        stored[parameter.dtype] += parameter.numel()
-    return stored.most_common(1)[0][0]
 
 
 def _put(
@@ -262,16 +253,6 @@ def _takes_8_bits(module: nn.Module) -> bool:
     weight = module._parameters["weight"]
     matrix = weight is not None and weight.dim() == 2 and weight.numel() > 0
     return matrix and isinstance(module, (nn.Linear, nn.Embedding, TensorParallel_Layer))
-
-
-def _takes_quantised(model: Any, module: nn.Module, name: str) -> bool:
-    """Returns whether `module` is a linear layer, but not the head, or one of experts; all else is widened."""
-    if name != "weight":
-        return True
-    # By their names: DeepSpeed takes seconds to import, and a rank that is alone does without it.
-    names = {base.__name__ for base in type(module).__mro__}
-    is_layer = isinstance(module, nn.Linear) or ("TensorParallel_Layer" in names and "VocabParallel" not in str(names))
-    return is_layer and module is not model.get_output_embeddings()
 
 
 def _find_kept_exact(model: Any) -> Callable[[str], bool]:

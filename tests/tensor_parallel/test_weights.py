@@ -17,7 +17,7 @@ from batchgen.engine import EngineError
 from batchgen.models import ModelError, ResolvedModel, resolve, split_folder
 from batchgen.models.int8 import Int8Weight
 from batchgen.tensor_parallel import copy_weights, map_model, process_group, read_split, split, write_split
-from batchgen.tensor_parallel.weights import find_stored_dtype
+from batchgen.tensor_parallel.stored_dtype import find_stored_dtype
 from tests import tiny_models as models
 
 CPU = torch.device("cpu")

@@ -6,6 +6,7 @@ format its checkpoint has; `checkpoint.Checkpoint` reads it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,3 +45,12 @@ def find_format(config: Any) -> Format | None:
     settings = get_settings(config)
     make = _FORMATS.get(str(settings.get("quant_method")))
     return make(settings) if make is not None else None
+
+
+def make_plain(config: Any) -> Any:
+    """Returns a copy of a Transformers config that says nothing of quantisation."""
+    plain = copy.deepcopy(config)
+    for part in (plain, plain.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -13,9 +12,10 @@ from typing import Any
 
 import torch
 
+from batchgen.models import architectures
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.folder import weight_files
-from batchgen.models.quantised import find_format
+from batchgen.models.quantised import find_format, make_plain
 from batchgen.models.quantised.format import Format
 from batchgen.models.quantised.stored import StoredTensor, StoredWeight, list_tensors
 
@@ -40,8 +40,8 @@ class Checkpoint:
     """Those of which nothing is to be computed, by name."""
 
     @classmethod
-    def read(cls, folder: Path, found: Format) -> Checkpoint:
-        """Returns that of the model in `folder`, whose config describes the format `found`.
+    def read(cls, folder: Path, written: Format) -> Checkpoint:
+        """Returns that of the model in `folder`, whose config describes the format `written`.
 
         Raises:
             ModelError: a file is none of safetensors; a tensor is missing or has another type or shape than the config
@@ -49,17 +49,17 @@ class Checkpoint:
         """
         tensors = list_tensors(weight_files(folder))
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_OF_CACHE)}
-        weights = {weight.name: weight for weight in found.find_weights(tensors)}
+        weights = {weight.name: weight for weight in written.find_weights(tensors)}
         if not weights:
             raise ModelError(
-                f"the quantization_config in {folder / 'config.json'} says {found.name}, and no tensor in the files "
+                f"the quantization_config in {folder / 'config.json'} says {written.name}, and no tensor in the files "
                 "beside it is of that format; take the config.json that belongs to these weights"
             )
         used = {part.name for weight in weights.values() for part in weight.parts.values()}
         plain = {name: tensor for name, tensor in tensors.items() if name not in used}
-        _check_plain(plain.values(), found)
+        _check_plain(plain.values(), written)
         layers = {weight.name.removesuffix("weight") for weight in weights.values()}
-        beside = {name for name in plain if name.endswith(found.ends) and f"{name.rpartition('.')[0]}." in layers}
+        beside = {name for name in plain if name.endswith(written.ends) and f"{name.rpartition('.')[0]}." in layers}
         return cls(weights, {name: tensor for name, tensor in plain.items() if name not in beside})
 
     @property
@@ -91,30 +91,44 @@ def find_checkpoint(folder: Path, config: Any) -> Checkpoint | None:
     return None if found is None else Checkpoint.read(folder, found)
 
 
-def load(cls: Any, config: Any, state_dict: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
+def load(config: Any, state_dict: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
     """Returns the model of a quantised checkpoint, and Transformers' report, as its `from_pretrained` does.
 
     Args:
-        cls: Transformers' class of the model.
         config: says how the checkpoint is quantised, of which Transformers shall not know.
         state_dict: by `Checkpoint.make_state_dict`.
         arguments: for `from_pretrained`.
     """
-    plain = make_plain(config)
-    model, report = cls.from_pretrained(
-        None, config=plain, state_dict=state_dict, output_loading_info=True, **arguments
+    model, report = architectures.model_class(config).from_pretrained(
+        None,
+        config=make_plain(config),
+        state_dict=state_dict,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **arguments,
     )
     model.config.name_or_path = model.name_or_path = config.name_or_path
     return model, report
 
 
-def make_plain(config: Any) -> Any:
-    """Returns a copy of a Transformers config that says nothing of quantisation."""
-    plain = copy.deepcopy(config)
-    for part in (plain, plain.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    return plain
+def load_widened(config: Any, checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> Any:
+    """As `load`, with quantised weights that are widened as Transformers asks for them, one after the other.
+
+    What Transformers widens of these formats by itself, it widens less exactly or not at all: of FP8 whose rows are no
+    multiple of a block, versions 5.17 and 5.23 take a wrong scale.
+    """
+    dtype = arguments.get("dtype")
+    if not isinstance(dtype, torch.dtype):  # it is rounded once more by bitsandbytes
+        dtype = config.get_text_config().dtype or torch.float32
+    take = partial(widen, dtype=dtype, device=_find_device(arguments.get("device_map")))
+    return load(config, checkpoint.make_state_dict(take), {**arguments, "dtype": dtype})
+
+
+def _find_device(places: Any) -> str:
+    """Returns where quantised weights are widened: where the whole model goes, or on a GPU that there is."""
+    if isinstance(places, dict) and set(places) == {""}:
+        return str(places[""])
+    return "cuda" if places is not None and torch.cuda.is_available() else "cpu"
 
 
 def widen(weight: StoredWeight, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
@@ -124,14 +138,14 @@ def widen(weight: StoredWeight, dtype: torch.dtype, device: torch.device | str) 
     return wide.transpose(-1, -2) if weight.is_transposed else wide
 
 
-def _check_plain(tensors: Iterable[StoredTensor], found: Format) -> None:
+def _check_plain(tensors: Iterable[StoredTensor], written: Format) -> None:
     """Raises ModelError if a tensor is of 8 bits, or packed, and the format has not found what it belongs to."""
     for tensor in tensors:
         packed = tensor.name.endswith((".qweight", ".weight_packed", "_blocks"))
         if tensor.dtype.startswith("F8") or packed or (tensor.dtype == "I8" and tensor.name.endswith("weight")):
             raise ModelError(
-                f"{tensor.file.path} holds {tensor.name} as {tensor.dtype}, which is not in the format {found.name} as "
-                "the quantization_config in config.json describes it; take the model in another precision"
+                f"{tensor.file.path} holds {tensor.name} as {tensor.dtype}, which is not in the format {written.name} "
+                "as the quantization_config in config.json describes it; take the model in another precision"
             )
 
 

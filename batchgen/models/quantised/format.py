@@ -38,18 +38,18 @@ def refuse(method: str, detail: str) -> NoReturn:
     )
 
 
-def check_choices(method: str, settings: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]) -> None:
+def check_choices(method: str, settings: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:
     """Checks settings of a `quantization_config`; those that are not there are not looked at.
 
     Args:
-        known: the values of each setting that are read.
+        choices: the values of each setting that are read.
 
     Raises:
         ModelError: one has another value.
     """
-    for name, choices in known.items():
+    for name, values in choices.items():
         value = settings.get(name)
-        if value is not None and value not in choices:
+        if value is not None and value not in values:
             refuse(method, f"{name} {value!r}")
 
 

@@ -129,6 +129,7 @@ class Placeholders:
 
     def take(self, weight: StoredWeight) -> torch.Tensor:
         """Returns what stands for a weight, in the shape of its parameter, and notes that it was asked for."""
+        next(iter(weight.parts.values())).view()  # from now on its file is mapped, which `copy_weights` looks for
         with self._lock:
             self._taken.add(weight.name)
         tensor = self._tensors[weight.name]

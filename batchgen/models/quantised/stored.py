@@ -27,13 +27,13 @@ class _File:
         self._lock = threading.Lock()
 
     @cached_property
-    def opened(self) -> Any:
+    def _handle(self) -> Any:
         return safe_open(self.path, framework="pt")
 
     def view(self, name: str) -> torch.Tensor:
         with self._lock:  # the first of several threads opens it
-            opened = self.opened
-        tensor: torch.Tensor = opened.get_tensor(name)
+            handle = self._handle
+        tensor: torch.Tensor = handle.get_tensor(name)
         return tensor
 
 

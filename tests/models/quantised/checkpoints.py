@@ -19,6 +19,7 @@ from torch import Tensor
 Layer = Callable[[int, int, torch.Generator], tuple[dict[str, Tensor], Tensor]]
 """Of rows and columns: what the files hold of such a layer, by the ends of names, and what it stands for, float32."""
 
+_QUANTISED = ("proj.weight", "w1.weight", "w2.weight", "w3.weight")
 _NIBBLES_OF_AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -151,6 +152,22 @@ def gptq(group: int, *, less: int, symmetric: bool = False, by_act: bool = False
     return make
 
 
+_VALUES_OF_E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+
+
+def mxfp4(experts: int, columns: int, rows: int, source: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """Experts of gpt-oss, whose module holds [experts, columns, rows]."""
+    codes = torch.randint(0, 16, (experts, rows, columns), generator=source)
+    exponents = torch.randint(121, 125, (experts, rows, columns // 32), generator=source)
+    blocks = codes[..., ::2] + 16 * codes[..., 1::2]
+    tensors = {"blocks": blocks.view(experts, rows, -1, 16).to(torch.uint8), "scales": exponents.to(torch.uint8)}
+    numbers = torch.tensor([*_VALUES_OF_E2M1, *(-value for value in _VALUES_OF_E2M1)], dtype=torch.float64)[codes]
+    wide = torch.empty(experts, rows, columns, dtype=torch.float64)
+    for column in range(columns):
+        wide[..., column] = numbers[..., column] * 2.0 ** (exponents[..., column // 32] - 127).double()
+    return tensors, wide.float().transpose(1, 2).contiguous()
+
+
 def compressed(layout: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors."""
     group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": inputs}
@@ -231,6 +248,9 @@ CASES: dict[str, Case] = {
     "gptq by act": Case(_GPTQ | {"desc_act": True}, gptq(64, less=1, by_act=True), "int4"),
 }
 
+MXFP4 = Case({"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router"]}, fp8_blocks, "mxfp4")
+"""Of gpt-oss, whose other layers are left alone."""
+
 
 def write(case: Case, base: Path, quantised: Path, plain: Path) -> list[str]:
     """Writes the model `base` with quantised layers into the new folder `quantised`; as float32 into `plain`.
@@ -242,11 +262,16 @@ def write(case: Case, base: Path, quantised: Path, plain: Path) -> list[str]:
     stored, wide, layers = {}, {}, []
     for name, tensor in load_file(base / "model.safetensors").items():
         stored[name] = wide[name] = tensor
-        if name.endswith("proj.weight"):
+        if name.endswith(_QUANTISED) and case is not MXFP4:
             del stored[name]
             layers.append(name.removesuffix(".weight"))
             tensors, wide[name] = case.make_layer(*tensor.shape, source)
             stored |= {f"{layers[-1]}.{end}": value for end, value in tensors.items()}
+        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            del stored[name]
+            layers.append(name)
+            tensors, wide[name] = mxfp4(*tensor.shape, source)
+            stored |= {f"{name}_{end}": value for end, value in tensors.items()}
     write_folder(base, plain, wide, None)
     write_folder(base, quantised, stored, case.settings)
     return layers
