@@ -24,6 +24,8 @@ from batchgen.models.definition.build import explain_shapes
 from batchgen.models.definition.errors import ModelError, one_line
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import weight_files
+from batchgen.models.loading_report import check_report
+from batchgen.models.quantised import checkpoint as quantised
 from batchgen.types import UserError
 from batchgen.world import World
 
@@ -86,13 +88,23 @@ def check_weights(model: str) -> None:
     weight_files(Path(model))
 
 
-def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapter: str = "") -> Any:
+def load(
+    model: str,
+    arguments: Mapping[str, Any],
+    *,
+    filled: bool = True,
+    adapter: str = "",
+    state_dict: Mapping[str, Any] | None = None,
+) -> Any:
     """The model in folder `model`, in eval mode. `arguments` go to `from_pretrained`; those that are None do not.
 
     The LoRA adapter in the folder `adapter` is merged into its weights; "" is none.
 
     A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs. A hollow
     model's weights are made here, unless they are not wanted `filled` yet.
+
+    Args:
+        state_dict: the weights of a quantised checkpoint (`quantised.checkpoint`); None: they are widened.
 
     Raises:
         EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
@@ -101,9 +113,7 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapt
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
         with lora.merged_on_load(adapter):
-            loaded, report = architectures.auto_class(read_config(model)).from_pretrained(
-                model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
-            )
+            loaded, report = _load(model, given, state_dict)
     except (UserError, Died):
         raise
     except UnpicklingError as error:
@@ -119,11 +129,23 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapt
             raise Died(f"another rank has gone while the ranks loaded together: {error}") from error
         why = explain_shapes(Path(model), error) or one_line(error)
         raise ModelError(f"the model in {model} cannot be loaded: {why}") from error
-    _check_report(model, loaded.config, report)
+    check_report(model, loaded.config, report)
     if filled and (spread := hollow(Path(model))) is not None:
         for name, parameter in loaded.named_parameters():
             fill(name, parameter, spread)
     return loaded.eval()
+
+
+def _load(model: str, given: Mapping[str, Any], state_dict: Mapping[str, Any] | None) -> Any:
+    """The model, and Transformers' report of what it has loaded."""
+    config = read_config(model)
+    if state_dict is not None:
+        return quantised.load(config, state_dict, given)
+    if (checkpoint := quantised.find_checkpoint(Path(model), config)) is not None:
+        return quantised.load_widened(config, checkpoint, given)
+    return architectures.auto_class(config).from_pretrained(
+        model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
+    )
 
 
 @contextmanager
@@ -146,31 +168,6 @@ def refuse_model(config: Any, has_generated: Callable[[], bool] = lambda: False)
             f"Transformers cannot generate with the model in {config.name_or_path} ({config.model_type}): {name}: "
             f"{one_line(error).removeprefix(f'{name}: ')}. Choose another model"
         ) from error
-
-
-def _check_report(model: str, config: Any, report: Mapping[str, Any]) -> None:
-    """Raises ModelError if the files lack weights of the model, or hold more layers than its config says."""
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"the weights in {model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
-            "copy or download the model again"
-        )
-    text = config.get_text_config()
-    # Layers behind the last, which guess several tokens at once, are left out by design.
-    layers = text.num_hidden_layers + (getattr(text, "num_nextn_predict_layers", None) or 0)
-    beyond = [name for name in sorted(report["unexpected_keys"]) if _layer_of(name) >= layers]
-    if beyond:
-        raise ModelError(
-            f"the weights in {model} hold more layers than its config.json says: {beyond[0]} (one of {len(beyond)}) "
-            f"has no place among num_hidden_layers {text.num_hidden_layers}; take the config.json that belongs to them"
-        )
-
-
-def _layer_of(name: str) -> int:
-    """The number of the layer that a weight is of, from 0; -1: of none."""
-    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
-    return int(found[1]) if found else -1
 
 
 def refused_pickle(folder: Path) -> ModelError:

@@ -19,7 +19,7 @@ import torch
 
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
-from batchgen.engines.paged import adapters, models, sizing
+from batchgen.engines.paged import adapters, models, sizing, weights
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
@@ -48,6 +48,7 @@ class Paged(Engine):
 
     serves_cpu = reads_split = takes_adapters = True
     group_setting = "tp"
+    dtypes = (*Engine.dtypes, *weights.DTYPES)
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
     pace = Pace(
         layer_seconds=0.00003,
@@ -68,12 +69,14 @@ class Paged(Engine):
         cache_tokens: int | None = None  # that the KV cache holds; None: as many as fit
         expected_share: float | None = None  # of its max_new_tokens that a row generates; None: learnt as rows end
         tp: int | None = None  # ranks that hold one model together; None: each has a whole one
+        group_size: int | None = None  # with --dtype int4, columns that share a scale; None: 128, 64 or 32
         timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
 
         def __post_init__(self) -> None:
             for name in ("step_tokens", "cache_tokens"):
                 if getattr(self, name) is not None and getattr(self, name) < 1:
                     raise EngineError(f"--set {name}={getattr(self, name)}: must be 1 or more")
+            weights.check_group_size(self.group_size)
             if self.expected_share is not None and not 0 < self.expected_share <= 1:
                 raise EngineError(f"--set expected_share={self.expected_share}: must be above 0 and at most 1")
 
@@ -88,6 +91,7 @@ class Paged(Engine):
     @classmethod
     def check(cls, setup: Setup, tokenizer: Any, options: Options) -> None:
         super().check(setup, tokenizer, options)
+        weights.make_scheme(setup.dtype, options.group_size, tokenizer.config)
         models.check(tokenizer.config)
         if cls.will_call_together(options):
             tensor_parallel.check_split(tokenizer.config, options.tp or 1, evenly=True)
@@ -102,6 +106,7 @@ class Paged(Engine):
         self._runner: Runner | None = None
         self._group: tensor_parallel.Group | None = None  # of ranks that hold the model together; None: this one alone
         self._tokenizer = HfTokenizer(setup.model)
+        self._scheme = weights.make_scheme(setup.dtype, options.group_size, self._tokenizer.config)
         models.check(self._tokenizer.config)
         loading.prepare_transformers()
         self.calls_together = self.will_call_together(options)
@@ -124,32 +129,30 @@ class Paged(Engine):
 
     def _load(self) -> None:
         """Loads the whole model on this rank's device."""
-        dtype = loading.floating_dtype(self._setup.dtype, self._tokenizer.config)
-        self._check_model(dtype)
-        arguments = {"dtype": dtype, "device_map": {"": str(self._device)}}
-        self._model = loading.load(self._setup.model, arguments, adapter=self._setup.adapter)
+        dtype = self._check_model()
+        self._model = weights.load(self._setup, self._tokenizer.config, self._device, self._scheme, dtype)
         adapters.install(self._model, self._setup.adapters, self._tokenizer.config)
         self._make_ready()
 
     def _load_shard(self) -> None:
         """Joins the group of this rank, and loads its shard of the model."""
         world, config = self._setup.world, self._tokenizer.config
-        dtype = loading.floating_dtype(self._setup.dtype, config)
         self.signs.awaited_ranks = ranks = tensor_parallel.ranks_of_group(world, self._options.tp)
         tensor_parallel.check_split(config, len(ranks), evenly=True)
         self._group = tensor_parallel.Group.meet(world, ranks, self._options.timeout_seconds)
         self._device = self._group.device
-        self._check_model(dtype)
-        self._model = tensor_parallel.load_shard(self._setup, config, self._group)
+        self._check_model()
+        self._model = tensor_parallel.load_shard(self._setup, config, self._group, scheme=self._scheme)
         tensor_parallel.use_plain_layers(self._model, self._group.model)
+        weights.finish(self._model)
         find_cuts = partial(tensor_parallel.find_layer_cuts, self._setup.model, self._group)
         adapters.install(self._model, self._setup.adapters, config, find_cuts)
 
-    def _check_model(self, dtype: torch.dtype) -> None:
-        """Checks, before any weight is read, that a small model of the same config computes the right numbers."""
-        if self._device.type == "cuda":
-            models.check_dtype(self._tokenizer.config, dtype)
+    def _check_model(self) -> torch.dtype:
+        """Checks that a small model of the config computes right, before weights are read; returns the type to use."""
+        dtype = weights.choose_dtype(self._scheme, self._setup.dtype, self._tokenizer.config, self._device)
         trial.check(self._tokenizer.config)
+        return dtype
 
     def _make_ready(self) -> Runner:
         """The runner; ranks of a group make it at the same time, with collectives that may take long."""
@@ -175,10 +178,7 @@ class Paged(Engine):
             pages = min(pages, -(-self._options.cache_tokens // PAGE_SIZE))
         pages = sizing.shrink_after(sizing.CacheLesson.read(self._setup.limits), pages)
         if pages < 1:
-            raise EngineError(
-                "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), more "
-                "GPUs for a model (--tp), or --engine accelerate, which can put weights elsewhere"
-            )
+            raise EngineError(sizing.NO_ROOM)
         runner.allocate(pages)
         return runner
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 
 from batchgen.models.quantised.weight import QuantisedWeight
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 _PLACE = "quantised"
 _PLACE_OF_EXPERTS = "quantised_experts"
@@ -42,7 +46,7 @@ def set_quantised(module: nn.Module, name: str, weight: QuantisedWeight, dtype: 
     module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
 
 
-def move_quantised(source: nn.Module, target: nn.Module) -> nn.Module:
+def move_quantised(source: nn.Module, target: _Module) -> _Module:
     """Gives `target`, whose parameters are those of `source`, their quantised forms as well; returns it."""
     for place in (_PLACE, _PLACE_OF_EXPERTS):
         if place in source.__dict__:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from batchgen.models.quantised import make_plain
+
 WINDOW = 24  # tokens
 ORIGINAL_CONTEXT = 32  # tokens, of models that were made for longer ones afterwards
 VOCABULARY = 256
@@ -41,14 +43,12 @@ def shrink(config: Any, *, cuts_heads: bool = True) -> Any:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(small, name, None) is not None:
             setattr(small, name, 0)
-    if getattr(small, "quantization_config", None) is not None:
-        del small.quantization_config
-    return small
+    return make_plain(small)
 
 
 def shrink_whole(config: Any, text: Any) -> Any:
     """Returns a config of a model that sees, or hears: its text part is `text`, and its other parts have one layer."""
-    small = copy.deepcopy(config)
+    small = make_plain(config)
     whole_text = small.get_text_config()
     for name in small.sub_configs:
         part = getattr(small, name, None)
