@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from batchgen.engines.paged import adapters
 from batchgen.engines.paged.adapters import LayerAdapters
-from batchgen.engines.paged.not_covered import NotCovered
 from batchgen.engines.paged.quantised.held import HeldWeight, take_quantised
 from batchgen.models.quantised.places import get_quantised
 from batchgen.models.quantised.weight import QuantisedWeight, join_rows
@@ -60,14 +59,11 @@ def join_layers(module: nn.Module, names: Sequence[str]) -> None:
 def replace_layers(module: nn.Module) -> None:
     """Makes plain linear layers of `module`, itself included, compute by `multiply` or, where their weights are
     quantised, by `HeldWeight`, and those with adapters with these.
-
-    Raises:
-        NotCovered: a layer of another class has a quantised weight.
     """
     for layer in list(module.modules()):
-        if get_quantised(layer) is not None:
-            if type(layer) is not nn.Linear:
-                raise NotCovered(f"the weight of a layer of its class {type(layer).__name__} is quantised")
+        if isinstance(layer, _QuantisedLinear):
+            continue
+        if type(layer) is nn.Linear and get_quantised(layer) is not None:
             layer.__class__ = _QuantisedLinear
             layer.held = HeldWeight(take_quantised(layer)["weight"])
         elif isinstance(layer, nn.Linear | Conv1D) and adapters.get_adapters(layer) is not None:

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from batchgen.engines.paged.adapters import LayerAdapters
+from batchgen.engines.paged.adapters import LayerAdapters, set_adapters
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.layout import use_adapter
 from batchgen.engines.paged.models import patch
-from batchgen.engines.paged.not_covered import NotCovered
 from batchgen.engines.paged.quantised.held import HeldWeight
 from batchgen.engines.paged.quantised.packing import BLOCK, PART, covers, pack_for_kernels
 from batchgen.engines.paged.quantised.rounding import round_inputs, widen_inputs
@@ -110,18 +109,25 @@ def test_a_layer_is_one_graph_and_serves_all_layers_and_lengths() -> None:
         assert 0 < graphs[0] == graphs[-1]
 
 
-def test_a_quantised_weight_that_nothing_computes_with_is_refused() -> None:
+class Scaled(nn.Linear):
+    """Computes more than a product."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_what_has_no_product_of_its_own_is_widened() -> None:
     model = build("llama")
-    embedding = model.get_input_embeddings()
-    set_quantised(embedding, "weight", quantise(embedding.weight.data))
-    with pytest.raises(NotCovered, match=r"its model.embed_tokens.weight is quantised"):
-        patch(model, Alone())
-    model = build("llama")
-    layer = model.get_decoder().layers[0].mlp
-    layer.down_proj.__class__ = type("Scaled", (nn.Linear,), {})
-    set_quantised(layer.down_proj, "weight", quantise(layer.down_proj.weight.data))
-    with pytest.raises(NotCovered, match="a layer of its class Scaled is quantised"):
-        patch(model, Alone())
+    model.get_decoder().layers[0].mlp.down_proj.__class__ = Scaled
+    for module in (model.get_decoder().layers[0].mlp.down_proj, model.get_input_embeddings()):
+        set_quantised(module, "weight", quantise(module.weight.data))
+    wide = copy.deepcopy(model)
+    widen_all(wide)
+    ids, positions = torch.arange(4, 13), torch.arange(9)
+    with torch.inference_mode():
+        hidden = patch(model, Alone()).compute_hidden(ids, positions)
+        expected = patch(wide, Alone()).compute_hidden(ids, positions)
+    torch.testing.assert_close(hidden, expected)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -162,6 +168,23 @@ def test_what_rows_have_adapters_for_is_added() -> None:
         if number:
             expected = expected + (inputs @ down[number - 1].T @ up[number - 1].T).double()
         assert find_error(out, expected) < 1e-5
+
+
+def test_layers_of_a_patched_model_keep_their_adapters() -> None:
+    model = quantise_model(build("llama"), "int4")
+    source = torch.Generator().manual_seed(5)
+    for layer in model.get_decoder().layers:  # type: ignore[operator]
+        for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj):
+            columns, depth = module.weight.shape
+            down, up = torch.randn(1, 16, depth, generator=source), torch.randn(1, columns, 16, generator=source)
+            set_adapters(module, LayerAdapters(down, up))
+    wide = copy.deepcopy(model)
+    widen_all(wide)
+    patched, expected = patch(model, Alone()), patch(wide, Alone())
+    for number in (0, 1):
+        with torch.inference_mode(), use_adapter(number):
+            hidden, other = (each.compute_hidden(torch.arange(4, 13), torch.arange(9)) for each in (patched, expected))
+        torch.testing.assert_close(hidden, other, rtol=1e-4, atol=1e-4)
 
 
 def test_columns_in_another_order_take_their_own_inputs() -> None:

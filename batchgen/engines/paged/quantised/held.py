@@ -42,9 +42,9 @@ class HeldWeight(nn.Module):
         return Packed(self._form, self.values, self.scales, self.zeros)
 
     @property
-    def rows(self) -> int:
-        """Of the matrix, or of each expert's."""
-        return self.values.shape[-2]
+    def rounds_inputs(self) -> bool:
+        """Whether inputs are rounded to 8 bits; the self-test asks."""
+        return bool(self._rounding[0])
 
     def multiply(
         self, inputs: torch.Tensor, bias: torch.Tensor | None, adapters: LayerAdapters | None = None
