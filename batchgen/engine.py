@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, Self
 from batchgen.types import Batch, Prompt, Tokens, UserError
 from batchgen.world import World
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4", "nf4")
 """The types of numbers that `--dtype` takes. Which of them an engine knows is `Engine.dtypes`."""
 
 

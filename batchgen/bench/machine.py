@@ -11,7 +11,8 @@ import torch
 
 from batchgen.device import cores
 from batchgen.models.footprint import CacheFormat, Execution, Footprint
-from batchgen.models.parameters import Parameters, list_parameters
+from batchgen.models.parameters import Parameters
+from batchgen.planning.speed import Model
 
 _TIMES = 5  # the best of this many
 
@@ -66,16 +67,25 @@ class Floor:
     weights: Parameters
     footprint: Footprint
     operations: int  # a token: two a weight that it is computed with, the embedding's aside
-    cache: CacheFormat | None = None  # how the KV cache is kept; None: in the type of the weights
+    size: str  # of the model, in words
+    cache: CacheFormat | None = None  # how the KV cache is kept; None: in the type that is computed in
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype, machine: Machine, cache: CacheFormat | None = None) -> Floor:
-        """The floor for the model with this Transformers config."""
-        weights = list_parameters(config, dtype)
+    def of(
+        cls, config: Any, dtype: torch.dtype, machine: Machine, stored: str = "", cache: CacheFormat | None = None
+    ) -> Floor:
+        """The floor for the model with this Transformers config.
+
+        Args:
+            stored: what its weights are rounded to, as `planning.speed.Model` takes it. The arithmetic is that of
+                `dtype` all the same.
+        """
+        model = Model.of(config, dtype, stored, cache=cache)
+        whole = model.whole
         text = config.get_text_config()
         # An embedding is looked up; where it is the output matrix too, it is multiplied with once.
-        looked_up = 0 if weights.tied else text.vocab_size * text.hidden_size
-        return cls(machine, weights, Footprint.of(config), 2 * (weights.active - looked_up), cache)
+        looked_up = 0 if whole.tied else text.vocab_size * text.hidden_size
+        return cls(machine, model.weights, model.footprint, 2 * (whole.active - looked_up), str(model), cache)
 
     def prefill(self, rows: int, tokens: int) -> float:
         """One forward over `rows` prompts of `tokens` tokens."""

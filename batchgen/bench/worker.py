@@ -22,7 +22,6 @@ from batchgen.bench.progress import logging_tokens
 from batchgen.bench.results import ARTICLE_JOB, BenchError
 from batchgen.engine import Engine, OutOfStep, Setup
 from batchgen.models import footprint, loading
-from batchgen.planning.description import describe_model
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
 
@@ -112,9 +111,9 @@ class Worker:
             )
         device.release()
         self._write_line({"machine": [machine.name, machine.bandwidth, machine.arithmetic]})
-        kv_dtype = getattr(self._options, "kv_dtype", footprint.AUTO)
-        floor = Floor.of(config, dtype, machine, footprint.find_cache_format(kv_dtype))
-        self._write_line({"size": describe_model(floor.weights, floor.footprint, floor.cache)})
+        cache = footprint.find_cache_format(getattr(self._options, "kv_dtype", footprint.AUTO))
+        floor = Floor.of(config, dtype, machine, "" if floating else name, cache)
+        self._write_line({"size": floor.size})
         return floor
 
     def _measure_batch(self, made: Engine, rows: int, floor: Floor | None) -> bool:

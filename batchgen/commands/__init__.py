@@ -97,6 +97,7 @@ _SUMMARIES = {
     "merge": "Write the output files of a run folder again, or of an unfinished run.",
     "plan": "Say what fits, how large a batch and how long, before any weight is loaded.",
     "pull": "Prepare a model on a machine with internet; print its local path.",
+    "quantise": "Write MODEL into the folder OUT, its weights rounded to 8 or 4 bits; print its path.",
     "report": "Write one page of HTML about a run: cost, speed, errors, texts.",
     "run": "Generate for every prompt of the input files, exactly once.",
     "run-batch": "Answer an OpenAI batch file, with the flags of `vllm run-batch`.",

@@ -42,10 +42,10 @@ _BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
 @adapter_option
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(["float32", "bfloat16", "float16", "fp8", "int8", "int4"]),
     default="bfloat16",
     show_default=True,
-    help="The number type of the weights.",
+    help="The number type of the weights; with fp8, int8 and int4 the rest is bfloat16.",
 )
 @click.option(
     "--kv-dtype",
@@ -106,7 +106,7 @@ def _sizes(model: plans.Model) -> dict[str, Any]:
     from batchgen.models.footprint import CacheFormat
     from batchgen.planning.description import list_cache_kinds
 
-    weights = model.weights
+    weights = model.whole
     cache = list_cache_kinds(model.footprint, model.cache or CacheFormat(model.dtype.itemsize))
     return {"parameters": weights.total, "active_parameters": weights.active, "kv_cache": cache}
 
@@ -116,6 +116,7 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
 
     from batchgen import models
     from batchgen.models import shapes
+    from batchgen.models.quantised import rounding
     from batchgen.planning import forecast, hardware
 
     name = options["model"]
@@ -131,22 +132,24 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     host = options["host_memory"]
     card = hardware.card_of(options["gpu"], options["gpu_memory"])
     node = forecast.Node(card, options["gpus"], None if host is None else int(host * 1e9))
+    is_rounded = options["dtype"] in rounding.DTYPES
+    dtype = torch.bfloat16 if is_rounded else getattr(torch, options["dtype"])
     cache = find_cache_format(options["kv_dtype"])
-    model = forecast.Model.of(config, getattr(torch, options["dtype"]), cache=cache)
+    model = forecast.Model.of(config, dtype, options["dtype"] if is_rounded else "", cache=cache)
     measured = _measured(options["bench_folder"], options)
     return work, note, forecast.forecasts(model, work, node, measured, _list_engines(options)), node, model
 
 
-def _list_engines(options: Mapping[str, Any]) -> list[str] | None:
-    """The engines that can do what the options ask for; None: all of them."""
+def _list_engines(options: Mapping[str, Any]) -> list[str]:
+    """The engines that can do what the options ask for."""
     from batchgen import engines
 
-    names = engines.names()
+    names = [name for name in engines.names() if options["dtype"] in engines.find(name).dtypes]
     if options["adapters"]:
         names = [name for name in names if engines.find(name).takes_adapters]
     if options["kv_dtype"] != AUTO:
         names = [name for name in names if "kv_dtype" in engines.list_settings(engines.find(name))]
-    return None if names == engines.names() else names
+    return names
 
 
 def _check_adapters(adapter: str | None, adapters: Mapping[str, str], folder: Path | None) -> None:

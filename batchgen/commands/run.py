@@ -20,7 +20,7 @@ from batchgen.commands._sampling import read_sampling, sampling_options
 from batchgen.commands._values import id_prefix, json_object, template_text
 from batchgen.types import WHOLE, Shard, UserError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4", "nf4")
 
 
 def _shard(context: click.Context, parameter: click.Parameter, text: str | None) -> Shard:
@@ -44,7 +44,7 @@ def _shard(context: click.Context, parameter: click.Parameter, text: str | None)
     type=click.Choice(DTYPES),
     default="auto",
     show_default=True,
-    help="The number type of the weights; int8 and nf4 lose precision.",
+    help="The number type of the weights; fp8, int8, int4 and nf4 lose precision.",
 )
 @engine_options
 @sampling_options

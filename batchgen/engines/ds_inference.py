@@ -17,6 +17,7 @@ from batchgen.generation.greedy import LoadedModel
 from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
+from batchgen.models.quantised.places import widen_all
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.tensor_parallel import process_group
 from batchgen.types import Batch, Prompt
@@ -72,6 +73,7 @@ class DsInference(Engine):
                 setup.world, self.signs.awaited_ranks, options.timeout_seconds
             )
             model = tensor_parallel.load_shard(setup, tokenizer.config, group, options.attn_implementation)
+            widen_all(model)
         except BaseException:
             self.close()
             raise

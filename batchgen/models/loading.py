@@ -23,6 +23,8 @@ from batchgen.models.definition.build import explain_shapes
 from batchgen.models.definition.errors import ModelError, one_line
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import weight_files
+from batchgen.models.loading_report import check_report
+from batchgen.models.quantised import checkpoint as quantised
 from batchgen.types import UserError
 from batchgen.world import World
 
@@ -83,7 +85,14 @@ def check_weights(model: str) -> None:
     weight_files(Path(model))
 
 
-def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapter: str = "") -> Any:
+def load(
+    model: str,
+    arguments: Mapping[str, Any],
+    *,
+    filled: bool = True,
+    adapter: str = "",
+    state_dict: Mapping[str, Any] | None = None,
+) -> Any:
     """The model in folder `model`, in eval mode. `arguments` go to `from_pretrained`; those that are None do not.
 
     The LoRA adapter in the folder `adapter` is merged into its weights; "" is none.
@@ -91,19 +100,17 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapt
     A folder with pickled weights alone is read by torch's weights_only loader, which runs no code of theirs. A hollow
     model's weights are made here, unless they are not wanted `filled` yet.
 
+    Args:
+        state_dict: the weights of a quantised checkpoint (`quantised.checkpoint`); None: they are widened.
+
     Raises:
         EngineError: it cannot be loaded, does not fit, or lacks weights, which would be random numbers.
         Died: another rank has gone, where ranks load together.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
-        config = read_config(model)
-        if attention := architectures.choose_attention(config):
-            given.setdefault("attn_implementation", attention)
         with lora.merged_on_load(adapter):
-            loaded, report = architectures.auto_class(config).from_pretrained(
-                model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
-            )
+            loaded, report = _load(model, given, state_dict)
     except (UserError, Died):
         raise
     except UnpicklingError as error:
@@ -119,10 +126,24 @@ def load(model: str, arguments: Mapping[str, Any], *, filled: bool = True, adapt
             raise Died(f"another rank has gone while the ranks loaded together: {error}") from error
         why = explain_shapes(Path(model), error) or one_line(error)
         raise ModelError(f"the model in {model} cannot be loaded: {why}") from error
-    _check_report(model, loaded.config, report)
+    check_report(model, loaded.config, report)
     if filled:
         random_weights.fill_hollow(model, loaded)
     return loaded.eval()
+
+
+def _load(model: str, given: dict[str, Any], state_dict: Mapping[str, Any] | None) -> Any:
+    """The model, and Transformers' report of what it has loaded."""
+    config = read_config(model)
+    if attention := architectures.choose_attention(config):
+        given = {"attn_implementation": attention} | given
+    if state_dict is not None:
+        return quantised.load(config, state_dict, given)
+    if (checkpoint := quantised.find_checkpoint(Path(model), config)) is not None:
+        return quantised.load_widened(config, checkpoint, given)
+    return architectures.auto_class(config).from_pretrained(
+        model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **given
+    )
 
 
 @contextmanager
@@ -145,31 +166,6 @@ def refuse_model(config: Any, has_generated: Callable[[], bool] = lambda: False)
             f"Transformers cannot generate with the model in {config.name_or_path} ({config.model_type}): {name}: "
             f"{one_line(error).removeprefix(f'{name}: ')}. Choose another model"
         ) from error
-
-
-def _check_report(model: str, config: Any, report: Mapping[str, Any]) -> None:
-    """Raises ModelError if the files lack weights of the model, or hold more layers than its config says."""
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"the weights in {model} are not complete: {missing[0]} (one of {len(missing)}) is missing; "
-            "copy or download the model again"
-        )
-    text = config.get_text_config()
-    # Layers behind the last, which guess several tokens at once, are left out by design.
-    layers = text.num_hidden_layers + (getattr(text, "num_nextn_predict_layers", None) or 0)
-    beyond = [name for name in sorted(report["unexpected_keys"]) if _layer_of(name) >= layers]
-    if beyond:
-        raise ModelError(
-            f"the weights in {model} hold more layers than its config.json says: {beyond[0]} (one of {len(beyond)}) "
-            f"has no place among num_hidden_layers {text.num_hidden_layers}; take the config.json that belongs to them"
-        )
-
-
-def _layer_of(name: str) -> int:
-    """The number of the layer that a weight is of, from 0; -1: of none."""
-    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
-    return int(found[1]) if found else -1
 
 
 def refused_pickle(folder: Path) -> ModelError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from batchgen.engine import Engine, EngineError, Tokenizer
 from batchgen.engines import check_dtype, list_settings, parse_options, settings_of
@@ -178,15 +178,14 @@ class _Search:
         why += "".join(f"; no forecast for {name}: --engine {name} says why" for name in others if name not in for_gpus)
         return fastest, f"{why}; the model has {model}"
 
-    def _types(self) -> tuple[Any, Literal[0, 4, 8]]:
-        """The type that is computed with, and the bits that a weight of a matrix is held in; 0: all of its own."""
+    def _types(self) -> tuple[Any, str]:
+        """The type that is computed in, and what the weights are rounded to; "": nothing."""
         from batchgen.models import loading
 
-        bits: Literal[0, 4, 8] = 8 if self.dtype == "int8" else 4 if self.dtype == "nf4" else 0
         config = self.tokenizer.config
-        if bits:
-            return loading.own_dtype(config), bits
-        return loading.floating_dtype(self.dtype, config, on_gpu=self.nodes.machine.gpus > 0), bits
+        if self.dtype not in ("auto", *loading.FLOATING):
+            return loading.own_dtype(config), self.dtype
+        return loading.floating_dtype(self.dtype, config, on_gpu=self.nodes.machine.gpus > 0), ""
 
     def _forecasts(self, model: Model, work: Work, ranks: int) -> list[Forecast]:
         """The forecasts for `ranks` ranks, the best first; only those that need nothing more of the user."""

@@ -35,7 +35,7 @@ class RunSettings:
         engine: a name of `batchgen.engines.names()`; auto: of the engines that know the settings and fit, the one that
             a forecast says is the fastest (`batchgen.planning.auto`).
         engine_settings: `name=value` for the engine's `Options`.
-        dtype: auto, float32, bfloat16, float16, int8 or nf4.
+        dtype: auto, float32, bfloat16, float16, fp8, int8, int4 or nf4.
         batch_size: the most prompts in a batch; None: as many as fit.
         selftest: compare rows of the first batch with themselves alone, and stop if the batch has changed them.
         strict: check every row before the model loads, and raise RunError if one is bad.

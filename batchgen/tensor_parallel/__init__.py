@@ -11,7 +11,8 @@ from batchgen.tensor_parallel.adapted import LayerCut, find_layer_cuts
 from batchgen.tensor_parallel.autotp import check_split, max_ranks, placements, split
 from batchgen.tensor_parallel.group import Group, ranks_of_group, stream_of
 from batchgen.tensor_parallel.layers import use_plain_layers
-from batchgen.tensor_parallel.shard import load_shard
+from batchgen.tensor_parallel.quantised_files import write_quantised
+from batchgen.tensor_parallel.shard import choose_compute_dtype, load_alone, load_shard
 from batchgen.tensor_parallel.split_files import read_split, write_split
 from batchgen.tensor_parallel.weights import copy_weights, map_model
 
@@ -19,8 +20,10 @@ __all__ = [
     "Group",
     "LayerCut",
     "check_split",
+    "choose_compute_dtype",
     "copy_weights",
     "find_layer_cuts",
+    "load_alone",
     "load_shard",
     "map_model",
     "max_ranks",
@@ -30,5 +33,6 @@ __all__ = [
     "split",
     "stream_of",
     "use_plain_layers",
+    "write_quantised",
     "write_split",
 ]

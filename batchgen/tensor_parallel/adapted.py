@@ -23,11 +23,12 @@ from batchgen.tensor_parallel.split_files import build_hollow
 from batchgen.tensor_parallel.weights import Additions
 
 
-def find_additions(adapter: str, folder: str, config: Any, group: Group) -> Additions:
+def find_additions(adapter: str, folder: str, config: Any, group: Group | None) -> Additions:
     """Returns what the adapter adds to the weights of this rank's share of the model in `folder`.
 
     Args:
         adapter: the folder of the adapter; "": none, and nothing is added.
+        group: the ranks that share the model; None: this one has all of it.
 
     Raises:
         ModelError: the adapter does not fit the model.
@@ -36,7 +37,7 @@ def find_additions(adapter: str, folder: str, config: Any, group: Group) -> Addi
         return {}
     places = lora.place_by_config(lora.read_adapter(adapter), config)
     changes = {name: change for name, change in places.whole.items() if change.is_low_rank}
-    if len(group.ranks) == 1:
+    if group is None or len(group.ranks) == 1:
         return {name: change.compute_product for name, change in changes.items()}
     rows, columns = (_find_cut(folder, changes, group.model, dimension) for dimension in (0, 1))
     return {

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from batchgen.models.quantised.places import get_quantised, make_zeros, set_quantised
+from batchgen.models.quantised.weight import QuantisedWeight, join_rows
 from batchgen.tensor_parallel.heads import find_span
 
 
@@ -83,9 +85,23 @@ def _split(layer: nn.Linear, sizes: dict[str, int], group: dist.ProcessGroup, me
 def join_parts(fused: FusedLinear) -> nn.Linear:
     """Returns one linear layer with the columns of all parts, which are plain ones by now."""
     layers = [part for part in fused.parts if isinstance(part, nn.Linear)]
-    weight = nn.Parameter(torch.cat([layer.weight.data for layer in layers]), requires_grad=False)
     biases = [layer.bias.data for layer in layers if layer.bias is not None]
-    return make_linear(weight, nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None)
+    bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    quantised = [form for layer in layers if (form := get_quantised(layer)) is not None]
+    if quantised:
+        return _make_quantised(quantised, layers[0].weight, bias)
+    weight = nn.Parameter(torch.cat([layer.weight.data for layer in layers]), requires_grad=False)
+    return make_linear(weight, bias)
+
+
+def _make_quantised(parts: Sequence[QuantisedWeight], like: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """Returns one linear layer of parts of a quantised weight; it computes in the type of `like`."""
+    joined = join_rows(parts)
+    assert joined is not None, "parts of one weight differ in rows alone"
+    zeros = nn.Parameter(make_zeros(joined.shape, like.dtype, like.device), requires_grad=False)
+    linear = make_linear(zeros, bias)
+    set_quantised(linear, "weight", joined)
+    return linear
 
 
 def make_linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from batchgen.models.quantised.places import move_quantised
 from batchgen.tensor_parallel.fused import FusedLinear, join_parts, make_linear
 from batchgen.tensor_parallel.operators import register_group, sum_over_ranks
 
@@ -41,8 +42,8 @@ def _make_plain(layer: Any, group: dist.ProcessGroup) -> nn.Module:
     if isinstance(layer, VocabParallelEmbedding):
         return VocabularyEmbedding(layer.weight, layer.vocab_start_index, group)
     if isinstance(layer, LinearAllreduce):
-        return AllReduceLinear(make_linear(layer.weight, None), layer.bias, group)
-    linear = make_linear(layer.weight, layer.bias)
+        return AllReduceLinear(move_quantised(layer, make_linear(layer.weight, None)), layer.bias, group)
+    linear = move_quantised(layer, make_linear(layer.weight, layer.bias))
     return AllGatherLinear(linear, layer._partition_sizes, group) if layer.gather_output else linear
 
 

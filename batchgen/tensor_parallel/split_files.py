@@ -23,9 +23,11 @@ from batchgen.models.definition.build import build_empty
 from batchgen.models.definition.files import DEFINITION
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.int8 import Int8Weight
+from batchgen.models.quantised import find_format
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.tensor_parallel import process_group
 from batchgen.tensor_parallel.autotp import check_split, split
+from batchgen.tensor_parallel.rounded import Rounding
 from batchgen.tensor_parallel.weights import copy_weights, map_model
 
 _FILE_BYTES = 2 << 30  # of a file, so that writing one needs no more memory than this
@@ -48,6 +50,11 @@ def write_split(source: ResolvedModel, out: Path, count: int, dtype: str, report
     if out.exists():
         raise EngineError(f"{out} exists; choose another folder, or remove it")
     config = HfTokenizer(folder).config
+    if find_format(config) is not None:
+        raise EngineError(
+            f"the weights in {folder} are quantised (quantization_config in config.json), and are not split by rank; "
+            "run the model as it is, with --tp, or split it in another precision"
+        )
     if count > 1:
         check_split(config, count)
     own = dtype in ("auto", "int8")  # the machine that splits a model is not the one that runs it
@@ -60,7 +67,7 @@ def write_split(source: ResolvedModel, out: Path, count: int, dtype: str, report
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
             half = Path(name, "split")
             half.mkdir()
-            writer = _RankWriter(folder, half, count, computes_in, dtype == "int8")
+            writer = _RankWriter(folder, half, count, computes_in, Int8Weight if dtype == "int8" else None)
             files = []
             for rank in range(count):
                 files.append(writer.write(rank))
@@ -85,7 +92,7 @@ class _RankWriter:
     out: Path
     ranks: int
     dtype: torch.dtype
-    eight_bits: bool
+    rounding: Rounding | None
 
     def write(self, rank: int) -> list[str]:
         """Writes the share of one rank; returns the names of its files."""
@@ -95,7 +102,7 @@ class _RankWriter:
                 group = dist.group.WORLD
                 assert group is not None
                 split(model, group)
-            copy_weights(model, self.folder, torch.device("cpu"), self.dtype, eight_bits=self.eight_bits)
+            copy_weights(model, self.folder, torch.device("cpu"), self.dtype, rounding=self.rounding)
         names: list[str] = []
         for tensors in _divide(model):
             names.append(f"rank-{rank:05d}-{len(names) + 1:05d}.safetensors")

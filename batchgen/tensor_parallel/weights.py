@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import json
-import mmap
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,19 +14,35 @@ from torch import nn
 
 from batchgen.engine import EngineError
 from batchgen.models import loading, random_weights
-from batchgen.models.folder import weight_files
+from batchgen.models.definition.model_config import read_config
 from batchgen.models.int8 import Int8Weight
 from batchgen.models.lora import Change, merged_on_load
-from batchgen.tensor_parallel.file_views import find_pieces, forget_pieces, keep_views
+from batchgen.models.quantised.checkpoint import find_checkpoint
+from batchgen.models.quantised.placeholders import Placeholders
+from batchgen.models.quantised.places import set_quantised
+from batchgen.models.quantised.rounding import Scheme
+from batchgen.models.quantised.weight import QuantisedWeight
+from batchgen.tensor_parallel.file_views import Pieces, find_pieces, forget_pieces, keep_views
+from batchgen.tensor_parallel.mapped_files import MappedFiles
+from batchgen.tensor_parallel.quantised import (
+    find_placeholders,
+    map_quantised,
+    read_quantised,
+    stands_for_quantised,
+    takes_quantised,
+)
+from batchgen.tensor_parallel.rounded import Rounding, RoundingPlan, cut_experts, plan_rounding
+from batchgen.tensor_parallel.stored_dtype import find_stored_dtype
 
 Additions = Mapping[str, Callable[[torch.device], torch.Tensor]]
 """What is added to a parameter, by its path: a function that computes it on a device, in float32."""
 
-_READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
-_MADV_DONTNEED = 4  # see madvise(2)
 
-# As the safetensors format names them.
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_Homes = dict[int, list[tuple[nn.Module, str, str]]]
+"""Where each parameter is: module, name in it, path."""
+_Sources = dict[int, nn.Parameter]
+
+_READERS = 4  # threads: a parallel file system, or a disk, serves several reads at once
 
 
 def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -> Any:
@@ -45,6 +56,9 @@ def map_model(folder: str, attn_implementation: str | None, adapter: str = "") -
     Raises:
         EngineError: as `loading.load`.
     """
+    checkpoint = find_checkpoint(Path(folder), read_config(folder))
+    if checkpoint is not None:
+        return map_quantised(folder, checkpoint, attn_implementation)
     arguments = {"dtype": find_stored_dtype(Path(folder)), "attn_implementation": attn_implementation}
     with keep_views(), merged_on_load(adapter, _is_merged_whole):
         model = loading.load(folder, arguments, filled=False)
@@ -70,109 +84,137 @@ def _check_unpacked(folder: str, model: nn.Module) -> None:
             )
 
 
-def find_stored_dtype(folder: Path) -> torch.dtype:
-    """Returns the floating type that most bytes of the weights in `folder` have.
-
-    Raises:
-        EngineError: the files cannot be read, or hold none.
-    """
-    sizes: Counter[torch.dtype] = Counter()
-    for dtype, size in _list_stored(folder):
-        sizes[dtype] += size
-    if not sizes:
-        raise EngineError(f"the weights in {folder} are of no floating type; this engine does not read packed ones")
-    return sizes.most_common(1)[0][0]
-
-
-def _list_stored(folder: Path) -> Iterator[tuple[torch.dtype, int]]:
-    """Yields type and bytes of each floating tensor in the files of `folder`; only their headers are read."""
-    files = weight_files(folder)  # all of one kind
-    tables = [path for path in files if path.suffix == ".safetensors"]
-    for path in tables:
-        try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (OSError, ValueError, MemoryError, OverflowError) as error:
-            raise EngineError(f"{path} cannot be read as safetensors ({error}); copy or download it again") from error
-        for name, tensor in header.items():
-            if name != "__metadata__" and tensor["dtype"] in _TYPES:
-                begin, end = tensor["data_offsets"]
-                yield _TYPES[tensor["dtype"]], end - begin
-    for path in () if tables else files:
-        try:
-            tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        except UnpicklingError as error:
-            raise loading.refused_pickle(folder) from error
-        except (OSError, RuntimeError, ValueError) as error:
-            raise EngineError(f"{path} cannot be read ({error}); copy or download it again") from error
-        for tensor in tensors.values():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                yield tensor.dtype, tensor.nbytes
-
-
 def copy_weights(
     model: nn.Module,
     folder: str,
     device: torch.device,
     dtype: torch.dtype,
     *,
-    eight_bits: bool,
+    rounding: Rounding | None = None,
     additions: Additions | None = None,
 ) -> int:
     """Copies the parameters of `model`, views of files in `folder`, to `device`, one by one; returns their bytes there.
 
-    Each is read, put into type `dtype` and, with `eight_bits`, rounded before the next: besides what it keeps, a rank
-    needs host memory for a few parameters of its own share.
+    Each is read, put into type `dtype` or rounded before the next: besides what it keeps, a rank needs memory for a few
+    parameters of its own share, or for a few experts.
 
     Args:
         dtype: of parameters that are of the files' own type; others were given theirs by Transformers on purpose.
+        rounding: of the weights that `models.quantised.selection` chooses, which lie beside the parameters afterwards
+            (`models.quantised.places`); `Int8Weight`: of linear layers and embeddings; None: none is rounded.
         additions: what an adapter adds to parameters of this rank's share; None: nothing.
+
+    Raises:
+        EngineError: quantised weights are to be cut as they cannot be, or to be rounded once more.
     """
-    maps, hollow = _MappedFiles(Path(folder)), random_weights.hollow(Path(folder))
+    maps, hollow = MappedFiles(Path(folder)), random_weights.hollow(Path(folder))
     is_kept_exact = _find_kept_exact(model)
     homes, sources = _list_parameters(model)
-    stored = Counter({p.dtype: 0 for p in sources.values()})
-    for parameter in sources.values():
-        stored[parameter.dtype] += parameter.numel()
-    own = stored.most_common(1)[0][0]
+    own = _find_own_dtype(sources.values())
+    plan = plan_of(model, rounding) if isinstance(rounding, Scheme) else None
+    quantised = find_placeholders(model, folder, is_rounded=rounding is not None)
+    size = 0 if quantised is None else _copy_quantised(model, quantised, (homes, sources), (device, dtype), maps.forget)
 
-    def copy(key: int) -> torch.Tensor | Int8Weight:
-        source = sources[key].data
-        exact = any(is_kept_exact(path) for *_, path in homes[key])
-        target = dtype if source.dtype == own and not exact else source.dtype
+    def bring(key: int, part: torch.Tensor | Pieces) -> torch.Tensor:
         if hollow is None:
-            here = _read(sources[key], device, maps)
-        else:
-            here = torch.empty(source.shape, dtype=source.dtype, device=device)
-            random_weights.fill(homes[key][0][2], here, hollow)
-        for *_, path in homes[key]:
-            if additions is not None and path in additions:
-                here = here.float() + additions[path](device)
-        if eight_bits and all(name == "weight" and _takes_8_bits(module) for module, name, _ in homes[key]):
+            return maps.read(part, device)
+        here = torch.empty(part.shape, dtype=sources[key].dtype, device=device)
+        random_weights.fill(homes[key][0][2], here, hollow)
+        return here
+
+    def copy(key: int) -> torch.Tensor | Int8Weight | QuantisedWeight:
+        source, paths = sources[key], [path for *_, path in homes[key]]
+        target = dtype if source.dtype == own and not any(map(is_kept_exact, paths)) else source.dtype
+        added = [additions[path] for path in paths if additions is not None and path in additions]
+        if plan is not None and key in plan.chosen and not added:
+            return plan.round(key, (bring(key, part) for part in cut_experts(source)))
+        here = bring(key, find_pieces(source) or source.data)
+        for compute in added:
+            here = here.float() + compute(device)
+        if plan is not None and key in plan.chosen:
+            return plan.round(key, iter([here.to(source.dtype)]))  # as merged weights are saved
+        if rounding is Int8Weight and all(name == "weight" and _takes_8_bits(module) for module, name, _ in homes[key]):
             return Int8Weight.rounded(here, target)
         return here.to(target)
 
-    size = 0
     # Warning: from here on the modules of Transformers and DeepSpeed hold other objects than they were made with: a
     # parameter may have become an `Int8Weight`, which is a module. `_parameters` is changed by hand, since `setattr`
     # refuses a module where a parameter was. If a new version of torch keeps parameters elsewhere, the old ones, which
     # are views of files, stay in use: the text is right, and memory is not what was planned.
+    size += _replace(copy, homes, sources, dtype)
+    _copy_buffers(model, device)
+    return size
+
+
+def _replace(
+    make: Callable[[int], torch.Tensor | Int8Weight | QuantisedWeight],
+    homes: _Homes,
+    sources: _Sources,
+    dtype: torch.dtype,
+) -> int:
+    """Puts what `make` gives for each parameter of `homes` in its place; returns the bytes of all."""
+    size = 0
     with ThreadPoolExecutor(_READERS) as readers, torch.no_grad():
-        for key, made in zip(homes, readers.map(copy, list(homes)), strict=True):
-            size += _put(made, homes[key])
+        for key, made in zip(homes, readers.map(make, list(homes)), strict=True):
+            size += _put(made, homes[key], dtype)
             sources[key].data = torch.empty(0)
             forget_pieces(sources[key])
+    return size
+
+
+def _copy_quantised(
+    model: Any,
+    placeholders: Placeholders,
+    listed: tuple[_Homes, _Sources],
+    target: tuple[torch.device, torch.dtype],
+    forget: Callable[[torch.Tensor], None],
+) -> int:
+    """Copies the quantised weights of a checkpoint, and takes them off the list; returns their bytes on the device.
+
+    Args:
+        listed: as `_list_parameters` returns it.
+        target: where they are computed with, and in which type.
+        forget: lets go of the pages of a view of a file.
+    """
+    (homes, sources), (device, dtype) = listed, target
+    read = {key: homes.pop(key) for key in list(homes) if stands_for_quantised(placeholders, sources[key])}
+
+    def copy(key: int) -> torch.Tensor | QuantisedWeight:
+        weight = read_quantised(placeholders, sources[key], device, forget)
+        keeps = all(takes_quantised(model, module, name) for module, name, _ in read[key])
+        return weight if keeps else weight.widen(dtype)
+
+    return _replace(copy, read, sources, dtype)
+
+
+def _find_own_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    """Returns the type that most numbers of a mapped model have."""
+    stored: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        stored[parameter.dtype] += parameter.numel()
+    return stored.most_common(1)[0][0]
+
+
+def _copy_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    return size
 
 
-def _list_parameters(model: nn.Module) -> tuple[dict[int, list[tuple[nn.Module, str, str]]], dict[int, nn.Parameter]]:
+def plan_of(model: Any, scheme: Scheme) -> RoundingPlan:
+    """Returns which parameters of a model, or of a rank's share of one, are rounded.
+
+    Raises:
+        EngineError: none would be, or the groups of the scheme do not divide a matrix.
+    """
+    return plan_rounding(model, scheme, _list_parameters(model)[0], _find_kept_exact(model))
+
+
+def _list_parameters(model: nn.Module) -> tuple[_Homes, _Sources]:
     """Returns where each parameter is (module, name in it, path), and the parameter itself; a shared one once."""
-    homes: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    sources: dict[int, nn.Parameter] = {}
+    homes: _Homes = {}
+    sources: _Sources = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -181,20 +223,18 @@ def _list_parameters(model: nn.Module) -> tuple[dict[int, list[tuple[nn.Module, 
     return homes, sources
 
 
-def _read(source: nn.Parameter, device: torch.device, maps: _MappedFiles) -> torch.Tensor:
-    """Returns a copy of a parameter on `device`, and lets go of the pages that it was read from."""
-    if (pieces := find_pieces(source)) is not None:
-        whole = pieces.assemble(device)
-        for piece in itertools.chain(*pieces.experts):
-            maps.forget(piece)
-        return whole
-    copied = source.data.to(device, copy=True)
-    maps.forget(source.data)
-    return copied
+def _put(
+    made: torch.Tensor | Int8Weight | QuantisedWeight, homes: list[tuple[nn.Module, str, str]], dtype: torch.dtype
+) -> int:
+    """Puts a parameter into the modules that share it; returns its bytes.
 
-
-def _put(made: torch.Tensor | Int8Weight, homes: list[tuple[nn.Module, str, str]]) -> int:
-    """Puts a parameter into the modules that share it; returns its bytes."""
+    Args:
+        dtype: that quantised weights are computed with in.
+    """
+    if isinstance(made, QuantisedWeight):
+        for module, name, _ in homes:
+            set_quantised(module, name, made, dtype)
+        return made.nbytes
     shared: nn.Module | nn.Parameter
     if isinstance(made, Int8Weight):
         shared, size = made, made.values.nbytes + made.scales.nbytes
@@ -221,33 +261,3 @@ def _find_kept_exact(model: Any) -> Callable[[str], bool]:
     names += getattr(model, "_keep_in_fp32_modules", None) or ()
     pattern = re.compile(rf"(^|\.)({'|'.join(map(re.escape, names))})(\.|$)") if names else None
     return lambda path: pattern is not None and pattern.search(path) is not None
-
-
-class _MappedFiles:
-    """Where this process has mapped the files of a folder.
-
-    Pages that were read count as this process's memory until the kernel needs room, or until they are forgotten.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        files = {str(path.resolve()) for path in folder.rglob("*")}  # an index may name files in a subfolder
-        self._ranges = []
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[5] in files:
-                begin, end = (int(edge, 16) for edge in fields[0].split("-"))
-                self._ranges.append((begin, end))
-        self._advise = ctypes.CDLL(None, use_errno=True).madvise
-        self._advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-    def forget(self, view: torch.Tensor) -> None:
-        """Lets go of the pages of `view`, if it is part of one of the files; they can be read again."""
-        if view.numel() == 0:
-            return
-        last = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
-        begin, end = view.data_ptr(), view.data_ptr() + (last + 1) * view.element_size()
-        if any(first <= begin and end <= after for first, after in self._ranges):
-            # Whole pages between the edges: those at the edges may be another's, who is about to read them.
-            begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > begin:
-                self._advise(begin, end - begin, _MADV_DONTNEED)

@@ -15,7 +15,7 @@ from batchgen.engines import find
 from batchgen.engines.ds_zero.quantization import _read_saved_types
 from batchgen.models import check_there
 from batchgen.models.definition.errors import ModelError
-from batchgen.tensor_parallel.weights import find_stored_dtype
+from batchgen.tensor_parallel.stored_dtype import find_stored_dtype
 from batchgen.world import World
 from tests.tiny_models import random_prompts
 

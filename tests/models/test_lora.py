@@ -133,7 +133,7 @@ def test_weights_in_16_bits_are_merged_in_32_and_rounded_once(
     shared = map_model(str(half), None, str(plain[0]))
     change = lora.place_by_config(lora.read_adapter(str(plain[0])), shared.config).whole[f"{name}.weight"]
     additions = {f"{name}.weight": change.compute_product}
-    copy_weights(shared, str(half), torch.device("cpu"), torch.float32, eight_bits=False, additions=additions)
+    copy_weights(shared, str(half), torch.device("cpu"), torch.float32, additions=additions)
     assert torch.equal(shared.get_parameter(f"{name}.weight"), exact)
 
 

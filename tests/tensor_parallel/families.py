@@ -125,7 +125,7 @@ def compared(name: str, scratch: str) -> dict[str, object]:
     group = dist.group.WORLD
     assert group is not None
     split(mine, group, tried if tried in ("split", "spread") else None)
-    copy_weights(mine, scratch, torch.device("cpu"), torch.float32, eight_bits=False)
+    copy_weights(mine, scratch, torch.device("cpu"), torch.float32)
     furthest = 0.0
     equal = True
     with torch.no_grad():

@@ -99,7 +99,7 @@ def test_the_shares_of_all_ranks_make_up_what_transformers_loads(build: Any, way
     folder = models.save(tmp_path / "model", partial(build, intermediate_size=96))
     whole = AutoModelForCausalLM.from_pretrained(folder)
     mapped = map_model(str(folder), None)
-    copy_weights(mapped, str(folder), CPU, torch.float32, eight_bits=False)
+    copy_weights(mapped, str(folder), CPU, torch.float32)
     for name, parameter in whole.named_parameters():
         assert torch.equal(mapped.get_parameter(name), parameter)
     hidden, weights = torch.randn(20, 32), torch.rand(20, 3)
@@ -119,7 +119,7 @@ def compute_share(folder: Path, place: tuple[int, int], way: Way, arguments: Seq
         group = torch.distributed.group.WORLD
         assert group is not None
         split(model, group, way)
-        copy_weights(model, str(folder), CPU, torch.float32, eight_bits=False)
+        copy_weights(model, str(folder), CPU, torch.float32)
         output: torch.Tensor = model.model.layers[1].mlp.experts(*arguments)
     return output
 
@@ -138,7 +138,7 @@ def test_experts_that_lie_apart_are_read_by_the_rank_that_keeps_them(way: Way, t
             assert group is not None
             split(model, group, way)
             views = resident()
-            copy_weights(model, str(folder), CPU, torch.float32, eight_bits=False)
+            copy_weights(model, str(folder), CPU, torch.float32)
         after = resident()
         share = sum(parameter.nbytes for parameter in model.parameters())
         assert whole > 100e6
@@ -170,7 +170,7 @@ def test_an_adapter_of_experts_is_merged_into_placeholders(case: str, tmp_path: 
     assert (find_pieces(experts.down_proj) is None) == (case == "one parameter of the experts")
     changes = lora.place_by_config(lora.read_adapter(str(adapter)), mapped.config).whole
     products = {name: change.compute_product for name, change in changes.items() if change.is_low_rank}
-    copy_weights(mapped, str(base), CPU, torch.float32, eight_bits=False, additions=products)
+    copy_weights(mapped, str(base), CPU, torch.float32, additions=products)
     for name, parameter in expected.named_parameters():
         assert torch.equal(mapped.get_parameter(name), parameter), name
 
@@ -186,7 +186,7 @@ def test_files_by_rank_hold_the_shares_of_experts(tmp_path: Path) -> None:
             assert group is not None
             model = map_model(str(folder), None)
             split(model, group)
-            copy_weights(model, str(folder), CPU, torch.float32, eight_bits=False)
+            copy_weights(model, str(folder), CPU, torch.float32)
             again = read_split(out, layout, group, CPU, None)
         expected, found = dict(model.named_parameters()), dict(again.named_parameters())
         assert expected.keys() == found.keys()

@@ -39,10 +39,10 @@ ENGINES = {
 }
 
 
-def build(vocabulary: int, name: str) -> PreTrainedModel:
+def build(vocabulary: int, name: str, **settings: Any) -> PreTrainedModel:
     """A model whose norms, biases and sinks differ from head to head."""
     ends = {"bos_token_id": models.BEGIN, "eos_token_id": models.END, "pad_token_id": models.PAD}
-    shape = families.SHAPES[name] | KINDS[name] | ends | {"vocab_size": vocabulary}
+    shape = families.SHAPES[name] | KINDS.get(name, {}) | ends | {"vocab_size": vocabulary} | settings
     made: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.partition(" ")[0], **shape))
     with torch.no_grad():
         for parameter in made.parameters():

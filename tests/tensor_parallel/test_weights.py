@@ -17,7 +17,7 @@ from batchgen.engine import EngineError
 from batchgen.models import ModelError, ResolvedModel, resolve, split_folder
 from batchgen.models.int8 import Int8Weight
 from batchgen.tensor_parallel import copy_weights, map_model, process_group, read_split, split, write_split
-from batchgen.tensor_parallel.weights import find_stored_dtype
+from batchgen.tensor_parallel.stored_dtype import find_stored_dtype
 from tests import tiny_models as models
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_a_share_is_all_that_is_read_or_held(large: Path) -> None:
             assert group is not None
             split(model, group)
             views = resident()
-            copy_weights(model, str(large), CPU, torch.float32, eight_bits=False)
+            copy_weights(model, str(large), CPU, torch.float32)
         after = resident()
         share = size(model)
         assert whole > 70e6
@@ -92,7 +92,7 @@ def test_packed_weights_are_refused_and_not_read_without_their_scales(
 
 def test_another_type_is_made_on_the_way_and_tied_weights_stay_tied(tiny_bloom: Path) -> None:
     model = map_model(str(tiny_bloom), None)
-    copy_weights(model, str(tiny_bloom), CPU, torch.bfloat16, eight_bits=False)
+    copy_weights(model, str(tiny_bloom), CPU, torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
     expected = load_file(tiny_bloom / "model.safetensors")["transformer.word_embeddings.weight"]
@@ -101,7 +101,7 @@ def test_another_type_is_made_on_the_way_and_tied_weights_stay_tied(tiny_bloom: 
 
 def test_8_bits_replace_matrices_and_tables_alone(tiny_bloom: Path) -> None:
     model = map_model(str(tiny_bloom), None)
-    copy_weights(model, str(tiny_bloom), CPU, torch.float32, eight_bits=True)
+    copy_weights(model, str(tiny_bloom), CPU, torch.float32, rounding=Int8Weight)
     assert isinstance(model.lm_head.weight, Int8Weight)
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
     assert all(parameter.dim() == 1 for parameter in model.parameters())  # norms and biases
@@ -124,7 +124,7 @@ def test_files_by_rank_hold_the_same_shares_and_name_their_origin(large: Path, t
             assert group is not None
             model = map_model(str(large), None)
             split(model, group)
-            copy_weights(model, str(large), CPU, torch.bfloat16, eight_bits=False)
+            copy_weights(model, str(large), CPU, torch.bfloat16)
             again = read_split(out, found, group, CPU, None)
         assert not again.training
         expected, got = dict(model.named_parameters()), dict(again.named_parameters())

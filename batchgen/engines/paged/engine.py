@@ -20,7 +20,7 @@ import torch
 
 from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
-from batchgen.engines.paged import adapters, models, sizing, warm_up
+from batchgen.engines.paged import adapters, models, sizing, warm_up, weights
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.cache import check_device, find_format
 from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
@@ -36,7 +36,7 @@ from batchgen.engines.paged.step import StepLimits
 from batchgen.generation import finite
 from batchgen.generation.choosing import TokenChooser
 from batchgen.generation.selftest import SelfTest
-from batchgen.models import loading, random_weights
+from batchgen.models import loading, quantised, random_weights
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
@@ -49,6 +49,7 @@ class Paged(Engine):
 
     serves_cpu = reads_split = takes_adapters = True
     group_setting = "tp"
+    dtypes = (*Engine.dtypes, *weights.DTYPES)
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
     pace = Pace(
         layer_seconds=0.00003,
@@ -70,12 +71,14 @@ class Paged(Engine):
         expected_share: float | None = None  # of its max_new_tokens that a row generates; None: learnt as rows end
         tp: int | None = None  # ranks that hold one model together; None: each has a whole one
         kv_dtype: Literal["auto", "fp8"] = "auto"  # of keys and values in the cache; auto: that of the model
+        group_size: int | None = None  # with --dtype int4, columns that share a scale; None: 128, 64 or 32
         timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
 
         def __post_init__(self) -> None:
             for name in ("step_tokens", "cache_tokens"):
                 if getattr(self, name) is not None and getattr(self, name) < 1:
                     raise EngineError(f"--set {name}={getattr(self, name)}: must be 1 or more")
+            weights.check_group_size(self.group_size)
             if self.expected_share is not None and not 0 < self.expected_share <= 1:
                 raise EngineError(f"--set expected_share={self.expected_share}: must be above 0 and at most 1")
 
@@ -90,6 +93,7 @@ class Paged(Engine):
     @classmethod
     def check(cls, setup: Setup, tokenizer: Any, options: Options) -> None:
         super().check(setup, tokenizer, options)
+        weights.make_scheme(setup.dtype, options.group_size, tokenizer.config)
         models.check(tokenizer.config)
         if cls.will_call_together(options):
             tensor_parallel.check_split(tokenizer.config, options.tp or 1, evenly=True)
@@ -104,6 +108,7 @@ class Paged(Engine):
         self._runner: Runner | None = None
         self._group: tensor_parallel.Group | None = None  # of ranks that hold the model together; None: this one alone
         self._tokenizer = HfTokenizer(setup.model)
+        self._scheme = weights.make_scheme(setup.dtype, options.group_size, self._tokenizer.config)
         models.check(self._tokenizer.config)
         loading.prepare_transformers()
         self.calls_together = self.will_call_together(options)
@@ -126,13 +131,14 @@ class Paged(Engine):
 
     def _load(self) -> None:
         """Loads the whole model on this rank's device."""
-        dtype = loading.floating_dtype(self._setup.dtype, self._tokenizer.config)
-        arguments = {"dtype": dtype, "device_map": {"": str(self._device)}}
-        # Before the compilers: beside them, which keep the interpreter to themselves, it takes ten times as long.
-        self._check_model(dtype)
-        with self._compile_meanwhile(dtype):
-            self._model = loading.load(self._setup.model, arguments, filled=False, adapter=self._setup.adapter)
-        random_weights.fill_hollow(self._setup.model, self._model)
+        dtype = self._check_model()
+        is_plain = self._scheme is None and quantised.find_format(self._tokenizer.config) is None
+        # The compilers begin after the check: beside them, which keep the interpreter to themselves, it takes ten times
+        # as long.
+        with self._compile_meanwhile(dtype) if is_plain else nullcontext():
+            self._model = weights.load(self._setup, self._tokenizer.config, self._device, self._scheme, dtype)
+        if is_plain:
+            random_weights.fill_hollow(self._setup.model, self._model)
         adapters.install(self._model, self._setup.adapters, self._tokenizer.config)
         self._make_ready()
 
@@ -150,23 +156,23 @@ class Paged(Engine):
     def _load_shard(self) -> None:
         """Joins the group of this rank, and loads its shard of the model."""
         world, config = self._setup.world, self._tokenizer.config
-        dtype = loading.floating_dtype(self._setup.dtype, config)
         self.signs.awaited_ranks = ranks = tensor_parallel.ranks_of_group(world, self._options.tp)
         tensor_parallel.check_split(config, len(ranks), evenly=True)
         self._group = tensor_parallel.Group.meet(world, ranks, self._options.timeout_seconds)
         self._device = self._group.device
-        self._check_model(dtype)
-        self._model = tensor_parallel.load_shard(self._setup, config, self._group)
+        self._check_model()
+        self._model = tensor_parallel.load_shard(self._setup, config, self._group, scheme=self._scheme)
         tensor_parallel.use_plain_layers(self._model, self._group.model)
+        weights.finish(self._model)
         find_cuts = partial(tensor_parallel.find_layer_cuts, self._setup.model, self._group)
         adapters.install(self._model, self._setup.adapters, config, find_cuts)
 
-    def _check_model(self, dtype: torch.dtype) -> None:
-        """Checks, before any weight is read, that a small model of the same config computes the right numbers."""
-        if self._device.type == "cuda":
-            models.check_dtype(self._tokenizer.config, dtype)
+    def _check_model(self) -> torch.dtype:
+        """Checks that a small model of the config computes right, before weights are read; returns the type to use."""
+        dtype = weights.choose_dtype(self._scheme, self._setup.dtype, self._tokenizer.config, self._device)
         check_device(self._options.kv_dtype, self._device)
         trial.check(self._tokenizer.config)
+        return dtype
 
     def _make_ready(self) -> Runner:
         """The runner; ranks of a group make it at the same time, with collectives that may take long."""
@@ -193,10 +199,7 @@ class Paged(Engine):
             pages = min(pages, -(-self._options.cache_tokens // PAGE_SIZE))
         pages = sizing.shrink_after(sizing.CacheLesson.read(self._setup.limits), pages)
         if pages < 1:
-            raise EngineError(
-                "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), more "
-                "GPUs for a model (--tp), or --engine accelerate, which can put weights elsewhere"
-            )
+            raise EngineError(sizing.NO_ROOM)
         runner.allocate(pages)
         return runner
 

@@ -17,6 +17,11 @@ SHARE_OF_HOST = 4
 as free, since a cache takes it only as it fills."""
 
 _LONGEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
+NO_ROOM = (
+    "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), more GPUs for a "
+    "model (--tp), or --engine accelerate, which can put weights elsewhere"
+)
+
 _SLOTS_ON_CPU = 64
 _MOST_SLOTS = 4096
 _TYPICAL_TOKENS = 128  # of a row: what the number of slots is worked out from, not a limit

@@ -14,6 +14,7 @@ from batchgen.models import architectures
 from batchgen.models.definition.errors import ModelError, refuse_errors
 from batchgen.models.definition.files import check_definition_files, check_json, read_json
 from batchgen.models.definition.folders import CONFIG, check_model_folder
+from batchgen.models.quantised import find_format
 
 # These read a text from both sides unless their config says is_decoder, and each token then sees those behind it.
 ENCODERS = frozenset(
@@ -64,6 +65,10 @@ def read_config_file(path: Path, folder: Path | None = None) -> Any:
     with refuse_errors(f"the config of the model in {place} cannot be used"):
         config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         _check_numbers(path, config.get_text_config())
+    try:
+        find_format(config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     check_generates(place, config)
     return config
 

@@ -1,4 +1,56 @@
 """Weights of 8 and 4 bits: the formats of checkpoints, and those that are made here.
 
-`weight.QuantisedWeight` is the one form that all of them are read into.
+`weight.QuantisedWeight` is the one form that all of them are read into. `find_format` tells from a model's config which
+format its checkpoint has; `checkpoint.Checkpoint` reads it.
 """
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from batchgen.models.quantised.awq import Awq
+from batchgen.models.quantised.compressed_tensors import CompressedTensors
+from batchgen.models.quantised.format import Format
+from batchgen.models.quantised.fp8 import Fp8
+from batchgen.models.quantised.gptq import Gptq
+from batchgen.models.quantised.mxfp4 import Mxfp4
+
+_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
+    "fp8": Fp8.of,
+    "compressed-tensors": CompressedTensors.of,
+    "awq": Awq.of,
+    "gptq": Gptq.of,
+    "mxfp4": Mxfp4.of,
+}
+
+
+def get_settings(config: Any) -> Mapping[str, Any]:
+    """Returns what the Transformers config of a model says of its quantisation; nothing if it is not quantised."""
+    settings = getattr(config, "quantization_config", None) or {}
+    if not isinstance(settings, Mapping):
+        settings = settings.to_dict()
+    return settings
+
+
+def find_format(config: Any) -> Format | None:
+    """Returns the format in which the checkpoint of a Transformers config is quantised.
+
+    None: it is not, or in one that is left to Transformers.
+
+    Raises:
+        ModelError: the format has a detail that is not read; the message names it.
+    """
+    settings = get_settings(config)
+    make = _FORMATS.get(str(settings.get("quant_method")))
+    return make(settings) if make is not None else None
+
+
+def make_plain(config: Any) -> Any:
+    """Returns a copy of a Transformers config that says nothing of quantisation."""
+    plain = copy.deepcopy(config)
+    for part in (plain, plain.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return plain

@@ -116,7 +116,8 @@ class QuantisedWeight:
         group, groups = self.group, self.scales.shape[-1]
         if self.order is not None:
             raise ValueError("its columns are not in the order of the inputs")
-        if groups > 1 and (begin % group or length % group) and begin + length != self.shape[-1]:
+        ends = length % group == 0 or begin + length == self.shape[-1]
+        if groups > 1 and (begin % group or not ends):
             raise ValueError(f"columns {begin} to {begin + length} do not begin and end with its groups of {group}")
         width = self.shape[-1]
 

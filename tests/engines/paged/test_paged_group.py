@@ -218,7 +218,7 @@ def test_the_layers_of_a_share_are_compiled_as_a_whole_for_any_length(name: str,
         assert group is not None
         shard = tensor_parallel.map_model(str(folder), None)
         tensor_parallel.split(shard, group)
-        tensor_parallel.copy_weights(shard, str(folder), ids.device, torch.float32, eight_bits=False)
+        tensor_parallel.copy_weights(shard, str(folder), ids.device, torch.float32)
         tensor_parallel.use_plain_layers(shard, group)
         patched = patch(shard, Alone())
         expected = patched.compute_hidden(ids, torch.arange(30))
@@ -229,10 +229,10 @@ def test_the_layers_of_a_share_are_compiled_as_a_whole_for_any_length(name: str,
             patched.compute_hidden(ids[:17], torch.arange(17))
 
 
-def test_8_bits_are_refused_before_anything_is_loaded(folders: dict[str, Path]) -> None:
+def test_a_type_it_does_not_have_is_refused_before_anything_is_loaded(folders: dict[str, Path]) -> None:
     paged = find("paged")
-    setup = Setup(str(folders["llama"]), "int8", None, World(0, 0, 2, 2))
-    with pytest.raises(EngineError, match="no dtype int8"):
+    setup = Setup(str(folders["llama"]), "nf4", None, World(0, 0, 2, 2))
+    with pytest.raises(EngineError, match="no dtype nf4"):
         paged(setup, parse_options(paged, ["tp=2"]))
 
 

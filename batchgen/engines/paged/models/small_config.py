@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from batchgen.models.quantised import make_plain
+
 WINDOW = 24  # tokens
 ORIGINAL_CONTEXT = 32  # tokens, of models that were made for longer ones afterwards
 VOCABULARY = 256
@@ -48,14 +50,12 @@ def cut_layers(config: Any, least: int = 1) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == text.num_hidden_layers:
             setattr(text, name, type(value)(value[:layers]))
     text.num_hidden_layers = layers
-    if getattr(text, "quantization_config", None) is not None:
-        del text.quantization_config
-    return text
+    return make_plain(text)
 
 
 def shrink_whole(config: Any, text: Any) -> Any:
     """Returns a config of a model that sees, or hears: its text part is `text`, and its other parts have one layer."""
-    small = copy.deepcopy(config)
+    small = make_plain(config)
     whole_text = small.get_text_config()
     for name in small.sub_configs:
         part = getattr(small, name, None)

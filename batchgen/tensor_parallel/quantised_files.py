@@ -1,0 +1,196 @@
+"""`batchgen quantise`: a model whose weights are rounded once, in files that others read too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from batchgen.engine import EngineError
+from batchgen.models import ResolvedModel, random_weights, split_folder
+from batchgen.models.definition.files import DEFINITION
+from batchgen.models.definition.model_config import read_config
+from batchgen.models.folder import Report
+from batchgen.models.quantised import get_settings
+from batchgen.models.quantised.compressed_files import make_settings, make_tensors
+from batchgen.models.quantised.rounding import Scheme, round_weight
+from batchgen.tensor_parallel.file_views import find_pieces
+from batchgen.tensor_parallel.mapped_files import MappedFiles
+from batchgen.tensor_parallel.rounded import RoundingPlan
+from batchgen.tensor_parallel.weights import map_model, plan_of
+
+_FILE_BYTES = 2 << 30  # of a file, so that writing one needs no more memory than this
+_CONFIG = "config.json"
+
+
+def write_quantised(source: ResolvedModel, out: Path, dtype: str, group_size: int, report: Report) -> Path:
+    """Writes the model `source`, its weights rounded, into the new folder `out`; returns its absolute path.
+
+    Reads, rounds and writes parameter by parameter, on a GPU if there is one; host memory holds a file's worth and the
+    largest parameter.
+
+    Args:
+        dtype: fp8, int8 or int4.
+        group_size: as `Scheme` takes it.
+
+    Raises:
+        EngineError: the model cannot be loaded or not be rounded like this, or `out` cannot be written.
+    """
+    scheme = Scheme.of(dtype, group_size)
+    assert scheme is not None
+    _check(source, out)
+    model = map_model(str(source.folder), None)
+    plan = plan_of(model, scheme)
+    writer = _Writer(model, plan, source.folder, report)
+    writer.check_names()
+    out = out.absolute()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Under its name there is never half of it, and what an end in between leaves has no config.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
+            half = Path(name, "quantised")
+            half.mkdir()
+            writer.write(half)
+            for file in filter(Path.is_file, map(source.folder.joinpath, DEFINITION)):
+                if file.name != _CONFIG:
+                    shutil.copy(file, half)
+            config = json.loads((source.folder / _CONFIG).read_text(encoding="utf-8"))
+            config["quantization_config"] = make_settings(plan.scheme, writer.kept)
+            (half / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            half.rename(out)
+    except OSError as error:
+        raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
+    return out
+
+
+def _check(source: ResolvedModel, out: Path) -> None:
+    if split_folder.read(source.folder) is not None:
+        raise EngineError(f"{source.folder} is split by rank; give the model it was made from")
+    if settings := get_settings(read_config(str(source.folder))):
+        raise EngineError(
+            f"the weights in {source.folder} are quantised already ({settings.get('quant_method')}, by "
+            "quantization_config in config.json); give the model in 16 bits"
+        )
+    if out.exists():
+        raise EngineError(f"{out} exists; choose another folder, or remove it")
+
+
+@dataclass
+class _Writer:
+    """Writes the weights of a mapped model into files."""
+
+    model: Any
+    plan: RoundingPlan
+    folder: Path  # of the model
+    report: Report
+    kept: set[str] = field(default_factory=set)  # layers that are not rounded, by their names in the files
+
+    def check_names(self) -> None:
+        """Raises EngineError if weights have a form in files of this family that compressed-tensors does not have."""
+        for path, parameter in self.model.named_parameters():
+            if id(parameter) in self.plan.chosen:
+                self._rename(path, torch.empty(parameter.shape, device="meta"), is_rounded=True)
+
+    def write(self, folder: Path) -> None:
+        """Writes the files, and an index of them if they are several."""
+        names: list[str] = []
+        index: dict[str, str] = {}
+        size = 0
+        for part in _divide(self._list_tensors()):
+            names.append(f"part-{len(names)}")
+            _save(part, folder / names[-1])
+            index |= dict.fromkeys(part, names[-1])
+            written = sum(tensor.nbytes for tensor in part.values())
+            size += written
+            self.report(f"{size / 1e9:.2f} GB written, the last of them {next(reversed(part))}")
+        final = {
+            name: f"model-{number:05d}-of-{len(names):05d}.safetensors" if len(names) > 1 else "model.safetensors"
+            for number, name in enumerate(names, 1)
+        }
+        for name, renamed in final.items():
+            (folder / name).rename(folder / renamed)
+        if len(names) > 1:
+            places = {tensor: final[name] for tensor, name in sorted(index.items())}
+            content = {"metadata": {"total_size": size}, "weight_map": places}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _list_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields all tensors of the files, rounded or not; a shared one once, by its first name."""
+        maps, hollow = MappedFiles(self.folder), random_weights.hollow(self.folder)
+        device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.device_count() else "cpu")
+        seen: set[int] = set()
+        for path, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if hollow is not None and isinstance(tensor, nn.Parameter):
+                whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+                random_weights.fill(path, whole, hollow)
+            else:
+                whole = maps.read(find_pieces(tensor) or tensor.detach(), torch.device("cpu"))
+            is_rounded = id(tensor) in self.plan.chosen
+            for name, part in self._rename(path, whole, is_rounded=is_rounded).items():
+                if is_rounded:
+                    weight = round_weight(part.to(device), self.plan.scheme, part.dtype).to("cpu")
+                    yield from make_tensors(name, weight).items()
+                    continue
+                if part.dim() == 2 and name.endswith(".weight"):
+                    self._keep(path, name)
+                yield name, part
+
+    def _keep(self, path: str, name: str) -> None:
+        embedding = self.model.get_input_embeddings()
+        if self.model.get_submodule(path.rpartition(".")[0]) is not embedding:
+            self.kept.add(name.removesuffix(".weight"))
+        elif self.model.get_output_embeddings() is not None:  # tied, and a linear layer all the same
+            self.kept.add(next(n for n, m in self.model.named_modules() if m is self.model.get_output_embeddings()))
+
+    def _rename(self, path: str, tensor: torch.Tensor, *, is_rounded: bool) -> dict[str, torch.Tensor]:
+        """Returns what the files have of a parameter, by the names that they have for it.
+
+        Raises:
+            EngineError: it is to be rounded, and is no matrix of a layer there.
+        """
+        try:
+            found: dict[str, torch.Tensor] = revert_weight_conversion(self.model, {path: tensor})
+            why = ""
+        except Exception as error:  # each family has conversions of its own, and not all can be undone one by one
+            found, why = {}, f" ({type(error).__name__})"
+        odd = [name for name, part in found.items() if not (name.endswith(".weight") and part.dim() == 2)]
+        if not found or (is_rounded and odd):
+            raise EngineError(
+                f"models of type {self.model.config.model_type} keep {odd[0] if odd else path} in a form that the "
+                f"format compressed-tensors does not have{why}, so that no rounded file of it can be written; "
+                f"`batchgen run --dtype {self.plan.scheme.kind}` rounds it each time it is loaded"
+            )
+        return found
+
+
+def _divide(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields the tensors a file's worth at a time."""
+    part: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if part and size + tensor.nbytes > _FILE_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor.detach().contiguous()
+        size += tensor.nbytes
+    yield part
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors makes a file that others cannot read, whatever the umask

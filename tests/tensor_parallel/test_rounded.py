@@ -1,0 +1,125 @@
+"""Weights that are rounded while they are copied: which of a model's, and that they are those of the whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchgen.engine import EngineError
+from batchgen.models import random_weights
+from batchgen.models.quantised.places import get_quantised
+from batchgen.models.quantised.rounding import Scheme, round_weight
+from batchgen.tensor_parallel import copy_weights, map_model, process_group, rounded, split, use_plain_layers
+from tests import tiny_models as models
+from tests.models.quantised.test_rounding import equal
+from tests.tensor_parallel import test_texts
+
+CPU = torch.device("cpu")
+
+# The matrices that keep their type, besides embeddings and the output matrix.
+KEPT: dict[str, set[str]] = {
+    "cohere2": set(),
+    "deepseek_v2": {"mlp.gate.weight"},
+    "gpt_oss": {"mlp.router.weight", "mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"},
+    "mixtral": {"mlp.gate.weight"},
+    "phi3": set(),
+    "qwen3_moe": {"mlp.gate.weight"},
+}
+TABLES = ("embed_tokens.weight", "lm_head.weight")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    scratch = tmp_path_factory.mktemp("rounded")
+    settings = {"deepseek_v2": {"kv_lora_rank": 32}}
+    builds = {name: partial(test_texts.build, name=name, **settings.get(name, {})) for name in KEPT}
+    return {name: models.save(scratch / name, build) for name, build in builds.items()}
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", KEPT)
+def test_layers_are_rounded_and_all_else_is_kept(
+    name: str, kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounded, "_BYTES_AT_ONCE", 20_000)  # an expert or two
+    plain = loading.load(str(folders[name]), {"dtype": torch.float32})
+    model = map_model(str(folders[name]), None)
+    scheme = Scheme(kind)  # type: ignore[arg-type]
+    size = copy_weights(model, str(folders[name]), CPU, torch.bfloat16, rounding=scheme)
+    kept: set[str] = set()
+    held: dict[int, int] = {}  # a tied one once
+    for path, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            exact = plain.get_submodule(path).get_parameter(own)
+            weight = get_quantised(module, own)
+            assert parameter.shape == exact.shape
+            if weight is None:
+                held[id(parameter)] = parameter.nbytes
+                assert torch.equal(parameter.float(), exact.to(parameter.dtype).float())
+                kept |= {f"{path}.{own}"} if parameter.dim() > 1 else set()
+                continue
+            held[id(weight)] = weight.nbytes
+            assert parameter.untyped_storage().nbytes() == 2, "the parameter is zeros without memory"
+            matrix = exact.transpose(-1, -2) if getattr(module, "is_transposed", False) else exact
+            expected = round_weight(matrix, Scheme("int4", weight.group) if kind == "int4" else scheme, torch.float32)
+            assert equal(weight, expected), path
+    layers = {path.partition(".layers.")[2].partition(".")[2] for path in kept if not path.endswith(TABLES)}
+    assert layers == KEPT[name]
+    assert size == sum(held.values())
+    assert rounded.count_bytes(model) == size + sum(buffer.nbytes for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("name", ["phi3", "cohere2", "mixtral"])
+def test_a_share_of_rows_is_that_of_the_whole(name: str, folders: dict[str, Path]) -> None:
+    whole = map_model(str(folders[name]), None)
+    copy_weights(whole, str(folders[name]), CPU, torch.float32, rounding=Scheme("int4", 32))
+    compared = 0
+    with process_group.fake_group(1, 2):
+        share = map_model(str(folders[name]), None)
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        split(share, group)
+        copy_weights(share, str(folders[name]), CPU, torch.float32, rounding=Scheme("int4", 32))
+        use_plain_layers(share, group)
+    # Rows of queries, and both halves of what is fused; columns are cut where a group ends.
+    for path, module in share.named_modules():
+        mine = get_quantised(module)
+        theirs = get_quantised(whole.get_submodule(path.removesuffix(".share"))) if mine is not None else None
+        if mine is None or theirs is None:
+            continue
+        wide, all_of_it = mine.widen(), theirs.widen()
+        assert mine.shape == module.weight.shape
+        if wide.shape[1] < all_of_it.shape[1]:
+            assert torch.equal(wide, all_of_it[:, -wide.shape[1] :])
+        else:
+            rows = {tuple(row.tolist()) for row in all_of_it}
+            assert all(tuple(row.tolist()) in rows for row in wide)
+            assert len(wide) * 2 == len(all_of_it)
+        compared += 1
+    assert compared >= 4
+
+
+def test_what_cannot_be_rounded_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    folder = models.save(tmp_path / "narrow", models.llama, hidden_size=40)
+    with pytest.raises(EngineError, match=r"has 40 columns, which no group of 128, 64, 32 divides.*--dtype int8"):
+        copy_weights(map_model(str(folder), None), str(folder), CPU, torch.float32, rounding=Scheme("int4"))
+    with pytest.raises(EngineError, match=r"groups of 64 columns do not divide the 32 columns.*group_size=N"):
+        copy_weights(map_model(str(tiny_llama), None), str(tiny_llama), CPU, torch.float32, rounding=Scheme("int4", 64))
+    conv = models.save(tmp_path / "conv", lambda size, **_: test_texts.build(size, "gpt2"))
+    with pytest.raises(EngineError, match="--dtype fp8 rounds the weights of linear layers, and models of type gpt2"):
+        copy_weights(map_model(str(conv), None), str(conv), CPU, torch.float32, rounding=Scheme("fp8"))
+
+
+def test_a_model_without_weights_gets_rounded_random_ones(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "hollow")
+    (folder / random_weights.HOLLOW).write_text(json.dumps({"standard_deviation": 0.5}))
+    model = map_model(str(folder), None)
+    copy_weights(model, str(folder), CPU, torch.float32, rounding=Scheme("int4"))
+    weight = get_quantised(model.model.layers[0].mlp.gate_proj)
+    assert weight is not None
+    assert 0.4 < float(weight.widen().std()) < 0.6
