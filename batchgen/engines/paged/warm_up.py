@@ -60,11 +60,12 @@ class Subject:
 # - The model of zeros is made before, by the thread that loads. While Transformers makes a model, torch's default dtype
 #   is the model's, and some functions of torch and of Transformers are others, for the whole process.
 # - torch's compiler restores the default dtype and the states of random generators when it has compiled
-#   (`torch._dynamo.convert_frame.preserve_global_state`), and patches `nn.Module.__call__` while it traces. So it
-#   compiles only once the modules of the loaded model have been made (`tell_when_made`), and until the block ends; in
-#   between weights are copied, and nothing is drawn, made or called. Random weights (`random_weights`) come after it.
-# - What the first thread runs before that neither reads nor changes such state: tensors are made with a dtype of their
-#   own, by zeros; the layout of a step, inference mode and the current GPU belong to a thread.
+#   (`torch._dynamo.convert_frame.preserve_global_state`), patches `nn.Module.__call__` while it traces, and
+#   `torch.compiler.is_compiling` is true meanwhile. So it compiles only once the modules of the loaded model have been
+#   made (`tell_when_made`), and until the block ends; in between weights are copied, and nothing is drawn, made or
+#   called. Random weights (`random_weights`) come after it.
+# - What the first thread runs does not depend on such state: tensors are made with a dtype of their own, and are zeros;
+#   the layout of a step, inference mode and the current GPU belong to a thread. A patched `__call__` calls the module.
 # - No graph is captured: a capture is disturbed by other threads.
 
 
