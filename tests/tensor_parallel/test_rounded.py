@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from batchgen.engine import EngineError
-from batchgen.models import random_weights
+from batchgen.models import loading, random_weights
 from batchgen.models.quantised.places import get_quantised
 from batchgen.models.quantised.rounding import Scheme, round_weight
 from batchgen.tensor_parallel import copy_weights, map_model, process_group, rounded, split, use_plain_layers

@@ -36,7 +36,7 @@ from batchgen.engines.paged.step import StepLimits
 from batchgen.generation import finite
 from batchgen.generation.choosing import TokenChooser
 from batchgen.generation.selftest import SelfTest
-from batchgen.models import loading, quantised, random_weights
+from batchgen.models import loading
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
@@ -132,13 +132,9 @@ class Paged(Engine):
     def _load(self) -> None:
         """Loads the whole model on this rank's device."""
         dtype = self._check_model()
-        is_plain = self._scheme is None and quantised.find_format(self._tokenizer.config) is None
-        # The compilers begin after the check: beside them, which keep the interpreter to themselves, it takes ten times
-        # as long.
-        with self._compile_meanwhile(dtype) if is_plain else nullcontext():
-            self._model = weights.load(self._setup, self._tokenizer.config, self._device, self._scheme, dtype)
-        if is_plain:
-            random_weights.fill_hollow(self._setup.model, self._model)
+        # The compilers begin after the check, which takes ten times as long beside them.
+        meanwhile = self._compile_meanwhile(dtype)
+        self._model = weights.load(self._setup, self._tokenizer.config, self._device, self._scheme, dtype, meanwhile)
         adapters.install(self._model, self._setup.adapters, self._tokenizer.config)
         self._make_ready()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from batchgen import tensor_parallel
 from batchgen.engine import EngineError, Setup
 from batchgen.engines.paged import models
-from batchgen.models import loading
+from batchgen.models import loading, random_weights
 from batchgen.models.quantised import find_format, get_settings
 from batchgen.models.quantised.rounding import DTYPES, GROUP_SIZES, Scheme
 
@@ -66,17 +67,28 @@ def choose_dtype(scheme: Scheme | None, dtype: str, config: Any, device: torch.d
     return chosen
 
 
-def load(setup: Setup, config: Any, device: torch.device, scheme: Scheme | None, dtype: torch.dtype) -> Any:
+def load(
+    setup: Setup,
+    config: Any,
+    device: torch.device,
+    scheme: Scheme | None,
+    dtype: torch.dtype,
+    meanwhile: AbstractContextManager[None],
+) -> Any:
     """Loads the whole model onto `device`, with `scheme` its weights rounded one by one; it computes in `dtype`.
 
-    Hollow weights that are not rounded stay so, to be filled by `random_weights.fill_hollow`.
+    Args:
+        meanwhile: entered while weights are read that stay as they are.
 
     Raises:
         EngineError: it cannot be loaded, or no weight of it can be rounded like this.
     """
     if scheme is None and find_format(config) is None:
         arguments = {"dtype": dtype, "device_map": {"": str(device)}}
-        return loading.load(setup.model, arguments, filled=False, adapter=setup.adapter)
+        with meanwhile:
+            model = loading.load(setup.model, arguments, filled=False, adapter=setup.adapter)
+        random_weights.fill_hollow(setup.model, model)  # not before: compilers restore the states of random generators
+        return model
     model = tensor_parallel.load_alone(setup, config, device, dtype, scheme)
     finish(model)
     return model
