@@ -132,21 +132,16 @@ class Paged(Engine):
     def _load(self) -> None:
         """Loads the whole model on this rank's device."""
         dtype = self._check_model()
-        # The compilers begin after the check, which takes ten times as long beside them.
         meanwhile = self._compile_meanwhile(dtype)
         self._model = weights.load(self._setup, self._tokenizer.config, self._device, self._scheme, dtype, meanwhile)
         adapters.install(self._model, self._setup.adapters, self._tokenizer.config)
         self._make_ready()
 
     def _compile_meanwhile(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """While the model is loaded, compiles for it what steps need on a GPU."""
+        """Compiles what steps need on a GPU, while weights are read: the check of the model would take 14 s beside it."""
         if self._device.type != "cuda" or self._setup.adapters:  # the layers with adapters compute something else
             return nullcontext()
-
-        def choose(parameters: int, free: int) -> StepLimits:
-            room = Room(parameters, find_format(self._options.kv_dtype, dtype), free, self._device)
-            return choose_limits(self._setup, self._options, self._tokenizer, room, Alone())
-
+        choose = partial(self._choose_limits, Alone(), dtype)
         return warm_up.compile_meanwhile(warm_up.Subject(self._tokenizer.config, dtype, self._device, choose))
 
     def _load_shard(self) -> None:
@@ -182,8 +177,7 @@ class Paged(Engine):
         """The runner, with as large a cache as there is memory for."""
         free = device.free_bytes([self._device], self._setup.world.local_size)
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        room = Room(parameters, find_format(self._options.kv_dtype, self._model.dtype), free, self._device)
-        limits = choose_limits(self._setup, self._options, self._tokenizer, room, peers)
+        limits = self._choose_limits(peers, self._model.dtype, parameters, free)
         chooser = self._make_chooser(limits) if peers.place == 0 else None
         runner = Runner(self._model, limits, peers, chooser)
         if self._device.type == "cuda":
@@ -198,6 +192,10 @@ class Paged(Engine):
             raise EngineError(sizing.NO_ROOM)
         runner.allocate(pages)
         return runner
+
+    def _choose_limits(self, peers: Peers, dtype: torch.dtype, parameters: int, free: int) -> StepLimits:
+        room = Room(parameters, find_format(self._options.kv_dtype, dtype), free, self._device)
+        return choose_limits(self._setup, self._options, self._tokenizer, room, peers)
 
     def _make_chooser(self, limits: StepLimits) -> TokenChooser:
         vocabulary = self._model.config.get_text_config().vocab_size
