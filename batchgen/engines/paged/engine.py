@@ -93,8 +93,8 @@ class Paged(Engine):
     @classmethod
     def check(cls, setup: Setup, tokenizer: Any, options: Options) -> None:
         super().check(setup, tokenizer, options)
-        weights.make_scheme(setup.dtype, options.group_size, tokenizer.config)
         models.check(tokenizer.config)
+        weights.make_scheme(setup.dtype, options.group_size, tokenizer.config)
         if cls.will_call_together(options):
             tensor_parallel.check_split(tokenizer.config, options.tp or 1, evenly=True)
 
@@ -131,14 +131,15 @@ class Paged(Engine):
 
     def _load(self) -> None:
         """Loads the whole model on this rank's device."""
-        dtype = self._check_model()
-        meanwhile = self._compile_meanwhile(dtype)
-        self._model = weights.load(self._setup, self._tokenizer.config, self._device, self._scheme, dtype, meanwhile)
-        adapters.install(self._model, self._setup.adapters, self._tokenizer.config)
+        dtype, config = self._check_model(), self._tokenizer.config
+        self._model = weights.load(
+            self._setup, config, self._device, self._scheme, dtype, self._compile_meanwhile(dtype)
+        )
+        adapters.install(self._model, self._setup.adapters, config)
         self._make_ready()
 
     def _compile_meanwhile(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Compiles what steps need on a GPU, while weights are read: the check of the model would take 14 s beside it."""
+        """Compiles what steps need on a GPU, while weights are read; the check of the model would be slow beside it."""
         if self._device.type != "cuda" or self._setup.adapters:  # the layers with adapters compute something else
             return nullcontext()
         choose = partial(self._choose_limits, Alone(), dtype)
@@ -198,8 +199,8 @@ class Paged(Engine):
         return choose_limits(self._setup, self._options, self._tokenizer, room, peers)
 
     def _make_chooser(self, limits: StepLimits) -> TokenChooser:
-        vocabulary = self._model.config.get_text_config().vocab_size
-        return TokenChooser(limits.slots, vocabulary, self._tokenizer, self._device)
+        text = self._model.config.get_text_config()
+        return TokenChooser(limits.slots, text.vocab_size, self._tokenizer, self._device)
 
     @property
     def preemptions(self) -> int:
