@@ -186,12 +186,7 @@ class Paged(Engine):
         else:  # or what all slots can need
             free = min(free // sizing.SHARE_OF_HOST, limits.slots * limits.sequence_tokens * runner.token_bytes)
         pages = peers.least(free // (runner.token_bytes * PAGE_SIZE))
-        if self._options.cache_tokens is not None:
-            pages = min(pages, -(-self._options.cache_tokens // PAGE_SIZE))
-        pages = sizing.shrink_after(sizing.CacheLesson.read(self._setup.limits), pages)
-        if pages < 1:
-            raise EngineError(sizing.NO_ROOM)
-        runner.allocate(pages)
+        runner.allocate(sizing.choose_pages(pages, self._options.cache_tokens, self._setup.limits))
         return runner
 
     def _choose_limits(self, peers: Peers, dtype: torch.dtype, parameters: int, free: int) -> StepLimits:

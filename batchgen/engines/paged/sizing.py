@@ -81,6 +81,23 @@ def choose_step_tokens(parameters: int) -> int:
     return min(8192, max(2048, int(_STEP_OPERATIONS / 2 / parameters)))
 
 
+def choose_pages(room: int, cache_tokens: int | None, lessons: Mapping[int, int]) -> int:
+    """Pages of the cache, where there is room for `room` of them.
+
+    Args:
+        cache_tokens: that it shall hold at most, if the user has said so.
+        lessons: of earlier attempts, as `Setup.limits` has them.
+
+    Raises:
+        EngineError: there is room for none, or earlier attempts have shown that it does not suffice.
+    """
+    pages = room if cache_tokens is None else min(room, -(-cache_tokens // PAGE_SIZE))
+    pages = shrink_after(CacheLesson.read(lessons), pages)
+    if pages < 1:
+        raise EngineError(NO_ROOM)
+    return pages
+
+
 def shrink(pages: int, first_pages: int) -> int:
     """Pages of the next cache, when a forward has found no memory beside one of `pages`.
 
