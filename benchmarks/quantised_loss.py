@@ -3,7 +3,8 @@
     python benchmarks/quantised_loss.py [MODEL]
 
 MODEL is a folder, or the packaged model. All is computed in float32, on the CPU, so that nothing but the rounding of
-weights and of the inputs of products makes a difference. Takes some five minutes for SmolLM2-135M on two cores that do nothing else.
+weights and of the inputs of products makes a difference. Takes some five minutes for SmolLM2-135M on two cores that do
+nothing else.
 
 - GB: that the weights take, with what is not rounded in 16 bits
 - equal tokens: the share of places where the most probable token is the same
