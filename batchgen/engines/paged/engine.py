@@ -47,7 +47,8 @@ _YIELD_SECONDS = 1.0
 class Paged(Engine):
     """A whole model a rank, or a group, its rows in flight all the time."""
 
-    serves_cpu = reads_split = takes_adapters = True
+    serves_cpu = takes_adapters = True
+    reads_split = ("float32", "bfloat16", "float16")
     group_setting = "tp"
     dtypes = (*Engine.dtypes, *weights.DTYPES)
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
