@@ -1,6 +1,6 @@
 """Products of quantised weights on one GPU: `python benchmarks/quantised.py [dense|experts|tiles] [MODEL…]`.
 
-`dense` times the linear layers of `LAYERS`, `experts` a layer's two products of `EXPERTS`, each in all `WAYS`; `tiles`
+`dense` times the linear layers of `LAYERS`, `experts` a layer's two products of `EXPERTS`, each in all ways; `tiles`
 searches the tiles of our kernels for the layers of MODEL. TOKENS=1,64 and WAYS=fp8,int4 take some of them;
 `humming` is a way where package humming-kernels is installed.
 
