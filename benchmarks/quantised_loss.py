@@ -3,8 +3,10 @@
     python benchmarks/quantised_loss.py [MODEL]
 
 MODEL is a folder, or the packaged model. All is computed in float32, on the CPU, so that nothing but the rounding of
-weights and of the inputs of products makes a difference. Takes some five minutes for SmolLM2-135M.
+weights and of the inputs of products makes a difference. Takes some five minutes for SmolLM2-135M on two cores that do
+nothing else.
 
+- GB: that the weights take, with what is not rounded in 16 bits
 - equal tokens: the share of places where the most probable token is the same
 - difference: of the log-probability of the token that stands there, mean of the absolute values
 - perplexity: of the text; that of the model as it is stands in the first line
@@ -65,10 +67,13 @@ def main() -> None:
 def load(folder: str, scheme: Scheme | None) -> Any:
     """The model in float32, with layers that compute as the kernels of engine `paged` are meant to."""
     model = map_model(folder, None)
-    model.held_bytes = copy_weights(model, folder, torch.device("cpu"), torch.float32, rounding=scheme)
-    for module in model.modules():
-        if (weight := get_quantised(module)) is not None:
-            module.forward = _Product(weight, module.bias)
+    copy_weights(model, folder, torch.device("cpu"), torch.float32, rounding=scheme)
+    rounded = {module: weight for module in model.modules() if (weight := get_quantised(module)) is not None}
+    placeholders = sum(module.weight.numel() for module in rounded)
+    plain = sum(parameter.numel() for parameter in model.parameters()) - placeholders
+    model.held_bytes = 2 * plain + sum(weight.nbytes for weight in rounded.values())
+    for module, weight in rounded.items():
+        module.forward = _Product(weight, module.bias)
     return model
 
 

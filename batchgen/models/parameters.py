@@ -24,7 +24,7 @@ class Parameter:
     shape: tuple[int, ...]  # as computed with
     tied: bool  # another name of one listed before
     quantizable: bool  # a weight that DeepSpeed's quantisation would take: of a linear layer or an embedding
-    is_rounded: bool = False  # a weight that `--dtype fp8`, int8 or int4 rounds
+    columns: int = 0  # inputs of the product, of a weight that `--dtype fp8`, int8 or int4 rounds; 0: it is kept
     # The part of it that one token is computed with: of the experts of a mixture, those that the token is sent to.
     token_share: float = 1.0
 
@@ -173,7 +173,8 @@ def list_parameters(config: Any, dtype: torch.dtype) -> Parameters:
             path = f"{module_name}.{name}" if module_name else name
             quantizable = takes and name == "weight"
             shape, tied = tuple(value.shape), id(value) in seen
-            parameters[path] = Parameter(value.numel(), shape, tied, quantizable, path in rounded, share)
+            columns = rounded[path].columns if path in rounded else 0
+            parameters[path] = Parameter(value.numel(), shape, tied, quantizable, columns, share)
             seen.add(id(value))
     return Parameters(parameters, dtype)
 

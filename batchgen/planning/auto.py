@@ -87,7 +87,7 @@ def choose_fastest(
     excluded = {
         name: why
         for name, kind in kinds.items()
-        if (why := _why_not(kind, split is not None, dtype, settings) or _why_not_by_row(kind, by_row))
+        if (why := _why_not(kind, split.dtype if split else "", dtype, settings) or _why_not_by_row(kind, by_row))
     }
     if len(excluded) == len(kinds):
         raise EngineError(
@@ -107,10 +107,14 @@ def choose_fastest(
     return Choice(best.engine, kinds[best.engine], options, why)
 
 
-def _why_not(kind: type[Engine], split: bool, dtype: str, settings: Sequence[str]) -> str:
-    """Why the engine cannot do this on any machine; "" if it can."""
-    if split and not kind.reads_split:
-        return "no use for files that are split by rank"
+def _why_not(kind: type[Engine], split: str, dtype: str, settings: Sequence[str]) -> str:
+    """Why the engine cannot do this on any machine; "" if it can.
+
+    Args:
+        split: the type of files that are split by rank; "": they are not.
+    """
+    if split and split not in kind.reads_split:
+        return "no use for files that are split by rank" + (f" in {split}" if kind.reads_split else "")
     names = {option.name for option in fields(kind.Options)}
     unknown = [name for text in settings if (name := text.partition("=")[0]) not in names]
     if unknown:

@@ -30,7 +30,7 @@ _HOST_SUMS = 0.0005  # s a layer, of ranks on CPUs that wait for each other: a g
 _COPY_PASSES = 3.0  # the experts that `generate` copies for each row on a GPU are read, written and read again
 _GROUP = 64  # weights that share a scale, where bitsandbytes rounds them
 # Of `torch._scaled_mm` beside products in bfloat16, by the tokens from which it holds; measured on an H200, where 4096
-# by 28672 took 135 us with 256 rows and 602 us with 2,048 (benchmarks/README.md, Weights of 8 and 4 bits).
+# by 28672 took 135 us with 256 rows and 602 us with 2,048.
 _FP8_GAINS = ((512, 1.7), (256, 1.3))
 _OVERLAP = 1.75  # the parts of a step add up as numbers to this power do: 1 is a plain sum, infinity the longest alone
 

@@ -17,7 +17,7 @@ from batchgen.models.quantised.fp8 import Fp8
 from batchgen.models.quantised.gptq import Gptq
 from batchgen.models.quantised.mxfp4 import Mxfp4
 
-_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
+FORMATS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "fp8": Fp8.of,
     "compressed-tensors": CompressedTensors.of,
     "awq": Awq.of,
@@ -43,7 +43,7 @@ def find_format(config: Any) -> Format | None:
         ModelError: the format has a detail that is not read; the message names it.
     """
     settings = get_settings(config)
-    make = _FORMATS.get(str(settings.get("quant_method")))
+    make = FORMATS.get(str(settings.get("quant_method")))
     return make(settings) if make is not None else None
 
 

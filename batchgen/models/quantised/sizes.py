@@ -32,7 +32,7 @@ def round_parameters(parameters: Parameters, stored: Stored, group_size: int = 0
     Args:
         group_size: of int4; 0: the one that would be chosen.
     """
-    chosen = {name: one for name, one in parameters.by_name.items() if one.is_rounded}
+    chosen = {name: one for name, one in parameters.by_name.items() if one.columns}
     if not stored or not chosen:
         return parameters
     if stored == "mxfp4":  # which has nothing but experts in it
@@ -40,7 +40,7 @@ def round_parameters(parameters: Parameters, stored: Stored, group_size: int = 0
     group = group_size
     if stored == "int4" and not group:
         try:
-            group = Scheme("int4").fit(one.shape[-1] for one in chosen.values()).group_size
+            group = Scheme("int4").fit(one.columns for one in chosen.values()).group_size
         except ValueError:  # the engine will say so
             group = GROUP_SIZES[-1]
     sizes = {name: _count_bytes(one, stored, group) for name, one in chosen.items()}
@@ -59,4 +59,4 @@ def _count_bytes(parameter: Parameter, stored: Stored, group: int) -> int:
         return numbers // 2 + numbers // _BLOCK_OF_MXFP4
     if stored == "int4":
         return numbers // 2 + numbers // group * 3  # a scale of 16 bits and a zero of 8
-    return numbers + numbers // parameter.shape[-1] * 4
+    return numbers + numbers // parameter.columns * 4

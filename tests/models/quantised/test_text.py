@@ -19,6 +19,7 @@ from tests.models.quantised.test_checkpoint import FAMILIES, SIZES
 
 MODELS: dict[str, tuple[str, Callable[..., PreTrainedModel]]] = {
     "partial blocks": ("fp8 blocks", lambda vocabulary: models.llama(vocabulary, **SIZES)),
+    "rows": ("compressed fp8 weights", lambda vocabulary: models.llama(vocabulary, **SIZES)),
     "act order": ("gptq by act", lambda vocabulary: models.llama(vocabulary, **SIZES)),
     "fused": FAMILIES["fused"],
     "experts": FAMILIES["experts in int4"],
@@ -39,6 +40,8 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("engine", [Paged, Accelerate])
 def test_the_text_is_that_of_the_widened_weights(engine: type[Engine], folders: tuple[Path, Path]) -> None:
     quantised, plain = folders
+    if engine is Paged and "activation_scheme" in (quantised / "config.json").read_text():
+        pytest.skip("its inputs are rounded, too")
     prompts = models.random_prompts(6, longest=40)
     loaded = engine(Setup(str(quantised), "float32", None, World()), parse_options(engine, ()))
     try:
