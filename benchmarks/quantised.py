@@ -1,7 +1,8 @@
 """Products of quantised weights on one GPU: `python benchmarks/quantised.py [dense|experts|tiles] [MODEL…]`.
 
-`dense` times the linear layers of `LAYERS`, `experts` a layer's two products of `EXPERTS`, each in all `WAYS`; `tiles`
-searches the tiles of our kernels for the layers of MODEL. TOKENS=1,64 and WAYS=fp8,int4 take some of them.
+`dense` times the linear layers of `LAYERS`, `experts` a layer's two products of `EXPERTS`, each in all ways; `tiles`
+searches the tiles of our kernels for the layers of MODEL. TOKENS=1,64 and WAYS=fp8,int4 take some of them;
+`humming` is a way where package humming-kernels is installed.
 
 Microseconds by replays of a CUDA graph in which each call has weights of its own, at least 256 MB of them, so that they
 are not in the cache; the median of nine. Inputs of 8 bits are rounded beforehand.
@@ -85,10 +86,12 @@ class Layer:
 
     def __init__(self, kind: str, rows: int, columns: int) -> None:
         self.kind, self.columns = kind, columns
-        size = {"bf16": 2.0, "int4": 0.5, "mxfp4": 0.5}.get(kind, 1.0) * rows * columns
+        size = {"bf16": 2.0, "int4": 0.5, "mxfp4": 0.5, "humming": 0.5}.get(kind, 1.0) * rows * columns
         count = 1 if ONLY_COMPILES else max(2, -(-int(FLUSHED) // int(size)))
-        if kind == "bf16":
-            self.weights: list[Any] = [torch.randn(rows, columns, device=GPU).bfloat16() for _ in range(count)]
+        if kind == "humming":
+            self.weights: list[Any] = [make_humming(rows, columns) for _ in range(count)]
+        elif kind == "bf16":
+            self.weights = [torch.randn(rows, columns, device=GPU).bfloat16() for _ in range(count)]
         else:
             group = {"int4": fit_group(columns), "mxfp4": 32, "fp8-blocks": 128}.get(kind, 0)
             self.weights = [pack(make_weight(kind.partition("-")[0], (rows, columns), group)) for _ in range(count)]
@@ -98,6 +101,17 @@ class Layer:
         if self.kind.startswith("fp8"):
             return round_inputs(inputs, "fp8", 128 if self.kind == "fp8-blocks" else 0)
         return round_inputs(inputs, "int8") if self.kind == "int8" else (inputs, None)
+
+
+def make_humming(rows: int, columns: int) -> Any:
+    """A layer of package humming-kernels, if it is installed, of int4 in groups."""
+    from humming.layer import HummingLayer
+
+    config = {"dtype": "uint4", "group_size": fit_group(columns)}
+    layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=torch.bfloat16).cuda()
+    layer.load_from_unquantized(torch.randn(rows, columns, device=GPU, dtype=torch.bfloat16))
+    layer.transform()
+    return layer
 
 
 def multiply_whole_numbers(
@@ -120,6 +134,8 @@ def list_ways(kind: str, tokens: int) -> dict[str, Callable[..., Any]]:
         if tokens <= skinny_gemm.TOKENS:
             ways["bf16 ours"] = lambda inputs, _, weight: skinny_gemm.multiply(inputs, weight, None)
         return ways
+    if kind == "humming":
+        return {"humming int4": lambda inputs, _, layer: layer(inputs)}
     if kind in ("int4", "mxfp4"):
         ways = {f"{kind} ours": lambda inputs, _, weight: four_bits_kernel.multiply(inputs, weight, None)}
         if tokens >= 64:
@@ -175,7 +191,11 @@ def time_dense(model: str, kinds: Sequence[str]) -> dict[str, dict[tuple[str, in
     found: dict[str, dict[tuple[str, int], float]] = {}
     for layer, (rows, columns) in LAYERS[model].items():
         for kind in kinds:
-            of = Layer(kind, rows, columns)
+            try:
+                of = Layer(kind, rows, columns)
+            except Exception as error:  # a package that is not installed, or fails
+                print(f"  {kind}: {type(error).__name__}: {str(error)[:160]}", flush=True)
+                continue
             for tokens in TOKENS:
                 stored = of.make_inputs(tokens)
                 for way, multiply in list_ways(kind, tokens).items():

@@ -13,11 +13,14 @@ import triton
 import triton.language as tl
 
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
-from batchgen.engines.paged.experts.grouped_gemm_kernel import count_tiles, find_tile
-from batchgen.engines.paged.quantised import four_bits_kernel
 from batchgen.engines.paged.quantised.packing import Packed
-
-_NEIGHBOURS = 8  # tiles of tokens that go through the rows together, and share the weights that are in the cache
+from batchgen.engines.paged.quantised.programs import (
+    NEIGHBOURS,
+    count_programs,
+    find_program,
+    get_counters,
+    join_splits,
+)
 
 
 class Tile(NamedTuple):
@@ -87,25 +90,47 @@ def multiply(
     depth = tile.columns
     while groups > 1 and group % depth:
         depth //= 2
-    tiles = count_tiles(tokens, experts, tile.tokens) if sorting else triton.cdiv(tokens, tile.tokens)
-    across, blocks = triton.cdiv(rows, tile.rows), triton.cdiv(columns, depth)
-    splits = 1 if sorting or tiles > 1 else max(1, min(blocks // 2, tile.programs // across, 32))
-    counters = four_bits_kernel.get_counters(inputs.device)
+    sizes = tokens, rows, triton.cdiv(columns, depth)
+    tiles, across, splits = count_programs(sizes, experts, sorting, (tile.tokens, tile.rows), tile.programs)
     sums = torch.empty((splits, tokens, rows), dtype=torch.float32, device=inputs.device) if splits > 1 else output
     constants: dict[str, Any] = {
         "GROUPED": sorting is not None, "EXPERTS": experts, "WIDE": max(2, triton.next_power_of_2(experts)),
         "TOP_K": sorting.top_k if sorting else 0, "BIAS": bias is not None, "SPLIT": splits > 1,
         "GROUP": group if groups > 1 else 0, "INPUT_GROUPS": 0 if input_scales is None else input_scales.shape[-1],
         "EVEN": columns % depth == 0, "ONCE": tiles == 1, "ROWS": tile.rows, "TOKENS": tile.tokens, "DEPTH": depth,
-        "NEIGHBOURS": _NEIGHBOURS,
+        "NEIGHBOURS": NEIGHBOURS,
     }  # fmt: skip
     of_pairs = (sorting.order, sorting.offsets) if sorting else (output, output)
     scales_of_inputs = output if input_scales is None else input_scales.contiguous()
     _multiply[(tiles * across, splits)](
-        inputs, scales_of_inputs, values, weight.scales, bias, output, sums, counters, *of_pairs,
-        tiles, tokens, rows, columns, blocks, groups, inputs.stride(0), **constants, **tile.settings,
+        inputs, scales_of_inputs, values, weight.scales, bias, output, sums, get_counters(inputs.device), *of_pairs,
+        tiles, *sizes[:2], columns, sizes[2], groups, inputs.stride(0), **constants, **tile.settings,
     )  # fmt: skip
     return output
+
+
+@triton.jit
+def _load_numbers(at, inside, deep, EVEN: tl.constexpr, ONCE: tl.constexpr):
+    """Those of a block; if they are read ONCE, they need not stay in the cache."""
+    mask = inside[:, None] if EVEN else inside[:, None] & deep[None, :]
+    if ONCE:
+        numbers = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+    else:
+        numbers = tl.load(at, mask=mask, other=0.0)
+    return numbers
+
+
+@triton.jit
+def _multiply_block(numbers, given, ROUNDED: tl.constexpr, DEPTH: tl.constexpr):
+    """The product with inputs of the same 8 bits, ROUNDED, or of 16."""
+    if not ROUNDED:
+        part = tl.dot(numbers.to(given.dtype), given)
+    elif given.dtype == tl.int8:
+        part = tl.dot(numbers, given, out_dtype=tl.int32)
+    else:
+        # Sums inside a product of 8-bit floats have few bits: each block is added in float32.
+        part = tl.dot(numbers, given, max_num_imprecise_acc=DEPTH)
+    return part
 
 
 @triton.jit(do_not_specialize=["tiles", "tokens", "blocks", "groups"])
@@ -118,18 +143,11 @@ def _multiply(
 ):  # fmt: skip
     """One tile, [ROWS, TOKENS]. `TOP_K` is 0 if `inputs` has a row a pair; `GROUP` if a row has one scale."""
     WHOLE: tl.constexpr = inputs.dtype.element_ty == tl.int8
-    # Programs start in the order of their numbers: NEIGHBOURS tiles of tokens take the same rows, then the next.
-    across = tl.cdiv(rows, ROWS)
-    neighbours = tl.program_id(0) // (NEIGHBOURS * across)
-    beside = tl.minimum(tiles - neighbours * NEIGHBOURS, NEIGHBOURS)
-    rest = tl.program_id(0) % (NEIGHBOURS * across)
-    number = neighbours * NEIGHBOURS + rest % beside
-    if GROUPED:
-        expert, first, end = find_tile(offsets, number, EXPERTS, WIDE, TOKENS)
-    else:
-        expert, first, end = number * 0, number * TOKENS, tokens
+    expert, first, end, first_row = find_program(
+        offsets, tiles, tokens, rows, GROUPED, EXPERTS, WIDE, TOKENS, ROWS, NEIGHBOURS
+    )
     if expert < EXPERTS:
-        row = rest // beside * ROWS + tl.arange(0, ROWS)
+        row = first_row + tl.arange(0, ROWS)
         inside = row < rows
         place = first + tl.arange(0, TOKENS)
         there = place < end
@@ -140,29 +158,18 @@ def _multiply(
         inputs_at = inputs + token.to(tl.int64)[None, :] * input_row + each[:, None]
         values_at = values + expert.to(tl.int64) * rows * columns + row.to(tl.int64)[:, None] * columns + each[None, :]
         scales_at = scales + expert.to(tl.int64) * groups * rows + row
-        splits = tl.num_programs(1)
-        share = tl.cdiv(blocks, splits)
+        share = tl.cdiv(blocks, tl.num_programs(1))
         begin = tl.program_id(1) * share
         sums = tl.zeros([ROWS, TOKENS], tl.int32 if WHOLE and GROUP == 0 else tl.float32)
         for block in range(begin, tl.minimum(begin + share, blocks)):
             column = block * DEPTH
+            deep = each < columns - column
+            numbers = _load_numbers(values_at + column, inside, deep, EVEN, ONCE)
             if EVEN:
-                mask, deep = inside[:, None], there[None, :]
+                given = tl.load(inputs_at + column, mask=there[None, :], other=0.0)
             else:
-                mask = inside[:, None] & (each < columns - column)[None, :]
-                deep = there[None, :] & (each < columns - column)[:, None]
-            if ONCE:
-                numbers = tl.load(values_at + column, mask=mask, other=0.0, eviction_policy="evict_first")
-            else:
-                numbers = tl.load(values_at + column, mask=mask, other=0.0)
-            given = tl.load(inputs_at + column, mask=deep, other=0.0)
-            if WHOLE:
-                part = tl.dot(numbers, given, out_dtype=tl.int32)
-            elif INPUT_GROUPS > 0:
-                # Sums inside a product of 8-bit floats have few bits: each block is added in float32.
-                part = tl.dot(numbers, given, max_num_imprecise_acc=DEPTH)
-            else:
-                part = tl.dot(numbers.to(given.dtype), given)
+                given = tl.load(inputs_at + column, mask=deep[:, None] & there[None, :], other=0.0)
+            part = _multiply_block(numbers, given, INPUT_GROUPS > 0, DEPTH)
             if GROUP == 0:
                 sums += part
             else:
@@ -175,20 +182,10 @@ def _multiply(
         mask = inside[:, None] & there[None, :]
         to = place.to(tl.int64)[None, :] * rows + row[:, None]
         total = sums.to(tl.float32)
-        last = True
+        is_last = True
         if SPLIT:
-            own = sums_of_splits + tl.program_id(1).to(tl.int64) * tokens * rows
-            tl.store(own + to, total, mask=mask)
-            tl.debug_barrier()
-            last = tl.atomic_add(counters + tl.program_id(0), 1) == splits - 1
-            if last:
-                tl.debug_barrier()
-                total = tl.zeros([ROWS, TOKENS], tl.float32)
-                for split in range(splits):
-                    other = sums_of_splits + tl.cast(split, tl.int64) * tokens * rows
-                    total += tl.load(other + to, mask=mask, other=0.0, cache_modifier=".cg")
-                tl.store(counters + tl.program_id(0), 0)
-        if last:
+            total, is_last = join_splits(total, sums_of_splits, counters, to, mask, tokens * rows)
+        if is_last:
             if GROUP == 0:
                 total *= tl.load(scales_at, mask=inside, other=0.0)[:, None]
             if INPUT_GROUPS == 1:

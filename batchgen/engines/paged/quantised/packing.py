@@ -41,6 +41,9 @@ def pack(weight: QuantisedWeight) -> Packed:
     """
     if weight.values.device.type != "cuda" or not covers(weight):
         return Packed(PLAIN + weight.kind, weight.values, weight.scales, weight.zeros)
+    from batchgen.engines.paged.quantised import programs  # Triton comes with a torch for GPUs alone
+
+    programs.prepare(weight.values.device)
     return pack_for_kernels(weight)
 
 

@@ -94,17 +94,9 @@ def multiply_in_slices(
     return (output if bias is None else output + bias.float()).to(dtype)
 
 
-def _multiply(
-    inputs: torch.Tensor,
-    input_scales: torch.Tensor | None,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    form: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The operator's implementation."""
+def _multiply(inputs: torch.Tensor, input_scales: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+    """The operator's implementation; the rest are the weight's tensors, the bias, the weight's form, and the type."""
+    values, scales, zeros, bias, form, dtype = rest
     weight = Packed(form, values, scales, zeros)
     if form.startswith(PLAIN):
         return multiply_in_slices(inputs, input_scales, weight, bias, dtype)
@@ -175,39 +167,18 @@ def multiply_widened(
     return output if bias is None else output.add_(bias)
 
 
-def _multiply_adapted(
-    inputs: torch.Tensor,
-    stored: torch.Tensor,
-    input_scales: torch.Tensor | None,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    form: str,
-    down: torch.Tensor,
-    up: torch.Tensor,
-) -> torch.Tensor:
-    """The operator's implementation."""
-    output = _multiply(stored, input_scales, values, scales, zeros, bias, form, inputs.dtype)
+def _multiply_adapted(inputs: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """The operator's implementation; the rest are what `_multiply` takes, but for the type, and the adapters."""
+    *given, down, up = rest
+    output = _multiply(*given, inputs.dtype)
     add_to(output, inputs, LayerAdapters(down, up))
     return output
 
 
-def _multiply_grouped(
-    inputs: torch.Tensor,
-    input_scales: torch.Tensor | None,
-    values: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    form: str,
-    dtype: torch.dtype,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    top_k: int,
-) -> torch.Tensor:
-    """The operator's implementation."""
-    weight, sorting = Packed(form, values, scales, zeros), Sorting(order, offsets, top_k)
+def _multiply_grouped(inputs: torch.Tensor, input_scales: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+    """The operator's implementation; the rest are what `_multiply` takes, and the parts of a `Sorting`."""
+    values, scales, zeros, bias, form, dtype, *sorted_pairs = rest
+    weight, sorting = Packed(form, values, scales, zeros), Sorting(*sorted_pairs)
     if form.startswith(PLAIN):
         return multiply_grouped_in_loop((inputs, input_scales), weight, bias, sorting, dtype)
     from batchgen.engines.paged.quantised import eight_bits_kernel, four_bits_kernel  # Triton comes with a GPU's torch

@@ -28,7 +28,7 @@ def round_inputs(
     most = _LARGEST[kind]
     numbers = inputs.float()
     if group:
-        numbers = numbers.view(*inputs.shape[:-1], -1, group)
+        numbers = numbers.view(*inputs.shape[:-1], inputs.shape[-1] // group, group)
     if fixed is None:
         scales = numbers.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST) / most
     else:
@@ -42,5 +42,5 @@ def widen_inputs(stored: torch.Tensor, scales: torch.Tensor | None) -> torch.Ten
     """Returns the numbers, in float32, that rounded inputs and their scales stand for; inputs as they are: None."""
     if scales is None:
         return stored.float()
-    groups = stored.float().view(*scales.shape, -1)
+    groups = stored.float().view(*scales.shape, stored.shape[-1] // scales.shape[-1])
     return (groups * scales[..., None]).flatten(-2)

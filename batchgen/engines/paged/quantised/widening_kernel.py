@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from batchgen.engines.paged.quantised.four_bits_kernel import count_groups, load_four_scales
-from batchgen.engines.paged.quantised.four_bits_kernel import widen as widen_half
 from batchgen.engines.paged.quantised.packing import PART, Packed
+from batchgen.engines.paged.quantised.parts import count_groups, load_four_scales
+from batchgen.engines.paged.quantised.parts import widen as widen_half
 
 _ROWS = 32  # of a program
 
