@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from batchgen.checkpoint import read_json
 from batchgen.engine import EngineError
 from batchgen.engines import parse_options
 from batchgen.engines.accelerate import Accelerate
@@ -22,6 +23,7 @@ from batchgen.engines.paged.rounding import NOT_FINITE, round_numbers, widen_num
 from batchgen.models import footprint
 from batchgen.models.shapes import config_of
 from tests import tiny_models as models
+from tests.commands.starts import call
 from tests.engines.paged.families import contract
 from tests.engines.paged.families.mixtures import MIXTURES
 from tests.engines.paged.test_paged import load, prompts, texts
@@ -147,6 +149,16 @@ def test_there_is_room_for_nearly_twice_the_tokens_of_16_bits_in_the_same_memory
     llama = config_of("llama-8b")
     wide, narrow = (footprint.cache_bytes_per_token(llama, kept) for kept in kept_in)
     assert wide / narrow == pytest.approx(2 * 128 / 129)
+
+
+def test_a_start_records_the_type_of_its_cache_and_the_next_may_have_another(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "x", "max_new_tokens": 0}\n')
+    words = ["run", "p.jsonl", "-o", "out", "--model", str(tiny_llama), "--max-new-tokens", "3", "--engine", "paged"]
+    for more, recorded in ((["--kv-dtype", "fp8"], "fp8"), ([], "auto")):  # the bad row is tried again
+        ended = call(tmp_path, *words, *more)
+        assert ended.code == 3, ended.err
+        attempt = sorted((tmp_path / "out" / "attempts").glob("?????.json"))[-1]
+        assert read_json(attempt)["settings"]["kv_dtype"] == recorded
 
 
 def test_other_engines_and_types_are_refused_by_name() -> None:
