@@ -48,6 +48,7 @@ PREFILLS = (
     (40, 100, 100),
 )  # sequences, tokens of a chunk, all tokens
 DECODE_CANDIDATES = [Settings(*one) for one in itertools.product((32, 64), (2, 4), (2, 3))]
+ROUNDED_DECODE_CANDIDATES = [Settings(*one) for one in itertools.product((32, 64, 128), (2, 4), (1, 2))]
 PREFILL_CANDIDATES = [Settings(*one) for one in itertools.product((32, 64, 128), (4, 8), (2, 3))]
 
 
@@ -172,7 +173,7 @@ def main(*names: str) -> None:
     of_kernel = {
         "decode": (kernel_settings.DECODE, DECODE_CANDIDATES),
         "prefill": (kernel_settings.PREFILL, PREFILL_CANDIDATES),
-        "decode, fp8": (kernel_settings.ROUNDED_DECODE, DECODE_CANDIDATES),
+        "decode, fp8": (kernel_settings.ROUNDED_DECODE, ROUNDED_DECODE_CANDIDATES),
         "prefill, fp8": (kernel_settings.ROUNDED_PREFILL, PREFILL_CANDIDATES),
     }
     times: dict[tuple[str, int], dict[Settings, list[float]]] = {}

@@ -21,9 +21,9 @@ Table = dict[int, Settings]
 DECODE: Table = {128: Settings(64, 2, 2), 192: Settings(64, 2, 2), 256: Settings(32, 4, 2)}
 PREFILL: Table = {128: Settings(64, 4, 3), 192: Settings(64, 8, 3), 256: Settings(32, 8, 3)}
 
-# Over a cache of 8 bits, none is measured: those whose registers are not spilled.
+# Over a cache of 8 bits none is measured: these are such that no registers are spilled.
 ROUNDED_DECODE: Table = {128: Settings(64, 2, 2), 192: Settings(32, 2, 2), 256: Settings(32, 4, 2)}
-ROUNDED_PREFILL: Table = {128: Settings(64, 4, 3), 192: Settings(64, 8, 3), 256: Settings(32, 8, 3)}
+ROUNDED_PREFILL: Table = {128: Settings(64, 4, 3), 192: Settings(32, 8, 3), 256: Settings(32, 8, 3)}
 
 
 def choose(kernel: str, is_rounded: bool) -> Table:

@@ -170,7 +170,7 @@ def with_rounded_cache(of: Case) -> Case:
     halves = []
     for half in of.layout.caches[0].halves:
         assert isinstance(half, torch.Tensor)
-        sizes = torch.randint(-8, 5, half.shape[:-1], generator=source)[..., None]
+        sizes = torch.randint(-12, 1, half.shape[:-1], generator=source)[..., None]
         halves.append(round_numbers(half.float() * 2.0 ** (sizes if half is of.layout.caches[0].values else sizes / 4)))
     cache = LayerCache(*(half.numbers for half in halves), *(half.exponents for half in halves))
     return replace(of, layout=replace(of.layout, caches=[cache]))
