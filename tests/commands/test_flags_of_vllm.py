@@ -110,15 +110,9 @@ def test_what_is_ours_is_carried_out(words: list[str], name: str, value: Any) ->
         (["--override-generation-config", '{"temperature": 0.9}'], "give --temperature, --top-p, --top-k"),
         (["--override-generation-config.temperature", "0.9"], "no --override-generation-config.temperature, which"),
         (["--override_generation_config.top_p=0.9"], "no --override_generation_config.top_p, which"),
-<<<<<<< HEAD
         (["--quantization-config", "{}"], "--dtype fp8, int8 or int4 makes them smaller"),
-        (["--kv-cache-dtype", "fp8"], "in the dtype of the model"),
-=======
-        (["-q", "awq"], "has no -q, which would change the answers: weights are read"),
-        (["--quantization", "fp8"], "--dtype int8 or nf4"),
         (["--kv-cache-dtype", "fp8_e5m2"], "in the dtype of the model, or in fp8 (e4m3)"),
         (["--kv-cache-dtype=int8"], "in the dtype of the model, or in fp8 (e4m3)"),
->>>>>>> q4
         (["--lora-modules", "a"], "--lora-modules a: must be NAME=FOLDER"),
         (["--lora-modules", '{"name": "a"}'], "must be NAME=FOLDER, or"),
         (["--prompt-adapters", "a=b"], "Merge another kind into a copy of the model"),
