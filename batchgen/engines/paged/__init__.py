@@ -23,7 +23,7 @@ Each module imports only modules of the rows below its own:
     loop
     first_rows
     lockstep   finished_rows
-    runner     scheduler
+    runner     scheduler   weights
     models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
     attention  linear   alone   cache
     quantised
