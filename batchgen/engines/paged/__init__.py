@@ -24,7 +24,7 @@ Each module imports only modules of the rows below its own:
     loop
     first_rows
     lockstep   finished_rows
-    runner     scheduler    limits    warm_up
+    runner     scheduler    limits    warm_up   weights
     forward
     models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
     attention  linear   alone   cache

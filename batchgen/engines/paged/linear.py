@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from batchgen.engines.paged import adapters
 from batchgen.engines.paged.adapters import LayerAdapters
-from batchgen.engines.paged.quantised.held import HeldWeight, take_quantised
+from batchgen.engines.paged.quantised.held import HeldWeight, find_quantised, take_quantised
 from batchgen.models.quantised.places import get_quantised
 from batchgen.models.quantised.weight import QuantisedWeight, join_rows
 
@@ -47,9 +47,9 @@ def join_layers(module: nn.Module, names: Sequence[str]) -> None:
     layers = [layer for name in names if type(layer := getattr(module, name, None)) is nn.Linear]
     if len(layers) < len(names):
         return
-    weights = [weight for layer in layers if (weight := get_quantised(layer)) is not None]
+    weights = [weight for layer in layers if (weight := find_quantised(layer)) is not None]
     whole = join_rows(weights) if len(weights) == len(layers) else None
-    if weights and whole is None:  # these differ in more than their rows
+    if whole is None and any(get_quantised(layer) is not None for layer in layers):  # these differ in more than rows
         return
     joined = _JoinedLinear(layers, whole)
     for number, name in enumerate(names):
@@ -63,9 +63,10 @@ def replace_layers(module: nn.Module) -> None:
     for layer in list(module.modules()):
         if isinstance(layer, _QuantisedLinear):
             continue
-        if type(layer) is nn.Linear and get_quantised(layer) is not None:
+        if type(layer) is nn.Linear and (weight := find_quantised(layer)) is not None:
             layer.__class__ = _QuantisedLinear
-            layer.held = HeldWeight(take_quantised(layer)["weight"])
+            layer.held = HeldWeight(weight)
+            take_quantised(layer)
         elif isinstance(layer, nn.Linear | Conv1D) and adapters.get_adapters(layer) is not None:
             layer.__class__ = _AdaptedConv1D if isinstance(layer, Conv1D) else _AdaptedLinear
         elif type(layer) is nn.Linear:

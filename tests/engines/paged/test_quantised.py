@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,6 +156,13 @@ def test_words_hold_the_parts_of_a_block(scheme: Scheme) -> None:
     assert packed.values.shape == (2, 6, PART)
 
 
+def test_a_scale_of_inputs_that_is_fixed_is_used() -> None:
+    weight = replace(make_weight(Scheme("fp8", inputs="fp8"), 24, 64, 0), inputs_scale=0.25)
+    inputs = torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
+    inputs[0, 0] = 1000  # more than the largest number with this scale
+    assert find_error(HeldWeight(weight).multiply(inputs, None), expect(weight, inputs, None)) < 1e-5
+
+
 def test_what_rows_have_adapters_for_is_added() -> None:
     source = torch.Generator().manual_seed(2)
     weight = make_weight(Scheme("fp8", inputs="fp8"), 24, 64, 0)
@@ -190,7 +198,7 @@ def test_layers_of_a_patched_model_keep_their_adapters() -> None:
 def test_columns_in_another_order_take_their_own_inputs() -> None:
     weight = make_weight(Scheme("int4", 32), 24, 64, 0)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(3)).int()
-    weight = QuantisedWeight(**{**vars(weight), "order": order})
+    weight = replace(weight, order=order)
     inputs = torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
     assert find_error(HeldWeight(weight).multiply(inputs, None), expect(weight, inputs, None)) < 1e-5
 

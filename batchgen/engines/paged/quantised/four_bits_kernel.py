@@ -20,6 +20,7 @@ from batchgen.engines.paged.quantised.programs import (
     count_programs,
     find_program,
     get_counters,
+    has_sm_90,
     join_splits,
 )
 
@@ -66,7 +67,7 @@ def multiply(
         weight: of 4 bits, packed; of experts, if there is a `sorting`.
         bias: [rows], or [experts, rows].
         tile: chosen by shape unless it is given.
-        assembly: whether nibbles are widened by instructions of the GPU; None: unless the kernel is interpreted.
+        assembly: whether nibbles are widened by instructions of the GPU; None: if it has them.
 
     Returns:
         [tokens, rows], or [pairs, rows], sorted; rows of pairs without an expert are not written.
@@ -90,7 +91,7 @@ def multiply(
         "BIAS": bias is not None, "ZEROS": weight.zeros is not None, "SPLIT": splits > 1, "GROUP": group,
         "GROUPS": count_groups(group), "EVEN": columns % BLOCK == 0, "SCALE": tile.scale_weights, "PART": PART,
         "ONCE": tiles == 1, "ROWS": tile.rows, "TOKENS": tile.tokens, "NEIGHBOURS": NEIGHBOURS,
-        "ASSEMBLY": inputs.device.type == "cuda" if assembly is None else assembly,
+        "ASSEMBLY": has_sm_90(inputs.device) if assembly is None else assembly,
     }  # fmt: skip
     of_pairs = (sorting.order, sorting.offsets) if sorting else (output, output)
     _multiply[(tiles * across, splits)](

@@ -9,7 +9,7 @@ from batchgen.engines.paged.adapters import LayerAdapters
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
 from batchgen.engines.paged.experts.interface import HELD, asks_the_interface, name_up
 from batchgen.engines.paged.quantised import products
-from batchgen.engines.paged.quantised.packing import Packed, pack
+from batchgen.engines.paged.quantised.packing import Packed, can_hold, pack
 from batchgen.engines.paged.quantised.rounding import round_inputs
 from batchgen.models.quantised.places import get_quantised, move_quantised
 from batchgen.models.quantised.weight import QuantisedWeight
@@ -25,6 +25,7 @@ class HeldWeight(nn.Module):
     scales: torch.Tensor
     zeros: torch.Tensor | None
     order: torch.Tensor | None
+    inputs_scale: torch.Tensor | None
 
     def __init__(self, weight: QuantisedWeight) -> None:
         super().__init__()
@@ -34,7 +35,11 @@ class HeldWeight(nn.Module):
         self.register_buffer("scales", packed.scales, persistent=False)
         self.register_buffer("zeros", packed.zeros, persistent=False)
         self.register_buffer("order", weight.order, persistent=False)
-        self._rounding = weight.inputs, weight.inputs_group, weight.inputs_scale
+        fixed = None
+        if weight.inputs_scale is not None:  # a number would be a constant to the compiler
+            fixed = torch.tensor(weight.inputs_scale, dtype=torch.float32, device=weight.values.device)
+        self.register_buffer("inputs_scale", fixed, persistent=False)
+        self._rounding = weight.inputs, weight.inputs_group
 
     @property
     def packed(self) -> Packed:
@@ -63,24 +68,29 @@ class HeldWeight(nn.Module):
         """The inputs in the order and the type of the weight's columns, and their scales."""
         if self.order is not None:
             inputs = inputs.index_select(-1, self.order)
-        kind, group, fixed = self._rounding
-        return round_inputs(inputs, kind, group, fixed) if kind else (inputs, None)
+        kind, group = self._rounding
+        return round_inputs(inputs, kind, group, self.inputs_scale) if kind else (inputs, None)
 
 
-def take_quantised(module: nn.Module, names: tuple[str, ...] = ("weight",)) -> dict[str, QuantisedWeight]:
-    """Takes the quantised weights of a module away from it, so that their memory is free when the result is.
+def find_quantised(module: nn.Module, name: str = "weight") -> QuantisedWeight | None:
+    """Returns the quantised weight of a parameter, if `HeldWeight` can hold it."""
+    weight = get_quantised(module, name)
+    return weight if weight is not None and can_hold(weight, getattr(module, name).dtype) else None
 
-    Returns:
-        Those of the parameters `names` that have one.
-    """
-    taken = move_quantised(module, nn.Module())
-    found = ((name, get_quantised(taken, name)) for name in names)
-    return {name: weight for name, weight in found if weight is not None}
+
+def take_quantised(module: nn.Module) -> None:
+    """Takes the quantised weights of a module away from it, so that their memory is free when what is made of them is
+    all that is left."""
+    move_quantised(module, nn.Module())
 
 
 def hold_experts(model: nn.Module) -> None:
     """Makes the experts of a loaded model whose weights are quantised compute by `HeldWeight`."""
     for module in list(model.modules()):
         if asks_the_interface(module):
-            for name, weight in take_quantised(module, (name_up(module), "down_proj")).items():
-                setattr(module, HELD + name, HeldWeight(weight))
+            names = (name_up(module), "down_proj")
+            held = {name: weight for name in names if (weight := find_quantised(module, name)) is not None}
+            if all(get_quantised(module, name) is None or name in held for name in names):
+                take_quantised(module)
+                for name in list(held):
+                    setattr(module, HELD + name, HeldWeight(held.pop(name)))

@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from batchgen.models.quantised.weight import QuantisedWeight
 
 PLAIN = "plain "
-"""Begins the form of a weight whose tensors are those of its QuantisedWeight: on a CPU, and what no kernel covers."""
+"""Begins the form of a weight whose tensors are those of its QuantisedWeight: on a CPU."""
+
+FP8_SINCE = (8, 9)
+"""Compute capability of the first GPUs that know floats of 8 bits."""
 
 PART = 32
 """Columns of a part of a block; the group of a weight is a multiple of it."""
@@ -39,12 +42,24 @@ def pack(weight: QuantisedWeight) -> Packed:
 
     Its `order` is not considered: the inputs have to be in it.
     """
-    if weight.values.device.type != "cuda" or not covers(weight):
+    if weight.values.device.type != "cuda":
         return Packed(PLAIN + weight.kind, weight.values, weight.scales, weight.zeros)
     from batchgen.engines.paged.quantised import programs  # Triton comes with a torch for GPUs alone
 
     programs.prepare(weight.values.device)
     return pack_for_kernels(weight)
+
+
+def can_hold(weight: QuantisedWeight, dtype: torch.dtype) -> bool:
+    """Whether the operators take a weight where it is, in a model that computes in `dtype`.
+
+    On a CPU all; on a GPU what kernels cover, in a model of 16 bits; and 8-bit floats where the GPU has them.
+    """
+    device = weight.values.device
+    if device.type != "cuda":
+        return True
+    has_type = weight.kind != "fp8" or torch.cuda.get_device_capability(device) >= FP8_SINCE
+    return has_type and dtype.itemsize == 2 and covers(weight)
 
 
 def covers(weight: QuantisedWeight) -> bool:

@@ -19,10 +19,12 @@ from batchgen.engines.paged.quantised.rounding import widen_inputs
 from batchgen.models.quantised.weight import Kind, QuantisedWeight
 
 FEW_TOKENS = 64
-"""Most tokens for which torch's scaled product of 8-bit floats is slower than our kernel (benchmarks/README.md)."""
+"""Most tokens of a product of 8-bit floats by our kernel; more are torch's scaled product, which on an H200 gains nothing
+over bfloat16 below 128. `benchmarks/quantised.py dense` compares them; not yet measured."""
 
 MANY_TOKENS = 256
-"""Tokens from which a weight is widened to 16 bits for a product of the library (benchmarks/README.md)."""
+"""Most tokens of a product that widens weights in registers; for more, they are widened for a product of the library.
+`benchmarks/quantised.py dense` compares them; not yet measured."""
 
 _WIDENED_BYTES = 256 << 20  # at once
 _ROWS_AT_ONCE = 1024  # of a weight that is widened in plain torch
@@ -115,7 +117,11 @@ def _multiply_packed(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """[tokens, rows]: by the kernel that is fastest for so many tokens."""
-    from batchgen.engines.paged.quantised import eight_bits_kernel, four_bits_kernel  # Triton comes with a GPU's torch
+    from batchgen.engines.paged.quantised import (  # Triton comes with a torch for GPUs alone
+        eight_bits_kernel,
+        four_bits_kernel,
+        programs,
+    )
 
     if input_scales is None:
         if len(inputs) > MANY_TOKENS:
@@ -123,7 +129,8 @@ def _multiply_packed(
         if weight.form in ("fp8", "int8"):
             return eight_bits_kernel.multiply(inputs, None, weight, bias, eight_bits_kernel.Wanted(dtype))
         return four_bits_kernel.multiply(inputs, weight, bias)
-    if len(inputs) > FEW_TOKENS and _fits_torch(inputs, input_scales, weight, dtype):
+    fits = _fits_torch(inputs, input_scales, weight, dtype) and programs.has_sm_90(inputs.device)
+    if len(inputs) > FEW_TOKENS and fits:
         return multiply_in_torch(inputs, input_scales, weight, bias, dtype)
     return eight_bits_kernel.multiply(inputs, input_scales, weight, bias, eight_bits_kernel.Wanted(dtype))
 

@@ -6,6 +6,8 @@ end adds up the sums of all, in their order.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,13 @@ def get_counters(device: torch.device) -> torch.Tensor:
     """Returns zeros, in which programs of a product count how many of them have ended; they leave zeros."""
     prepare(device)
     return _counters[device]
+
+
+@cache
+def has_sm_90(device: torch.device) -> bool:
+    """Whether it is a GPU with the instructions of compute capability 9.0: products of 8-bit floats with scales by row,
+    and differences of two numbers in bfloat16 at once."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def count_programs(

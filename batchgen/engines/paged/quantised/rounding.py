@@ -12,7 +12,7 @@ _SMALLEST = 1e-12  # of the largest number of a token, so that zeros have a scal
 
 
 def round_inputs(
-    inputs: torch.Tensor, kind: str, group: int = 0, fixed: float | None = None
+    inputs: torch.Tensor, kind: str, group: int = 0, fixed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the same numbers as `QuantisedWeight.round_inputs`, as stored numbers and scales.
 
@@ -20,7 +20,7 @@ def round_inputs(
         inputs: [..., columns].
         kind: "fp8" or "int8".
         group: columns that have a scale of their own; 0: all of them have one.
-        fixed: the scale; None: that of the largest number.
+        fixed: the scale, float32 of no dimensions; None: that of the largest number.
 
     Returns:
         [..., columns], float8_e4m3fn or int8; [..., groups], float32.
@@ -32,7 +32,7 @@ def round_inputs(
     if fixed is None:
         scales = numbers.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST) / most
     else:
-        scales = torch.full_like(numbers[..., :1], fixed)
+        scales = fixed.expand(numbers[..., :1].shape)
     rounded = (numbers / scales).clamp(-most, most)
     stored = rounded.to(torch.float8_e4m3fn) if kind == "fp8" else rounded.round().to(torch.int8)
     return (stored.flatten(-2), scales.squeeze(-1)) if group else (stored, scales)

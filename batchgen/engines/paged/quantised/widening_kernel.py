@@ -11,6 +11,7 @@ import triton.language as tl
 from batchgen.engines.paged.quantised.packing import PART, Packed
 from batchgen.engines.paged.quantised.parts import count_groups, load_four_scales
 from batchgen.engines.paged.quantised.parts import widen as widen_half
+from batchgen.engines.paged.quantised.programs import has_sm_90
 
 _ROWS = 32  # of a program
 
@@ -32,7 +33,7 @@ def widen(weight: Packed, columns: int, dtype: torch.dtype, begin: int = 0, end:
     blocks = weight.values.shape[0]
     of_4_bits: dict[str, Any] = {
         "KIND": weight.form, "ZEROS": weight.zeros is not None, "GROUP": group, "GROUPS": count_groups(group),
-        "PART": PART, "ROWS": _ROWS, "ASSEMBLY": output.device.type == "cuda",
+        "PART": PART, "ROWS": _ROWS, "ASSEMBLY": has_sm_90(output.device),
     }  # fmt: skip
     _widen_4[(across, blocks, 2)](
         weight.values, weight.scales, weight.zeros, output, begin, rows, all_rows, columns, groups, **of_4_bits
