@@ -183,8 +183,8 @@ class Engine(ABC):
     needed_packages: ClassVar[Sequence[str]] = ()  # whatever its options are
     serves_cpu: ClassVar[bool] = False
     """It is meant for machines without a GPU, too: there `--engine auto` chooses among such engines."""
-    reads_split: ClassVar[bool] = False
-    """It reads models whose files are split by rank."""
+    reads_split: ClassVar[Collection[str]] = ()
+    """It reads models whose files are split by rank, in these types."""
     takes_adapters: ClassVar[bool] = False
     """Rows may each name one of several adapters."""
     group_setting: ClassVar[str | None] = None

@@ -11,7 +11,8 @@ import torch
 
 from batchgen.device import cores
 from batchgen.models.footprint import Execution, Footprint
-from batchgen.models.parameters import Parameters, list_parameters
+from batchgen.models.parameters import Parameters
+from batchgen.planning.speed import Model
 
 _TIMES = 5  # the best of this many
 
@@ -66,15 +67,22 @@ class Floor:
     weights: Parameters
     footprint: Footprint
     operations: int  # a token: two a weight that it is computed with, the embedding's aside
+    size: str  # of the model, in words
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype, machine: Machine) -> Floor:
-        """The floor for the model with this Transformers config."""
-        weights = list_parameters(config, dtype)
+    def of(cls, config: Any, dtype: torch.dtype, machine: Machine, stored: str = "") -> Floor:
+        """The floor for the model with this Transformers config.
+
+        Args:
+            stored: what its weights are rounded to, as `planning.speed.Model` takes it. The arithmetic is that of
+                `dtype` all the same.
+        """
+        model = Model.of(config, dtype, stored)
+        whole = model.whole
         text = config.get_text_config()
         # An embedding is looked up; where it is the output matrix too, it is multiplied with once.
-        looked_up = 0 if weights.tied else text.vocab_size * text.hidden_size
-        return cls(machine, weights, Footprint.of(config), 2 * (weights.active - looked_up))
+        looked_up = 0 if whole.tied else text.vocab_size * text.hidden_size
+        return cls(machine, model.weights, model.footprint, 2 * (whole.active - looked_up), str(model))
 
     def prefill(self, rows: int, tokens: int) -> float:
         """One forward over `rows` prompts of `tokens` tokens."""

@@ -22,7 +22,6 @@ from batchgen.bench.progress import logging_tokens
 from batchgen.bench.results import ARTICLE_JOB, BenchError
 from batchgen.engine import Engine, OutOfStep, Setup
 from batchgen.models import loading
-from batchgen.planning.description import describe_model
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
 
@@ -112,8 +111,8 @@ class Worker:
             )
         device.release()
         self._write_line({"machine": [machine.name, machine.bandwidth, machine.arithmetic]})
-        floor = Floor.of(config, dtype, machine)
-        self._write_line({"size": describe_model(floor.weights, floor.footprint)})
+        floor = Floor.of(config, dtype, machine, "" if floating else name)
+        self._write_line({"size": floor.size})
         return floor
 
     def _measure_batch(self, made: Engine, rows: int, floor: Floor | None) -> bool:

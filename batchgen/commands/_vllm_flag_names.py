@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 SHORT = {
-    "-q": "--quantization",
     "-O": "--optimization-level",
     "-n": "--nnodes",
     "-r": "--node-rank",
@@ -38,7 +37,7 @@ SHORT = {
 _ADAPTER = "of adapters, --adapter merges LoRA into the model. Merge another kind into a copy of the model"
 _CONFIG = "the model is what its folder says. Change config.json in a copy of the folder"
 _TOKENIZER = "the tokenizer is the model's. Put another one into a copy of the model's folder"
-_WEIGHTS = "weights are read as the model's folder has them; --dtype int8 or nf4 makes them smaller"
+_WEIGHTS = "weights are read as the model's folder has them; --dtype fp8, int8 or int4 makes them smaller"
 _KIND = "batchgen answers chats and completions. Leave it out"
 
 _STRUCTURED = (
@@ -58,7 +57,7 @@ INSTEAD = {
     **dict.fromkeys(("--tokenizer", "--tokenizer-revision", "--tokenizer-mode", "--skip-tokenizer-init"), _TOKENIZER),
     **dict.fromkeys(("--hf-config-path", "--hf-overrides", "--rope-scaling", "--rope-theta"), _CONFIG),
     **dict.fromkeys(("--model-class-overrides", "--config-format"), _CONFIG),
-    **dict.fromkeys(("--quantization", "--quantization-config", "--load-format", "--model-weights"), _WEIGHTS),
+    **dict.fromkeys(("--quantization-config", "--load-format", "--model-weights"), _WEIGHTS),
     "--kv-cache-dtype": "keys and values are kept in the dtype of the model. Leave it out",
     "--override-generation-config": "give --temperature, --top-p, --top-k, --min-p, --repetition-penalty, "
     "--max-new-tokens, or set them line by line",
@@ -90,7 +89,6 @@ NEUTRAL: Mapping[str, Collection[str]] = {
     "--tokenizer-mode": ("auto", "hf", "fast"),
     "--hf-overrides": ("{}",),
     "--config-format": ("auto", "hf"),
-    "--quantization": ("none", "null", ""),
     "--load-format": ("auto", "hf", "safetensors", "pt", "fastsafetensors", "npcache", "runai_streamer"),
     "--kv-cache-dtype": ("auto",),
     "--override-generation-config": ("{}",),

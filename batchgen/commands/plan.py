@@ -41,10 +41,10 @@ _BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
 @adapter_option
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(["float32", "bfloat16", "float16", "fp8", "int8", "int4"]),
     default="bfloat16",
     show_default=True,
-    help="The number type of the weights.",
+    help="The number type of the weights; with fp8, int8 and int4 the rest is bfloat16.",
 )
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many GPUs one node has.")
 @click.option("--gpu", metavar="NAME", help="The kind of GPU: H100, H200, A100-80, A100-40, A6000, L40S or V100.")
@@ -97,7 +97,7 @@ def _sizes(model: plans.Model) -> dict[str, Any]:
     """What --json says about the model."""
     from batchgen.planning.description import list_cache_kinds
 
-    weights = model.weights
+    weights = model.whole
     cache = list_cache_kinds(model.footprint, model.dtype.itemsize)
     return {"parameters": weights.total, "active_parameters": weights.active, "kv_cache": cache}
 
@@ -107,6 +107,7 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
 
     from batchgen import engines, models
     from batchgen.models import shapes
+    from batchgen.models.quantised import rounding
     from batchgen.planning import forecast, hardware
 
     name = options["model"]
@@ -118,10 +119,14 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     host = options["host_memory"]
     card = hardware.card_of(options["gpu"], options["gpu_memory"])
     node = forecast.Node(card, options["gpus"], None if host is None else int(host * 1e9))
-    model = forecast.Model.of(config, getattr(torch, options["dtype"]))
+    is_rounded = options["dtype"] in rounding.DTYPES
+    dtype = torch.bfloat16 if is_rounded else getattr(torch, options["dtype"])
+    model = forecast.Model.of(config, dtype, options["dtype"] if is_rounded else "")
     measured = _measured(options["bench_folder"], options)
-    by_row = [name for name in engines.names() if engines.find(name).takes_adapters] if options["adapters"] else None
-    return work, note, forecast.forecasts(model, work, node, measured, by_row), node, model
+    able = [name for name in engines.names() if options["dtype"] in engines.find(name).dtypes]
+    if options["adapters"]:
+        able = [name for name in able if engines.find(name).takes_adapters]
+    return work, note, forecast.forecasts(model, work, node, measured, able), node, model
 
 
 def _check_adapters(adapter: str | None, adapters: Mapping[str, str], folder: Path | None) -> None:

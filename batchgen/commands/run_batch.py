@@ -17,6 +17,7 @@ from batchgen.commands import CommandError, Unfinished, fail, generation_config_
 from batchgen.commands._conversations import conversation_options
 from batchgen.commands._options import adapter_option, engine_options
 from batchgen.commands._print import print_path
+from batchgen.commands._quantization import choose_dtype, quantization_option
 from batchgen.commands._runs import carry_out, conclude
 from batchgen.commands._sampling import sampling_options
 from batchgen.commands._values import id_prefix, json_object
@@ -73,6 +74,7 @@ _RUN_FILES = (
     show_default=True,
     help="The number type of the weights: auto, float32, bfloat16, float16, fp8, int8, int4, nf4, half or float.",
 )
+@quantization_option
 @click.option(
     "--default-chat-template-kwargs",
     "--chat-template-kwargs",
@@ -119,6 +121,7 @@ def command(context: click.Context, /, input_file: str, output_file: str, **opti
     sequences = options.pop("max_num_seqs")
     options["batch_size"] = options["batch_size"] or sequences
     options["dtype"] = _DTYPES.get(options["dtype"], options["dtype"])
+    options["dtype"] = choose_dtype(options.pop("quantization"), options["dtype"], options["model"])
     options["recipe"] = recipe_of(options, served or models.DEFAULT, options["adapters"])
     options["heartbeat_seconds"], options["shard"] = HEARTBEAT_SECONDS, WHOLE
     for name in (input_file, output_file):

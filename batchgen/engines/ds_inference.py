@@ -29,7 +29,7 @@ class DsInference(Engine):
 
     calls_together = True
     needed_packages = ("deepspeed",)
-    reads_split = True
+    reads_split = ("float32", "bfloat16", "float16", "int8")
     group_setting = "tp"
     dtypes = (*Engine.dtypes, "int8")
     # Of two H100s: 40 to 64 ms for the 30 layers of BLOOM-7b1, with two all-reduces each.

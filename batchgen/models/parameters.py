@@ -13,6 +13,7 @@ import torch
 
 from batchgen.models.definition.build import build_empty
 from batchgen.models.footprint import find_experts_per_token
+from batchgen.models.quantised.selection import choose_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Parameter:
     shape: tuple[int, ...]  # as computed with
     tied: bool  # another name of one listed before
     quantizable: bool  # a weight that DeepSpeed's quantisation would take: of a linear layer or an embedding
+    columns: int = 0  # inputs of the product, of a weight that `--dtype fp8`, int8 or int4 rounds; 0: it is kept
     # The part of it that one token is computed with: of the experts of a mixture, those that the token is sent to.
     token_share: float = 1.0
 
@@ -161,6 +163,7 @@ def list_parameters(config: Any, dtype: torch.dtype) -> Parameters:
     model = build_empty(config, dtype)
     chosen = find_experts_per_token(config)
     seen: set[int] = set()
+    rounded = choose_weights(model)
     parameters = {}
     for module_name, module in model.named_modules():
         takes = type(module) in (torch.nn.Linear, torch.nn.Embedding)
@@ -169,7 +172,9 @@ def list_parameters(config: Any, dtype: torch.dtype) -> Parameters:
         for name, value in module.named_parameters(recurse=False):
             path = f"{module_name}.{name}" if module_name else name
             quantizable = takes and name == "weight"
-            parameters[path] = Parameter(value.numel(), tuple(value.shape), id(value) in seen, quantizable, share)
+            shape, tied = tuple(value.shape), id(value) in seen
+            columns = rounded[path].columns if path in rounded else 0
+            parameters[path] = Parameter(value.numel(), shape, tied, quantizable, columns, share)
             seen.add(id(value))
     return Parameters(parameters, dtype)
 

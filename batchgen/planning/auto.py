@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from batchgen.engine import Engine, EngineError, Tokenizer
 from batchgen.engines import check_dtype, parse_options, settings_of
@@ -87,7 +87,7 @@ def choose_fastest(
     excluded = {
         name: why
         for name, kind in kinds.items()
-        if (why := _why_not(kind, split is not None, dtype, settings) or _why_not_by_row(kind, by_row))
+        if (why := _why_not(kind, split.dtype if split else "", dtype, settings) or _why_not_by_row(kind, by_row))
     }
     if len(excluded) == len(kinds):
         raise EngineError(
@@ -107,10 +107,14 @@ def choose_fastest(
     return Choice(best.engine, kinds[best.engine], options, why)
 
 
-def _why_not(kind: type[Engine], split: bool, dtype: str, settings: Sequence[str]) -> str:
-    """Why the engine cannot do this on any machine; "" if it can."""
-    if split and not kind.reads_split:
-        return "no use for files that are split by rank"
+def _why_not(kind: type[Engine], split: str, dtype: str, settings: Sequence[str]) -> str:
+    """Why the engine cannot do this on any machine; "" if it can.
+
+    Args:
+        split: the type of files that are split by rank; "": they are not.
+    """
+    if split and split not in kind.reads_split:
+        return "no use for files that are split by rank" + (f" in {split}" if kind.reads_split else "")
     names = {option.name for option in fields(kind.Options)}
     unknown = [name for text in settings if (name := text.partition("=")[0]) not in names]
     if unknown:
@@ -176,15 +180,14 @@ class _Search:
             why += f"; made for GPUs, and there is none here: {', '.join(for_gpus)}"
         return fastest, f"{why}; the model has {model}"
 
-    def _types(self) -> tuple[Any, Literal[0, 4, 8]]:
-        """The type that is computed with, and the bits that a weight of a matrix is held in; 0: all of its own."""
+    def _types(self) -> tuple[Any, str]:
+        """The type that is computed in, and what the weights are rounded to; "": nothing."""
         from batchgen.models import loading
 
-        bits: Literal[0, 4, 8] = 8 if self.dtype == "int8" else 4 if self.dtype == "nf4" else 0
         config = self.tokenizer.config
-        if bits:
-            return loading.own_dtype(config), bits
-        return loading.floating_dtype(self.dtype, config, on_gpu=self.nodes.machine.gpus > 0), bits
+        if self.dtype not in ("auto", *loading.FLOATING):
+            return loading.own_dtype(config), self.dtype
+        return loading.floating_dtype(self.dtype, config, on_gpu=self.nodes.machine.gpus > 0), ""
 
     def _forecasts(self, model: Model, work: Work, ranks: int) -> list[Forecast]:
         """The forecasts for `ranks` ranks, the best first; only those that need nothing more of the user."""

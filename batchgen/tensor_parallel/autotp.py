@@ -97,7 +97,7 @@ def _count_share(config: Any, weights: Any, ranks: int) -> int:
     for name, parameter in weights.by_name.items():
         if parameter.token_share < 1 and name.endswith("down_proj"):
             count = parameter.shape[0]
-            inner = parameter.numel // (count * config.get_text_config().hidden_size)
+            inner = math.prod(parameter.shape) // (count * config.get_text_config().hidden_size)
             share = max(share, find_largest_share(count, inner, ranks))
     elements: float = (weights.total - weights.experts) / ranks + weights.experts * share
     return math.ceil(elements) * int(weights.dtype.itemsize)

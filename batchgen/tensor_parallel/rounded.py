@@ -13,7 +13,7 @@ from batchgen.engine import EngineError
 from batchgen.models.int8 import Int8Weight
 from batchgen.models.quantised.places import get_quantised
 from batchgen.models.quantised.rounding import Scheme, round_weight
-from batchgen.models.quantised.selection import Chosen, choose_weights
+from batchgen.models.quantised.selection import RoundedPlace, choose_weights
 from batchgen.models.quantised.weight import QuantisedWeight
 from batchgen.tensor_parallel.file_views import Pieces, find_pieces
 
@@ -28,7 +28,7 @@ class RoundingPlan:
     """What becomes of the parameters of a model."""
 
     scheme: Scheme
-    chosen: Mapping[int, Chosen]  # those that are rounded, by their `id`
+    chosen: Mapping[int, RoundedPlace]  # those that are rounded, by their `id`
 
     def round(self, key: int, parts: Iterator[torch.Tensor]) -> QuantisedWeight:
         """Returns a parameter, rounded.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import click
 import pytest
 
 from batchgen.commands import CommandError, main, run_batch
+from batchgen.commands._quantization import choose_dtype
 from batchgen.commands._vllm_flag_names import IGNORED, INSTEAD
 from tests.commands.starts import call, read_rows, write_rows
 
@@ -31,7 +35,7 @@ def read(*words: str) -> click.Context:
         ([*FILES, "--no-enable-eplb", "--no-enable_lora"], ["--no-enable-eplb", "--no-enable_lora"]),
         ([*FILES, "--cudagraph-capture-sizes", "1", "2", "4", "--seed", "3"], ["--cudagraph-capture-sizes"]),
         ([*FILES, "--eplb-config.a", "b", "--hf-token", "secret"], ["--eplb-config.a", "--hf-token"]),
-        ([*FILES, "--quantization=None", "--kv_cache_dtype", "auto"], ["--quantization", "--kv_cache_dtype"]),
+        ([*FILES, "--quantization=None", "--kv_cache_dtype", "auto"], ["--kv_cache_dtype"]),
         ([*FILES, "--load-format", "safetensors", "--task", "generate"], ["--load-format", "--task"]),
         ([*FILES, "--tokenizer", "a/b", "--model", "a/b"], ["--tokenizer"]),
         ([*FILES, "--no-enable-reasoning"], ["--no-enable-reasoning"]),
@@ -103,8 +107,7 @@ def test_what_is_ours_is_carried_out(words: list[str], name: str, value: Any) ->
         (["--override-generation-config", '{"temperature": 0.9}'], "give --temperature, --top-p, --top-k"),
         (["--override-generation-config.temperature", "0.9"], "no --override-generation-config.temperature, which"),
         (["--override_generation_config.top_p=0.9"], "no --override_generation_config.top_p, which"),
-        (["-q", "awq"], "has no -q, which would change the answers: weights are read"),
-        (["--quantization", "fp8"], "--dtype int8 or nf4"),
+        (["--quantization-config", "{}"], "--dtype fp8, int8 or int4 makes them smaller"),
         (["--kv-cache-dtype", "fp8"], "in the dtype of the model"),
         (["--lora-modules", "a"], "--lora-modules a: must be NAME=FOLDER"),
         (["--lora-modules", '{"name": "a"}'], "must be NAME=FOLDER, or"),
@@ -141,6 +144,37 @@ def test_what_would_change_the_answers_is_refused(words: list[str], sentence: st
         read(*FILES, *words)
     assert caught.value.exit_code == 4
     assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("method", "of_files", "dtype"),
+    [
+        (None, None, "half"),
+        ("None", "awq", "half"),
+        ("fp8", None, "fp8"),
+        ("ptpc_fp8", None, "fp8"),
+        ("fp8", "fp8", "half"),
+        ("awq_marlin", "awq", "half"),
+        ("GPTQ", "gptq", "half"),
+        ("compressed-tensors", "compressed-tensors", "half"),
+        ("awq", None, "files are not quantised. Give a model of that format, or --dtype int4"),
+        ("fp8", "awq", "files are of format awq"),
+        ("ptpc_fp8", "fp8", "files are of format fp8"),
+        ("bitsandbytes", None, "is not known here: --dtype fp8, int8 or int4"),
+    ],
+)
+def test_quantization_is_a_dtype_or_what_the_files_are(
+    method: str | None, of_files: str | None, dtype: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    if of_files:
+        config = json.loads((folder / "config.json").read_bytes())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": of_files}}))
+    if " " not in dtype:
+        assert choose_dtype(method, "half", str(folder)) == dtype
+        return
+    with pytest.raises(CommandError, match=re.escape(dtype)):
+        choose_dtype(method, "half", str(folder))
 
 
 def test_every_flag_has_one_verdict() -> None:

@@ -132,6 +132,6 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(quantised_files, "save_file", fail)
-    with pytest.raises(EngineError, match="cannot write .*full: No space left"):
+    with pytest.raises(EngineError, match=r"cannot write .*full: No space left"):
         write(folders["phi3"], tmp_path / "full", "fp8")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "odd"}

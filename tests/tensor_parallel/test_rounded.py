@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from batchgen.engine import EngineError
 from batchgen.models import loading
 from batchgen.models.quantised.places import get_quantised
 from batchgen.models.quantised.rounding import Scheme, round_weight
 from batchgen.tensor_parallel import copy_weights, map_model, process_group, rounded, split, use_plain_layers
+from batchgen.tensor_parallel.adapted import find_additions
+from tests import adapters
 from tests import tiny_models as models
 from tests.models.quantised.test_rounding import equal
 from tests.tensor_parallel import test_texts
@@ -123,3 +126,30 @@ def test_a_model_without_weights_gets_rounded_random_ones(tiny_llama: Path, tmp_
     weight = get_quantised(model.model.layers[0].mlp.gate_proj)
     assert weight is not None
     assert 0.4 < float(weight.widen().std()) < 0.6
+
+
+def test_an_adapter_is_added_before_the_weights_are_rounded(tiny_llama: Path, tmp_path: Path) -> None:
+    base, merged = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "merged"
+    adapter = adapters.save_adapter(base, tmp_path / "adapter", {"target_modules": "all-linear"}, merged=merged)
+    model = map_model(str(base), None, str(adapter))
+    additions = find_additions(str(adapter), str(base), model.config, None)
+    copy_weights(model, str(base), CPU, torch.float32, rounding=Scheme("int4", 32), additions=additions)
+    whole = loading.load(str(merged), {"dtype": torch.float32})
+    rounded_layers = 0
+    for path, module in model.named_modules():
+        weight = get_quantised(module)
+        if weight is None:
+            continue
+        exact = whole.get_submodule(path).weight.data
+        expected = round_weight(exact, Scheme("int4", 32), torch.float32).widen()
+        # The sums of the two have been rounded in another order, which may move a number by a step.
+        assert float((weight.widen() - expected).norm() / expected.norm()) < 0.01, path
+        plain = round_weight(read_weight(base, path), Scheme("int4", 32), torch.float32).widen()
+        assert float((weight.widen() - plain).norm() / plain.norm()) > 0.05, "the adapter makes a difference"
+        rounded_layers += 1
+    assert rounded_layers == 14
+
+
+def read_weight(folder: Path, layer: str) -> torch.Tensor:
+    weight: torch.Tensor = load_file(folder / "model.safetensors")[f"{layer}.weight"]
+    return weight

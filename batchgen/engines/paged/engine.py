@@ -46,7 +46,8 @@ _LONGEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
 class Paged(Engine):
     """A whole model a rank, or a group, its rows in flight all the time."""
 
-    serves_cpu = reads_split = takes_adapters = True
+    serves_cpu = takes_adapters = True
+    reads_split = ("float32", "bfloat16", "float16")
     group_setting = "tp"
     dtypes = (*Engine.dtypes, *weights.DTYPES)
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).

@@ -35,7 +35,8 @@ def check_adapter(name: str, model: Path, tokenizer: Any) -> None:
     if getattr(config, "quantization_config", None):
         raise ModelError(
             f"the weights in {model} are packed (quantization_config in its config.json), and an adapter is merged "
-            "into weights that are not; give the model in bfloat16 (--dtype int8 or nf4 rounds what has been merged)"
+            "into weights that are not; give the model in bfloat16 (--dtype fp8, int8, int4 and nf4 round what was "
+            "merged)"
         )
     _check_tokens(adapter, tokenizer)
     _warn_of_template(adapter, tokenizer)

@@ -122,8 +122,8 @@ def _round_to_int8(matrix: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> 
     return _Part((matrix / scales).round_().clamp_(-_MOST_INT8, _MOST_INT8).to(torch.int8), scales, None)
 
 
-def _find_row_scales(matrix: torch.Tensor, most: float) -> torch.Tensor:
-    return (matrix.abs().amax(1, keepdim=True) / most).clamp_(min=torch.finfo(torch.float32).tiny)
+def _find_row_scales(matrix: torch.Tensor, largest: float) -> torch.Tensor:
+    return (matrix.abs().amax(1, keepdim=True) / largest).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _round_to_int4(matrix: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> _Part:

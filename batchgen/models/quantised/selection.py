@@ -19,7 +19,7 @@ _OF_EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class RoundedPlace:
     """A parameter that is rounded."""
 
     module: nn.Module
@@ -32,7 +32,7 @@ class Chosen:
         return int(self.module._parameters[self.name].shape[-2 if self.is_transposed else -1])  # type: ignore[union-attr]
 
 
-def choose_weights(model: Any) -> dict[str, Chosen]:
+def choose_weights(model: Any) -> dict[str, RoundedPlace]:
     """Returns the parameters of `model` that are rounded, by their paths; `model` may be a rank's share of one."""
     decoder = model.get_decoder()
     names = {id(module): path for path, module in model.named_modules()}
@@ -43,7 +43,7 @@ def choose_weights(model: Any) -> dict[str, Chosen]:
         if any(part.isdigit() for part in inside.split(".")) and not _ROUTER.search(inside):
             for name in _list_matrices(module):
                 is_transposed = name != "weight" and bool(getattr(module, "is_transposed", False))
-                chosen[f"{path}.{name}"] = Chosen(module, name, is_transposed)
+                chosen[f"{path}.{name}"] = RoundedPlace(module, name, is_transposed)
     return chosen
 
 
