@@ -85,11 +85,12 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_share_a_model_round_their_shares(tmp_path: Path) -> None:
-    folder = models.save(tmp_path / "llama", BUILDS["llama"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_ranks_that_share_a_model_round_their_shares(name: str, tmp_path: Path) -> None:
+    folder = models.save(tmp_path / name, BUILDS[name])
     prompts = rows(tmp_path / "p.jsonl", 12)
     words = ["--dtype", "int4", "--set", "group_size=32"]
-    for name, more in {"alone": [], "two": ["--tp", "2"]}.items():
-        done = run(*command(prompts, tmp_path / name, folder, *words, *more, engine="paged"))
+    for way, more in {"alone": [], "two": ["--tp", "2"]}.items():
+        done = run(*command(prompts, tmp_path / way, folder, *words, *more, engine="paged"))
         assert done.returncode == 0, done.stderr
     assert texts(tmp_path / "alone") == texts(tmp_path / "two")

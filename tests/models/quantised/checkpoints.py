@@ -121,8 +121,9 @@ def _round_to_int4(weight: Tensor, group: int, dtype: torch.dtype) -> tuple[Tens
 
 def _widen(values: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor) -> Tensor:
     wide = torch.empty(values.shape, dtype=torch.float64)
-    for column, group in enumerate(group_of.tolist()):
-        wide[:, column] = (values[:, column] - zeros[:, group]).double() * scales[:, group].double()
+    for group in range(scales.shape[1]):
+        own = group_of == group
+        wide[:, own] = (values[:, own] - zeros[:, [group]]).double() * scales[:, [group]].double()
     return wide.float()
 
 
