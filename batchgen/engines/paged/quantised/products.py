@@ -19,8 +19,8 @@ from batchgen.engines.paged.quantised.rounding import widen_inputs
 from batchgen.models.quantised.weight import Kind, QuantisedWeight
 
 FEW_TOKENS = 64
-"""Most tokens of a product of 8-bit floats by our kernel; more are torch's scaled product, which on an H200 gains nothing
-over bfloat16 below 128. `benchmarks/quantised.py dense` compares them; not yet measured."""
+"""Most tokens of a product of 8-bit floats by our kernel; more are torch's scaled product, which on an H200 gains
+nothing over bfloat16 below 128. `benchmarks/quantised.py dense` compares them; not yet measured."""
 
 MANY_TOKENS = 256
 """Most tokens of a product that widens weights in registers; for more, they are widened for a product of the library.
