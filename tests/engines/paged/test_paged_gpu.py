@@ -43,7 +43,6 @@ def test_prompts_longer_than_a_step_end_in_none_of_the_first(tmp_path: Path) -> 
     assert all(0 < row["generated_tokens"] <= 9 for row in read(tmp_path / "out"))
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("windows", [False, True])
 def test_the_loaded_model_finds_compiled_what_was_compiled_while_it_was_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, windows: bool
@@ -75,7 +74,8 @@ def test_the_loaded_model_finds_compiled_what_was_compiled_while_it_was_read(
 def test_log_probabilities_of_families_are_those_of_transformers_but_for_rounding(tmp_path: Path, name: str) -> None:
     found = rounded.check(FAMILIES[name], tmp_path, 24)
     assert found.is_kept, found
-=======
+
+
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_quantised_weights_say_the_same_in_batches_and_alone(name: str, dtype: str, tmp_path: Path) -> None:
@@ -92,4 +92,3 @@ def test_quantised_weights_say_the_same_in_batches_and_alone(name: str, dtype: s
     done = run(*command(prompts, tmp_path / "out", model, "--batch-size", "80", engine="paged"), "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     assert len(read(tmp_path / "out")) == 90
->>>>>>> q3
