@@ -17,7 +17,7 @@ from batchgen.engines.paged import kernel_settings
 from batchgen.engines.paged.layout import QUERY_BLOCK, AttentionShape, LayerCache, Layout
 from batchgen.engines.paged.online_softmax import LOG2_E, add_keys, add_newest
 from batchgen.engines.paged.pages import PAGE_SIZE
-from batchgen.engines.paged.rounding_kernels import LEAST, find_unit, round_row, scale_queries
+from batchgen.engines.paged.rounding_kernels import find_unit, round_row, scale_queries
 
 
 class _Arguments(NamedTuple):
@@ -150,19 +150,13 @@ def _decode(
     begin = first + split * share
     end = tl.minimum(begin + share, place)
     rows, each = tl.arange(0, ROWS), tl.arange(0, WIDE)
-    heads = key_head * GROUP + rows
-    valid = rows < GROUP
+    heads, valid = key_head * GROUP + rows, rows < GROUP
     query = tl.load(
         queries + token * query_token + heads[:, None] * query_head + each[None, :],
         mask=valid[:, None] & (each < SIZE)[None, :], other=0.0,
     )  # fmt: skip
-    query_scale, unit = 1.0, tl.full([], LEAST, tl.int32)
-    if ROUNDED:
-        query, query_scale = scale_queries(query)
-        key_exponents, value_exponents = key_exponents + key_head * PAGE, value_exponents + key_head * PAGE
-    slope = tl.zeros([ROWS], tl.float32)
-    if ALIBI:
-        slope = tl.load(slopes + heads, mask=valid, other=0.0) * LOG2_E
+    query, query_scale, unit = scale_queries(query, ROUNDED)
+    slope = tl.load(slopes + heads, mask=valid, other=0.0) * LOG2_E if ALIBI else tl.zeros([ROWS], tl.float32)
     best, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     if SINKS:  # a key without a value, which the first one of the splits counts
         best = tl.where(split == 0, tl.load(sinks + heads, mask=valid, other=0.0).to(tl.float32) * LOG2_E, best)
@@ -170,22 +164,21 @@ def _decode(
     mixed = tl.zeros([ROWS, WIDE_V], tl.float32)
     places = tl.zeros([ROWS], tl.int32) + place
     pages = table + tl.load(slots + token) * columns
-    keys, values = cached_keys + key_head * PAGE * SIZE, cached_values + key_head * PAGE * SIZE_V
+    row = key_head * PAGE
+    keys, values = cached_keys + row * SIZE, cached_values + row * SIZE_V
     for start in range(begin, end, KEYS):
         best, total, mixed, unit = add_keys(
             query, query_scale, best, total, mixed, unit, start, end, first, places, slope, pages, keys, values,
-            key_exponents, value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE,
-            ROUNDED, KEYS, 0, ALIBI, False, PRECISION,
+            key_exponents, value_exponents, row, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V,
+            PAGE, ROUNDED, KEYS, 0, ALIBI, False, PRECISION,
         )  # fmt: skip
     if (begin <= place) & (place < begin + share):
         best, total, mixed, unit = add_newest(
             query, query_scale, best, total, mixed, unit, new_keys + token * key_token + key_head * key_head_size,
             new_values + token * value_token + key_head * value_head_size, place, pages, keys, values, key_exponents,
-            value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, ROUNDED,
+            value_exponents, row, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE, ROUNDED,
         )  # fmt: skip
-    if ROUNDED:
-        mixed *= find_unit(unit)
-    result = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    result = mixed * find_unit(unit, ROUNDED) / tl.where(total > 0, total, 1.0)[:, None]
     each_v = tl.arange(0, WIDE_V)
     valid_inside = valid[:, None] & (each_v < SIZE_V)[None, :]
     if SPLITS == 1:
@@ -238,11 +231,7 @@ def _prefill(
     places = place + rows
     end = place + count
     first = tl.maximum(place + 1 - WINDOW, 0) // KEYS * KEYS if WINDOW else 0
-    query_scale, unit = 1.0, tl.full([], LEAST, tl.int32)
-    if ROUNDED:
-        query, query_scale = scale_queries(query)
-        first_row = (head // GROUP) * PAGE
-        key_exponents, value_exponents = key_exponents + first_row, value_exponents + first_row
+    query, query_scale, unit = scale_queries(query, ROUNDED)
     slope = tl.zeros([QUERIES], tl.float32)
     if ALIBI:
         slope += tl.load(slopes + head) * LOG2_E
@@ -253,32 +242,30 @@ def _prefill(
         total += 1.0
     mixed = tl.zeros([QUERIES, WIDE_V], tl.float32)
     pages = table + tl.load(slots + token) * columns
-    keys = cached_keys + (head // GROUP) * PAGE * SIZE
-    values = cached_values + (head // GROUP) * PAGE * SIZE_V
+    row = (head // GROUP) * PAGE
+    keys, values = cached_keys + row * SIZE, cached_values + row * SIZE_V
     middle = place // KEYS * KEYS  # from `begin` to here all queries see all keys, and need no mask, which takes time
     begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS) * KEYS, middle) if WINDOW else first
     if WINDOW:
         for start in range(first, begin, KEYS):
             best, total, mixed, unit = add_keys(
                 query, query_scale, best, total, mixed, unit, start, begin, first, places, slope, pages, keys, values,
-                key_exponents, value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V,
+                key_exponents, value_exponents, row, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V,
                 PAGE, ROUNDED, KEYS, WINDOW, ALIBI, False, PRECISION,
             )  # fmt: skip
     for start in range(begin, middle, KEYS):
         best, total, mixed, unit = add_keys(
             query, query_scale, best, total, mixed, unit, start, middle, first, places, slope, pages, keys, values,
-            key_exponents, value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE,
-            ROUNDED, KEYS, 0, ALIBI, False, PRECISION,
+            key_exponents, value_exponents, row, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V,
+            PAGE, ROUNDED, KEYS, 0, ALIBI, False, PRECISION,
         )  # fmt: skip
     for start in range(middle, end, KEYS):
         best, total, mixed, unit = add_keys(
             query, query_scale, best, total, mixed, unit, start, end, first, places, slope, pages, keys, values,
-            key_exponents, value_exponents, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V, PAGE,
-            ROUNDED, KEYS, WINDOW, ALIBI, True, PRECISION,
+            key_exponents, value_exponents, row, key_page, value_page, SCALE, SOFTCAP, SIZE, WIDE, SIZE_V, WIDE_V,
+            PAGE, ROUNDED, KEYS, WINDOW, ALIBI, True, PRECISION,
         )  # fmt: skip
     each_v = tl.arange(0, WIDE_V)
     to = out + (token + rows)[:, None] * out_token + head * SIZE_V + each_v[None, :]
-    if ROUNDED:
-        mixed *= find_unit(unit)
-    result = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    result = mixed * find_unit(unit, ROUNDED) / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(to, result.to(out.dtype.element_ty), mask=(rows < count)[:, None] & (each_v < SIZE_V)[None, :])

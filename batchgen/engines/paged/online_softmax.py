@@ -34,33 +34,35 @@ def _cap(scores, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _load(half, stride, page, others, there, SIZE: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr):
+    """Keys or values of one head at the places `others`, whose pages these are: [KEYS, WIDE], 0 where none is there."""
+    rows = page * stride + (others % PAGE) * SIZE
+    each = tl.arange(0, WIDE)
+    inside = there[:, None] if SIZE == WIDE else there[:, None] & (each < SIZE)[None, :]
+    return tl.load((half + rows)[:, None] + each[None, :], mask=inside, other=0)
+
+
+@triton.jit
 def add_keys(
     query, query_scale, best, total, mixed, unit, begin, end, first_seen, places, slope, pages, keys, values,
-    key_exponents, value_exponents, key_page, value_page, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    key_exponents, value_exponents, first_row, key_page, value_page, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     SIZE: tl.constexpr, WIDE: tl.constexpr, SIZE_V: tl.constexpr, WIDE_V: tl.constexpr, PAGE: tl.constexpr,
     ROUNDED: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, ALIBI: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys from `begin` on to the running maximum, sum and mix of values of each query.
 
-    If they are ROUNDED, `query` and `query_scale` are as `scale_queries` gives them, and `mixed` is in units of `unit`
-    (`share_scales`); else neither `query_scale` nor `unit` means anything.
+    If they are ROUNDED, `query` and `query_scale` are as `scale_queries` gives them, `mixed` is in units of `unit`
+    (`share_scales`), and `first_row` is that of the head among a page's exponents; else these three mean nothing.
     """
     others = begin + tl.arange(0, KEYS)
     there = (others < end) & (others >= first_seen)
     page = tl.load(pages + others // PAGE, mask=there, other=0).to(tl.int64)
-    rows = page * key_page + (others % PAGE) * SIZE
-    each = tl.arange(0, WIDE)
-    inside = there[:, None] if SIZE == WIDE else there[:, None] & (each < SIZE)[None, :]
-    key = tl.load((keys + rows)[:, None] + each[None, :], mask=inside, other=0)
-    if SIZE_V != SIZE:
-        rows = page * value_page + (others % PAGE) * SIZE_V
-        each = tl.arange(0, WIDE_V)
-        inside = there[:, None] if SIZE_V == WIDE_V else there[:, None] & (each < SIZE_V)[None, :]
-    # Values are under way while the scores are worked out.
-    value = tl.load((values + rows)[:, None] + each[None, :], mask=inside, other=0)
+    key = _load(keys, key_page, page, others, there, SIZE, WIDE, PAGE)
+    # Values are under way while the scores are worked out. Where sizes are equal, so are places, and found once.
+    value = _load(values, key_page if SIZE == SIZE_V else value_page, page, others, there, SIZE_V, WIDE_V, PAGE)
     if ROUNDED:
-        rows = page * (key_page // SIZE) + others % PAGE
+        rows = page * (key_page // SIZE) + first_row + others % PAGE
         exponents, exponents_v = load_exponents(key_exponents, value_exponents, rows, there)
         key = widen_bytes(key).to(query.dtype)
         value = widen_bytes(value).to(query.dtype)
@@ -106,7 +108,7 @@ def add_keys(
 @triton.jit
 def add_newest(
     query, query_scale, best, total, mixed, unit, new_key, new_value, place, pages, keys, values, key_exponents,
-    value_exponents, key_page, value_page, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SIZE: tl.constexpr,
+    value_exponents, first_row, key_page, value_page, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, SIZE: tl.constexpr,
     WIDE: tl.constexpr, SIZE_V: tl.constexpr, WIDE_V: tl.constexpr, PAGE: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """As `add_keys`, for the one key at `place`, which is written into its page. A query has no bias towards itself."""
@@ -120,7 +122,7 @@ def add_newest(
     if ROUNDED:  # the newest ones, too, are seen as they are kept
         key, exponent = round_row(wide_key)
         value, exponent_v = round_row(wide_value)
-        row = page * (key_page // SIZE) + place % PAGE
+        row = page * (key_page // SIZE) + first_row + place % PAGE
         tl.store(key_exponents + row, exponent)
         tl.store(value_exponents + row, exponent_v)
         scale = find_scales(exponent) * (query_scale * SCALE)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 NOT_FINITE = tl.constexpr(255)  # `rounding.NOT_FINITE`
-LEAST = tl.constexpr(20)  # the lowest exponent that counts in sums of values: a scale of 2**-107
+_LEAST = tl.constexpr(20)  # the lowest exponent that counts in sums of values: a scale of 2**-107
 _ROOM = tl.constexpr(14)  # weights are scaled by 2**14, since normal numbers of float16 go from 2**-14 to 2**16
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without instructions of a GPU
 
@@ -115,22 +115,26 @@ def find_ratio(unit, higher):
 
 
 @triton.jit
-def find_unit(unit):
+def find_unit(unit, ROUNDED: tl.constexpr):
     """What a sum of values is multiplied by in the end that was made of the shares of this exponent."""
-    return ((unit - _ROOM) << 23).to(tl.float32, bitcast=True)
+    factor = 1.0
+    if ROUNDED:
+        factor = ((unit - _ROOM) << 23).to(tl.float32, bitcast=True)
+    return factor
 
 
 @triton.jit
-def scale_queries(queries):
-    """Queries [rows, WIDE] in a type of products that has all numbers of 8 bits, and what they are multiples of.
+def scale_queries(queries, ROUNDED: tl.constexpr):
+    """Queries [rows, WIDE] in a type of products that has all numbers of 8 bits; what they are multiples of; and the
+    unit of a sum of no values.
 
     float16 has not the range of bfloat16: the largest number becomes one between 2**14 and 2**15. float32 stays.
     """
-    scale = 1.0
-    if queries.dtype != tl.float32:
+    scale, unit = 1.0, tl.full([], _LEAST, tl.int32)
+    if ROUNDED and queries.dtype != tl.float32:
         wide = queries.to(tl.float32)
         largest = tl.max(tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
         exponent = tl.minimum(tl.maximum((largest >> 23) - 14, 1), 253)
         queries = (wide * ((254 - exponent) << 23).to(tl.float32, bitcast=True)).to(tl.float16)
         scale = (exponent << 23).to(tl.float32, bitcast=True)
-    return queries, scale
+    return queries, scale, unit
