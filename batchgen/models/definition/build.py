@@ -15,6 +15,7 @@ from batchgen.models import architectures
 from batchgen.models.definition.errors import ModelError, refuse_errors
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.definition.weights import tensor_shapes
+from batchgen.models.quantised.checkpoint import find_checkpoint
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
@@ -73,8 +74,10 @@ def explain_shapes(folder: Path, error: Exception) -> str | None:
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]  # a model that is made now would be sharded
         return "its weights have other shapes than its config.json says"
     with suppress(Exception):  # nothing may hide the error that is being explained
-        found = tensor_shapes(sorted(folder.glob("*.safetensors")))
-        made = {name: list(one.shape) for name, one in build_empty(read_config(str(folder))).state_dict().items()}
+        config = read_config(str(folder))
+        checkpoint = find_checkpoint(folder, config)
+        found = checkpoint.shapes if checkpoint else tensor_shapes(sorted(folder.glob("*.safetensors")))
+        made = {name: list(one.shape) for name, one in build_empty(config).state_dict().items()}
         other = next((name for name in sorted(found) if made.get(name, found[name]) != found[name]), None)
         if other is not None:
             return (

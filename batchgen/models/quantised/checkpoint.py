@@ -72,6 +72,15 @@ class Checkpoint:
                 sizes[dtype] += _BYTES[dtype] * torch.Size(tensor.shape).numel()
         return sizes.most_common(1)[0][0] if sizes else None
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of each parameter, by its name in the files."""
+        shapes = {name: list(tensor.shape) for name, tensor in self.plain.items()}
+        for name, weight in self.weights.items():
+            *experts, rows, columns = weight.shape
+            shapes[name] = [*experts, columns, rows] if weight.is_transposed else [*experts, rows, columns]
+        return shapes
+
     def make_state_dict(self, take: Take) -> dict[str, Any]:
         """Returns what Transformers loads: each tensor by the name that the loader knows, made when it is asked for."""
         made = {name: _Lazy(tensor.view) for name, tensor in self.plain.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -60,6 +62,29 @@ def test_a_checkpoint_is_what_its_format_says(name: str, base: Path, tmp_path: P
     widened = loading.load(str(tmp_path / "quantised"), {"dtype": torch.float32}).state_dict()
     assert widened.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(widened[key], expected[key])] == []
+
+
+def test_a_head_is_widened_and_layers_lie_in_several_files(base: Path, tmp_path: Path) -> None:
+    quantised, case = tmp_path / "quantised", CASES["compressed int4"]
+    write(case, base, quantised, tmp_path / "plain")
+    head, wide = case.make_layer(260, 256, torch.Generator().manual_seed(4))
+    tensors = load_file(quantised / "model.safetensors")
+    del tensors["lm_head.weight"]
+    tensors |= {f"lm_head.{end}": tensor.contiguous() for end, tensor in head.items()}
+    tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)  # of a cache of 8 bits
+    files = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, quantised / file)
+    (quantised / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": files}
+    (quantised / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    model = map_model(str(quantised), None)
+    copy_weights(model, str(quantised), CPU, torch.float32, rounding=None)
+    assert get_quantised(model.lm_head) is None
+    widen_all(model)
+    expected = load_file(tmp_path / "plain" / "model.safetensors") | {"lm_head.weight": wide}
+    assert [name for name in expected if not torch.equal(model.get_parameter(name), expected[name])] == []
 
 
 def build_mixtral(vocabulary: int, **settings: Any) -> PreTrainedModel:

@@ -141,6 +141,19 @@ def test_plain_weights_under_the_name_of_a_format_are_a_sentence(tmp_path: Path)
         loading.load(str(folder), {})
 
 
+def test_weights_of_another_model_are_a_sentence(written: Callable[[str], Path]) -> None:
+    folder = written("awq")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    for load in (read_mapped, lambda model: loading.load(model, {"dtype": torch.float32})):
+        with pytest.raises(ModelError, match=r"more layers than its config\.json says: model\.layers\.1\."):
+            load(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    for load in (read_mapped, lambda model: loading.load(model, {"dtype": torch.float32})):
+        with pytest.raises(ModelError, match=r"down_proj\.weight is \[256, 384\], and should be \[256, 256\]"):
+            load(str(folder))
+
+
 def test_columns_in_act_order_are_not_cut(written: Callable[[str], Path]) -> None:
     folder = str(written("gptq by act"))
     with process_group.fake_group(1, 2):
