@@ -340,7 +340,12 @@ def search_tiles(model: str, kinds: Sequence[str]) -> None:
     shape = next(iter(LAYERS[model].values()))
     wanted = [(kind, [(tokens, tile) for tokens in TOKENS for tile in list_tiles(kind, tokens)]) for kind in kinds]
     workers = min(16, os.cpu_count() or 1)
-    parts = [(kind, shape, tiles[at::workers]) for kind, tiles in wanted for at in range(workers)]
+    parts = []
+    for kind, tiles in wanted:
+        alike = sorted({tile._replace(programs=0) for _, tile in tiles})  # the kernel is the same, however it is split
+        for at in range(workers):
+            own = set(alike[at::workers])
+            parts.append((kind, shape, [pair for pair in tiles if pair[1]._replace(programs=0) in own]))
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(compile_tiles, parts, chunksize=1)
     print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)

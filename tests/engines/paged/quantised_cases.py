@@ -64,7 +64,7 @@ def make_weight(scheme: Scheme, rows: int, columns: int, seed: int, experts: int
     else:
         values = torch.randn(shape, generator=source).to(torch.float8_e4m3fn)
     if scheme.kind == "mxfp4":
-        scales = torch.randint(120, 130, groups, generator=source).to(torch.uint8).view(torch.float8_e8m0fnu)
+        scales = torch.randint(118, 129, groups, generator=source).to(torch.uint8).view(torch.float8_e8m0fnu)
     else:
         scales = sizes.to(scheme.scales)
     return QuantisedWeight(scheme.kind, values, scales, zeros, None, scheme.inputs, None, scheme.inputs_group)

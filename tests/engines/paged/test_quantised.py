@@ -153,7 +153,20 @@ def test_words_hold_the_parts_of_a_block(scheme: Scheme) -> None:
         word = int(packed.values[block, row, within % PART])
         byte = int(weight.values[row, column // 2])
         assert word >> 4 * (within // PART) & 15 == byte >> 4 * (column % 2) & 15
+        if scheme.kind == "mxfp4":
+            exponents = int(packed.scales[column // (BLOCK // 2), row])
+            assert exponents >> 8 * (column // PART % 4) & 255 == int(
+                weight.scales.view(torch.uint8)[row, column // 32]
+            )
     assert packed.values.shape == (2, 6, PART)
+
+
+def test_weights_that_kernels_cannot_scale_are_not_covered() -> None:
+    weight = make_weight(Scheme("mxfp4", 32, scales=torch.float8_e8m0fnu), 6, 64, 0)
+    assert covers(weight)
+    weight.scales.view(torch.uint8)[3, 1] = 129
+    assert not covers(weight)
+    assert not covers(make_weight(Scheme("int4", 16), 6, 64, 0))
 
 
 def test_a_scale_of_inputs_that_is_fixed_is_used() -> None:

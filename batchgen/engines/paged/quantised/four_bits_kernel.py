@@ -14,7 +14,7 @@ import triton.language as tl
 
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
 from batchgen.engines.paged.quantised.packing import BLOCK, PART, Packed
-from batchgen.engines.paged.quantised.parts import count_groups, load_scales, load_words, multiply_half
+from batchgen.engines.paged.quantised.parts import count_groups, find_group, load_scales, load_words, multiply_half
 from batchgen.engines.paged.quantised.programs import (
     NEIGHBOURS,
     count_programs,
@@ -83,15 +83,18 @@ def multiply(
     sizes = tokens, rows, blocks
     tiles, across, splits = count_programs(sizes, experts, sorting, (tile.tokens, tile.rows), tile.programs)
     groups = weight.scales.shape[-2]
-    group = -(-columns // groups) if groups > 1 else 1 << 30
+    group, scale = find_group(weight, columns), tile.scale_weights
+    assembly = has_sm_90(inputs.device) if assembly is None else assembly
+    if weight.form == "mxfp4":  # by the multiplication that makes them 16 bits
+        scale = assembly and inputs.dtype == torch.bfloat16
     sums = torch.empty((splits, tokens, rows), dtype=torch.float32, device=inputs.device) if splits > 1 else output
     constants: dict[str, Any] = {
         "KIND": weight.form, "GROUPED": sorting is not None, "EXPERTS": experts,
         "WIDE": max(2, triton.next_power_of_2(experts)), "TOP_K": sorting.top_k if sorting else 0,
         "BIAS": bias is not None, "ZEROS": weight.zeros is not None, "SPLIT": splits > 1, "GROUP": group,
-        "GROUPS": count_groups(group), "EVEN": columns % BLOCK == 0, "SCALE": tile.scale_weights, "PART": PART,
+        "GROUPS": count_groups(group), "EVEN": columns % BLOCK == 0, "SCALE": scale, "PART": PART,
         "ONCE": tiles == 1, "ROWS": tile.rows, "TOKENS": tile.tokens, "NEIGHBOURS": NEIGHBOURS,
-        "ASSEMBLY": has_sm_90(inputs.device) if assembly is None else assembly,
+        "ASSEMBLY": assembly,
     }  # fmt: skip
     of_pairs = (sorting.order, sorting.offsets) if sorting else (output, output)
     _multiply[(tiles * across, splits)](

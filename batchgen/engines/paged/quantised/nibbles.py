@@ -56,6 +56,21 @@ _E2M1 = """{{
     lop3.b32 b, c, {bits}, b, 0xEA;
     {multiply} $3, b, factor;
 }}"""
+_SCALED_E2M1 = (
+    _E2M1.replace(
+        "    .reg .b32 a, b, c, factor;\n    mov.b32 factor, {factor};\n",
+        """    .reg .b32 a, b, c, first, second, third, fourth;
+    prmt.b32 first, $6, $7, 0x5410;
+    prmt.b32 second, $8, $9, 0x5410;
+    prmt.b32 third, $10, $11, 0x5410;
+    prmt.b32 fourth, $12, $13, 0x5410;
+""",
+    )
+    .replace("$0, b, factor", "$0, b, first")
+    .replace("$1, b, factor", "$1, b, second")
+    .replace("$2, b, factor", "$2, b, third")
+    .replace("$3, b, factor", "$3, b, fourth")
+)
 _BFLOAT16 = {"one": "0x43004300", "subtract": "sub.rn.bf16x2"}
 _FLOAT16 = {"one": "0x64006400", "subtract": "sub.rn.f16x2"}
 _BFLOAT16_E2M1 = {
@@ -75,8 +90,10 @@ _E2M1_BFLOAT16_LOW = tl.constexpr(_E2M1.format(**_LOW, **_BFLOAT16_E2M1))
 _E2M1_BFLOAT16_HIGH = tl.constexpr(_E2M1.format(**_HIGH, **_BFLOAT16_E2M1))
 _E2M1_FLOAT16_LOW = tl.constexpr(_E2M1.format(**_LOW, **_FLOAT16_E2M1))
 _E2M1_FLOAT16_HIGH = tl.constexpr(_E2M1.format(**_HIGH, **_FLOAT16_E2M1))
+_SCALED_E2M1_LOW = tl.constexpr(_SCALED_E2M1.format(**_LOW, **_BFLOAT16_E2M1))
+_SCALED_E2M1_HIGH = tl.constexpr(_SCALED_E2M1.format(**_HIGH, **_BFLOAT16_E2M1))
 _OF_E2M1 = tl.constexpr("=r,=r,=r,=r,r,r")
-_OF_INT4 = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r")
+_WITH_FOUR = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r")
 
 
 @triton.jit
@@ -102,13 +119,13 @@ def widen_int4(words, zeros, HALF: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: 
     if ASSEMBLY:
         if DTYPE == tl.bfloat16:  # noqa: SIM300
             a, b, c, d = tl.inline_asm_elementwise(
-                _INT4_BFLOAT16_HIGH if HALF else _INT4_BFLOAT16_LOW, _OF_INT4,
+                _INT4_BFLOAT16_HIGH if HALF else _INT4_BFLOAT16_LOW, _WITH_FOUR,
                 [words, first[:, None], second[:, None], third[:, None], fourth[:, None]],
                 dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
             )  # fmt: skip
         else:
             a, b, c, d = tl.inline_asm_elementwise(
-                _INT4_FLOAT16_HIGH if HALF else _INT4_FLOAT16_LOW, _OF_INT4,
+                _INT4_FLOAT16_HIGH if HALF else _INT4_FLOAT16_LOW, _WITH_FOUR,
                 [words, first[:, None], second[:, None], third[:, None], fourth[:, None]],
                 dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
             )  # fmt: skip
@@ -139,6 +156,20 @@ def widen_e2m1(words, HALF: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.cons
         b = _widen_one_e2m1(words >> 16 * HALF + 4).to(DTYPE)
         c = _widen_one_e2m1(words >> 16 * HALF + 8).to(DTYPE)
         d = _widen_one_e2m1(words >> 16 * HALF + 12).to(DTYPE)
+    return a, b, c, d
+
+
+@triton.jit
+def widen_scaled_e2m1(words, exponents, HALF: tl.constexpr):
+    """As `widen_e2m1`, by assembly, in bfloat16, times their scales: `exponents` [rows] are a word of four each."""
+    a, b, c, d = tl.inline_asm_elementwise(
+        _SCALED_E2M1_HIGH if HALF else _SCALED_E2M1_LOW, _WITH_FOUR,
+        [
+            words, (((exponents & 255) + 126) << 7)[:, None], (((exponents >> 8 & 255) + 126) << 7)[:, None],
+            (((exponents >> 16 & 255) + 126) << 7)[:, None], (((exponents >> 24 & 255) + 126) << 7)[:, None],
+        ],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
     return a, b, c, d
 
 

@@ -28,12 +28,16 @@ BLOCK = 8 * PART
 """Columns of a block."""
 
 
+MOST_EXPONENT = 128
+"""Of the scales of mxfp4, + 127: `nibbles` multiplies by 2^(exponent - 1), which bfloat16 has up to 2^127."""
+
+
 class Packed(NamedTuple):
     """The tensors that the operators take. `…` is nothing, or the experts."""
 
     form: str  # the kind of the weight; behind PLAIN, if it is not packed
     values: torch.Tensor  # 8 bits: […, rows, columns]; 4 bits: […, blocks, rows, PART], int32
-    scales: torch.Tensor  # […, groups, rows]: float32, float16 or bfloat16; of mxfp4 uint8, the exponent + 127
+    scales: torch.Tensor  # […, groups, rows]: float32, float16 or bfloat16; of mxfp4, see `pack_exponents`
     zeros: torch.Tensor | None  # […, groups, rows], int32: what the compiler reads ahead has four bytes
 
 
@@ -64,6 +68,8 @@ def can_hold(weight: QuantisedWeight, dtype: torch.dtype) -> bool:
 
 def covers(weight: QuantisedWeight) -> bool:
     """Whether the kernels take a weight: by its kind, and by its groups."""
+    if weight.kind == "mxfp4":
+        return weight.group == PART and int(weight.scales.view(torch.uint8).max()) <= MOST_EXPONENT
     fits = weight.scales.shape[-1] == 1 or weight.group % PART == 0
     return fits and weight.inputs_group in (0, weight.group)
 
@@ -72,7 +78,7 @@ def pack_for_kernels(weight: QuantisedWeight) -> Packed:
     """As `pack`, for a weight that the kernels cover, on any device."""
     scales = weight.scales
     if weight.kind == "mxfp4":
-        scales = scales.view(torch.uint8)
+        scales = pack_exponents(scales.view(torch.uint8))
     elif weight.kind in ("fp8", "int8"):
         scales = scales.float()
     scales = scales.transpose(-1, -2).contiguous()
@@ -80,6 +86,15 @@ def pack_for_kernels(weight: QuantisedWeight) -> Packed:
     if weight.kind in ("fp8", "int8"):
         return Packed(weight.kind, weight.values.contiguous(), scales, zeros)
     return Packed(weight.kind, _pack_nibbles(weight.values), scales, zeros)
+
+
+def pack_exponents(exponents: torch.Tensor) -> torch.Tensor:
+    """[…, rows, groups], uint8, to […, rows, halves of blocks], int32: a word holds those of the four parts of a half.
+
+    What the compiler reads ahead has four bytes.
+    """
+    filled = F.pad(exponents, (0, -exponents.shape[-1] % (BLOCK // PART))).contiguous()
+    return filled.view(torch.int32)
 
 
 def _pack_nibbles(values: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchgen.engines.paged.quantised.nibbles import prepare_zeros, widen_e2m1, widen_int4
-from batchgen.engines.paged.quantised.packing import BLOCK, PART
+from batchgen.engines.paged.quantised.nibbles import prepare_zeros, widen_e2m1, widen_int4, widen_scaled_e2m1
+from batchgen.engines.paged.quantised.packing import BLOCK, PART, Packed
 
 
 def count_groups(group: int) -> int:
@@ -16,6 +16,14 @@ def count_groups(group: int) -> int:
     return BLOCK // (group if BLOCK % group == 0 else PART)
 
 
+def find_group(weight: Packed, columns: int) -> int:
+    """Returns how many columns of a packed weight have a scale together; more than there are, if all have one."""
+    if weight.form == "mxfp4":
+        return PART
+    groups = weight.scales.shape[-2]
+    return -(-columns // groups) if groups > 1 else 1 << 30
+
+
 @triton.jit
 def _find_group(at, column, rows, groups, GROUP: tl.constexpr):
     """Where the scales and zeros of some rows are, for a column; behind the last one, those of the last."""
@@ -23,12 +31,21 @@ def _find_group(at, column, rows, groups, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load_scales(scales, at, inside, KIND: tl.constexpr):
+def _load_scales(scales, at, inside):
     """In float32."""
-    found = tl.load(scales + at, mask=inside, other=0)
-    if KIND == "mxfp4":
-        found = (found.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    return found.to(tl.float32)
+    return tl.load(scales + at, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _load_exponents(scales, at, column, rows, inside, PART: tl.constexpr):
+    """Those of mxfp4 in the four parts from `column` on, in a word for each row."""
+    return tl.load(scales + at + column // (4 * PART) * rows, mask=inside, other=0)
+
+
+@triton.jit
+def _scale_of(exponents, PLACE: tl.constexpr):
+    """2^(exponent - 127)."""
+    return ((exponents >> 8 * PLACE & 255) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -37,14 +54,19 @@ def load_four_scales(
     KIND: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Those of four parts of a block, from `column` on; which are the same is known from GROUPS, those of a block."""
-    first = _load_scales(scales, _find_group(at, column, rows, groups, GROUP), inside, KIND)
-    second, third, fourth = first, first, first
-    if GROUPS >= 4:
-        third = _load_scales(scales, _find_group(at, column + 2 * PART, rows, groups, GROUP), inside, KIND)
-        fourth = third
-    if GROUPS == 8:
-        second = _load_scales(scales, _find_group(at, column + PART, rows, groups, GROUP), inside, KIND)
-        fourth = _load_scales(scales, _find_group(at, column + 3 * PART, rows, groups, GROUP), inside, KIND)
+    if KIND == "mxfp4":
+        exponents = _load_exponents(scales, at, tl.minimum(column, (groups - 1) * 4 * PART), rows, inside, PART)
+        first, second = _scale_of(exponents, 0), _scale_of(exponents, 1)
+        third, fourth = _scale_of(exponents, 2), _scale_of(exponents, 3)
+    else:
+        first = _load_scales(scales, _find_group(at, column, rows, groups, GROUP), inside)
+        second, third, fourth = first, first, first
+        if GROUPS >= 4:
+            third = _load_scales(scales, _find_group(at, column + 2 * PART, rows, groups, GROUP), inside)
+            fourth = third
+        if GROUPS == 8:
+            second = _load_scales(scales, _find_group(at, column + PART, rows, groups, GROUP), inside)
+            fourth = _load_scales(scales, _find_group(at, column + 3 * PART, rows, groups, GROUP), inside)
     return first, second, third, fourth
 
 
@@ -156,13 +178,20 @@ def multiply_half(
 
     Numbers that are scaled before the product are scaled where matrix units want them: there, scales are read anew.
     """
-    if SCALE:
-        ahead = load_four_scales(scales, at, column, rows, groups, inside, KIND, GROUP, GROUPS, PART)
     parts = load_half(inputs_at, column, columns, each, there, EVEN, PART)
-    numbers = widen(
-        words, zeros, at, column, rows, groups, inside, KIND, ZEROS, GROUP, GROUPS, PART, HALF, DTYPE, ASSEMBLY
-    )
-    return add_half(sums, numbers, parts, ahead, GROUPS, SCALE)
+    if SCALE and KIND == "mxfp4":
+        exponents = _load_exponents(scales, at, column, rows, inside, PART)
+        a, b, c, d = widen_scaled_e2m1(words, exponents, HALF)
+        first, second, third, fourth = parts
+        sums = tl.dot(d, fourth, tl.dot(c, third, tl.dot(b, second, tl.dot(a, first, sums))))
+    else:
+        if SCALE:
+            ahead = load_four_scales(scales, at, column, rows, groups, inside, KIND, GROUP, GROUPS, PART)
+        numbers = widen(
+            words, zeros, at, column, rows, groups, inside, KIND, ZEROS, GROUP, GROUPS, PART, HALF, DTYPE, ASSEMBLY
+        )
+        sums = add_half(sums, numbers, parts, ahead, GROUPS, SCALE)
+    return sums
 
 
 @triton.jit

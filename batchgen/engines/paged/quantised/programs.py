@@ -56,7 +56,8 @@ def count_programs(
     across = triton.cdiv(rows, tile[1])
     if sorting or tiles > 1:
         return tiles, across, 1
-    return tiles, across, max(1, min(blocks, wanted // across, _MOST_SPLITS))
+    share = -(-blocks // max(1, min(blocks, wanted // across, _MOST_SPLITS)))
+    return tiles, across, -(-blocks // share)
 
 
 @triton.jit

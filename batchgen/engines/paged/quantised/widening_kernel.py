@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from batchgen.engines.paged.quantised.packing import PART, Packed
-from batchgen.engines.paged.quantised.parts import count_groups, load_four_scales
+from batchgen.engines.paged.quantised.parts import count_groups, find_group, load_four_scales
 from batchgen.engines.paged.quantised.parts import widen as widen_half
 from batchgen.engines.paged.quantised.programs import has_sm_90
 
@@ -22,7 +22,7 @@ def widen(weight: Packed, columns: int, dtype: torch.dtype, begin: int = 0, end:
     rows = (all_rows if end is None else end) - begin
     output = torch.empty((rows, columns), dtype=dtype, device=weight.values.device)
     groups = weight.scales.shape[-2]
-    group = -(-columns // groups) if groups > 1 else 1 << 30
+    group = find_group(weight, columns)
     across = triton.cdiv(rows, _ROWS)
     if weight.form in ("fp8", "int8"):
         constants = {"GROUP": group, "ROWS": _ROWS, "COLUMNS": 128}
