@@ -46,16 +46,25 @@ def round_numbers(wide: torch.Tensor) -> Rounded:
     above = (largest.view(torch.int32) + (0x7FFFFF - _LARGEST_BITS)) >> 23
     exponents = (above - _EXPONENT).clamp(min=1)
     finite = largest.isfinite()
-    numbers = torch.ldexp(wide.to(_find_width(wide.dtype)), (_BIAS - exponents)[..., None])
-    numbers = numbers.masked_fill(~finite[..., None], 0).to(NUMBERS)
+    scaled = wide.to(_find_width(wide.dtype)) * _make_powers(2 * _BIAS - exponents)[..., None]
+    numbers = scaled.masked_fill(~finite[..., None], 0).to(NUMBERS)
     return Rounded(numbers, exponents.masked_fill(~finite, NOT_FINITE).to(torch.uint8))
 
 
 def widen_numbers(rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
     """Returns what was rounded as numbers of type `dtype`, [..., size]; NaN where it was not finite."""
     exponents = rounded.exponents.to(torch.int32)[..., None]
-    wide = torch.ldexp(rounded.numbers.to(_find_width(dtype)), exponents - _BIAS).to(dtype)
+    wide = (rounded.numbers.to(_find_width(dtype)) * _make_powers(exponents)).to(dtype)
     return wide.masked_fill_(exponents == NOT_FINITE, torch.nan)
+
+
+def _make_powers(exponents: torch.Tensor) -> torch.Tensor:
+    """2 ** (exponent - 127) in float32, from its bits: `torch.ldexp` takes a power, which a GPU need not have exactly.
+
+    Args:
+        exponents: int32, 1 to 255.
+    """
+    return (exponents << 23).view(torch.float32)
 
 
 def _find_width(dtype: torch.dtype) -> torch.dtype:

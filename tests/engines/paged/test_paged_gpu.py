@@ -30,7 +30,8 @@ pytestmark = [
 ]
 
 
-def test_prompts_longer_than_a_step_end_in_none_of_the_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", [(), ("--kv-dtype", "fp8")], ids=" ".join)
+def test_prompts_longer_than_a_step_end_in_none_of_the_first(cache: tuple[str, ...], tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1024, "max_position_embeddings": 1024}
     model = models.save(tmp_path / "model", partial(models.llama, **shape))
     prompts = tmp_path / "p.jsonl"
@@ -38,7 +39,7 @@ def test_prompts_longer_than_a_step_end_in_none_of_the_first(tmp_path: Path) -> 
         "".join(json.dumps({"prompt": "abcdefgh" * (30 + n), "max_new_tokens": 9}) + "\n" for n in range(5))
     )
     words = command(prompts, tmp_path / "out", model, "--batch-size", "1", "--set", "step_tokens=64", engine="paged")
-    done = run(*words, "--dtype", "bfloat16", "--set", "cache_tokens=4096")
+    done = run(*words, "--dtype", "bfloat16", "--set", "cache_tokens=4096", *cache)
     assert done.returncode == 0, done.stderr
     assert all(0 < row["generated_tokens"] <= 9 for row in read(tmp_path / "out"))
 
