@@ -10,9 +10,10 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from batchgen.models.definition.errors import one_line
 from batchgen.models.quantised.awq import Awq
 from batchgen.models.quantised.compressed_tensors import CompressedTensors
-from batchgen.models.quantised.format import Format
+from batchgen.models.quantised.format import Format, refuse
 from batchgen.models.quantised.fp8 import Fp8
 from batchgen.models.quantised.gptq import Gptq
 from batchgen.models.quantised.mxfp4 import Mxfp4
@@ -43,8 +44,13 @@ def find_format(config: Any) -> Format | None:
         ModelError: the format has a detail that is not read; the message names it.
     """
     settings = get_settings(config)
-    make = FORMATS.get(str(settings.get("quant_method")))
-    return make(settings) if make is not None else None
+    method = str(settings.get("quant_method"))
+    if method not in FORMATS:
+        return None
+    try:
+        return FORMATS[method](settings)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # a number where an object should be, say
+        refuse(method, f"settings that cannot be understood ({one_line(error)})")
 
 
 def make_plain(config: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from batchgen.models.quantised.format import refuse
+from batchgen.models.quantised.format import refuse, take_block
 from batchgen.models.quantised.weight import Inputs
 
 NAME = "compressed-tensors"
@@ -63,24 +63,26 @@ class Scheme:
             refuse(NAME, f"format {written!r}, {number} of {bits} bits")
         if settings.get("output_activations"):
             refuse(NAME, "rounded outputs (output_activations)")
-        strategy, is_symmetric = weights.get("strategy", "tensor"), weights.get("symmetric", True)
+        is_symmetric = weights.get("symmetric", True)
+        size: Any = weights.get("group_size")
+        strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
         if strategy not in _STRATEGIES[found]:
             refuse(NAME, f"format {written!r} and strategy {strategy!r}")
         if not is_symmetric and found != "int4":
             refuse(NAME, f"format {written!r} and zeros (symmetric false)")
         if weights.get("actorder") not in _SORTED:
             refuse(NAME, f"columns in an order of their own (actorder {weights['actorder']!r})")
-        group, block = weights.get("group_size"), weights.get("block_structure")
-        if strategy == "group" and not (type(group) is int and group > 0 and group % 2 == 0):
-            refuse(NAME, f"group_size {group!r}")
-        if strategy == "block" and not (isinstance(block, (list, tuple)) and len(block) == 2):
-            refuse(NAME, f"block_structure {block!r}")
+        if strategy == "group" and not (type(size) is int and size > 0 and size % 2 == 0):
+            refuse(NAME, f"group_size {size!r}")
+        block = take_block(NAME, weights, "block_structure") if strategy == "block" else None
+        if strategy == "block" and block is None:
+            refuse(NAME, "blocks of no size (block_structure)")
         inputs, is_static = _read_inputs(settings.get("input_activations"), found)
         return cls(
             kind=found,  # type: ignore[arg-type]  # a value of `_FORMATS`
             by_rows=strategy == "channel",
-            group=int(group or 0) if strategy == "group" else 0,
-            block=(block[0], block[1]) if strategy == "block" and block else None,
+            group=size if strategy == "group" else 0,
+            block=block,
             is_symmetric=is_symmetric,
             inputs=inputs,
             is_static=is_static,

@@ -49,9 +49,6 @@ class CompressedTensors(Format):
         Raises:
             ModelError: it has a detail that is not read.
         """
-        status = settings.get("quantization_status", "compressed")
-        if status != "compressed":
-            refuse(NAME, f"quantization_status {status!r}")
         sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
         if sparsity != "dense":
             refuse(NAME, f"sparse weights ({sparsity})")

@@ -63,3 +63,17 @@ def take_group_size(method: str, settings: Mapping[str, Any]) -> int:
     if type(size) is not int or not (size == -1 or (size > 0 and size % 8 == 0)):
         refuse(method, f"group_size {size!r}")
     return size
+
+
+def take_block(method: str, settings: Mapping[str, Any], name: str) -> tuple[int, int] | None:
+    """Returns the rows and columns that have a scale together; None: the setting `name` is not there.
+
+    Raises:
+        ModelError: it is no such pair.
+    """
+    block = settings.get(name)
+    if block is None:
+        return None
+    if not (isinstance(block, (list, tuple)) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        refuse(method, f"{name} {block!r}")
+    return block[0], block[1]

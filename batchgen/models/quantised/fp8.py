@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from batchgen.models.quantised.format import Format, check_choices, refuse
+from batchgen.models.quantised.format import Format, check_choices, take_block
 from batchgen.models.quantised.packing import make_groups_even
 from batchgen.models.quantised.stored import StoredTensor, StoredWeight, group_by_layer, take_part
 from batchgen.models.quantised.weight import QuantisedWeight
@@ -45,15 +45,9 @@ class Fp8(Format):
         Raises:
             ModelError: it has a detail that is not read.
         """
-        check_choices(
-            cls.name, settings, {"fmt": ("e4m3",), "activation_scheme": ("dynamic", "static"), "format": ("e4m3",)}
-        )
-        block = settings.get("weight_block_size")
-        if block is not None and not (
-            isinstance(block, (list, tuple)) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-        ):
-            refuse(cls.name, f"weight_block_size {block!r}")
-        return cls(None if block is None else (block[0], block[1]), settings.get("activation_scheme") == "static")
+        check_choices(cls.name, settings, {"fmt": ("e4m3",), "activation_scheme": ("dynamic", "static")})
+        block = take_block(cls.name, settings, "weight_block_size")
+        return cls(block, settings.get("activation_scheme") == "static")
 
     def find_weights(self, tensors: Mapping[str, StoredTensor]) -> list[StoredWeight]:
         layers = group_by_layer(tensors, self.ends)

@@ -5,6 +5,7 @@ Nothing of the package takes part: numbers are drawn as they are stored, packed 
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Layer = Callable[[int, int, torch.Generator], tuple[dict[str, Tensor], Tensor]]
+Source = torch.Generator | Tensor
+"""What numbers are drawn from, or a weight that is rounded."""
+Layer = Callable[[int, int, Source], tuple[dict[str, Tensor], Tensor]]
 """Of rows and columns: what the files hold of such a layer, by the ends of names, and what it stands for, float32."""
 
 _QUANTISED = ("proj.weight", "w1.weight", "w2.weight", "w3.weight")
@@ -34,11 +37,11 @@ class Case:
     inputs_group: int = 0
 
 
-def _draw_scales(shape: tuple[int, ...], spread: float, source: torch.Generator) -> Tensor:
+def _draw_scales(shape: tuple[int, ...], spread: float, source: Source) -> Tensor:
     return (torch.rand(shape, generator=source) + 0.5) * spread
 
 
-def _draw_fp8(rows: int, columns: int, source: torch.Generator) -> Tensor:
+def _draw_fp8(rows: int, columns: int, source: Source) -> Tensor:
     return torch.randn(rows, columns, generator=source).clamp(-4, 4).to(torch.float8_e4m3fn)
 
 
@@ -50,60 +53,84 @@ def _pack(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
-def fp8_blocks(rows: int, columns: int, source: torch.Generator, name: str = "weight_scale_inv") -> Any:
-    values = _draw_fp8(rows, columns, source)
-    scales = _draw_scales((-(-rows // 128), -(-columns // 128)), 0.1, source)
+def _join_blocks(largest: Tensor) -> Tensor:
+    """Of blocks of 64 by 64: those of 128 by 128, the last of which may be smaller."""
+    padded = torch.nn.functional.pad(largest, (0, largest.shape[1] % 2, 0, largest.shape[0] % 2))
+    return padded.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).amax((1, 3))
+
+
+def fp8_blocks(rows: int, columns: int, source: Source, name: str = "weight_scale_inv") -> Any:
+    if isinstance(source, Tensor):
+        scales = source.float().unflatten(0, (-1, 64)).unflatten(2, (-1, 64)).abs().amax((1, 3)) / 448
+        scales = _join_blocks(scales)
+        spread = scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        values = (source.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+    else:
+        values = _draw_fp8(rows, columns, source)
+        scales = _draw_scales((-(-rows // 128), -(-columns // 128)), 0.1, source)
     wide = torch.empty(rows, columns, dtype=torch.float64)
-    for row in range(rows):
-        for block in range(scales.shape[1]):
-            span = slice(128 * block, 128 * block + 128)
-            wide[row, span] = values[row, span].double() * scales[row // 128, block].double()
+    for place in itertools.product(*map(range, scales.shape)):
+        block = tuple(slice(128 * number, 128 * number + 128) for number in place)
+        wide[block] = values[block].double() * scales[place].double()
     return {"weight": values, name: scales}, wide.float()
 
 
-def fp8_tensor(rows: int, columns: int, source: torch.Generator) -> Any:
+def fp8_tensor(rows: int, columns: int, source: Source) -> Any:
     values, scale = _draw_fp8(rows, columns, source), _draw_scales((), 0.1, source)
     tensors = {"weight": values, "weight_scale_inv": scale, "activation_scale": torch.tensor(0.25)}
     return tensors, (values.double() * scale.double()).float()
 
 
-def fp8_channels(rows: int, columns: int, source: torch.Generator) -> Any:
+def fp8_channels(rows: int, columns: int, source: Source) -> Any:
     values = _draw_fp8(rows, columns, source)
     scales = _draw_scales((rows, 1), 0.1, source).bfloat16()
     return {"weight": values, "weight_scale": scales}, (values.double() * scales.double()).float()
 
 
-def fp8_one_scale(rows: int, columns: int, source: torch.Generator) -> Any:
+def fp8_one_scale(rows: int, columns: int, source: Source) -> Any:
     values, scale = _draw_fp8(rows, columns, source), _draw_scales((1,), 0.1, source).bfloat16()
     tensors = {"weight": values, "weight_scale": scale, "input_scale": torch.tensor([0.25], dtype=torch.bfloat16)}
     return tensors, (values.double() * scale.double()).float()
 
 
-def int8_channels(rows: int, columns: int, source: torch.Generator) -> Any:
+def int8_channels(rows: int, columns: int, source: Source) -> Any:
     values = torch.randint(-127, 128, (rows, columns), generator=source, dtype=torch.int8)
     scales = _draw_scales((rows, 1), 0.1 / 64, source)
     return {"weight": values, "weight_scale": scales}, (values.double() * scales.double()).float()
 
 
-def _int4(group: int, rows: int, columns: int, source: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _int4(group: int, rows: int, columns: int, source: Source, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Numbers from 0 to 15 [rows, columns]; scales and zeros [rows, groups]; and the group of each column."""
+    if isinstance(source, Tensor):
+        return *_round_to_int4(source.float(), group, dtype), torch.arange(columns) // group
     values = torch.randint(0, 16, (rows, columns), generator=source)
     groups = -(-columns // group)
     zeros = torch.randint(4, 12, (rows, groups), generator=source)
     return values, _draw_scales((rows, groups), 0.03, source).to(dtype), zeros, torch.arange(columns) // group
 
 
+def _round_to_int4(weight: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, scales and zeros: the smallest of a group becomes 0, the largest 15."""
+    parts = weight.unflatten(1, (-1, group))
+    low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
+    scales = ((high - low).clamp(min=1e-6) / 15).to(dtype)
+    zeros = (-low / scales.float()).round().clamp(0, 15)
+    values = (parts / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 15)
+    return values.flatten(1).long(), scales, zeros.long()
+
+
 def _widen(values: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor) -> Tensor:
     wide = torch.empty(values.shape, dtype=torch.float64)
-    for column, group in enumerate(group_of.tolist()):
-        wide[:, column] = (values[:, column] - zeros[:, group]).double() * scales[:, group].double()
+    for group in range(scales.shape[1]):
+        own = group_of == group
+        wide[:, own] = (values[:, own] - zeros[:, [group]]).double() * scales[:, [group]].double()
     return wide.float()
 
 
 def packed(group: int, *, symmetric: bool) -> Layer:
     """Of compressed-tensors; group 0: one a row."""
 
-    def make(rows: int, columns: int, source: torch.Generator) -> Any:
+    def make(rows: int, columns: int, source: Source) -> Any:
         values, scales, zeros, group_of = _int4(group or columns, rows, columns, source, torch.bfloat16)
         tensors = {
             "weight_packed": _pack(values),
@@ -120,7 +147,7 @@ def packed(group: int, *, symmetric: bool) -> Layer:
 
 
 def awq(group: int) -> Layer:
-    def make(rows: int, columns: int, source: torch.Generator) -> Any:
+    def make(rows: int, columns: int, source: Source) -> Any:
         values, scales, zeros, group_of = _int4(group, rows, columns, source, torch.float16)
         tensors = {
             "qweight": _pack(values.t(), _NIBBLES_OF_AWQ),
@@ -135,7 +162,7 @@ def awq(group: int) -> Layer:
 def gptq(group: int, *, less: int, symmetric: bool = False, by_act: bool = False) -> Layer:
     """`less`: what zeros are stored less."""
 
-    def make(rows: int, columns: int, source: torch.Generator) -> Any:
+    def make(rows: int, columns: int, source: Source) -> Any:
         values, scales, zeros, group_of = _int4(group, rows, columns, source, torch.float16)
         if symmetric:
             zeros = torch.full_like(zeros, 8)
@@ -155,7 +182,7 @@ def gptq(group: int, *, less: int, symmetric: bool = False, by_act: bool = False
 _VALUES_OF_E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 
 
-def mxfp4(experts: int, columns: int, rows: int, source: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+def mxfp4(experts: int, columns: int, rows: int, source: Source) -> tuple[dict[str, Tensor], Tensor]:
     """Experts of gpt-oss, whose module holds [experts, columns, rows]."""
     codes = torch.randint(0, 16, (experts, rows, columns), generator=source)
     exponents = torch.randint(121, 125, (experts, rows, columns // 32), generator=source)
@@ -252,8 +279,11 @@ MXFP4 = Case({"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "
 """Of gpt-oss, whose other layers are left alone."""
 
 
-def write(case: Case, base: Path, quantised: Path, plain: Path) -> list[str]:
+def write(case: Case, base: Path, quantised: Path, plain: Path, *, rounds: bool = False) -> list[str]:
     """Writes the model `base` with quantised layers into the new folder `quantised`; as float32 into `plain`.
+
+    Args:
+        rounds: the layers of `base` are rounded; else their numbers are drawn.
 
     Returns:
         The names of the layers.
@@ -265,7 +295,7 @@ def write(case: Case, base: Path, quantised: Path, plain: Path) -> list[str]:
         if name.endswith(_QUANTISED) and case is not MXFP4:
             del stored[name]
             layers.append(name.removesuffix(".weight"))
-            tensors, wide[name] = case.make_layer(*tensor.shape, source)
+            tensors, wide[name] = case.make_layer(*tensor.shape, tensor if rounds else source)
             stored |= {f"{layers[-1]}.{end}": value for end, value in tensors.items()}
         elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             del stored[name]

@@ -52,8 +52,13 @@ SETTINGS: list[tuple[Mapping[str, Any], str]] = [
     ),
     (_GROUP | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
     (_GROUP | {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
-    (_GROUP | {"quantization_status": "frozen"}, "quantization_status 'frozen'"),
     (_GROUP | {"config_groups": {}}, "no config_groups"),
+    (_GROUP | {"config_groups": {"group_0": 5}}, "settings that cannot be understood"),
+    (_GROUP | {"config_groups": {"group_0": {"weights": _INT4 | {"group_size": [4]}}}}, r"group_size \[4\]"),
+    (_GROUP | {"sparsity_config": 3}, "settings that cannot be understood"),
+    (_GPTQ | {"dynamic": 3}, "settings that cannot be understood"),
+    (compressed("float-quantized", _FP8 | {"strategy": "block", "block_structure": ["a"]}), r"block_structure \['a'\]"),
+    (compressed("float-quantized", _FP8 | {"strategy": "block"}), "blocks of no size"),
 ]
 
 
