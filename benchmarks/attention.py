@@ -3,7 +3,8 @@
 For each kind of attention, and for steps that decode and prefill chunks, it writes the median time in microseconds, and
 the keys and values read in GB/s or the products in TFLOP/s. At the end it writes, for each kernel and each size in the
 tables of `kernels`, the settings by their geometric mean of time over that of the best, and whether they fit all kinds.
-A KIND is a name in KINDS, or written out as those are: `16/8x256/256,window=1024`. Each takes a minute or two, most of
+A KIND is a name in KINDS, or written out as those are: `16/8x256/256,window=1024`; with `,fp8` the cache is one of
+8 bits. Each takes a minute or two, most of
 which the compiler needs.
 """
 
@@ -19,10 +20,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-from batchgen.engines.paged import kernels
-from batchgen.engines.paged.kernels import Settings
+from batchgen.engines.paged import kernel_settings, kernels
+from batchgen.engines.paged.kernel_settings import Settings
 from batchgen.engines.paged.layout import AttentionShape, LayerCache, Layout, make_query_blocks
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.rounding import round_numbers
 from batchgen.engines.paged.step import Chunk
 
 # Heads / key heads x key size / value size, then features: window, softcap, sinks, alibi.
@@ -46,6 +48,7 @@ PREFILLS = (
     (40, 100, 100),
 )  # sequences, tokens of a chunk, all tokens
 DECODE_CANDIDATES = [Settings(*one) for one in itertools.product((32, 64), (2, 4), (2, 3))]
+ROUNDED_DECODE_CANDIDATES = [Settings(*one) for one in itertools.product((32, 64, 128), (2, 4), (1, 2))]
 PREFILL_CANDIDATES = [Settings(*one) for one in itertools.product((32, 64, 128), (4, 8), (2, 3))]
 
 
@@ -61,6 +64,7 @@ class Kind:
     softcap: float = 0.0
     sinks: bool = False
     alibi: bool = False
+    fp8: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Kind:
@@ -69,7 +73,7 @@ class Kind:
         (heads, key_heads), (key_size, value_size) = (part.split("/") for part in sizes.split("x"))
         kind = cls(int(heads), int(key_heads), int(key_size), int(value_size))
         for name, _, number in (feature.partition("=") for feature in features):
-            given = {"window": int, "softcap": float, "sinks": bool, "alibi": bool}[name](number or True)
+            given = {"window": int, "softcap": float, "sinks": bool, "alibi": bool, "fp8": bool}[name](number or True)
             kind = Kind(**{**vars(kind), name: given})
         return kind
 
@@ -101,7 +105,8 @@ def make_decode(kind: Kind, sequences: int, length: int, splits: int) -> Work:
     positions = torch.full((sequences,), length - 1)
     layout = _make_layout(kind, torch.arange(sequences), positions, [])
     seen = min(length, kind.window or length)
-    read = 2 * sequences * seen * kind.key_heads * (kind.key_size + kind.value_size)
+    numbers = sequences * seen * kind.key_heads * (kind.key_size + kind.value_size)
+    read = numbers * (1 if kind.fp8 else 2)
     layout = replace(layout, decoding=sequences, splits=splits, query_blocks=None)
     return Work(*_make_tensors(kind, sequences), layout, kind.make_shape(), read, "GB/s")
 
@@ -128,6 +133,9 @@ def _make_layout(kind: Kind, slots: torch.Tensor, positions: torch.Tensor, chunk
     else:
         sizes = ((len(table) * columns, kind.key_heads, PAGE_SIZE, one) for one in (kind.key_size, kind.value_size))
         cache = LayerCache(*(torch.randn(size, device="cuda", dtype=torch.bfloat16) for size in sizes))
+    if kind.fp8:
+        rounded = [round_numbers(half) for half in cache[:2]]
+        cache = LayerCache(*(half.numbers for half in rounded), *(half.exponents for half in rounded))
     count = torch.tensor([0 if chunks else len(slots)], dtype=torch.int32, device="cuda")
     blocks = make_query_blocks(chunks).cuda()
     return Layout([cache], table, slots.int().cuda(), positions.int().cuda(), 0, chunks, count, blocks)
@@ -143,11 +151,13 @@ def _make_tensors(kind: Kind, tokens: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 def make_works(kind: Kind) -> Iterator[tuple[str, str, Work]]:
     """The steps of a kind: the kernel, the step in words, and the step."""
+    of_8_bits = ", fp8" if kind.fp8 else ""
     for sequences, length, splits in DECODES:
         words = f"{sequences} rows of {length}, {splits} splits"
-        yield "decode", words, make_decode(kind, sequences, length, splits)
+        yield f"decode{of_8_bits}", words, make_decode(kind, sequences, length, splits)
     for sequences, count, length in PREFILLS:
-        yield "prefill", f"{sequences} x {count} of {length}", make_prefill(kind, sequences, count, length)
+        words = f"{sequences} x {count} of {length}"
+        yield f"prefill{of_8_bits}", words, make_prefill(kind, sequences, count, length)
 
 
 def measure(work: Work) -> float:
@@ -161,13 +171,16 @@ def measure(work: Work) -> float:
 def main(*names: str) -> None:
     """Prints the tables."""
     of_kernel = {
-        "decode": (kernels.DECODE_SETTINGS, DECODE_CANDIDATES),
-        "prefill": (kernels.PREFILL_SETTINGS, PREFILL_CANDIDATES),
+        "decode": (kernel_settings.DECODE, DECODE_CANDIDATES),
+        "prefill": (kernel_settings.PREFILL, PREFILL_CANDIDATES),
+        "decode, fp8": (kernel_settings.ROUNDED_DECODE, ROUNDED_DECODE_CANDIDATES),
+        "prefill, fp8": (kernel_settings.ROUNDED_PREFILL, PREFILL_CANDIDATES),
     }
     times: dict[tuple[str, int], dict[Settings, list[float]]] = {}
     print("| kind | kernel | step | keys, warps, stages | us | |\n|---|---|---|---|--:|--:|")
     for name in names or KINDS:
-        kind = Kind.parse(KINDS.get(name, name))
+        written = name.removesuffix(",fp8")
+        kind = Kind.parse(KINDS.get(written, written) + name.removeprefix(written))
         for kernel, step, work in make_works(kind):
             table, candidates = of_kernel[kernel]
             before = dict(table)

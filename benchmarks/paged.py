@@ -6,7 +6,7 @@ of 16 to 64, 16 to 128 new ones), the last three also with `+` and one of `VARIA
 prompts) and `shared` (1,024 rows, of which eight each have the same prompt); each is timed three times (RUNS) after a
 warm-up. The last is `check` (tokens and log-probabilities against a float32 model). PROFILE=1 prints the kernels that
 take most time, TRACE=1 the steps. Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
-FOLDER keeps the model.
+FOLDER keeps the model, and DTYPE=fp8 (int8, int4) quantises it while it is loaded.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def main() -> None:
     kind = find(os.environ.get("ENGINE", "paged"))
     settings = os.environ.get("SETTINGS", "").split()
     rows = int(os.environ["ROWS"]) if "ROWS" in os.environ else None
-    setup = Setup(str(folder), "bfloat16", rows, from_environment({}), selftest=False)
+    setup = Setup(str(folder), os.environ.get("DTYPE", "bfloat16"), rows, from_environment({}), selftest=False)
     with kind(setup, parse_options(kind, settings)) as engine:
         torch.cuda.synchronize()
         report: dict[str, object] = {"shape": shape, "ready_seconds": round(time.perf_counter() - started, 1)}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from batchgen.device import cores
-from batchgen.models.footprint import Execution, Footprint
+from batchgen.models.footprint import CacheFormat, Execution, Footprint
 from batchgen.models.parameters import Parameters
 from batchgen.planning.speed import Model
 
@@ -68,21 +68,24 @@ class Floor:
     footprint: Footprint
     operations: int  # a token: two a weight that it is computed with, the embedding's aside
     size: str  # of the model, in words
+    cache: CacheFormat | None = None  # how the KV cache is kept; None: in the type that is computed with
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype, machine: Machine, stored: str = "") -> Floor:
+    def of(
+        cls, config: Any, dtype: torch.dtype, machine: Machine, stored: str = "", cache: CacheFormat | None = None
+    ) -> Floor:
         """The floor for the model with this Transformers config.
 
         Args:
             stored: what its weights are rounded to, as `planning.speed.Model` takes it. The arithmetic is that of
                 `dtype` all the same.
         """
-        model = Model.of(config, dtype, stored)
+        model = Model.of(config, dtype, stored, cache)
         whole = model.whole
         text = config.get_text_config()
         # An embedding is looked up; where it is the output matrix too, it is multiplied with once.
         looked_up = 0 if whole.tied else text.vocab_size * text.hidden_size
-        return cls(machine, model.weights, model.footprint, 2 * (whole.active - looked_up), str(model))
+        return cls(machine, model.weights, model.footprint, 2 * (whole.active - looked_up), str(model), cache)
 
     def prefill(self, rows: int, tokens: int) -> float:
         """One forward over `rows` prompts of `tokens` tokens."""
@@ -90,7 +93,7 @@ class Floor:
 
     def decode(self, rows: int, context: float, steps: int) -> float:
         """`steps` steps of `rows` rows, with `context` tokens before the first of them."""
-        execution = Execution(self.weights.dtype.itemsize)
+        execution = Execution(self.weights.dtype.itemsize, cache=self.cache)
         caches = (self.footprint.cache_bytes(round(context) + step, execution) for step in range(steps))
         return sum(self._step(rows, rows * cache) for cache in caches)
 

@@ -21,7 +21,7 @@ from batchgen.bench.machine import Floor, measure, synchronize
 from batchgen.bench.progress import logging_tokens
 from batchgen.bench.results import ARTICLE_JOB, BenchError
 from batchgen.engine import Engine, OutOfStep, Setup
-from batchgen.models import loading
+from batchgen.models import footprint, loading
 from batchgen.types import Batch, Prompt, SamplingParams
 from batchgen.world import World
 
@@ -111,7 +111,9 @@ class Worker:
             )
         device.release()
         self._write_line({"machine": [machine.name, machine.bandwidth, machine.arithmetic]})
-        floor = Floor.of(config, dtype, machine, "" if floating else name)
+        kv_dtype = getattr(self._options, "kv_dtype", footprint.AUTO)
+        cache = footprint.find_cache_format(kv_dtype)
+        floor = Floor.of(config, dtype, machine, "" if floating else name, cache)
         self._write_line({"size": floor.size})
         return floor
 

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import click
 
 from batchgen import engines
+from batchgen.models.footprint import KV_DTYPES
 from batchgen.planning.auto import AUTO
 from batchgen.runs.watchdog import STALL_SECONDS
 
-_SHORT_FORMS = ("offload", "tp")  # flags that are `--set NAME=VALUE`: the engine says whether it knows them
+_SHORT_FORMS = ("offload", "tp", "kv_dtype")  # flags that are `--set NAME=VALUE`: the engine says whether it knows them
 
 _ENGINE_OPTIONS = (
     click.option(
@@ -40,6 +41,12 @@ _ENGINE_OPTIONS = (
         type=click.IntRange(min=1),
         metavar="N",
         help="How many ranks share a model (ds-inference, paged); this many are started. Short for --set tp=N.",
+    ),
+    click.option(
+        "--kv-dtype",
+        type=click.Choice(KV_DTYPES),
+        help="The number type of the KV cache (paged); fp8 has room for twice the rows, and loses precision. "
+        "Short for --set kv_dtype=….",
     ),
     click.option(
         "--batch-size",
@@ -123,7 +130,8 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def spelled_out(*arguments: Any, settings: tuple[str, ...], **options: Any) -> Any:
         given = {name: options.pop(name) for name in _SHORT_FORMS}
-        short = [f"{name}={value}" for name, value in given.items() if value is not None]
+        # An engine without a setting may be told that it is auto.
+        short = [f"{name}={value}" for name, value in given.items() if value not in (None, AUTO)]
         options["ranks"] = options["ranks"] or given["tp"] or 1
         return command(*arguments, settings=(*short, *settings), **options)
 

@@ -58,7 +58,7 @@ INSTEAD = {
     **dict.fromkeys(("--hf-config-path", "--hf-overrides", "--rope-scaling", "--rope-theta"), _CONFIG),
     **dict.fromkeys(("--model-class-overrides", "--config-format"), _CONFIG),
     **dict.fromkeys(("--quantization-config", "--load-format", "--model-weights"), _WEIGHTS),
-    "--kv-cache-dtype": "keys and values are kept in the dtype of the model. Leave it out",
+    "--kv-cache-dtype": "keys and values are kept in the dtype of the model, or in fp8 (e4m3). Choose one of them",
     "--override-generation-config": "give --temperature, --top-p, --top-k, --min-p, --repetition-penalty, "
     "--max-new-tokens, or set them line by line",
     "--logits-processors": "code for logits is not loaded. Leave it out; lines set logit_bias, allowed_token_ids, "

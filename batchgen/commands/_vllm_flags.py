@@ -38,8 +38,8 @@ class RunBatch(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options = [option for option in self.params if isinstance(option, click.Option)]
         words, foreign = _separate(args, options, ctx.help_option_names)
-        words = [*_read_lora_modules(foreign), *words]
-        foreign = [flag for flag in foreign if flag.name != MODULES]
+        words = [*_read_lora_modules(foreign), *_read_cache_dtype(foreign), *words]
+        foreign = [flag for flag in foreign if flag.name != MODULES and not _is_cache_dtype(flag)]
         super().parse_args(ctx, words)
         if not ctx.resilient_parsing:
             names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
@@ -102,6 +102,15 @@ def _read_lora_modules(flags: Sequence[Foreign]) -> list[str]:
         except (ValueError, KeyError, TypeError) as error:
             raise CommandError(f'{MODULES} {text}: must be NAME=FOLDER, or {{"name": …, "path": …}}') from error
     return found
+
+
+def _is_cache_dtype(flag: Foreign) -> bool:
+    """Whether this is vLLM's name of a `--kv-dtype` of ours, besides auto."""
+    return flag.name == "--kv-cache-dtype" and not flag.key and flag.values in (["fp8"], ["fp8_e4m3"])
+
+
+def _read_cache_dtype(flags: Sequence[Foreign]) -> list[str]:
+    return [word for flag in flags if _is_cache_dtype(flag) for word in ("--kv-dtype", "fp8")]
 
 
 def _joined(flags: Sequence[Foreign]) -> list[str]:

@@ -18,6 +18,7 @@ from batchgen.commands._options import adapter_option
 from batchgen.commands._sampling import sampling_options, sampling_words
 from batchgen.commands._values import template_text
 from batchgen.commands.run import recipe_of
+from batchgen.models.footprint import AUTO, KV_DTYPES, find_cache_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,6 +46,13 @@ _BYTES_PER_TOKEN = 4  # of English text, where no tokenizer says
     default="bfloat16",
     show_default=True,
     help="The number type of the weights; with fp8, int8 and int4 the rest is bfloat16.",
+)
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(KV_DTYPES),
+    default=AUTO,
+    show_default=True,
+    help="The number type of the KV cache, as for `run`; fp8 leaves engine paged alone.",
 )
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="How many GPUs one node has.")
 @click.option("--gpu", metavar="NAME", help="The kind of GPU: H100, H200, A100-80, A100-40, A6000, L40S or V100.")
@@ -95,17 +103,18 @@ def command(inputs: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 def _sizes(model: plans.Model) -> dict[str, Any]:
     """What --json says about the model."""
+    from batchgen.models.footprint import CacheFormat
     from batchgen.planning.description import list_cache_kinds
 
     weights = model.whole
-    cache = list_cache_kinds(model.footprint, model.dtype.itemsize)
+    cache = list_cache_kinds(model.footprint, model.cache or CacheFormat(model.dtype.itemsize))
     return {"parameters": weights.total, "active_parameters": weights.active, "kv_cache": cache}
 
 
 def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any:
     import torch
 
-    from batchgen import engines, models
+    from batchgen import models
     from batchgen.models import shapes
     from batchgen.models.quantised import rounding
     from batchgen.planning import forecast, hardware
@@ -121,12 +130,22 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     node = forecast.Node(card, options["gpus"], None if host is None else int(host * 1e9))
     is_rounded = options["dtype"] in rounding.DTYPES
     dtype = torch.bfloat16 if is_rounded else getattr(torch, options["dtype"])
-    model = forecast.Model.of(config, dtype, options["dtype"] if is_rounded else "")
+    cache = find_cache_format(options["kv_dtype"])
+    model = forecast.Model.of(config, dtype, options["dtype"] if is_rounded else "", cache)
     measured = _measured(options["bench_folder"], options)
-    able = [name for name in engines.names() if options["dtype"] in engines.find(name).dtypes]
+    return work, note, forecast.forecasts(model, work, node, measured, _list_engines(options)), node, model
+
+
+def _list_engines(options: Mapping[str, Any]) -> list[str]:
+    """The engines that can do what the options ask for."""
+    from batchgen import engines
+
+    names = [name for name in engines.names() if options["dtype"] in engines.find(name).dtypes]
     if options["adapters"]:
-        able = [name for name in able if engines.find(name).takes_adapters]
-    return work, note, forecast.forecasts(model, work, node, measured, able), node, model
+        names = [name for name in names if engines.find(name).takes_adapters]
+    if options["kv_dtype"] != AUTO:
+        names = [name for name in names if "kv_dtype" in engines.list_settings(engines.find(name))]
+    return names
 
 
 def _check_adapters(adapter: str | None, adapters: Mapping[str, str], folder: Path | None) -> None:
@@ -178,8 +197,13 @@ def _measured(name: str | None, options: dict[str, Any]) -> dict[str, dict[int, 
         )  # fmt: skip
     step_seconds: dict[str, dict[int, float]] = {}
     for result in folder.results():
+        name, *settings = result.system.split(":")
+        cache = [setting for setting in settings if setting.startswith("kv_dtype=")]
+        if (cache or [f"kv_dtype={AUTO}"]) != [f"kv_dtype={options['kv_dtype']}"]:
+            continue
+        system = ":".join([name, *(setting for setting in settings if setting not in cache)])
         if result.outcome == "ok" and result.ranks == options["gpus"] and result.batch and result.decode_steps > 0:
-            step_seconds.setdefault(result.system, {})[result.batch] = result.step_seconds
+            step_seconds.setdefault(system, {})[result.batch] = result.step_seconds
     return step_seconds
 
 
@@ -237,6 +261,7 @@ def _command(inputs: Sequence[str], best: plans.Forecast, options: dict[str, Any
         value = getattr(recipe, name)
         words += [] if value is None else [f"--{name.replace('_', '-')}", value]
     words += ["--engine", best.engine]
+    words += [] if options["kv_dtype"] == AUTO else ["--kv-dtype", options["kv_dtype"]]
     for setting in best.placement.settings:
         words += ["--set", setting]
     words += ["--gpus", str(best.placement.ranks)] if best.placement.ranks > 1 else []

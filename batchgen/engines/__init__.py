@@ -104,6 +104,11 @@ def _typed(name: str, text: str, kind: Any) -> object:
     raise EngineError(f"--set {name}={text}: must be {' or '.join(k.__name__ for k in kinds if k is not type(None))}")
 
 
+def list_settings(engine: type[Engine]) -> list[str]:
+    """The names of the engine's settings."""
+    return [option.name for option in dataclasses.fields(engine.Options)]
+
+
 def settings_of(options: Any) -> dict[str, object]:
     """The values of an `Options`, to be recorded."""
     return dataclasses.asdict(options)

@@ -13,6 +13,27 @@ _WITHOUT_KEYS = frozenset({"linear_attention", "conv", "mamba", "recurrent", "mo
 
 
 @dataclass(frozen=True, slots=True)
+class CacheFormat:
+    """How the numbers of the KV cache are kept. Sizes in bytes."""
+
+    number_bytes: int
+    scale_bytes: int = 0  # of the scale that the numbers of a key, or of a value, of one head and token share
+
+
+AUTO = "auto"
+KV_DTYPES = (AUTO, "fp8")
+"""The types of numbers that `--kv-dtype` takes; auto is the type that is computed in."""
+
+
+def find_cache_format(kv_dtype: str) -> CacheFormat | None:
+    """Returns how the KV cache is kept with this `--kv-dtype`; None: in the type that is computed in.
+
+    A scale of `fp8` is the exponent of a power of two (`batchgen.engines.paged.rounding`).
+    """
+    return CacheFormat(number_bytes=1, scale_bytes=1) if kv_dtype == "fp8" else None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerCacheShape:
     """What one layer keeps of each token in the KV cache. A layer that keeps nothing has no heads."""
 
@@ -25,6 +46,10 @@ class LayerCacheShape:
     def head_size(self) -> int:
         """The elements of one token in one head: its key and its value."""
         return self.key_size + self.value_size
+
+    def head_bytes(self, kept: CacheFormat) -> int:
+        """Returns the bytes of one token in one head: its key and its value."""
+        return kept.number_bytes * self.head_size + 2 * kept.scale_bytes
 
     def count_tokens(self, tokens: int, page_size: int = 1) -> int:
         """Returns of how many tokens of a sequence of `tokens` the layer keeps keys and values.
@@ -113,29 +138,29 @@ def cached_heads(config: Any) -> tuple[int, int]:
     return heads, max((max(layer.key_size, layer.value_size) for layer in layers), default=0)
 
 
-def cache_bytes_per_token(config: Any, item_bytes: int, ranks: int = 1) -> int:
+def cache_bytes_per_token(config: Any, kept: CacheFormat, ranks: int = 1) -> int:
     """Returns the bytes of one token's keys and values in all layers, on each of the `ranks` that share the heads.
 
     Layers with a window count like the others: it is what a token takes that all layers keep.
     """
-    return cache_bytes(config, item_bytes, 1, ranks)
+    return cache_bytes(config, kept, 1, ranks)
 
 
-def cache_bytes(config: Any, item_bytes: int, tokens: int, ranks: int = 1, page_size: int = 1) -> int:
+def cache_bytes(config: Any, kept: CacheFormat, tokens: int, ranks: int = 1, page_size: int = 1) -> int:
     """Returns the bytes of the KV cache of a sequence of `tokens` tokens, on each of the `ranks` that share the heads.
 
     A layer with a window keeps no more tokens than its window, rounded up to whole pages as
     `LayerCacheShape.count_tokens` says.
     """
-    return _sum_cache(Counter(list_layer_caches(config)), item_bytes, tokens, ranks, page_size)
+    return _sum_cache(Counter(list_layer_caches(config)), kept, tokens, ranks, page_size)
 
 
 def _sum_cache(
-    layers: Mapping[LayerCacheShape, int], item_bytes: int, tokens: int, ranks: int = 1, page_size: int = 1
+    layers: Mapping[LayerCacheShape, int], kept: CacheFormat, tokens: int, ranks: int = 1, page_size: int = 1
 ) -> int:
     """Returns the same as `cache_bytes`; `layers` says how many there are of each kind."""
-    return item_bytes * sum(
-        count * layer.count_tokens(tokens, page_size) * math.ceil(layer.heads / ranks) * layer.head_size
+    return sum(
+        count * layer.count_tokens(tokens, page_size) * math.ceil(layer.heads / ranks) * layer.head_bytes(kept)
         for layer, count in layers.items()
     )
 
@@ -152,6 +177,12 @@ class Execution:
     # Each row of a decode step has a copy of the weights of its experts, as `generate` makes it on a GPU: Transformers
     # calls that `batched_mm` (integrations/moe.py).
     copies_experts: bool = False
+    cache: CacheFormat | None = None  # None: numbers of the model's type
+
+    @property
+    def kept(self) -> CacheFormat:
+        """How the numbers of the cache are kept."""
+        return self.cache or CacheFormat(self.item_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +237,15 @@ class Footprint:
     def cache_bytes(self, tokens: int, execution: Execution) -> int:
         """Returns the bytes of the KV cache of a sequence of `tokens` tokens, on each rank."""
         if execution.drops_past_windows and execution.page_size == 1:
-            return _sum_cache(self.caches, execution.item_bytes, tokens, execution.ranks)
+            return _sum_cache(self.caches, execution.kept, tokens, execution.ranks)
         if execution.drops_past_windows and self._can_share_pages:
             # A page that is not full counts by its tokens, so that windows alone make a difference.
             return sum(
-                _sum_cache({layer: count}, execution.item_bytes, 1, execution.ranks)
+                _sum_cache({layer: count}, execution.kept, 1, execution.ranks)
                 * min(tokens, layer.count_tokens(tokens, execution.page_size))
                 for layer, count in self.caches.items()
             )
-        return tokens * _sum_cache(self.caches, execution.item_bytes, 1, execution.ranks)
+        return tokens * _sum_cache(self.caches, execution.kept, 1, execution.ranks)
 
     @property
     def _can_share_pages(self) -> bool:

@@ -7,12 +7,12 @@ lengths, the kind and number of GPUs. The choice is recorded with the attempt, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.engine import Engine, EngineError, Tokenizer
-from batchgen.engines import check_dtype, parse_options, settings_of
+from batchgen.engines import check_dtype, list_settings, parse_options, settings_of
 from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
 from batchgen.models import split_folder
@@ -115,8 +115,7 @@ def _why_not(kind: type[Engine], split: str, dtype: str, settings: Sequence[str]
     """
     if split and split not in kind.reads_split:
         return "no use for files that are split by rank" + (f" in {split}" if kind.reads_split else "")
-    names = {option.name for option in fields(kind.Options)}
-    unknown = [name for text in settings if (name := text.partition("=")[0]) not in names]
+    unknown = [name for text in settings if (name := text.partition("=")[0]) not in list_settings(kind)]
     if unknown:
         return f"no setting {', '.join(unknown)}"
     if dtype not in kind.dtypes:

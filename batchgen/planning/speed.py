@@ -16,7 +16,7 @@ import torch
 
 from batchgen.engine import Pace, Placement
 from batchgen.engines.ds_zero import quantization
-from batchgen.models.footprint import Execution, Footprint
+from batchgen.models.footprint import CacheFormat, Execution, Footprint
 from batchgen.models.parameters import Parameters, list_parameters
 from batchgen.models.quantised.rounding import Scheme
 from batchgen.models.quantised.sizes import find_stored, round_parameters
@@ -65,27 +65,28 @@ class Model:
     whole: Parameters = field(repr=False)  # each of that type
     weights: Parameters = field(repr=False)  # as they are held
     stored: str = ""  # how their numbers are, as `--dtype` calls it, if they are not of the type computed in
+    cache: CacheFormat | None = None  # how its KV cache is kept; None: in the type that is computed in
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype, stored: str = "", group_size: int = 0) -> Model:
+    def of(cls, config: Any, dtype: torch.dtype, stored: str = "", cache: CacheFormat | None = None) -> Model:
         """A model with weights of type `dtype`.
 
         Args:
             stored: fp8, int8, int4 or nf4, which its matrices are rounded to; "": as its checkpoint has them.
-            group_size: as `round_parameters` takes it.
+            cache: how the KV cache is kept; None: in `dtype`.
         """
         whole = list_parameters(config, dtype)
         if stored == "nf4":
-            return cls(config, dtype, whole, quantization.plan_quantized(whole, 4, _GROUP), stored)
+            return cls(config, dtype, whole, quantization.plan_quantized(whole, 4, _GROUP), stored, cache)
         kind = find_stored(config)
         scheme = Scheme.of(stored)
         if scheme is not None:
             kind = scheme.kind
-        return cls(config, dtype, whole, round_parameters(whole, kind, group_size), kind)
+        return cls(config, dtype, whole, round_parameters(whole, kind), kind, cache)
 
     def __str__(self) -> str:
         """The model's size in words."""
-        return describe_model(self.whole, self.footprint)
+        return describe_model(self.whole, self.footprint, self.cache)
 
     @property
     def layers(self) -> int:
@@ -111,7 +112,7 @@ class Model:
 
         In a layer with a window these are no more than those of the window.
         """
-        return self.footprint.cache_bytes(round(tokens), Execution(self.dtype.itemsize))
+        return self.footprint.cache_bytes(round(tokens), Execution(self.dtype.itemsize, cache=self.cache))
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class Speed:
             eager=self.model.eager,
             page_size=self.pace.page_size,
             copies_experts=self._copies_experts,
+            cache=self.model.cache,
         )
 
     @property

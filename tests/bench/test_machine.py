@@ -7,6 +7,7 @@ import torch
 
 from batchgen.bench.machine import Floor, Machine
 from batchgen.models import shapes
+from batchgen.models.footprint import find_cache_format
 from batchgen.models.parameters import list_parameters
 
 _FAST = 1e30  # so that the other one counts
@@ -46,6 +47,13 @@ def test_each_row_reads_its_cache_and_no_more_of_it_than_a_window(
     cache = rows * sum(length * full + min(length, window) * windowed for length in lengths)
     weights = steps * machine.weights.step_bytes(rows)
     assert machine.decode(rows, context, steps) == pytest.approx(weights + cache)
+
+
+def test_a_cache_of_8_bits_is_read_in_half_the_time() -> None:
+    machine, config = Machine("a machine", 1.0, _FAST), shapes.config_of("llama-8b")
+    floors = [Floor.of(config, torch.bfloat16, machine, find_cache_format(name)) for name in ("auto", "fp8")]
+    wide, narrow = (one.decode(4, 1000, 1) - one.weights.step_bytes(4) for one in floors)
+    assert narrow / wide == pytest.approx(129 / 256)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,9 @@ def test_what_changes_no_answer_is_ignored_and_named(words: list[str], ignored: 
     [
         (["--served_model_name", "m"], "served_model_name", "m"),
         (["--max_num_seqs=8"], "max_num_seqs", 8),
+        (["--kv-cache-dtype", "fp8"], "kv_dtype", "fp8"),
+        (["--kv_cache_dtype=fp8_e4m3"], "kv_dtype", "fp8"),
+        (["--kv-dtype", "fp8"], "kv_dtype", "fp8"),
         (["--default-chat-template-kwargs", '{"a": 1}'], "chat_template_kwargs", {"a": 1}),
         (["--default_chat_template_kwargs.a_b", "false"], "chat_template_kwargs", {"a_b": False}),
         (
@@ -108,7 +111,8 @@ def test_what_is_ours_is_carried_out(words: list[str], name: str, value: Any) ->
         (["--override-generation-config.temperature", "0.9"], "no --override-generation-config.temperature, which"),
         (["--override_generation_config.top_p=0.9"], "no --override_generation_config.top_p, which"),
         (["--quantization-config", "{}"], "--dtype fp8, int8 or int4 makes them smaller"),
-        (["--kv-cache-dtype", "fp8"], "in the dtype of the model"),
+        (["--kv-cache-dtype", "fp8_e5m2"], "in the dtype of the model, or in fp8 (e4m3)"),
+        (["--kv-cache-dtype=int8"], "in the dtype of the model, or in fp8 (e4m3)"),
         (["--lora-modules", "a"], "--lora-modules a: must be NAME=FOLDER"),
         (["--lora-modules", '{"name": "a"}'], "must be NAME=FOLDER, or"),
         (["--prompt-adapters", "a=b"], "Merge another kind into a copy of the model"),

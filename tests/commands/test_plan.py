@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from batchgen import models
+from batchgen.bench.results import ARTICLE_JOB, Folder, Result
 from batchgen.commands import main
 from batchgen.commands.run import command as run
 
@@ -67,6 +68,44 @@ def plan(*words: str) -> str:
     done = CliRunner().invoke(main, ["plan", "p.jsonl", "--model", "bloom-560m", *words])
     assert done.exit_code == 0, done.output
     return done.stdout
+
+
+def test_a_cache_of_8_bits_has_room_for_nearly_twice_the_rows(prompts: Path) -> None:
+    rows = []
+    for words in ((), ("--kv-dtype", "fp8")):
+        done = CliRunner().invoke(main, ["plan", "p.jsonl", "--model", "bloom-7b1", "--max-new-tokens", "900", *words])
+        assert done.exit_code == 0, done.output
+        lines = [line for line in done.stdout.splitlines() if line.startswith("  paged, 1 rank(s)")]
+        rows.append(int(lines[0].partition("batches of up to ")[2].partition(" rows")[0]))
+        assert ("  accelerate" in done.stdout) == (not words)
+    assert "bytes of KV cache for a token" in done.stdout
+    assert "247,680 bytes" in done.stdout
+    assert 1.8 < rows[1] / rows[0] < 2
+    words = suggested("--model", "llama-8b", "--kv-dtype", "fp8")
+    assert words[words.index("--kv-dtype") + 1] == "fp8"
+    assert run.make_context("run", words).params["kv_dtype"] == "fp8"
+
+
+def test_only_steps_of_the_same_cache_are_taken_from_a_bench(prompts: Path) -> None:
+    folder = Folder(prompts.parent / "bench")
+    folder.check_or_create({"model": "llama-8b", "dtype": "bfloat16"})
+    for system, seconds in (("paged", 1.0), ("paged:kv_dtype=fp8", 50.0)):
+        folder.add(
+            Result(
+                system=system, ranks=1, job=ARTICLE_JOB, batch=1, outcome="ok", rows=1, generated=101,
+                counted_by_seed=101, seconds=[100 * seconds], prefill_seconds=0.0, streams=1,
+            )
+        )  # fmt: skip
+    speeds = [
+        json.loads(
+            CliRunner()
+            .invoke(main, ["plan", "p.jsonl", "--model", "llama-8b", "--bench", "bench", "--json", *words])
+            .stdout
+        )["forecasts"]
+        for words in ((), ("--kv-dtype", "fp8"))
+    ]
+    plain, rounded = (next(one for one in of if one["engine"] == "paged" and one["measured"]) for of in speeds)
+    assert plain["seconds"] < rounded["seconds"] / 20
 
 
 def test_memory_is_shown_as_it_was_given_and_a_gpu_that_was_not_named_is_said(prompts: Path) -> None:

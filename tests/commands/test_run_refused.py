@@ -23,6 +23,7 @@ def rows(tmp_path: Path) -> Path:
         (["notes.txt"], "notes.txt is of no known format"),
         (["prompts.jsonl", "prompts.jsonl"], "named twice"),
         (["prompts.jsonl", "--set", "speed=3"], "engine echo has no setting 'speed'. Its settings: seconds"),
+        (["prompts.jsonl", "--kv-dtype", "fp8"], "engine echo has no setting 'kv_dtype'. Its settings: seconds"),
         (["prompts.jsonl", "--set", "seconds=soon"], "--set seconds=soon: must be float"),
         (["prompts.jsonl", "--set", "seconds=nan"], "--set seconds must be a number, 0 or more"),
         (["prompts.jsonl", "--set", "seconds"], "--set takes name=value, not 'seconds'"),

@@ -20,12 +20,14 @@ from transformers import (
 
 from batchgen.models import shapes
 from batchgen.models.footprint import (
+    CacheFormat,
     Execution,
     Footprint,
     LayerCacheShape,
     cache_bytes,
     cache_bytes_per_token,
     cached_heads,
+    find_cache_format,
     find_experts_per_token,
     list_layer_caches,
 )
@@ -118,9 +120,9 @@ def test_latent_attention_counts_expanded_and_is_cached_smaller(kind: str) -> No
 )
 def test_the_cache_of_a_published_model(shape: str, token: int, tokens: int, sequence: int) -> None:
     config = shapes.config_of(shape)
-    assert cache_bytes_per_token(config, 2) == token
-    assert cache_bytes(config, 2, tokens) == sequence
-    assert cache_bytes(config, 2, tokens, ranks=4) == sequence // 4
+    assert cache_bytes_per_token(config, CacheFormat(2)) == token
+    assert cache_bytes(config, CacheFormat(2), tokens) == sequence
+    assert cache_bytes(config, CacheFormat(2), tokens, ranks=4) == sequence // 4
     footprint = Footprint.of(config)
     assert footprint.cache_bytes(tokens, HALF) == sequence
     assert footprint.cache_bytes(tokens, Execution(2, drops_past_windows=False)) == tokens * token
@@ -130,6 +132,18 @@ def test_the_cache_of_a_published_model(shape: str, token: int, tokens: int, seq
     )
     in_pages = sequence + (page if tokens > 1040 else 0)
     assert footprint.cache_bytes(tokens, Execution(2, page_size=16)) == in_pages
+
+
+@pytest.mark.parametrize(
+    ("shape", "token"), [("llama-8b", 66_048), ("bloom-7b1", 247_680), ("deepseek-v2-lite", 139_104)]
+)
+def test_a_cache_of_8_bits_has_a_byte_for_each_number_and_one_for_each_key_and_value(shape: str, token: int) -> None:
+    config, kept = shapes.config_of(shape), find_cache_format("fp8")
+    assert kept is not None
+    assert cache_bytes_per_token(config, kept) == token
+    in_pages = Execution(2, page_size=16, cache=kept)
+    assert Footprint.of(config).cache_bytes(100, in_pages) == 100 * token
+    assert cache_bytes_per_token(config, CacheFormat(2)) / token == pytest.approx(2, rel=0.02)
 
 
 def test_pages_are_kept_where_layers_differ_in_more_than_having_a_window() -> None:

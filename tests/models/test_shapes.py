@@ -13,7 +13,7 @@ import torch
 from batchgen.engine import Setup
 from batchgen.engines.accelerate import Accelerate
 from batchgen.models import ModelError, loading, shapes
-from batchgen.models.footprint import cache_bytes_per_token
+from batchgen.models.footprint import CacheFormat, cache_bytes_per_token
 from batchgen.models.parameters import list_parameters
 from batchgen.world import World
 
@@ -79,7 +79,8 @@ def test_the_manual_has_the_sizes_of_each_shape(name: str) -> None:
     decimals = len(parameters.partition(".")[2].removesuffix(" B"))
     assert parameters == f"{PARAMETERS[name] / 1e9:.{decimals}f} B"
     assert active == (f"{ACTIVE[name] / 1e9:.1f} B" if name in ACTIVE else "")
-    assert cache.removesuffix(" bytes").partition(";")[0] == f"{cache_bytes_per_token(shapes.config_of(name), 2):,}"
+    in_16_bits = cache_bytes_per_token(shapes.config_of(name), CacheFormat(2))
+    assert cache.removesuffix(" bytes").partition(";")[0] == f"{in_16_bits:,}"
 
 
 def test_a_shape_that_is_none_is_a_sentence(tmp_path: Path) -> None:

@@ -99,6 +99,9 @@ def test_settings_leave_the_engines_that_know_them(folders: dict[str, Path]) -> 
     assert chosen(model, of("H100", 1), settings=["attn_implementation=eager"]).options.attn_implementation == "eager"
     assert chosen(model, of("H100", 1), dtype="nf4").name == "accelerate"
     assert {chosen(model, of("H100", 1), dtype=dtype).name for dtype in ("fp8", "int8", "int4")} == {"paged"}
+    rounded = chosen(model, of("H100", 1), settings=["kv_dtype=fp8"])
+    assert (rounded.name, rounded.options.kv_dtype) == ("paged", "fp8")
+    assert "no setting kv_dtype: accelerate, ds-inference, ds-zero" in rounded.why
     with pytest.raises(EngineError, match="no setting speed: accelerate, ds-inference, ds-zero"):
         chosen(model, CPU, settings=["speed=3"])
     with pytest.raises(EngineError, match=r"no setting tp: accelerate, .* no dtype nf4: ds-inference"):

@@ -14,7 +14,9 @@ How a step is made, by `loop`, in a thread of its own:
 
 Which models are covered, `models` finds out from the config and by a trial of a small one. Inside the model, it has put
 `attention` (by `kernels` on a GPU) and `linear` (by `skinny_gemm`) in the place of Transformers' own; `layout` tells
-attention which token belongs where, and `adapters`, which `linear` asks, whose adapter each token has.
+attention which token belongs where, and `adapters`, which `linear` asks, whose adapter each token has. Weights of 8 and
+4 bits `linear` and `experts` multiply by `quantised`. With `kv_dtype` fp8 the cache holds what `rounding` makes of keys
+and values, in `rounding_kernels` on a GPU.
 
 Each module imports only modules of the rows below its own:
 
@@ -22,11 +24,12 @@ Each module imports only modules of the rows below its own:
     loop
     first_rows
     lockstep   finished_rows
-    runner     scheduler
+    runner     scheduler   weights
     models     graphs   prompt_logprobs   launched_step   admission   prefill_budget   sizing
     attention  linear   alone   cache
+    quantised
     kernels    skinny_gemm    adapters
-    layout     step_buffers   online_softmax   page_tables
-    page_rows  step           layer_groups     experts
-    pages      not_covered
+    layout     step_buffers   online_softmax     page_tables
+    page_rows  step           layer_groups       experts
+    pages      not_covered    rounding           rounding_kernels   kernel_settings
 """

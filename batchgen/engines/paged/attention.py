@@ -15,8 +15,17 @@ import torch
 import torch.nn.functional as F
 
 from batchgen.engine import EngineError
-from batchgen.engines.paged.layout import AttentionShape, LayerCache, Layout, get_current_layout, note_window
+from batchgen.engines.paged.layout import (
+    AttentionShape,
+    CacheHalf,
+    LayerCache,
+    Layout,
+    are_rounded_as_cache,
+    get_current_layout,
+    note_window,
+)
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.rounding import Rounded, round_numbers, widen_numbers
 
 LARGEST_HEAD = 256
 """The largest size of keys, and of values, that the kernels cover; attention in torch has no limit."""
@@ -51,6 +60,8 @@ def _attend(
     shape, layout, number = AttentionShape(*fields), get_current_layout(), int(layer)
     if layout is None:
         note_window(number, shape.window)
+        if are_rounded_as_cache():
+            key, value = (widen_numbers(round_numbers(numbers), numbers.dtype) for numbers in (key, value))
         return _attend_within(query, key, value, shape)
     _check_window(layout, number, shape)
     layout, cache = layout.of_layer(number), layout.caches[number]
@@ -99,8 +110,10 @@ def attend_in_torch(
         cache: this layer's; the step's tokens are written.
     """
     real = slice(None) if layout.has_no_padding else layout.positions >= 0
-    for half, values in zip(cache, (key, value), strict=True):
+    for half, values in zip(cache.halves, (key, value), strict=True):
         layout.write_rows.write(half, values[0][:, real])
+    if cache.is_rounded:  # a step's own tokens, too, are seen as they are kept
+        key, value = (widen_numbers(round_numbers(values), values.dtype) for values in (key, value))
     out = _make_output(query, key, value).zero_()
     if layout.decoding:
         decoded = _decode(query[0, :, : layout.decoding], cache, layout, shape)
@@ -119,7 +132,8 @@ def attend_in_torch(
                 queries, key[:, :, tokens], value[:, :, tokens], is_causal=True, scale=shape.scale, enable_gqa=grouped
             )
         else:
-            keys, values = _read(cache, layout.block_table[chunk.slot : chunk.slot + 1], chunk.length)
+            table = layout.block_table[chunk.slot : chunk.slot + 1]
+            keys, values = (_read(half, table, chunk.length, query.dtype) for half in cache.halves)
             begin = torch.tensor([chunk.length - chunk.count], device=query.device)
             attended = _attend_masked(queries, keys, values, begin, shape)
         out[0, tokens] = attended[0].transpose(0, 1)
@@ -132,7 +146,7 @@ def _decode(query: torch.Tensor, cache: LayerCache, layout: Layout, shape: Atten
     The heads that share keys are as many tokens of one head, which see the same.
     """
     rows = layout.read_rows
-    key, value = (rows.read(half, shape.window) for half in cache)
+    key, value = (rows.read(half, shape.window, query.dtype) for half in cache.halves)
     grouped = (key.shape[0], key.shape[1], -1, key.shape[-1])  # [sequences, key heads, heads of each, key size]
     bias = rows.get_bias(shape.window, shape.slopes, query.dtype)
     if not _is_known_to_torch(shape):
@@ -143,11 +157,15 @@ def _decode(query: torch.Tensor, cache: LayerCache, layout: Layout, shape: Atten
     return F.scaled_dot_product_attention(queries, key, value, bias, scale=shape.scale).flatten(1, 2)
 
 
-def _read(cache: LayerCache, block_table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the sequences of these rows of the block table, [sequences, heads, length, size] each."""
+def _read(half: CacheHalf, block_table: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values of the sequences of these rows of the block table, [sequences, heads, length, size]."""
     pages = block_table[:, : -(-length // PAGE_SIZE)].long()
-    key, value = (half[pages].transpose(1, 2).flatten(2, 3)[..., :length, :] for half in cache)
-    return key, value
+    if isinstance(half, Rounded):
+        numbers, exponents = (part[pages] for part in half)
+        read = widen_numbers(Rounded(numbers, exponents), dtype)
+    else:
+        read = half[pages]
+    return read.transpose(1, 2).flatten(2, 3)[..., :length, :]
 
 
 def _attend_masked(

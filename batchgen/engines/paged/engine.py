@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ from batchgen import device, tensor_parallel
 from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, Stream, Tokenizer
 from batchgen.engines.paged import adapters, models, sizing, weights
 from batchgen.engines.paged.alone import Alone
+from batchgen.engines.paged.cache import check_device, find_format
 from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
 from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.lockstep import Follower, Leader
@@ -40,15 +41,13 @@ from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
 _YIELD_SECONDS = 1.0
-_LONGEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
 
 
 class Paged(Engine):
     """A whole model a rank, or a group, its rows in flight all the time."""
 
     serves_cpu = takes_adapters = True
-    reads_split = ("float32", "bfloat16", "float16")
-    group_setting = "tp"
+    group_setting, reads_split = "tp", loading.FLOATING
     dtypes = (*Engine.dtypes, *weights.DTYPES)
     # A step is a graph that the GPU runs by itself, and reads each key and value once (benchmarks/README.md).
     pace = Pace(
@@ -71,6 +70,7 @@ class Paged(Engine):
         expected_share: float | None = None  # of its max_new_tokens that a row generates; None: learnt as rows end
         tp: int | None = None  # ranks that hold one model together; None: each has a whole one
         group_size: int | None = None  # with --dtype int4, columns that share a scale; None: 128, 64 or 32
+        kv_dtype: Literal["auto", "fp8"] = "auto"  # of keys and values in the cache; auto: that of the model
         timeout_seconds: float = 600.0  # without an answer from a rank of the group, the others end
 
         def __post_init__(self) -> None:
@@ -152,6 +152,7 @@ class Paged(Engine):
     def _check_model(self) -> torch.dtype:
         """Checks that a small model of the config computes right, before weights are read; returns the type to use."""
         dtype = weights.choose_dtype(self._scheme, self._setup.dtype, self._tokenizer.config, self._device)
+        check_device(self._options.kv_dtype, self._device)
         trial.check(self._tokenizer.config)
         return dtype
 
@@ -165,7 +166,8 @@ class Paged(Engine):
 
     def _make_runner(self, peers: Peers) -> Runner:
         """The runner, with as large a cache as there is memory for."""
-        token_bytes = footprint.cache_bytes_per_token(self._tokenizer.config, self._model.dtype.itemsize) // peers.count
+        kept = find_format(self._options.kv_dtype, self._model.dtype)
+        token_bytes = footprint.cache_bytes_per_token(self._tokenizer.config, kept) // peers.count
         free = device.free_bytes([self._device], self._setup.world.local_size)
         limits = self._choose_limits(peers, free, token_bytes)
         chooser = self._make_chooser(limits) if peers.place == 0 else None
@@ -192,13 +194,11 @@ class Paged(Engine):
         options = self._options
         slots = peers.least(self._setup.batch_size or sizing.choose_slots(free, token_bytes, self._device))
         parameters = peers.least(sum(parameter.numel() for parameter in self._model.parameters()))
-        # What layers with a window keep of a sequence may be less than all of its tokens.
-        has_windows = any(layer.window for layer in footprint.list_layer_caches(self._tokenizer.config))
-        longest = _LONGEST if has_windows else options.cache_tokens or _LONGEST
-        sequence_tokens = min(self._tokenizer.context or _LONGEST, longest)
+        sequence_tokens = sizing.choose_sequence_tokens(self._tokenizer, options.cache_tokens)
         step_tokens = options.step_tokens or sizing.choose_step_tokens(parameters)
-        original_context = find_original_context(self._model.config.get_text_config())
-        return StepLimits(slots, sequence_tokens, step_tokens, original_context, tuple(self._setup.adapters))
+        context = find_original_context(self._model.config.get_text_config())
+        rest = (context, tuple(self._setup.adapters), options.kv_dtype)
+        return StepLimits(slots, sequence_tokens, step_tokens, *rest)
 
     @property
     def preemptions(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from batchgen.device import is_out_of_memory
 from batchgen.engines.paged.finished_rows import FinishedRow
-from batchgen.engines.paged.layout import use_adapter
+from batchgen.engines.paged.layout import round_as_cache, use_adapter
 from batchgen.engines.paged.lockstep import Leader
 from batchgen.engines.paged.step import StepLimits
 from batchgen.generation import selftest
@@ -73,7 +73,7 @@ class FirstRows:
             adapter = self._limits.find_adapter(prompt.adapter)
             if self._leader is not None:
                 self._leader.announce_self_test(prompt.tokens, tokens, adapter)
-            with use_adapter(adapter):
+            with use_adapter(adapter), round_as_cache(self._limits.kv_dtype):
                 self._test.check(prompt, tokens)
 
 

@@ -19,6 +19,7 @@ import torch
 from batchgen.engines.paged.layer_groups import ONE_GROUP, LayerGroups
 from batchgen.engines.paged.page_rows import ReadRows, WriteRows
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.rounding import Rounded
 from batchgen.engines.paged.step import Chunk
 
 QUERY_BLOCK = 64
@@ -35,11 +36,30 @@ class AttentionShape(NamedTuple):
     sinks: torch.Tensor | None = None  # [heads], one more score a head, after scale and cap, that has no value
 
 
+CacheHalf = torch.Tensor | Rounded
+"""The keys of one layer, or the values: [pages, key heads, PAGE_SIZE, size]."""
+
+
 class LayerCache(NamedTuple):
     """The keys and values of one layer. Layers may differ in both sizes and in their number of key heads."""
 
     keys: torch.Tensor  # [pages, key heads, PAGE_SIZE, key size]
     values: torch.Tensor  # [pages, key heads, PAGE_SIZE, value size]
+    # Of each key and value, if these are `rounding.NUMBERS`: [pages, key heads, PAGE_SIZE], as `Rounded.exponents`.
+    key_exponents: torch.Tensor | None = None
+    value_exponents: torch.Tensor | None = None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the numbers are of 8 bits."""
+        return self.key_exponents is not None
+
+    @property
+    def halves(self) -> tuple[CacheHalf, CacheHalf]:
+        """The keys, and the values."""
+        if self.key_exponents is None or self.value_exponents is None:
+            return self.keys, self.values
+        return Rounded(self.keys, self.key_exponents), Rounded(self.values, self.value_exponents)
 
 
 class AdapterRows(NamedTuple):
@@ -117,6 +137,7 @@ class _Current(threading.local):
     layout: Layout | None = None
     windows: dict[int, int] | None = None
     adapter: int = 0
+    rounds: bool = False
     adapted: set[int] | None = None
 
 
@@ -160,6 +181,17 @@ def use_adapter(number: int) -> AbstractContextManager[None]:
 def get_current_adapter() -> int:
     """The number of the adapter of all tokens of a forward without a layout, from 1; 0: none."""
     return _current.adapter
+
+
+def round_as_cache(kv_dtype: str) -> AbstractContextManager[None]:
+    """In the forwards that this thread runs inside, without a layout, keys and values are those that a cache of this
+    type would have kept."""
+    return _hold("rounds", kv_dtype != "auto")
+
+
+def are_rounded_as_cache() -> bool:
+    """Whether the keys and values of a forward without a layout are to be those of a cache of 8 bits."""
+    return _current.rounds
 
 
 def record_adapted(addresses: set[int]) -> AbstractContextManager[None]:

@@ -17,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from batchgen.engines.paged import adapters
 from batchgen.engines.paged.adapters import LayerAdapters
+from batchgen.engines.paged.quantised.held import HeldWeight, find_quantised, take_quantised
+from batchgen.models.quantised.places import get_quantised
+from batchgen.models.quantised.weight import QuantisedWeight, join_rows
 
 # Warning: `join_layers` and `replace_layers` patch modules that Transformers has made.
 #
@@ -41,19 +44,30 @@ def join_layers(module: nn.Module, names: Sequence[str]) -> None:
     Args:
         names: in the order in which the model calls them, each time all of them and with the same input.
     """
-    layers = [getattr(module, name, None) for name in names]
-    if not all(type(layer) is nn.Linear for layer in layers):
+    layers = [layer for name in names if type(layer := getattr(module, name, None)) is nn.Linear]
+    if len(layers) < len(names):
         return
-    joined = _JoinedLinear([layer for layer in layers if isinstance(layer, nn.Linear)])
+    weights = [weight for layer in layers if (weight := find_quantised(layer)) is not None]
+    whole = join_rows(weights) if len(weights) == len(layers) else None
+    if whole is None and any(get_quantised(layer) is not None for layer in layers):  # these differ in more than rows
+        return
+    joined = _JoinedLinear(layers, whole)
     for number, name in enumerate(names):
         setattr(module, name, _JoinedOutput(joined, number, number == len(names) - 1) if number else joined)
 
 
 def replace_layers(module: nn.Module) -> None:
-    """Makes plain linear layers of `module`, itself included, compute by `multiply`, and those with adapters with
-    these."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | Conv1D) and adapters.get_adapters(layer) is not None:
+    """Makes plain linear layers of `module`, itself included, compute by `multiply` or, where their weights are
+    quantised, by `HeldWeight`, and those with adapters with these.
+    """
+    for layer in list(module.modules()):
+        if isinstance(layer, _QuantisedLinear):
+            continue
+        if type(layer) is nn.Linear and (weight := find_quantised(layer)) is not None:
+            layer.__class__ = _QuantisedLinear
+            layer.held = HeldWeight(weight)
+            take_quantised(layer)
+        elif isinstance(layer, nn.Linear | Conv1D) and adapters.get_adapters(layer) is not None:
             layer.__class__ = _AdaptedConv1D if isinstance(layer, Conv1D) else _AdaptedLinear
         elif type(layer) is nn.Linear:
             layer.__class__ = _OwnLinear
@@ -116,6 +130,13 @@ class _OwnLinear(nn.Linear):
         return multiply(input, self.weight, self.bias)
 
 
+class _QuantisedLinear(nn.Linear):
+    held: HeldWeight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.held.multiply(input, self.bias, adapters.get_adapters(self))
+
+
 class _AdaptedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return multiply_adapted(input, self.weight, self.bias, adapters.get_adapters(self))
@@ -129,12 +150,23 @@ class _AdaptedConv1D(Conv1D):
 
 
 class _JoinedLinear(nn.Module):
-    """Stands in the place of the first of several layers, and computes for all of them."""
+    """Stands in the place of the first of several layers, and computes for all of them.
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    Args:
+        quantised: the weights of all of them; None: they are plain ones.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], quantised: QuantisedWeight | None) -> None:
         super().__init__()
         self._sizes = [layer.out_features for layer in layers]
-        self.weight = nn.Parameter(torch.cat([layer.weight.data for layer in layers]), requires_grad=False)
+        self.weight: nn.Parameter | None = None
+        self.held: HeldWeight | None = None
+        if quantised is None:
+            self.weight = nn.Parameter(torch.cat([layer.weight.data for layer in layers]), requires_grad=False)
+        else:
+            for layer in layers:
+                take_quantised(layer)  # their memory is free when this returns
+            self.held = HeldWeight(quantised)
         self.bias: nn.Parameter | None = None
         if any(layer.bias is not None for layer in layers):
             biases = [_find_bias(layer) for layer in layers]
@@ -143,10 +175,15 @@ class _JoinedLinear(nn.Module):
         self.outputs: tuple[torch.Tensor, ...] = ()  # of all the layers, while others are still to be called
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.outputs = torch.split(
-            multiply_adapted(inputs, self.weight, self.bias, adapters.get_adapters(self)), self._sizes, -1
-        )
+        self.outputs = torch.split(self._multiply(inputs), self._sizes, -1)
         return self.outputs[0]
+
+    def _multiply(self, inputs: torch.Tensor) -> torch.Tensor:
+        given = adapters.get_adapters(self)
+        if self.held is not None:
+            return self.held.multiply(inputs, self.bias, given)
+        assert self.weight is not None
+        return multiply_adapted(inputs, self.weight, self.bias, given)
 
 
 class _JoinedOutput(nn.Module):

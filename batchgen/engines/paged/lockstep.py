@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from batchgen import device
 from batchgen.engine import Peers, SignsOfLife
 from batchgen.engines.paged.launched_step import LaunchedStep
-from batchgen.engines.paged.layout import use_adapter
+from batchgen.engines.paged.layout import round_as_cache, use_adapter
 from batchgen.engines.paged.runner import Runner
 from batchgen.engines.paged.sizing import CacheLesson
 from batchgen.engines.paged.step import Step
@@ -130,5 +130,5 @@ class Follower:
 
     def _take_part_in_self_test(self, numbers: NDArray[np.int64]) -> None:
         prompt, tokens = np.split(numbers[2:], [numbers[1]])
-        with use_adapter(int(numbers[0])):
+        with use_adapter(int(numbers[0])), round_as_cache(self._runner.limits.kv_dtype):
             selftest.logits_of(self._runner.model, prompt.tolist(), tokens.tolist(), device=self._runner.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.rounding import Rounded, round_numbers, widen_numbers
 
 
 class WriteRows:
@@ -24,8 +25,13 @@ class WriteRows:
         self._pages, self._offsets = pages, offsets
         self._rows: dict[int, torch.Tensor] = {}  # [heads * tokens], by heads, since layers may differ in them
 
-    def write(self, cache: torch.Tensor, values: torch.Tensor) -> None:
+    def write(self, cache: torch.Tensor | Rounded, values: torch.Tensor) -> None:
         """Puts `values` [heads, tokens, size] into the keys or the values of a layer's cache."""
+        if isinstance(cache, Rounded):
+            numbers, exponents = round_numbers(values)
+            self.write(cache.numbers.view(torch.uint8), numbers.view(torch.uint8))  # torch copies no rows of 8 bits
+            self.write(cache.exponents[..., None], exponents[..., None])
+            return
         heads, _, size = values.shape
         if heads not in self._rows:
             self._rows[heads] = _find_rows(self._pages[None], self._offsets[None], heads).flatten()
@@ -48,12 +54,19 @@ class ReadRows:
         self._rows: dict[tuple[int, int], torch.Tensor] = {}  # by window and heads
         self._biases: dict[object, torch.Tensor] = {}
 
-    def read(self, cache: torch.Tensor, window: int) -> torch.Tensor:
-        """Reads the keys or the values of a layer's cache: [sequences, heads, length, size].
+    def read(self, cache: torch.Tensor | Rounded, window: int, dtype: torch.dtype) -> torch.Tensor:
+        """Reads the keys or the values of a layer's cache: [sequences, heads, length, size], of type `dtype`.
 
         In the place of a token that a sequence does not see stands its last one: behind the end of a short sequence lie
         pages of other sequences, and what they hold, be it NaN, must not reach it.
         """
+        if isinstance(cache, Rounded):
+            numbers = self._read_rows(cache.numbers, window)
+            exponents = self._read_rows(cache.exponents[..., None], window)
+            return widen_numbers(Rounded(numbers, exponents[..., 0]), dtype)
+        return self._read_rows(cache, window)
+
+    def _read_rows(self, cache: torch.Tensor, window: int) -> torch.Tensor:
         _, heads, _, size = cache.shape
         if (window, heads) not in self._rows:
             read = torch.where(self._is_seen(window), self._key_positions, self._positions)

@@ -19,7 +19,7 @@ from batchgen.engine import Peers
 from batchgen.engines.paged import models
 from batchgen.engines.paged.adapters import sort_by_adapter
 from batchgen.engines.paged.alone import Alone
-from batchgen.engines.paged.cache import count_token_bytes, make_caches
+from batchgen.engines.paged.cache import count_token_bytes, find_dtype, find_format, make_caches
 from batchgen.engines.paged.graphs import Graphs, choose_graph_size
 from batchgen.engines.paged.launched_step import LaunchedStep
 from batchgen.engines.paged.layer_groups import LayerGroups
@@ -84,7 +84,8 @@ class Runner:
     @property
     def token_bytes(self) -> int:
         """Bytes that a rank's cache has for a token in all layers."""
-        return count_token_bytes(self.model.config, self._peers.count, self.model.dtype.itemsize, self.groups)
+        kept = find_format(self.limits.kv_dtype, self.model.dtype)
+        return count_token_bytes(self.model.config, self._peers.count, kept, self.groups)
 
     def _group_layers(self) -> LayerGroups:
         """The groups of the model's layers, by the windows that they ask attention for; not by what the config says,
@@ -101,8 +102,8 @@ class Runner:
         self._caches, self._kept_logits, self._graphs = [], None, Graphs(self.device) if gpu else None
         if gpu:
             torch.cuda.empty_cache()
-        config, dtype = self.model.config, self.model.dtype
-        self._caches = make_caches(config, pages, self._peers.count, dtype, self.device, self.groups)
+        dtype = find_dtype(self.limits.kv_dtype, self.model.dtype)
+        self._caches = make_caches(self.model.config, pages, self._peers.count, dtype, self.device, self.groups)
 
     def measure_free_bytes(self) -> int:
         """Of the GPU, what is free for the cache: beside the weights and the largest forward. Compiles the model."""

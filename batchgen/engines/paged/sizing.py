@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from batchgen.engine import EngineError, OutOfStep
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.models import footprint
 
 SHARE_OF_HOST = 4
 """Of a host's free memory the cache takes at most one in this many parts: other processes may have seen the same memory
@@ -18,7 +20,7 @@ NO_ROOM = (
     "beside the model there is no room for a cache; use a smaller --dtype, fewer rows (--batch-size), more GPUs for a "
     "model (--tp), or --engine accelerate, which can put weights elsewhere"
 )
-
+_LONGEST = 1 << 16  # tokens of a sequence, of a model that sets no limit
 _SLOTS_ON_CPU = 64
 _MOST_SLOTS = 4096
 _TYPICAL_TOKENS = 128  # of a row: what the number of slots is worked out from, not a limit
@@ -60,6 +62,17 @@ def choose_slots(free: int, token_bytes: int, device: torch.device) -> int:
     if device.type == "cpu":
         return _SLOTS_ON_CPU
     return max(64, min(_MOST_SLOTS, free // (token_bytes * _TYPICAL_TOKENS)) // 64 * 64)
+
+
+def choose_sequence_tokens(tokenizer: Any, cache_tokens: int | None) -> int:
+    """Most tokens of a sequence of the model of this `HfTokenizer`.
+
+    Args:
+        cache_tokens: that the cache holds, if the user has said so.
+    """
+    # What layers with a window keep of a sequence may be less than all of its tokens.
+    has_windows = any(layer.window for layer in footprint.list_layer_caches(tokenizer.config))
+    return min(tokenizer.context or _LONGEST, _LONGEST if has_windows else cache_tokens or _LONGEST)
 
 
 def choose_step_tokens(parameters: int) -> int:

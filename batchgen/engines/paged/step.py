@@ -25,6 +25,7 @@ class StepLimits:
     # Keys of prompts beyond it have other positions than the same tokens in a shorter one; None: they have the same.
     original_context: int | None = None
     adapters: tuple[str, ...] = ()  # the names of those that sequences may have; their numbers count from 1
+    kv_dtype: str = "auto"  # of the cache: fp8, or auto, that of the model
 
     @property
     def columns(self) -> int:

@@ -11,7 +11,6 @@ from batchgen.engine import EngineError, Setup
 from batchgen.engines.paged import models
 from batchgen.models import loading
 from batchgen.models.quantised import find_format, get_settings
-from batchgen.models.quantised.places import widen_all
 from batchgen.models.quantised.rounding import DTYPES, GROUP_SIZES, Scheme
 
 __all__ = ["DTYPES", "check_group_size", "choose_dtype", "finish", "load", "make_scheme"]
@@ -82,6 +81,5 @@ def load(setup: Setup, config: Any, device: torch.device, scheme: Scheme | None,
 
 def finish(model: Any) -> None:
     """Makes a loaded model ready to be patched."""
-    widen_all(model)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # what was read in 16 bits

@@ -13,6 +13,7 @@ import torch
 from batchgen.engines.paged import attention
 from batchgen.engines.paged.layout import AttentionShape, LayerCache, Layout, make_query_blocks
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.rounding import NOT_FINITE, round_numbers
 from batchgen.engines.paged.step import Chunk
 
 
@@ -72,13 +73,19 @@ class Case:
             dtype: of all numbers; None: that of the case.
         """
         dtype = dtype or self.query.dtype
-        cache = LayerCache(*(half.to(dtype, copy=True) for half in self.layout.caches[0]))
+        cache = copy_cache(self.layout.caches[0], dtype)
         tensors = [tensor.to(dtype) for tensor in (self.query, self.key, self.value)]
         return attention.attend_in_torch(*tensors, cache, self.layout, self.shape), cache
 
     def reference(self) -> tuple[torch.Tensor, LayerCache]:
         """Output and cache, in float64."""
         return self.attend(torch.float64)
+
+
+def copy_cache(cache: LayerCache, dtype: torch.dtype | None = None, device: str = "cpu") -> LayerCache:
+    """A copy, with numbers of another type unless they are rounded."""
+    kept = [part for part in cache if part is not None]
+    return LayerCache(*(part.to(device, None if cache.is_rounded else dtype, copy=True) for part in kept))
 
 
 DECODING = (1, 5, 16, 17, 64, 65, 200)  # tokens of each sequence
@@ -142,15 +149,31 @@ def case(heads: Heads, dtype: torch.dtype, features: Features = Features(), *, s
 def with_stale_cache(of: Case) -> Case:
     """The same step over a cache that holds NaN wherever its sequences have nothing, or nothing that a window shows."""
     layout = of.layout
-    cache = LayerCache(*(torch.full_like(half, torch.nan) for half in layout.caches[0]))
+    before = [part for part in layout.caches[0] if part is not None]
+    if layout.caches[0].is_rounded:  # whose numbers are never NaN
+        parts = [torch.full_like(part, NOT_FINITE if part.dtype == torch.uint8 else 448.0) for part in before]
+    else:
+        parts = [torch.full_like(part, torch.nan) for part in before]
     decoding = [(slot, 1, int(layout.positions[slot]) + 1) for slot in range(layout.decoding)]
     for slot, count, length in [*decoding, *((chunk.slot, chunk.count, chunk.length) for chunk in layout.chunks)]:
         first = max(0, length - count + 1 - of.shape.window) if of.shape.window else 0
         places = torch.arange(min(first, length), length)
         at = layout.block_table[slot, places // PAGE_SIZE].long()
-        for stale, half in zip(cache, layout.caches[0], strict=True):
-            stale[at, :, places % PAGE_SIZE] = half[at, :, places % PAGE_SIZE]
-    return replace(of, layout=replace(layout, caches=[cache]))
+        for stale, part in zip(parts, before, strict=True):
+            stale[at, :, places % PAGE_SIZE] = part[at, :, places % PAGE_SIZE]
+    return replace(of, layout=replace(layout, caches=[LayerCache(*parts)]))
+
+
+def with_rounded_cache(of: Case) -> Case:
+    """The same step over a cache of 8 bits. The largest numbers of keys, and of values, differ by a factor of 2**12."""
+    source = torch.Generator().manual_seed(1)
+    halves = []
+    for half in of.layout.caches[0].halves:
+        assert isinstance(half, torch.Tensor)
+        sizes = torch.randint(-12, 1, half.shape[:-1], generator=source)[..., None]
+        halves.append(round_numbers(half.float() * 2.0 ** (sizes if half is of.layout.caches[0].values else sizes / 4)))
+    cache = LayerCache(*(half.numbers for half in halves), *(half.exponents for half in halves))
+    return replace(of, layout=replace(of.layout, caches=[cache]))
 
 
 def make_wrong_shapes(shape: AttentionShape) -> dict[str, AttentionShape]:
@@ -208,7 +231,7 @@ def find_kernel_errors(of: Case, device: str, splits: int) -> tuple[float, float
     assert layout.decoding_count is not None
     moved = replace(
         layout,
-        caches=[LayerCache(*(half.to(device, copy=True) for half in layout.caches[0]))],
+        caches=[copy_cache(layout.caches[0], device=device)],
         block_table=layout.block_table.to(device),
         slots=layout.slots.to(device),
         positions=layout.positions.to(device),
@@ -223,7 +246,9 @@ def find_kernel_errors(of: Case, device: str, splits: int) -> tuple[float, float
         out = kernels.attend(query, key, value, moved.caches[0], moved, shape)
     real = layout.positions >= 0
     differences = [
-        (half.cpu().double() - other).nan_to_num() for half, other in zip(moved.caches[0], kept, strict=True)
+        (half.cpu().double() - other.double()).nan_to_num()
+        for half, other in zip(moved.caches[0], kept, strict=True)
+        if half is not None and other is not None
     ]
     return find_error(out.cpu()[:, real], expected[:, real]), max(one.abs().max().item() for one in differences)
 

@@ -5,7 +5,7 @@ On a GPU, or, where Triton is told to interpret them, on the CPU. Outputs are po
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from tests.engines.paged.attention_cases import (
     poisoned,
     with_broken_key,
     with_broken_token,
+    with_rounded_cache,
     with_stale_cache,
 )
 from tests.kernels import say_cases
@@ -55,19 +56,45 @@ COMPILED = [
     *((heads, dtype, features) for (heads, dtype), kinds in _GPU_HEADS.items() for features in kinds),
 ]
 CASES = [*INTERPRETED, *COMPILED]
+# Over a cache of 8 bits.
+ROUNDED_INTERPRETED = [
+    *(INTERPRETED[number] for number in (3, 9, 15, 17)),
+    (Heads(6, 2, 16, 16), torch.float16, FEATURES[1]),  # whose products are of other numbers than those of float32
+    (Heads(6, 2, 24, 16), torch.float16, FEATURES[0]),
+]
+ROUNDED_COMPILED = [
+    *((Heads(9, 3, 80, 80), dtype, features) for dtype in (torch.bfloat16, torch.float32) for features in _FEW),
+    *((Heads(32, 8, 128, 128), dtype, features) for dtype in (torch.bfloat16, torch.float16) for features in _FEW),
+    *((heads, torch.bfloat16, features) for heads, features in _MODELS.values()),
+    (Heads(4, 4, 64, 64), torch.bfloat16, FEATURES[0]),
+    (Heads(32, 32, 128, 128), torch.bfloat16, FEATURES[1]),
+    (Heads(4, 2, 40, 24), torch.float32, FEATURES[8]),
+]
 
 
 def attentions(device: str) -> Iterator[tuple[str, bool]]:
     """Each case in words, and whether it is right."""
-    for number, (heads, dtype, features) in enumerate(COMPILED if device == "cuda" else INTERPRETED):
-        of = with_stale_cache(case(heads, dtype, features, seed=number))
+    yield from _attend(device, COMPILED if device == "cuda" else INTERPRETED, is_rounded=False)
+
+
+def rounded_attentions(device: str) -> Iterator[tuple[str, bool]]:
+    """As `attentions`, over caches of 8 bits, whose numbers and scales must be those of attention in torch."""
+    yield from _attend(device, ROUNDED_COMPILED if device == "cuda" else ROUNDED_INTERPRETED, is_rounded=True)
+
+
+def _attend(
+    device: str, cases: Sequence[tuple[Heads, torch.dtype, Features]], *, is_rounded: bool
+) -> Iterator[tuple[str, bool]]:
+    for number, (heads, dtype, features) in enumerate(cases):
+        of = case(heads, dtype, features, seed=number)
+        of = with_stale_cache(with_rounded_cache(of) if is_rounded else of)
         splits = 1 if number % 2 else 4  # FEATURES are odd in number, and follow each other: each has both
         if splits == 1:  # a token in the middle of a block, one at the beginning of another
             of = with_broken_token(with_broken_token(of, 1, 20, torch.nan), 3, 64, torch.inf)
         if features.softcap:  # a score of infinity, which the cap must not hide; of a row that decodes, and a chunk
             of = with_broken_key(of, 6, of.layout.chunks[2].first + 5)
         output, cache = find_kernel_errors(of, device, splits)
-        what = f"{dtype} {heads} {features} splits={splits}"
+        what = f"{'8-bit cache, ' if is_rounded else ''}{dtype} {heads} {features} splits={splits}"
         yield f"{what}: {output:.1e}, cache {cache:.1e}", output < TOLERANCES[dtype] and cache == 0
 
 
@@ -95,4 +122,4 @@ def linear_layers(device: str) -> Iterator[tuple[str, bool]]:
 
 
 if __name__ == "__main__":
-    say_cases(linear_layers, attentions)
+    say_cases(linear_layers, attentions, rounded_attentions)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from batchgen.engines.paged.attention import attend, attend_in_torch
-from batchgen.engines.paged.layout import LayerCache, lay_out
+from batchgen.engines.paged.layout import lay_out
 from batchgen.engines.paged.pages import PAGE_SIZE
+from batchgen.engines.paged.rounding import widen_numbers
 from tests.engines.paged import kernel_cases
 from tests.engines.paged.attention_cases import (
     FEATURES,
@@ -18,10 +19,12 @@ from tests.engines.paged.attention_cases import (
     Features,
     Heads,
     case,
+    copy_cache,
     find_error,
     make_wrong_shapes,
     with_broken_key,
     with_broken_token,
+    with_rounded_cache,
     with_stale_cache,
 )
 from tests.kernels import assert_none_wrong
@@ -32,6 +35,7 @@ HEADS = (Heads(4, 4, 16, 16), Heads(6, 2, 16, 16), Heads(6, 2, 24, 16), Heads(4,
 def alone(of: Case, slot: int, first: int, count: int, length: int) -> torch.Tensor:
     """[count, heads, value size], in float64: the last tokens of one sequence, score by score."""
     _, cache = of.reference()
+    halves = [half if isinstance(half, torch.Tensor) else widen_numbers(half, torch.float64) for half in cache.halves]
     shape = of.shape
     pages = of.layout.block_table[slot].long()
     group = of.query.shape[1] // of.key.shape[1]
@@ -41,7 +45,7 @@ def alone(of: Case, slot: int, first: int, count: int, length: int) -> torch.Ten
         begin = max(0, place + 1 - shape.window) if shape.window else 0
         places = torch.arange(begin, place + 1)
         # [places, key heads, size] each
-        keys, values = (half[pages[places // PAGE_SIZE], :, places % PAGE_SIZE] for half in cache)
+        keys, values = (half[pages[places // PAGE_SIZE], :, places % PAGE_SIZE] for half in halves)
         rows = []
         for head in range(of.query.shape[1]):
             query = of.query[0, head, first + token].double()
@@ -59,8 +63,10 @@ def alone(of: Case, slot: int, first: int, count: int, length: int) -> torch.Ten
 
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_each_sequence_is_as_if_it_were_alone(heads: Heads, features: Features) -> None:
-    of = with_stale_cache(case(heads, torch.float64, features))
+@pytest.mark.parametrize("is_rounded", [False, True], ids=["", "rounded"])
+def test_each_sequence_is_as_if_it_were_alone(heads: Heads, features: Features, is_rounded: bool) -> None:
+    of = case(heads, torch.float64, features)
+    of = with_stale_cache(with_rounded_cache(of) if is_rounded else of)
     out, _ = of.reference()
     for slot in range(of.layout.decoding - 1):
         length = int(of.layout.positions[slot]) + 1
@@ -82,8 +88,10 @@ def test_rounding_is_that_of_the_type(features: Features) -> None:
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("features", FEATURES, ids=str)
-def test_a_broken_token_reaches_those_that_see_it_alone(features: Features, number: float) -> None:
+@pytest.mark.parametrize("is_rounded", [False, True], ids=["", "rounded"])
+def test_a_broken_token_reaches_those_that_see_it_alone(features: Features, number: float, is_rounded: bool) -> None:
     clean = case(Heads(6, 2, 24, 16), torch.float64, features)
+    clean = with_rounded_cache(clean) if is_rounded else clean
     broken = with_broken_token(clean, 3, 40, number)
     expected, _ = clean.reference()
     out, _ = broken.reference()
@@ -113,11 +121,11 @@ def test_layers_may_differ_in_their_key_heads() -> None:
     assert torch.equal(two.layout.block_table, four.layout.block_table)
     for of in (two, four, two):
         one_layout = replace(of, layout=two.layout)
-        cache = LayerCache(*(half.clone() for half in of.layout.caches[0]))
+        cache = copy_cache(of.layout.caches[0])
         out = attend_in_torch(of.query, of.key, of.value, cache, one_layout.layout, of.shape)
         expected, kept = of.reference()
         torch.testing.assert_close(out, expected)
-        assert all(torch.equal(half, other) for half, other in zip(cache, kept, strict=True))
+        assert all(torch.equal(half, other) for half, other in zip(cache[:2], kept[:2], strict=True))
 
 
 @pytest.mark.parametrize("features", [FEATURES[0], FEATURES[-1]], ids=str)
@@ -129,7 +137,7 @@ def test_the_operator_takes_all_features_through_the_compiler(features: Features
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return attend(query, key, value, layer, of.shape).flatten(2)
 
-    with lay_out(replace(of.layout, caches=[LayerCache(*(half.clone() for half in of.layout.caches[0]))])):
+    with lay_out(replace(of.layout, caches=[copy_cache(of.layout.caches[0])])):
         out = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=True)(of.query, of.key, of.value)
     torch.testing.assert_close(out, of.reference()[0].flatten(2))
     chunk = of.layout.chunks[1]
@@ -146,7 +154,7 @@ def test_only_the_places_of_the_tokens_change() -> None:
     slots, positions = of.layout.slots[real].long(), of.layout.positions[real].long()
     pages = of.layout.block_table[slots, positions // PAGE_SIZE]
     expected = set(zip(pages.tolist(), (positions % PAGE_SIZE).tolist(), strict=True))
-    for half, before in zip(cache, of.layout.caches[0], strict=True):
+    for half, before in zip(cache[:2], of.layout.caches[0][:2], strict=True):
         changed = (half != before).any(-1).any(1)  # [pages, PAGE_SIZE]
         assert {(page, place) for page, place in changed.nonzero().tolist()} == expected
 

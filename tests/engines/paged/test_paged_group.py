@@ -22,6 +22,8 @@ from batchgen.world import World
 from tests import tiny_models as models
 from tests.engines import engine_rank
 from tests.engines.ds_zero import zero_matrix
+from tests.engines.paged.test_paged import load
+from tests.engines.paged.test_paged import texts as say
 from tests.engines.runs import altered, command, ended_by, read, rows, run, texts, texts_alone
 from tests.generation import parameter_cases
 from tests.tensor_parallel import test_texts
@@ -84,6 +86,18 @@ def test_over_two_ranks_each_parameter_does_what_its_definition_says(
     for row in asking:
         expected = model.logprobs(replace(row, tokens=row.tokens[:1]), row.tokens[1:])
         assert logprobs[row.index] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_each_rank_rounds_its_heads_of_the_cache_as_one_process_does(folders: dict[str, Path], tmp_path: Path) -> None:
+    settings = [*TIGHT, "kv_dtype=fp8"]
+    results = engine_rank.ranks(2, folders["llama"], settings, tmp_path / "ranks", (20,), engine="paged")
+    prompts = engine_rank.prompts(20)
+    with load(folders["llama"], "kv_dtype=fp8") as engine:
+        expected = {generation.index: generation.text for generation in say(engine, prompts).values()}
+    assert results[20] == expected
+    plain = zero_matrix.alone(folders["llama"], prompts)
+    assert sum(expected[index] != one.text for index, one in plain.items()) > 5  # or this test shows nothing
 
 
 @pytest.mark.slow

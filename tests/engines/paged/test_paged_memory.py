@@ -75,7 +75,7 @@ def test_the_cache_takes_memory_as_it_fills(tiny_llama: Path) -> None:
     before = resident()
     with load(tiny_llama, batch_size=4000, selftest=False) as engine:
         assert engine._runner is not None
-        whole = engine._runner.pages * PAGE_SIZE * footprint.cache_bytes_per_token(config, 4)
+        whole = engine._runner.pages * PAGE_SIZE * footprint.cache_bytes_per_token(config, footprint.CacheFormat(4))
         assert whole > 100 << 20
         assert resident() - before < whole / 4
         texts(engine, prompts(30))

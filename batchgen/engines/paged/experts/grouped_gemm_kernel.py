@@ -92,7 +92,7 @@ def multiply(
 
 
 @triton.jit
-def _find_tile(offsets, number, EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr):
+def find_tile(offsets, number, EXPERTS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr):
     """The expert of tile `number`, its first place, and the end of the expert's; `EXPERTS` if it is not needed."""
     each = tl.arange(0, WIDE)
     begins = tl.load(offsets + each, mask=each < EXPERTS, other=0)
@@ -121,7 +121,7 @@ def _multiply(
     group = tl.program_id(0) // (NEIGHBOURS * across)
     beside = tl.minimum(tiles - group * NEIGHBOURS, NEIGHBOURS)
     rest = tl.program_id(0) % (NEIGHBOURS * across)
-    expert, first, end = _find_tile(offsets, group * NEIGHBOURS + rest % beside, EXPERTS, WIDE, PAIRS)
+    expert, first, end = find_tile(offsets, group * NEIGHBOURS + rest % beside, EXPERTS, WIDE, PAIRS)
     if expert < EXPERTS:
         column = rest // beside * COLUMNS + tl.arange(0, COLUMNS)
         place = first + tl.arange(0, PAIRS)

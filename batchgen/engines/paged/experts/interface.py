@@ -13,6 +13,10 @@ from batchgen.engines.paged.not_covered import NotCovered
 
 NAME = "batchgen_experts"
 
+HELD = "held_"
+"""Begins the attribute of a module of experts that holds a quantised weight, before the name of its parameter; see
+`quantised.held.hold_experts`."""
+
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What Transformers says of a family's experts, and `compute_experts` knows. It need not look at `is_concatenated`:
 the family's own `_apply_gate` knows how gate and up are laid out."""
@@ -41,7 +45,7 @@ def install(model: nn.Module) -> int:
     Raises:
         NotCovered: the experts of this family do something that `compute_experts` does not know.
     """
-    modules: list[Any] = [module for module in model.modules() if _asks_the_interface(module)]
+    modules: list[Any] = [module for module in model.modules() if asks_the_interface(module)]
     for module in modules:
         _check(module)
     for module in modules:
@@ -49,8 +53,14 @@ def install(model: nn.Module) -> int:
     return len(modules)
 
 
-def _asks_the_interface(module: nn.Module) -> bool:
+def asks_the_interface(module: nn.Module) -> bool:
+    """Whether a module is a family's experts, and computes by what its config names."""
     return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+
+
+def name_up(module: Any) -> str:
+    """The parameter that the first product of a module of experts is of."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def _check(module: Any) -> None:
@@ -79,20 +89,25 @@ def compute_experts(
     Returns:
         [tokens, width], in the type of `hidden`.
     """
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up, down = getattr(module, up_name), module.down_proj
-    if module.is_transposed:
-        up, down = up.transpose(1, 2), down.transpose(1, 2)
-    up_bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
-    down_bias = module.down_proj_bias if module.has_bias else None
-    top_k = top_k_index.shape[1]
-    order, inverse, offsets = routing.sort_by_expert(top_k_index, len(up))
+    down, top_k = module.down_proj, top_k_index.shape[1]
+    order, inverse, offsets = routing.sort_by_expert(top_k_index, len(down))
     sorting = grouped_gemm.Sorting(order, offsets, top_k)
-    inner = grouped_gemm.multiply(hidden.to(up.dtype), up, up_bias, sorting)
+    inner = _multiply(module, name_up(module), hidden.to(down.dtype), sorting)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    outputs = grouped_gemm.multiply(inner, down, down_bias, sorting._replace(top_k=0))
+    outputs = _multiply(module, "down_proj", inner, sorting._replace(top_k=0))
     places = inverse.view_as(top_k_index)
-    return combining.combine(outputs, places, top_k_weights, top_k_index, len(up)).to(hidden.dtype)
+    return combining.combine(outputs, places, top_k_weights, top_k_index, len(down)).to(hidden.dtype)
+
+
+def _multiply(module: Any, name: str, inputs: torch.Tensor, sorting: grouped_gemm.Sorting) -> torch.Tensor:
+    """The products of sorted pairs with the parameter `name` of a module of experts, plain or quantised."""
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    held = getattr(module, HELD + name, None)
+    if held is not None:
+        output: torch.Tensor = held.multiply_grouped(inputs, bias, sorting)
+        return output
+    weight = getattr(module, name)
+    return grouped_gemm.multiply(inputs, weight.transpose(1, 2) if module.is_transposed else weight, bias, sorting)
 
 
 # Warning: for the whole process, as the attention of `models`. Models that are not patched keep the name of their own.

@@ -43,7 +43,8 @@ def why_refused(config: Any) -> str:
         return "it has no attention heads, and keeps a state instead"
     if size > LARGEST_HEAD:
         return f"its heads have {size} numbers, of which the kernels take {LARGEST_HEAD}"
-    token_bytes = footprint.cache_bytes_per_token(config, 2) if getattr(text, "kv_lora_rank", None) else 0
+    kept = footprint.CacheFormat(2)
+    token_bytes = footprint.cache_bytes_per_token(config, kept) if getattr(text, "kv_lora_rank", None) else 0
     if token_bytes > _MOST_TOKEN_BYTES:
         mebibytes = f"{token_bytes / 2**20:.1f} MiB"
         return f"its latent attention is kept as whole keys and values here, which take {mebibytes} a token"

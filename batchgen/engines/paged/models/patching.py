@@ -16,6 +16,8 @@ from batchgen.engines.paged.layout import record_adapted, record_windows
 from batchgen.engines.paged.models import bloom, falcon, longrope, mpt
 from batchgen.engines.paged.models.interface import NAME
 from batchgen.engines.paged.models.structure import Logits, find_body, find_layers
+from batchgen.engines.paged.quantised.held import hold_experts
+from batchgen.models.quantised.places import widen_all
 
 _OWN_ATTENTION = {"bloom": bloom.patch, "falcon": falcon.patch, "mpt": mpt.patch}
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -100,6 +102,8 @@ class PatchedModel:
 def patch(model: Any, peers: Peers) -> PatchedModel:
     """Gives the attention of a loaded model to `attention.attend`, and its linear layers to `linear`.
 
+    Weights of its linear layers and experts that are quantised stay so; other ones are widened.
+
     Args:
         model: its layers have the adapters that rows may have (`adapters.install`).
         peers: the ranks that hold the model together; `model` is this one's shard, with as many heads as each has.
@@ -114,6 +118,7 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
         _OWN_ATTENTION[text.model_type](body, layers, peers)
     longrope.patch(body)
     experts.install(model)
+    hold_experts(model)
     for number, layer in enumerate(layers):
         # A number would be a constant to the compiler, which would then compile each layer anew.
         layer_number = torch.tensor([number])
@@ -128,6 +133,7 @@ def patch(model: Any, peers: Peers) -> PatchedModel:
         if adapters.get_adapters(module) is not None:  # some may be outside of the layers
             linear.replace_layers(module)
     model.config._attn_implementation = text._attn_implementation = NAME
+    widen_all(model)  # what is quantised outside of the layers, and where a layer computes more than a product
     patched = PatchedModel(model, body, layers, logits)
     patched.check_adapters()
     return patched
