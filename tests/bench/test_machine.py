@@ -51,7 +51,7 @@ def test_each_row_reads_its_cache_and_no_more_of_it_than_a_window(
 
 def test_a_cache_of_8_bits_is_read_in_half_the_time() -> None:
     machine, config = Machine("a machine", 1.0, _FAST), shapes.config_of("llama-8b")
-    floors = [Floor.of(config, torch.bfloat16, machine, find_cache_format(name)) for name in ("auto", "fp8")]
+    floors = [Floor.of(config, torch.bfloat16, machine, cache=find_cache_format(name)) for name in ("auto", "fp8")]
     wide, narrow = (one.decode(4, 1000, 1) - one.weights.step_bytes(4) for one in floors)
     assert narrow / wide == pytest.approx(129 / 256)
 

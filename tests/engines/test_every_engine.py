@@ -47,7 +47,7 @@ def test_unknown_engine_lists_those_there_are() -> None:
     [
         ("ds-zero", "nf4", "auto, float32, bfloat16, float16"),
         ("ds-zero", "int8", "auto, float32, bfloat16, float16"),
-        ("paged", "int8", "auto, float32, bfloat16, float16"),
+        ("paged", "nf4", "auto, float32, bfloat16, float16, fp8, int8, int4"),
         ("ds-inference", "nf4", "auto, float32, bfloat16, float16, int8"),
     ],
 )
