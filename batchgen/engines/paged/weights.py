@@ -33,12 +33,15 @@ def make_scheme(dtype: str, group_size: int | None, config: Any) -> Scheme | Non
         config: Transformers' config of the model.
 
     Raises:
-        EngineError: a group size is given, and the type has no groups; or the model is quantised already.
+        EngineError: there is no such type; a group size is given, and the type has no groups; or the model is quantised
+            already.
     """
     if group_size is not None and dtype != "int4":
         raise EngineError(f"--set group_size={group_size} is of --dtype int4 alone, and this run has {dtype}")
     scheme = Scheme.of(dtype, group_size or 0)
-    if scheme is not None and get_settings(config):
+    if scheme is None:
+        loading.floating_dtype(dtype, config)  # which refuses what this engine does not have
+    elif get_settings(config):
         method = get_settings(config).get("quant_method")
         raise EngineError(
             f"the weights of this model are quantised already ({method}, by quantization_config in its config.json), "
