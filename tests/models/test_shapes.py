@@ -109,7 +109,9 @@ for folder in folders:
     setup = Setup(folder, "float32", 8, World(), run=folder, cache=folder)
     with kind(setup, parse_options(kind, [])) as engine:
         batches = list(engine.generate(iter(prompts), lambda: False))
-    print(folder, len({generation.text for batch in batches for generation in batch.generations}))
+    # Zeros would say the same after every prompt; of random numbers, drawn anew in each process, two may say the same.
+    texts = len({generation.text for batch in batches for generation in batch.generations})
+    print(folder, "different texts" if texts >= 5 else f"{texts} texts")
 """
 
 # The shapes of other families, made small: what is not here is as in `SHAPES`.
@@ -143,7 +145,7 @@ def test_engines_fill_a_hollow_model_with_numbers_that_mean_something(name: str,
     words = [sys.executable, "-c", FILLED, name, str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{folder} 8", "zeros would say the same after every prompt"
+    assert done.stdout.splitlines()[-1] == f"{folder} different texts"
 
 
 def test_each_family_of_the_shapes_is_filled_under_the_names_that_its_model_has(tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_each_family_of_the_shapes_is_filled_under_the_names_that_its_model_has(
     words = [sys.executable, "-c", FILLED, "accelerate", *map(str, folders.values())]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-5:] == [f"{folder} 8" for folder in folders.values()]
+    assert done.stdout.splitlines()[-5:] == [f"{folder} different texts" for folder in folders.values()]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "nf4"])
