@@ -1,7 +1,7 @@
 """Quantised layers as the libraries of their formats read them, beside what is read here: `python -m` this module.
 
-compressed-tensors and loguru, which it asks for, are in a folder of their own, `.venv/compressed` (`scripts/install test`):
-put it into PYTHONPATH.
+compressed-tensors and loguru, which it asks for, are in a folder of their own, `.venv/compressed`, by
+`scripts/install test`: put it into PYTHONPATH.
 """
 
 from __future__ import annotations
