@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
-import stat
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from batchgen.engine import EngineError
 from batchgen.models import ResolvedModel, random_weights, split_folder
-from batchgen.models.definition.files import DEFINITION
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import Report
 from batchgen.models.quantised import get_settings
@@ -28,8 +23,8 @@ from batchgen.tensor_parallel.file_views import find_pieces
 from batchgen.tensor_parallel.mapped_files import MappedFiles
 from batchgen.tensor_parallel.rounded import RoundingPlan
 from batchgen.tensor_parallel.weights import map_model, plan_of
+from batchgen.tensor_parallel.written_folder import copy_definition, divide, making_folder, save
 
-_FILE_BYTES = 2 << 30  # of a file, so that writing one needs no more memory than this
 _CONFIG = "config.json"
 
 
@@ -54,22 +49,12 @@ def write_quantised(source: ResolvedModel, out: Path, dtype: str, group_size: in
     writer = _Writer(model, plan, source.folder, report)
     writer.check_names()
     out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Under its name there is never half of it, and what an end in between leaves has no config.
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
-            half = Path(name, "quantised")
-            half.mkdir()
-            writer.write(half)
-            for file in filter(Path.is_file, map(source.folder.joinpath, DEFINITION)):
-                if file.name != _CONFIG:
-                    shutil.copy(file, half)
-            config = json.loads((source.folder / _CONFIG).read_text(encoding="utf-8"))
-            config["quantization_config"] = make_settings(plan.scheme, writer.kept)
-            (half / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            half.rename(out)
-    except OSError as error:
-        raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
+    with making_folder(out) as half:  # what an end in between leaves has no config
+        writer.write(half)
+        copy_definition(source.folder, half, without=_CONFIG)
+        config = json.loads((source.folder / _CONFIG).read_text(encoding="utf-8"))
+        config["quantization_config"] = make_settings(plan.scheme, writer.kept)
+        (half / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return out
 
 
@@ -106,9 +91,9 @@ class _Writer:
         names: list[str] = []
         index: dict[str, str] = {}
         size = 0
-        for part in _divide(self._list_tensors()):
+        for part in divide(self._list_tensors()):
             names.append(f"part-{len(names)}")
-            _save(part, folder / names[-1])
+            save(part, folder / names[-1], {"format": "pt"})
             index |= dict.fromkeys(part, names[-1])
             written = sum(tensor.nbytes for tensor in part.values())
             size += written
@@ -174,23 +159,3 @@ class _Writer:
                 f"`batchgen run --dtype {self.plan.scheme.kind}` rounds it each time it is loaded"
             )
         return found
-
-
-def _divide(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields the tensors a file's worth at a time."""
-    part: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if part and size + tensor.nbytes > _FILE_BYTES:
-            yield part
-            part, size = {}, 0
-        part[name] = tensor.detach().contiguous()
-        size += tensor.nbytes
-    yield part
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors makes a file that others cannot read, whatever the umask

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
-import stat
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from batchgen.engine import EngineError
 from batchgen.models import Report, ResolvedModel, loading, split_folder
 from batchgen.models.definition.build import build_empty
-from batchgen.models.definition.files import DEFINITION
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.int8 import Int8Weight
 from batchgen.models.quantised import find_format
@@ -29,8 +24,7 @@ from batchgen.tensor_parallel import process_group
 from batchgen.tensor_parallel.autotp import check_split, split
 from batchgen.tensor_parallel.rounded import Rounding
 from batchgen.tensor_parallel.weights import copy_weights, map_model
-
-_FILE_BYTES = 2 << 30  # of a file, so that writing one needs no more memory than this
+from batchgen.tensor_parallel.written_folder import copy_definition, divide, making_folder, save
 
 
 def write_split(source: ResolvedModel, out: Path, count: int, dtype: str, report: Report) -> Path:
@@ -61,26 +55,17 @@ def write_split(source: ResolvedModel, out: Path, count: int, dtype: str, report
     computes_in = loading.own_dtype(config) if own else loading.floating_dtype(dtype, config)
     named = loading.name_of(computes_in)
     out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Under its name there is never half of it.
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
-            half = Path(name, "split")
-            half.mkdir()
-            writer = _RankWriter(folder, half, count, computes_in, Int8Weight if dtype == "int8" else None)
-            files = []
-            for rank in range(count):
-                files.append(writer.write(rank))
-                report(writer.describe(rank, files[rank]))
-            for file in filter(Path.is_file, map(source.folder.joinpath, DEFINITION)):
-                shutil.copy(file, half)
-            version = importlib.metadata.version("deepspeed")
-            kept = "int8" if dtype == "int8" else named
-            whole = split_folder.Split(count, kept, named, source.name, source.revision, files, version)
-            (half / split_folder.NAME).write_bytes(split_folder.to_json(whole))
-            half.rename(out)
-    except OSError as error:
-        raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
+    with making_folder(out) as half:
+        writer = _RankWriter(folder, half, count, computes_in, Int8Weight if dtype == "int8" else None)
+        files = []
+        for rank in range(count):
+            files.append(writer.write(rank))
+            report(writer.describe(rank, files[rank]))
+        copy_definition(source.folder, half)
+        version = importlib.metadata.version("deepspeed")
+        kept = "int8" if dtype == "int8" else named
+        whole = split_folder.Split(count, kept, named, source.name, source.revision, files, version)
+        (half / split_folder.NAME).write_bytes(split_folder.to_json(whole))
     return out
 
 
@@ -104,35 +89,17 @@ class _RankWriter:
                 split(model, group)
             copy_weights(model, self.folder, torch.device("cpu"), self.dtype, rounding=self.rounding)
         names: list[str] = []
-        for tensors in _divide(model):
+        # A shared tensor is written once, by its first path. Buffers that no checkpoint has are among them: they are
+        # computed where a whole model is made.
+        for tensors in divide([*model.named_parameters(), *model.named_buffers()]):
             names.append(f"rank-{rank:05d}-{len(names) + 1:05d}.safetensors")
-            path = self.out / names[-1]
-            path.touch()
-            mode = stat.S_IMODE(path.stat().st_mode)
-            save_file(tensors, path)
-            path.chmod(mode)  # safetensors makes a file that others cannot read, whatever the umask
+            save(tensors, self.out / names[-1])
         return names
 
     def describe(self, rank: int, names: Sequence[str]) -> str:
         """Returns a sentence about the files of one rank."""
         size = sum((self.out / name).stat().st_size for name in names)
         return f"rank {rank} of {self.ranks}: {size / 1e9:.2f} GB in {len(names)} file{'s' if len(names) > 1 else ''}"
-
-
-def _divide(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields all tensors of the model by their paths, a file's worth at a time; a shared one once, by its first path.
-
-    Buffers that no checkpoint has are among them: they are computed where a whole model is made.
-    """
-    part: dict[str, torch.Tensor] = {}
-    size = 0
-    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if part and size + tensor.nbytes > _FILE_BYTES:
-            yield part
-            part, size = {}, 0
-        part[path] = tensor.detach().contiguous()
-        size += tensor.nbytes
-    yield part
 
 
 def read_split(

@@ -57,12 +57,12 @@ def test_words_that_do_not_go_together_are_refused(model: Path, tmp_path: Path) 
 # For sitecustomize: the file of weights never comes to its end.
 ENDLESS = """
 import time
-from batchgen.tensor_parallel import quantised_files
-save_file = quantised_files.save_file
+from batchgen.tensor_parallel import written_folder
+save_file = written_folder.save_file
 def slowly(*arguments, **options):
     save_file(*arguments, **options)
     time.sleep(300)
-quantised_files.save_file = slowly
+written_folder.save_file = slowly
 """
 
 
@@ -73,10 +73,10 @@ def test_a_kill_leaves_nothing_that_looks_like_a_model(model: Path, tmp_path: Pa
     words = ["quantise", str(model), str(tmp_path / "out"), "--dtype", "int8"]
     process = subprocess.Popen([sys.executable, "-m", "batchgen", *words], env={**os.environ, "PYTHONPATH": path})
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out-*/quantised/*")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(tmp_path.glob(".out-*/half/*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
-    (left,) = tmp_path.glob(".out-*/quantised")
+    (left,) = tmp_path.glob(".out-*/half")
     assert not (left / "config.json").exists()

@@ -15,7 +15,7 @@ from batchgen.engine import EngineError
 from batchgen.models import ResolvedModel, resolve
 from batchgen.models.quantised.places import get_quantised
 from batchgen.models.quantised.rounding import Scheme
-from batchgen.tensor_parallel import copy_weights, map_model, quantised_files, write_quantised
+from batchgen.tensor_parallel import copy_weights, map_model, write_quantised, written_folder
 from tests import tiny_models as models
 from tests.models.quantised.test_rounding import equal
 from tests.tensor_parallel import test_texts
@@ -61,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_it_loads_to_the_numbers_of_the_same_dtype(
     name: str, dtype: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantised_files, "_FILE_BYTES", 60_000)
+    monkeypatch.setattr(written_folder, "_FILE_BYTES", 60_000)
     out = write(folders[name], tmp_path / "out", dtype)
     expected, found = load(folders[name], Scheme.of(dtype)), load(out, None)
     compared = 0
@@ -131,7 +131,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(quantised_files, "save_file", fail)
+    monkeypatch.setattr(written_folder, "save_file", fail)
     with pytest.raises(EngineError, match=r"cannot write .*full: No space left"):
         write(folders["phi3"], tmp_path / "full", "fp8")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "odd"}
