@@ -151,9 +151,8 @@ class Model:
         self.tokenizer = HfTokenizer(str(folder))
         self.device = torch.device(device)
         loading.prepare_transformers()
-        attention = architectures.choose_attention(read_config(str(folder)))
-        given = {} if attention is None else {"attn_implementation": attention}
-        self.model = AutoModelForCausalLM.from_pretrained(folder, **given).eval().to(self.device)
+        attention = architectures.attention_arguments(read_config(str(folder)))
+        self.model = AutoModelForCausalLM.from_pretrained(folder, **attention).eval().to(self.device)
         self._exact: PreTrainedModel | None = None
         self.signs = SignsOfLife()
         loaded = LoadedModel(self.model, self.tokenizer, self.device)

@@ -108,13 +108,14 @@ def holds_state_in_cache(config: Any) -> bool:
     return not {config.model_type, config.get_text_config().model_type} & _STATE_OUTSIDE_CACHE
 
 
-def choose_attention(config: Any) -> str | None:
-    """The attention that a model of this config needs in Transformers; None: Transformers chooses.
+def attention_arguments(config: Any) -> dict[str, str]:
+    """What a loader of Transformers has to be told of a model's attention; nothing: Transformers chooses.
 
     Of Gemma 2, Transformers up to 5.17 (5.23 no longer) chooses SDPA, which leaves out the cap of the scores without a
     word, and gives another text.
     """
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if is_capped else {}
 
 
 def auto_class(config: Any) -> Any:

@@ -135,8 +135,7 @@ def load(
 def _load(model: str, given: dict[str, Any], state_dict: Mapping[str, Any] | None) -> Any:
     """The model, and Transformers' report of what it has loaded."""
     config = read_config(model)
-    if attention := architectures.choose_attention(config):
-        given = {"attn_implementation": attention} | given
+    given = architectures.attention_arguments(config) | given
     if state_dict is not None:
         return quantised.load(config, state_dict, given)
     if (checkpoint := quantised.find_checkpoint(Path(model), config)) is not None:

@@ -113,9 +113,8 @@ def _build_small(config: Any, cuts_heads: bool) -> Any:
         small = shrink_whole(config, small)
     # With the attention that Transformers takes by itself: eager Falcon, for one, adds its biases twice.
     make = architectures.auto_class(small)
-    attention = architectures.choose_attention(small)
-    given = {} if attention is None else {"attn_implementation": attention}
-    model = make.from_config(small, dtype=torch.float32, trust_remote_code=False, **given)
+    attention = architectures.attention_arguments(small)
+    model = make.from_config(small, dtype=torch.float32, trust_remote_code=False, **attention)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, _WEIGHTS * parameter.shape[-1] ** -0.5)

@@ -76,9 +76,8 @@ def make_config(settings: Config) -> Any:
 def build(settings: Config) -> PreTrainedModel:
     """Returns a random model in float32 whose weights make every feature matter."""
     config = make_config(settings)
-    attention = architectures.choose_attention(config)
-    given = {} if attention is None else {"attn_implementation": attention}
-    model: PreTrainedModel = architectures.auto_class(config).from_config(config, dtype=torch.float32, **given)
+    attention = architectures.attention_arguments(config)
+    model: PreTrainedModel = architectures.auto_class(config).from_config(config, dtype=torch.float32, **attention)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.dim() > 1 and isinstance(tensor, torch.nn.Parameter):
