@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from graph_timing import capture, measure
 from transformers import DeepseekV2Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -114,32 +115,6 @@ def compile_layer(module: Any) -> Callable[..., torch.Tensor]:
         return compute_experts(module, hidden, index, weights)
 
     return torch.compile(compute, fullgraph=True, dynamic=True)
-
-
-def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """One graph of all these calls, each of which has run before."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def measure(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds a call."""
-    graph = capture(calls)
-    times = []
-    for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times[3:])
 
 
 def check(name: str, module: Any) -> None:

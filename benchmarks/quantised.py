@@ -13,12 +13,12 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import graph_timing
 import torch
 import torch.nn.functional as F
 
@@ -157,33 +157,13 @@ def list_ways(kind: str, tokens: int) -> dict[str, Callable[..., Any]]:
     return ways
 
 
-def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """One graph of all these calls, the first of which has run before."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
 def measure(calls: Sequence[Call], replays: int = 9) -> float:
     """Microseconds a call; in a process that only compiles, of no meaning."""
     if ONLY_COMPILES:
         calls[0]()
         torch.cuda.synchronize()
         return 0.0
-    graph = capture(calls)
-    times = []
-    for _ in range(replays + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times[2:])
+    return graph_timing.measure(calls, replays)
 
 
 def time_dense(model: str, kinds: Sequence[str]) -> dict[str, dict[tuple[str, int], float]]:
