@@ -14,7 +14,7 @@ import torch
 
 from batchgen.models.quantised.format import Format, check_choices, refuse, take_group_size
 from batchgen.models.quantised.packing import make_groups_even, pack_pairs, unpack_words
-from batchgen.models.quantised.stored import StoredTensor, StoredWeight, group_by_layer, take_part
+from batchgen.models.quantised.stored import StoredTensor, StoredWeight, group_by_layer, take_words
 from batchgen.models.quantised.weight import QuantisedWeight
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -57,10 +57,7 @@ class Awq(Format):
         return [self._describe(layer, parts) for layer, parts in layers.items()]
 
     def _describe(self, layer: str, parts: Mapping[str, StoredTensor]) -> StoredWeight:
-        weight, zeros, scales = (take_part(layer, parts, end) for end in self.ends)
-        weight.check_dtype("I32")
-        zeros.check_dtype("I32")
-        scales.check_dtype("F16", "BF16", "F32")
+        weight, zeros, scales = take_words(layer, parts)
         columns, words = weight.take_matrix_shape()
         rows = 8 * words
         group = columns if self.group_size == -1 else self.group_size

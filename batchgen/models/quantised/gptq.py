@@ -16,7 +16,7 @@ import torch
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.quantised.format import Format, check_choices, refuse, take_group_size
 from batchgen.models.quantised.packing import make_groups_even, pack_pairs, unpack_words, view_words_as_pairs
-from batchgen.models.quantised.stored import StoredTensor, StoredWeight, group_by_layer, take_part
+from batchgen.models.quantised.stored import StoredTensor, StoredWeight, group_by_layer, take_words
 from batchgen.models.quantised.weight import ZERO_OF_INT4, QuantisedWeight
 
 _KNOWN: Mapping[str, tuple[Any, ...]] = {
@@ -62,10 +62,7 @@ class Gptq(Format):
         return [self._describe(layer, parts) for layer, parts in layers.items()]
 
     def _describe(self, layer: str, parts: Mapping[str, StoredTensor]) -> StoredWeight:
-        weight, zeros, scales = (take_part(layer, parts, end) for end in self.ends[:3])
-        weight.check_dtype("I32")
-        zeros.check_dtype("I32")
-        scales.check_dtype("F16", "BF16", "F32")
+        weight, zeros, scales = take_words(layer, parts)
         words, rows = weight.take_matrix_shape()
         columns = 8 * words
         group = columns if self.group_size == -1 else self.group_size

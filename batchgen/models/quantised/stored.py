@@ -162,3 +162,16 @@ def take_part(layer: str, parts: Mapping[str, StoredTensor], end: str) -> Stored
             "copy or download the model again"
         )
     return parts[end]
+
+
+def take_words(layer: str, parts: Mapping[str, StoredTensor]) -> tuple[StoredTensor, StoredTensor, StoredTensor]:
+    """Returns `qweight`, `qzeros` and `scales` of a layer: numbers of 4 bits in words, and floats.
+
+    Raises:
+        ModelError: one is missing, or of another type.
+    """
+    weight, zeros, scales = (take_part(layer, parts, end) for end in ("qweight", "qzeros", "scales"))
+    weight.check_dtype("I32")
+    zeros.check_dtype("I32")
+    scales.check_dtype("F16", "BF16", "F32")
+    return weight, zeros, scales
