@@ -7,12 +7,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from batchgen.runs.launcher import GRACE_SECONDS
+from tests import tiny_models as models
 from tests.engines.runs import (
     ROOT,
     STUCK,
@@ -26,6 +28,7 @@ from tests.engines.runs import (
     texts,
     texts_alone,
 )
+from tests.tensor_parallel.test_texts import build
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +75,16 @@ def test_the_text_is_that_of_one_gpu(
     model = tiny_llama if kind == "llama" else tiny_bloom
     prompts = rows(tmp_path / "p.jsonl", 61)
     done = run(*words(system, prompts, tmp_path / "out", model, gpus, "--batch-size", 4))
+    assert done.returncode == 0, done.stderr
+    assert texts(tmp_path / "out") == texts_alone(prompts, model, tmp_path / "one")
+
+
+@pytest.mark.parametrize("system", _TOGETHER)
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_experts_on_two_gpus_have_the_text_of_one(family: str, system: str, tmp_path: Path) -> None:
+    model = models.save(tmp_path / "model", partial(build, name=family))
+    prompts = rows(tmp_path / "p.jsonl", 61)
+    done = run(*words(system, prompts, tmp_path / "out", model, 2, "--batch-size", 4))
     assert done.returncode == 0, done.stderr
     assert texts(tmp_path / "out") == texts_alone(prompts, model, tmp_path / "one")
 
