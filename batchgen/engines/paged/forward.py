@@ -124,21 +124,26 @@ class Forward:
         """
         return min(_REHEARSED_TOKENS, self._most_tokens), self._most_tokens
 
-    def list_rehearsals(self) -> Sequence[Callable[[], None]]:
+    def list_rehearsals(self) -> Sequence[Callable[[], object]]:
         """Returns forwards that together need most of the kernels that steps need: of prefill chunks, and of decoding
         sequences, many and few."""
         most = min(self._most_tokens, self.limits.slots)
-        prefill = [partial(self.rehearse, tokens) for tokens in self.rehearsed_tokens]
+        prefill: list[Callable[[], object]] = [partial(self.rehearse, tokens) for tokens in self.rehearsed_tokens]
         decode = [partial(self.rehearse_decoding, rows) for rows in (most, *_REHEARSED_ROWS) if rows <= most]
         return prefill + decode
 
-    def rehearse(self, tokens: int) -> None:
-        """Makes a forward of `tokens` tokens of padding, and chooses the next token of as many rows as there may be."""
+    def rehearse(self, tokens: int) -> torch.Tensor:
+        """Makes a forward of `tokens` tokens of padding, and chooses the next token of as many rows as there may be.
+
+        Returns:
+            The last hidden states, [tokens, hidden size].
+        """
         arrays = self._pad(tokens)
         layout = self._make_layout(arrays, bool(self.limits.adapters), 0, self._query_blocks[:1])
         hidden = self._forward(layout, self._find_token_ids(arrays))
         rows = min(tokens, self.limits.slots)
         self._choose_best(self._compute_logits(hidden[:rows]), arrays.slots[:rows])
+        return hidden
 
     def rehearse_decoding(self, rows: int) -> None:
         """Makes a forward of padding, in the place of this many decoding sequences, and chooses their next tokens."""

@@ -42,9 +42,12 @@ class Runner(Forward):
         self.chooser = chooser
         self._kept_logits: torch.Tensor | None = None  # of decode steps with rows that need them after the graph
         self._graphs: Graphs | None = None
-        if self.device.type == "cuda":
-            size = model.get_output_embeddings().weight.shape[1]  # OPT-350M's is not its `hidden_size`
-            self._hidden = torch.zeros((self._most_tokens, size), dtype=model.dtype, device=self.device)
+        self._hidden: torch.Tensor | None = None  # the last hidden states of prefill steps that are graphs
+
+    def rehearse(self, tokens: int) -> torch.Tensor:
+        hidden = super().rehearse(tokens)
+        self._find_place_for_hidden(hidden)
+        return hidden
 
     def allocate(self, pages: int) -> None:
         self._kept_logits, self._graphs = None, Graphs(self.device) if self.device.type == "cuda" else None
@@ -164,11 +167,23 @@ class Runner(Forward):
         def compute() -> None:
             decoding, some = min(size, self.limits.slots), self._query_blocks[:most_blocks]
             layout = self._make_layout(arrays, step.has_adapters, decoding, some)
-            self._hidden[:size] = self._forward(layout, self._find_token_ids(arrays))
+            hidden = self._forward(layout, self._find_token_ids(arrays))
+            self._find_place_for_hidden(hidden)[:size] = hidden
 
         graph = self._graphs.find_or_capture(("prefill", size, step.has_adapters), compute, lambda: self._pad(size))
         self._buffers.put(step, buffer_index, size)
         padded = F.pad(blocks, (0, 0, 0, most_blocks - len(blocks)))
         self._query_blocks[:most_blocks] = self._buffers.send(padded)
         graph.replay()
+        assert self._hidden is not None
         return arrays, self._hidden
+
+    def _find_place_for_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The place outside of graphs where the `hidden` states of a step are kept, for as many tokens as any step has.
+
+        It is made in the first call, which is not captured, since a config does not tell the size for every model:
+        OPT-350M's states are smaller than its `hidden_size`.
+        """
+        if self._hidden is None:
+            self._hidden = hidden.new_zeros((self._most_tokens, hidden.shape[1]))
+        return self._hidden
