@@ -13,6 +13,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -165,21 +166,28 @@ def measure_matmul(dtype: torch.dtype) -> MatmulSpeed:
         return apart.submit(_measure, dtype).result()
 
 
-def _measure(dtype: torch.dtype) -> MatmulSpeed:
+@contextmanager
+def use_one_core() -> Iterator[None]:
+    """Has torch compute on one core inside. On many, small tensors make threads wait for each other, and far longer
+    where other processes compute on the same cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.inference_mode():
-            weights = [torch.ones(_COLUMNS, _DEPTH, dtype=dtype) for _ in range(_MATRICES)]
-            many, single = (torch.ones(rows, _DEPTH, dtype=dtype) for rows in (_ROWS, 1))
-            for rows in (many, single):  # the library prepares its kernels at the first call
-                _time(rows, weights[:1])
-            seconds: list[tuple[float, float]] = []
-            start = time.perf_counter()
-            while len(seconds) < _LEAST_ROUNDS or time.perf_counter() - start < _SECONDS:
-                seconds.append((_time(many, weights), _time(single, weights)))
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _measure(dtype: torch.dtype) -> MatmulSpeed:
+    with use_one_core(), torch.inference_mode():
+        weights = [torch.ones(_COLUMNS, _DEPTH, dtype=dtype) for _ in range(_MATRICES)]
+        many, single = (torch.ones(rows, _DEPTH, dtype=dtype) for rows in (_ROWS, 1))
+        for rows in (many, single):  # the library prepares its kernels at the first call
+            _time(rows, weights[:1])
+        seconds: list[tuple[float, float]] = []
+        start = time.perf_counter()
+        while len(seconds) < _LEAST_ROUNDS or time.perf_counter() - start < _SECONDS:
+            seconds.append((_time(many, weights), _time(single, weights)))
     step, row = (min(times) for times in zip(*seconds, strict=True))
     size = _DEPTH * _COLUMNS * _MATRICES
     return MatmulSpeed(2 * _ROWS * size / step, size * dtype.itemsize / row)

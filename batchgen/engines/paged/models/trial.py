@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from batchgen import device
 from batchgen.engine import EngineError
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.cache import make_caches
@@ -91,7 +92,7 @@ def measure_difference(config: Any, seed: int = 0, *, cuts_heads: bool = True) -
     Raises:
         NotCovered: the model asks for something that is known not to be done here.
     """
-    with torch.inference_mode(), torch.random.fork_rng([]):
+    with device.use_one_core(), torch.inference_mode(), torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = _build_small(config, cuts_heads)
         ids = torch.randint(0, model.config.get_text_config().vocab_size, (max(_LENGTHS),))
