@@ -2,7 +2,7 @@
 
 `dense` times the linear layers of `LAYERS`, `experts` a layer's two products of `EXPERTS`, each in all ways; `tiles`
 searches the tiles of our kernels for the layers of MODEL. TOKENS=1,64 and WAYS=fp8,int4 take some of them;
-`humming` is a way where package humming-kernels is installed.
+`humming` and `humming-mxfp4` are ways where package humming-kernels is installed.
 
 Microseconds by replays of a CUDA graph in which each call has weights of its own, at least 256 MB of them, so that they
 are not in the cache; the median of nine. Inputs of 8 bits are rounded beforehand.
@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from batchgen.engines.paged import skinny_gemm
 from batchgen.engines.paged.experts import grouped_gemm, routing
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
-from batchgen.engines.paged.quantised import eight_bits_kernel, four_bits_kernel, products
-from batchgen.engines.paged.quantised.packing import Packed, pack
+from batchgen.engines.paged.quantised import eight_bits_kernel, four_bits_kernel, humming_products, products, programs
+from batchgen.engines.paged.quantised.packed import Packed
+from batchgen.engines.paged.quantised.packing import pack_for_kernels
 from batchgen.engines.paged.quantised.rounding import round_inputs
 from batchgen.models.quantised.weight import QuantisedWeight
 
@@ -76,6 +77,15 @@ def make_weight(kind: str, shape: Sequence[int], group: int = 0) -> QuantisedWei
     return QuantisedWeight("fp8", values, scales, inputs="fp8", inputs_group=group)
 
 
+def make_packed(kind: str, shape: Sequence[int]) -> Packed:
+    """A random weight for the kernels of a format, or for those of humming-kernels."""
+    group = {"int4": fit_group(shape[-1]), "humming": fit_group(shape[-1]), "fp8-blocks": 128}.get(kind, 0)
+    if kind.startswith("humming"):
+        weight = make_weight("mxfp4", shape, 32) if kind == "humming-mxfp4" else make_weight("int4", shape, group)
+        return humming_products.pack(weight, torch.bfloat16)
+    return pack_for_kernels(make_weight(kind.partition("-")[0], shape, 32 if kind == "mxfp4" else group))
+
+
 def fit_group(columns: int) -> int:
     """The group of int4."""
     return next(group for group in (128, 64, 32) if columns % group == 0)
@@ -86,32 +96,19 @@ class Layer:
 
     def __init__(self, kind: str, rows: int, columns: int) -> None:
         self.kind, self.columns = kind, columns
-        size = {"bf16": 2.0, "int4": 0.5, "mxfp4": 0.5, "humming": 0.5}.get(kind, 1.0) * rows * columns
+        size = {"bf16": 2.0, "int4": 0.5, "mxfp4": 0.5, "humming": 0.5, "humming-mxfp4": 0.5}.get(kind, 1.0)
+        size *= rows * columns
         count = 1 if ONLY_COMPILES else max(2, -(-int(FLUSHED) // int(size)))
-        if kind == "humming":
-            self.weights: list[Any] = [make_humming(rows, columns) for _ in range(count)]
-        elif kind == "bf16":
-            self.weights = [torch.randn(rows, columns, device=GPU).bfloat16() for _ in range(count)]
+        if kind == "bf16":
+            self.weights: list[Any] = [torch.randn(rows, columns, device=GPU).bfloat16() for _ in range(count)]
         else:
-            group = {"int4": fit_group(columns), "mxfp4": 32, "fp8-blocks": 128}.get(kind, 0)
-            self.weights = [pack(make_weight(kind.partition("-")[0], (rows, columns), group)) for _ in range(count)]
+            self.weights = [make_packed(kind, (rows, columns)) for _ in range(count)]
 
     def make_inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         inputs = torch.randn(tokens, self.columns, device=GPU).bfloat16()
         if self.kind.startswith("fp8"):
             return round_inputs(inputs, "fp8", 128 if self.kind == "fp8-blocks" else 0)
         return round_inputs(inputs, "int8") if self.kind == "int8" else (inputs, None)
-
-
-def make_humming(rows: int, columns: int) -> Any:
-    """A layer of package humming-kernels, if it is installed, of int4 in groups."""
-    from humming.layer import HummingLayer
-
-    config = {"dtype": "uint4", "group_size": fit_group(columns)}
-    layer = HummingLayer(shape_n=rows, shape_k=columns, weight_config=config, torch_dtype=torch.bfloat16).cuda()
-    layer.load_from_unquantized(torch.randn(rows, columns, device=GPU, dtype=torch.bfloat16))
-    layer.transform()
-    return layer
 
 
 def multiply_whole_numbers(
@@ -134,8 +131,8 @@ def list_ways(kind: str, tokens: int) -> dict[str, Callable[..., Any]]:
         if tokens <= skinny_gemm.TOKENS:
             ways["bf16 ours"] = lambda inputs, _, weight: skinny_gemm.multiply(inputs, weight, None)
         return ways
-    if kind == "humming":
-        return {"humming int4": lambda inputs, _, layer: layer(inputs)}
+    if kind.startswith("humming"):
+        return {kind: lambda inputs, _, weight: humming_products.multiply(inputs, weight, None)}
     if kind in ("int4", "mxfp4"):
         ways = {f"{kind} ours": lambda inputs, _, weight: four_bits_kernel.multiply(inputs, weight, None)}
         if tokens >= 64:
@@ -222,8 +219,7 @@ def time_experts(model: str, kinds: Sequence[str]) -> dict[str, dict[tuple[str, 
             elif kind == "fp8-blocks" and columns % 128:
                 continue
             else:
-                group = {"int4": fit_group(columns), "mxfp4": 32, "fp8-blocks": 128}.get(kind, 0)
-                weight = pack(make_weight(kind.partition("-")[0], (count, rows, columns), group))
+                weight = make_packed(kind, (count, rows, columns))
             for tokens in TOKENS:
                 calls = [make_expert_call(kind, weight, tokens, model, name) for _ in range(8)]
                 found.setdefault(kind, {})[name, tokens] = attempt(kind, lambda calls=calls: measure(calls))
@@ -300,8 +296,7 @@ def call_with_tile(stored: Any, weight: Packed, tile: Any) -> Any:
 def compile_tiles(work: tuple[str, tuple[int, int], list[tuple[int, Any]]]) -> None:
     """Calls each of some tiles once, in a process of its own, so that the main one finds them compiled."""
     kind, (rows, columns), tiles = work
-    group = {"int4": fit_group(columns), "mxfp4": 32, "fp8-blocks": 128}.get(kind, 0)
-    weight = pack(make_weight(kind.partition("-")[0], (rows, columns), group))
+    weight = make_packed(kind, (rows, columns))
     layer = Layer.__new__(Layer)
     layer.kind, layer.columns = kind, columns
     for tokens, tile in tiles:
@@ -364,6 +359,7 @@ def main() -> None:
     kinds = os.environ.get("WAYS", "bf16,fp8,fp8-blocks,int8,int4,mxfp4").split(",")
     started = time.perf_counter()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    programs.prepare(torch.device(GPU, torch.cuda.current_device()))
     for mode in modes:
         for model in models or (EXPERTS if mode == "experts" else LAYERS):
             if mode == "tiles" and model in LAYERS:

@@ -65,7 +65,7 @@ def replace_layers(module: nn.Module) -> None:
             continue
         if type(layer) is nn.Linear and (weight := find_quantised(layer)) is not None:
             layer.__class__ = _QuantisedLinear
-            layer.held = HeldWeight(weight)
+            layer.held = HeldWeight(weight, layer.weight.dtype)
             take_quantised(layer)
         elif isinstance(layer, nn.Linear | Conv1D) and adapters.get_adapters(layer) is not None:
             layer.__class__ = _AdaptedConv1D if isinstance(layer, Conv1D) else _AdaptedLinear
@@ -166,7 +166,7 @@ class _JoinedLinear(nn.Module):
         else:
             for layer in layers:
                 take_quantised(layer)  # their memory is free when this returns
-            self.held = HeldWeight(quantised)
+            self.held = HeldWeight(quantised, layers[0].weight.dtype)
         self.bias: nn.Parameter | None = None
         if any(layer.bias is not None for layer in layers):
             biases = [_find_bias(layer) for layer in layers]

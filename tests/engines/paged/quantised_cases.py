@@ -8,10 +8,11 @@ both by `QuantisedWeight`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -220,7 +221,7 @@ def replays(device: str) -> Iterator[tuple[str, bool]]:
             if scheme.kind == "int4" and scheme.zeros:
                 order = torch.randperm(1280, generator=torch.Generator().manual_seed(1)).int()
                 weight = replace(weight, order=order)
-            held = HeldWeight(weight.to(device))
+            held = HeldWeight(weight.to(device), torch.bfloat16)
             source = torch.Generator().manual_seed(number)
             first, second = (torch.randn(tokens, 1280, generator=source).bfloat16() for _ in range(2))
             given, graph = first.to(device), torch.cuda.CUDAGraph()
@@ -235,5 +236,59 @@ def replays(device: str) -> Iterator[tuple[str, bool]]:
             yield f"replayed {scheme} {tokens}: {error:.1e}", error < TOLERANCES[torch.bfloat16]
 
 
+def library(device: str) -> Iterator[tuple[str, bool]]:
+    """As `dense` and `grouped`, by package humming-kernels where it is installed, in graphs that are replayed."""
+    from batchgen.engines.paged.experts.grouped_gemm import Sorting
+    from batchgen.engines.paged.experts.routing import sort_in_torch
+    from batchgen.engines.paged.quantised import humming_products
+
+    # Of each number of tokens that it has a kernel for, compilers take seconds.
+    fewer = {"_TOKENS": (16, 128, 8192), "_PAIRS": (128, 4096)}
+    with mock.patch.multiple(humming_products, **fewer):
+        for number, scheme in list_schemes() if device == "cuda" and humming_products.is_installed() else ():
+            if scheme.kind not in ("int4", "mxfp4"):
+                continue
+            dtype = torch.float16 if number == 1 else torch.bfloat16
+            for rows, columns in ((512, 1280), (72, 576), (2880, 2880)):
+                weight = make_weight(scheme, rows, columns, number)
+                if not humming_products.covers(weight.to(device), dtype):
+                    continue
+                packed = humming_products.pack(weight.to(device), dtype)
+                bias = torch.randn(rows, generator=torch.Generator().manual_seed(number)).to(dtype)
+                for tokens in (1, 17, 300):
+                    inputs = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+                    out = replay(humming_products.multiply, inputs.to(device), packed, bias.to(device))
+                    error = find_error(out, expect(weight, inputs, bias))
+                    yield f"humming {scheme} {tokens}x{rows}x{columns}: {error:.1e}", error < TOLERANCES[dtype]
+            cases = Case(9, 2, 4, 256, 40), Case(600, 8, 128, 2048, 768), Case(64, 4, 32, 2880, 720)
+            for case in (*cases, Case(40, 4, 12, 128, 40, "others")):
+                weight = make_weight(scheme, case.inner, case.width, number, case.experts)
+                if not humming_products.covers(weight.to(device), dtype):
+                    continue
+                order, _, offsets = sort_in_torch(route(case)[0], case.experts)
+                source = torch.Generator().manual_seed(number)
+                inputs = torch.randn(case.tokens, case.width, generator=source).to(dtype)
+                bias = torch.randn(case.experts, case.inner, generator=source).to(dtype)
+                packed = humming_products.pack(weight.to(device), dtype)
+                moved = Sorting(order.to(device), offsets.to(device), case.top_k)
+                out = replay(humming_products.multiply, inputs.to(device), packed, bias.to(device), moved)
+                expected = _expect_grouped(weight, inputs, bias, Sorting(order, offsets, case.top_k))
+                error = find_error(out[: int(offsets[-1])], expected)
+                yield f"humming {scheme} {case}: {error:.1e}", error < TOLERANCES[dtype]
+
+
+def replay(multiply: Callable[..., torch.Tensor], inputs: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """What a captured product returns when it is replayed twice with `inputs`."""
+    given, graph = torch.zeros_like(inputs), torch.cuda.CUDAGraph()
+    multiply(given, *rest)  # compiles the kernels
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = multiply(given, *rest)
+    given.copy_(inputs)
+    graph.replay()
+    graph.replay()
+    return out
+
+
 if __name__ == "__main__":
-    say_cases(dense, grouped, replays)
+    say_cases(dense, grouped, replays, library)

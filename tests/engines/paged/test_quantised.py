@@ -173,7 +173,7 @@ def test_a_scale_of_inputs_that_is_fixed_is_used() -> None:
     weight = replace(make_weight(Scheme("fp8", inputs="fp8"), 24, 64, 0), inputs_scale=0.25)
     inputs = torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
     inputs[0, 0] = 1000  # more than the largest number with this scale
-    assert find_error(HeldWeight(weight).multiply(inputs, None), expect(weight, inputs, None)) < 1e-5
+    assert find_error(HeldWeight(weight, inputs.dtype).multiply(inputs, None), expect(weight, inputs, None)) < 1e-5
 
 
 def test_what_rows_have_adapters_for_is_added() -> None:
@@ -181,7 +181,7 @@ def test_what_rows_have_adapters_for_is_added() -> None:
     weight = make_weight(Scheme("fp8", inputs="fp8"), 24, 64, 0)
     inputs = torch.randn(7, 64, generator=source)
     down, up = torch.randn(2, 16, 64, generator=source), torch.randn(2, 24, 16, generator=source)
-    held = HeldWeight(weight)
+    held = HeldWeight(weight, torch.float32)
     for number in (0, 2):
         with use_adapter(number):
             out = held.multiply(inputs, None, LayerAdapters(down, up))
@@ -213,7 +213,7 @@ def test_columns_in_another_order_take_their_own_inputs() -> None:
     order = torch.randperm(64, generator=torch.Generator().manual_seed(3)).int()
     weight = replace(weight, order=order)
     inputs = torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
-    assert find_error(HeldWeight(weight).multiply(inputs, None), expect(weight, inputs, None)) < 1e-5
+    assert find_error(HeldWeight(weight, inputs.dtype).multiply(inputs, None), expect(weight, inputs, None)) < 1e-5
 
 
 def test_operators_say_their_shapes_to_the_compiler() -> None:

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
-from batchgen.engines.paged.quantised.packing import BLOCK, PART, Packed
+from batchgen.engines.paged.quantised.packed import Packed
+from batchgen.engines.paged.quantised.packing import BLOCK, PART
 from batchgen.engines.paged.quantised.parts import count_groups, find_group, load_scales, load_words, multiply_half
 from batchgen.engines.paged.quantised.programs import (
     NEIGHBOURS,
@@ -40,12 +41,13 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+# The best of `benchmarks/quantised.py tiles llama-8b` on an H200, by the sum over its layers.
 TILES = (
-    (16, Tile(16, 128, 4, 4, 528)),
+    (16, Tile(16, 128, 4, 3, 264)),
     (32, Tile(32, 64, 4, 4, 528)),
-    (64, Tile(64, 128, 8, 4, 264)),
+    (64, Tile(64, 64, 4, 3, 264)),
 )
-LARGEST = Tile(64, 128, 8, 4)
+LARGEST = Tile(64, 64, 4, 3)
 
 
 def choose_tile(tokens: int, experts: int = 1) -> Tile:

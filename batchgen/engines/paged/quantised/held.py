@@ -9,7 +9,8 @@ from batchgen.engines.paged.adapters import LayerAdapters
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
 from batchgen.engines.paged.experts.interface import HELD, asks_the_interface, name_up
 from batchgen.engines.paged.quantised import products
-from batchgen.engines.paged.quantised.packing import Packed, can_hold, pack
+from batchgen.engines.paged.quantised.packed import Packed
+from batchgen.engines.paged.quantised.packing import can_hold, pack
 from batchgen.engines.paged.quantised.rounding import round_inputs
 from batchgen.models.quantised.places import get_quantised, move_quantised
 from batchgen.models.quantised.weight import QuantisedWeight
@@ -19,6 +20,9 @@ class HeldWeight(nn.Module):
     """A quantised weight of a linear layer, or of a layer's experts, and its products.
 
     Its tensors are buffers, so that the compiler takes layers of the same sizes for the same code.
+
+    Args:
+        dtype: the type that the model computes in.
     """
 
     values: torch.Tensor
@@ -27,9 +31,9 @@ class HeldWeight(nn.Module):
     order: torch.Tensor | None
     inputs_scale: torch.Tensor | None
 
-    def __init__(self, weight: QuantisedWeight) -> None:
+    def __init__(self, weight: QuantisedWeight, dtype: torch.dtype) -> None:
         super().__init__()
-        packed = pack(weight)
+        packed = pack(weight, dtype)
         self._form = packed.form
         self.register_buffer("values", packed.values, persistent=False)
         self.register_buffer("scales", packed.scales, persistent=False)
@@ -93,4 +97,4 @@ def hold_experts(model: nn.Module) -> None:
             if all(get_quantised(module, name) is None or name in held for name in names):
                 take_quantised(module)
                 for name in list(held):
-                    setattr(module, HELD + name, HeldWeight(held.pop(name)))
+                    setattr(module, HELD + name, HeldWeight(held.pop(name), getattr(module, name).dtype))

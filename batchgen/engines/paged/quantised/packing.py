@@ -8,15 +8,12 @@ their rows side by side.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
+from batchgen.engines.paged.quantised import humming_products
+from batchgen.engines.paged.quantised.packed import PLAIN, Packed
 from batchgen.models.quantised.weight import QuantisedWeight
-
-PLAIN = "plain "
-"""Begins the form of a weight whose tensors are those of its QuantisedWeight: on a CPU."""
 
 FP8_SINCE = (8, 9)
 """Compute capability of the first GPUs that know floats of 8 bits."""
@@ -32,22 +29,18 @@ MOST_EXPONENT = 128
 """Of the scales of mxfp4, + 127: `nibbles` multiplies by 2^(exponent - 1), which bfloat16 has up to 2^127."""
 
 
-class Packed(NamedTuple):
-    """The tensors that the operators take. `…` is nothing, or the experts."""
-
-    form: str  # the kind of the weight; behind PLAIN, if it is not packed
-    values: torch.Tensor  # 8 bits: […, rows, columns]; 4 bits: […, blocks, rows, PART], int32
-    scales: torch.Tensor  # […, groups, rows]: float32, float16 or bfloat16; of mxfp4, see `pack_exponents`
-    zeros: torch.Tensor | None  # […, groups, rows], int32: what the compiler reads ahead has four bytes
-
-
-def pack(weight: QuantisedWeight) -> Packed:
+def pack(weight: QuantisedWeight, dtype: torch.dtype) -> Packed:
     """Returns the tensors of a weight for the operators, on its device; a weight on a CPU stays as it is.
 
     Its `order` is not considered: the inputs have to be in it.
+
+    Args:
+        dtype: the type of the inputs, before they are rounded.
     """
     if weight.values.device.type != "cuda":
         return Packed(PLAIN + weight.kind, weight.values, weight.scales, weight.zeros)
+    if humming_products.covers(weight, dtype):
+        return humming_products.pack(weight, dtype)
     from batchgen.engines.paged.quantised import programs  # Triton comes with a torch for GPUs alone
 
     programs.prepare(weight.values.device)
@@ -63,7 +56,7 @@ def can_hold(weight: QuantisedWeight, dtype: torch.dtype) -> bool:
     if device.type != "cuda":
         return True
     has_type = weight.kind != "fp8" or torch.cuda.get_device_capability(device) >= FP8_SINCE
-    return has_type and dtype.itemsize == 2 and covers(weight)
+    return has_type and dtype.itemsize == 2 and (covers(weight) or humming_products.covers(weight, dtype))
 
 
 def covers(weight: QuantisedWeight) -> bool:

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from batchgen.engines.paged.quantised.nibbles import prepare_zeros, widen_e2m1, widen_int4, widen_scaled_e2m1
-from batchgen.engines.paged.quantised.packing import BLOCK, PART, Packed
+from batchgen.engines.paged.quantised.packed import Packed
+from batchgen.engines.paged.quantised.packing import BLOCK, PART
 
 
 def count_groups(group: int) -> int:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from batchgen.engines.paged.adapters import LayerAdapters, add_to
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
-from batchgen.engines.paged.quantised.packing import PLAIN, Packed
+from batchgen.engines.paged.quantised import humming_products
+from batchgen.engines.paged.quantised.packed import HUMMING, PLAIN, Packed
 from batchgen.engines.paged.quantised.rounding import widen_inputs
 from batchgen.models.quantised.weight import Kind, QuantisedWeight
 
@@ -106,7 +107,7 @@ def _multiply(inputs: torch.Tensor, input_scales: torch.Tensor | None, *rest: An
     if input_scales is not None:
         input_scales = input_scales.reshape(-1, input_scales.shape[-1])
     output = _multiply_packed(rows, input_scales, weight, bias, dtype)
-    return output.view(*inputs.shape[:-1], values.shape[-2])
+    return output.view(*inputs.shape[:-1], output.shape[-1])
 
 
 def _multiply_packed(
@@ -117,6 +118,8 @@ def _multiply_packed(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """[tokens, rows]: by the kernel that is fastest for so many tokens."""
+    if weight.form.startswith(HUMMING):
+        return humming_products.multiply(inputs, weight, bias)
     from batchgen.engines.paged.quantised import (  # Triton comes with a torch for GPUs alone
         eight_bits_kernel,
         four_bits_kernel,
@@ -188,6 +191,8 @@ def _multiply_grouped(inputs: torch.Tensor, input_scales: torch.Tensor | None, *
     weight, sorting = Packed(form, values, scales, zeros), Sorting(*sorted_pairs)
     if form.startswith(PLAIN):
         return multiply_grouped_in_loop((inputs, input_scales), weight, bias, sorting, dtype)
+    if form.startswith(HUMMING):
+        return humming_products.multiply(inputs, weight, bias, sorting)
     from batchgen.engines.paged.quantised import eight_bits_kernel, four_bits_kernel  # Triton comes with a GPU's torch
 
     if form in ("fp8", "int8"):
@@ -217,18 +222,22 @@ def multiply_grouped_in_loop(
     return output
 
 
+def _count_rows(values: torch.Tensor, form: str) -> int:
+    return humming_products.count_rows(form) if form.startswith(HUMMING) else values.shape[-2]
+
+
 def _make_output(inputs: torch.Tensor, _scales: object, values: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], values.shape[-2]), dtype=rest[4])
+    return inputs.new_empty((*inputs.shape[:-1], _count_rows(values, rest[3])), dtype=rest[4])
 
 
 def _make_adapted_output(
-    inputs: torch.Tensor, _stored: object, _scales: object, values: torch.Tensor, *_: object
+    inputs: torch.Tensor, _stored: object, _scales: object, values: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
-    return inputs.new_empty((*inputs.shape[:-1], values.shape[-2]))
+    return inputs.new_empty((*inputs.shape[:-1], _count_rows(values, rest[3])))
 
 
 def _make_grouped_output(inputs: torch.Tensor, _scales: object, values: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return inputs.new_empty((rest[5].shape[0], values.shape[-2]), dtype=rest[4])
+    return inputs.new_empty((rest[5].shape[0], _count_rows(values, rest[3])), dtype=rest[4])
 
 
 _WEIGHT = "Tensor? input_scales, Tensor values, Tensor scales, Tensor? zeros, Tensor? bias, str form"

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from batchgen.engines.paged.quantised.packing import PART, Packed
+from batchgen.engines.paged.quantised.packed import Packed
+from batchgen.engines.paged.quantised.packing import PART
 from batchgen.engines.paged.quantised.parts import count_groups, find_group, load_four_scales
 from batchgen.engines.paged.quantised.parts import widen as widen_half
 from batchgen.engines.paged.quantised.programs import has_sm_90
