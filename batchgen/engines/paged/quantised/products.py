@@ -20,12 +20,12 @@ from batchgen.engines.paged.quantised.rounding import widen_inputs
 from batchgen.models.quantised.weight import Kind, QuantisedWeight
 
 FEW_TOKENS = 256
-"""Most tokens of a product of 8-bit floats by our kernel; more are torch's scaled product. On an H200 28,672 rows of 4,096
-columns take ours 80 us with 256 tokens, and torch's 135; where they meet has not been measured."""
+"""Most tokens of a product of 8-bit floats by our kernel; more are torch's scaled product. On an H200 28,672 rows of
+4,096 columns take ours 80 us with 256 tokens, and torch's 135; where they meet has not been measured."""
 
 MANY_TOKENS = 256
-"""Most tokens of a product that widens weights in registers; for more, they are widened for a product of the library. On
-an H200 the layers of Llama-8B take 353 us with 256 tokens, of 4 bits; where the ways meet has not been measured."""
+"""Most tokens of a product that widens weights in registers; for more, they are widened for a product of the library.
+On an H200 a layer of Llama-8B takes 353 us with 256 tokens, of 4 bits; where the ways meet has not been measured."""
 
 _WIDENED_BYTES = 256 << 20  # at once
 _ROWS_AT_ONCE = 1024  # of a weight that is widened in plain torch
