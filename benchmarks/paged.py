@@ -1,12 +1,14 @@
 """Engine `paged` on one GPU: `python benchmarks/paged.py MODEL JOB…`; random weights made on the spot.
 
 MODEL is a shape (`bloom-7b1`, `llama-8b`, `qwen3-0.6b`); JOB one of `seed:ROWS` (prompts of 8 tokens, 100 new ones),
+`equal:ROWS:PROMPT:NEW` (so many tokens each),
 `mixed` (1,024 prompts of 32 to 512 tokens, 16 to 512 new ones), `mixed4096` (as many of them), `short` (8,192 prompts
 of 16 to 64, 16 to 128 new ones), the last three also with `+` and one of `VARIANTS`; `samples` (eight of each of 128
 prompts) and `shared` (1,024 rows, of which eight each have the same prompt); each is timed three times (RUNS) after a
 warm-up. The last is `check` (tokens and log-probabilities against a float32 model). PROFILE=1 prints the kernels that
 take most time, TRACE=1 the steps. Lengths are those of `batchgen.bench.workloads`, and no row ends before its length.
-FOLDER keeps the model, and DTYPE=fp8 (int8, int4) quantises it while it is loaded.
+FOLDER keeps the model, and DTYPE=fp8 (int8, int4) quantises it while it is loaded; DTYPE=mxfp4 makes files in MXFP4
+of the shape gpt-oss-20b.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the command line does
 
+import mxfp4
 import torch
 
 from batchgen.bench import workloads
@@ -95,6 +98,9 @@ def job(name: str) -> list[Prompt]:
     """The prompts of a job."""
     if name.startswith("seed:"):
         return workloads.mixed(int(name.partition(":")[2]), 32_000, (8, 8), (100, 100))
+    if name.startswith("equal:"):
+        count, prompt, new = map(int, name.split(":")[1:])
+        return workloads.mixed(count, 32_000, (prompt, prompt), (new, new))
     if name in ("samples", "shared"):
         rows = [with_params(prompt, **SAMPLED) for prompt in workloads.mixed(128, 32_000, (32, 512), (16, 512))]
         if name == "samples":
@@ -236,8 +242,11 @@ def main() -> None:
     shape, *jobs = sys.argv[1:]
     started = time.perf_counter()
     # A folder that is named is kept, so that a second run finds its files in the page cache.
-    folder = Path(os.environ.get("FOLDER", tempfile.mkdtemp())) / shape
-    if not folder.exists():
+    dtype = os.environ.get("DTYPE", "bfloat16")
+    folder = Path(os.environ.get("FOLDER", tempfile.mkdtemp())) / (f"{shape}-mxfp4" if dtype == "mxfp4" else shape)
+    if not folder.exists() and dtype == "mxfp4":
+        mxfp4.write(shape, folder)
+    elif not folder.exists():
         shapes.make(shape, torch.bfloat16, folder)
     started = time.perf_counter() if "FOLDER" in os.environ else started
     if any("schemas" in name for name in jobs):
@@ -245,7 +254,8 @@ def main() -> None:
     kind = find(os.environ.get("ENGINE", "paged"))
     settings = os.environ.get("SETTINGS", "").split()
     rows = int(os.environ["ROWS"]) if "ROWS" in os.environ else None
-    setup = Setup(str(folder), os.environ.get("DTYPE", "bfloat16"), rows, from_environment({}), selftest=False)
+    dtype = "bfloat16" if dtype == "mxfp4" else dtype  # its files say how they are quantised
+    setup = Setup(str(folder), dtype, rows, from_environment({}), selftest=False)
     with kind(setup, parse_options(kind, settings)) as engine:
         torch.cuda.synchronize()
         report: dict[str, object] = {"shape": shape, "ready_seconds": round(time.perf_counter() - started, 1)}

@@ -65,7 +65,7 @@ def replace_layers(module: nn.Module) -> None:
             continue
         if type(layer) is nn.Linear and (weight := find_quantised(layer)) is not None:
             layer.__class__ = _QuantisedLinear
-            layer.held = HeldWeight(weight, layer.weight.dtype)
+            layer.held = HeldWeight(weight, layer.weight.dtype, layer.bias)
             take_quantised(layer)
         elif isinstance(layer, nn.Linear | Conv1D) and adapters.get_adapters(layer) is not None:
             layer.__class__ = _AdaptedConv1D if isinstance(layer, Conv1D) else _AdaptedLinear
@@ -159,6 +159,10 @@ class _JoinedLinear(nn.Module):
     def __init__(self, layers: Sequence[nn.Linear], quantised: QuantisedWeight | None) -> None:
         super().__init__()
         self._sizes = [layer.out_features for layer in layers]
+        self.bias: nn.Parameter | None = None
+        if any(layer.bias is not None for layer in layers):
+            biases = [_find_bias(layer) for layer in layers]
+            self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
         self.weight: nn.Parameter | None = None
         self.held: HeldWeight | None = None
         if quantised is None:
@@ -166,11 +170,7 @@ class _JoinedLinear(nn.Module):
         else:
             for layer in layers:
                 take_quantised(layer)  # their memory is free when this returns
-            self.held = HeldWeight(quantised, layers[0].weight.dtype)
-        self.bias: nn.Parameter | None = None
-        if any(layer.bias is not None for layer in layers):
-            biases = [_find_bias(layer) for layer in layers]
-            self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+            self.held = HeldWeight(quantised, layers[0].weight.dtype, self.bias)
         adapters.set_adapters(self, adapters.join([adapters.get_adapters(layer) for layer in layers], self._sizes))
         self.outputs: tuple[torch.Tensor, ...] = ()  # of all the layers, while others are still to be called
 

@@ -23,21 +23,24 @@ class HeldWeight(nn.Module):
 
     Args:
         dtype: the type that the model computes in.
+        bias: the one that every product will be given, if it is known.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    bias: torch.Tensor | None
     order: torch.Tensor | None
     inputs_scale: torch.Tensor | None
 
-    def __init__(self, weight: QuantisedWeight, dtype: torch.dtype) -> None:
+    def __init__(self, weight: QuantisedWeight, dtype: torch.dtype, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        packed = pack(weight, dtype)
+        packed = pack(weight, dtype, bias)
         self._form = packed.form
         self.register_buffer("values", packed.values, persistent=False)
         self.register_buffer("scales", packed.scales, persistent=False)
         self.register_buffer("zeros", packed.zeros, persistent=False)
+        self.register_buffer("bias", packed.bias, persistent=False)
         self.register_buffer("order", weight.order, persistent=False)
         fixed = None
         if weight.inputs_scale is not None:  # a number would be a constant to the compiler
@@ -59,13 +62,14 @@ class HeldWeight(nn.Module):
         self, inputs: torch.Tensor, bias: torch.Tensor | None, adapters: LayerAdapters | None = None
     ) -> torch.Tensor:
         """As `torch.nn.functional.linear`, with what each token's adapter adds."""
-        stored = self._store(inputs)
+        stored, bias = self._store(inputs), bias if self.bias is None else self.bias
         if adapters is None:
             return products.multiply(*stored, self.packed, bias, inputs.dtype)
         return products.multiply_adapted(inputs, stored, self.packed, bias, adapters)
 
     def multiply_grouped(self, inputs: torch.Tensor, bias: torch.Tensor | None, sorting: Sorting) -> torch.Tensor:
         """As `experts.grouped_gemm.multiply`."""
+        bias = bias if self.bias is None else self.bias
         return products.multiply_grouped(self._store(inputs), self.packed, bias, sorting, inputs.dtype)
 
     def _store(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -97,4 +101,5 @@ def hold_experts(model: nn.Module) -> None:
             if all(get_quantised(module, name) is None or name in held for name in names):
                 take_quantised(module)
                 for name in list(held):
-                    setattr(module, HELD + name, HeldWeight(held.pop(name), getattr(module, name).dtype))
+                    bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
+                    setattr(module, HELD + name, HeldWeight(held.pop(name), getattr(module, name).dtype, bias))

@@ -58,10 +58,13 @@ def covers(weight: QuantisedWeight, dtype: torch.dtype) -> bool:
     return is_known and dtype.itemsize == 2 and has_whole_groups and rows % 8 == 0 and columns % 8 == 0
 
 
-def pack(weight: QuantisedWeight, dtype: torch.dtype) -> Packed:
+def pack(weight: QuantisedWeight, dtype: torch.dtype, bias: torch.Tensor | None = None) -> Packed:
     """Returns the tensors of a weight that is covered, and begins to compile its kernels.
 
     Its `order` is not considered: the inputs have to be in it.
+
+    Args:
+        bias: that every product adds, [rows] or [experts, rows]; None: products are given one, or have none.
     """
     from humming.schema import HummingWeightSchema
     from humming.transform import prepare_and_transform_humming_tensors
@@ -82,6 +85,8 @@ def pack(weight: QuantisedWeight, dtype: torch.dtype) -> Packed:
         tensors["zero_point"] = _pack_zeros(weight.zeros)
     elif weight.kind == "int4":  # to a form that costs less to widen, if no number is the least one
         schema, tensors = schema.convert_symmetric_integer_weight(tensors)
+    if bias is not None:
+        tensors["bias"] = bias.to(dtype)
     config, tensors = prepare_and_transform_humming_tensors(
         tensors,
         rows,
@@ -90,13 +95,14 @@ def pack(weight: QuantisedWeight, dtype: torch.dtype) -> Packed:
         num_experts=experts[0] if experts else None,
         pad_n_to_multiple=_ROWS,
         pad_k_to_multiple=_COLUMNS,
+        has_bias=bias is not None,
         torch_dtype=dtype,
         device=weight.values.device,
     )
     assert "weight_scale_2" not in tensors  # of 16-bit inputs it has one alone
     form = HUMMING + config.to_str()
     _find_kernels(form, weight.values.device)
-    return Packed(form, tensors["weight"], tensors["weight_scale"], tensors.get("zero_point"))
+    return Packed(form, tensors["weight"], tensors["weight_scale"], tensors.get("zero_point"), tensors.get("bias"))
 
 
 def _pack_zeros(zeros: torch.Tensor) -> torch.Tensor:
@@ -112,8 +118,14 @@ def _pack_zeros(zeros: torch.Tensor) -> torch.Tensor:
 @cache
 def count_rows(form: str) -> int:
     """The rows of a weight that has this form."""
-    config = json.loads(form.removeprefix(HUMMING))
+    config = _read_config(form)
     return int(config["shape_n"]) - int(config.get("pad_shape_n") or 0)
+
+
+@cache
+def _read_config(form: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(form.removeprefix(HUMMING))
+    return config
 
 
 def multiply(
@@ -122,7 +134,7 @@ def multiply(
     """Multiplies inputs [tokens, columns] by a weight; with `sorting`, the row of each pair by its expert's.
 
     Args:
-        bias: [rows], or [experts, rows].
+        bias: [rows], or [experts, rows]; that of a weight which was packed with one is in the weight's own order.
 
     Returns:
         [tokens, rows], or [pairs, rows], sorted; rows of pairs without an expert are not written.
@@ -134,17 +146,19 @@ def multiply(
     output = torch.empty((len(inputs), count_rows(weight.form)), dtype=inputs.dtype, device=inputs.device)
     if len(inputs) == 0:
         return output
+    is_within = bool(_read_config(weight.form).get("has_bias"))
     ops.launch_kernel(
         configs=_find_kernels(weight.form, inputs.device).result(),
         inputs=inputs.contiguous(),
         weight=weight.values,
         weight_scale=weight.scales,
         zero_point=weight.zeros,
+        bias=bias if is_within else None,
         outputs=output,
         expert_layout=None if sorting is None else sorting.offsets,
         locks=_get_locks(inputs.device),
     )
-    if bias is None:
+    if bias is None or is_within:
         return output
     if sorting is None:
         return output.add_(bias)
@@ -183,7 +197,7 @@ def _compile(form: str, device: torch.device) -> torch.Tensor:
     from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
 
-    config: dict[str, Any] = json.loads(form.removeprefix(HUMMING))
+    config = _read_config(form)
     has_experts = bool(config.get("num_experts"))
     kind = "grouped_contiguous" if has_experts else "dense"
     try:

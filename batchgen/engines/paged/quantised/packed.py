@@ -22,3 +22,4 @@ class Packed(NamedTuple):
     values: torch.Tensor  # 8 bits: […, rows, columns]; 4 bits: […, blocks, rows, PART], int32
     scales: torch.Tensor  # […, groups, rows]: float32, float16 or bfloat16; of mxfp4, see `pack_exponents`
     zeros: torch.Tensor | None  # […, groups, rows], int32: what the compiler reads ahead has four bytes
+    bias: torch.Tensor | None = None  # of the layer, in the order of humming-kernels; None: it is not there yet

@@ -29,18 +29,19 @@ MOST_EXPONENT = 128
 """Of the scales of mxfp4, + 127: `nibbles` multiplies by 2^(exponent - 1), which bfloat16 has up to 2^127."""
 
 
-def pack(weight: QuantisedWeight, dtype: torch.dtype) -> Packed:
+def pack(weight: QuantisedWeight, dtype: torch.dtype, bias: torch.Tensor | None = None) -> Packed:
     """Returns the tensors of a weight for the operators, on its device; a weight on a CPU stays as it is.
 
     Its `order` is not considered: the inputs have to be in it.
 
     Args:
         dtype: the type of the inputs, before they are rounded.
+        bias: that every product adds, [rows] or [experts, rows]; it is part of the result where that is of use.
     """
     if weight.values.device.type != "cuda":
         return Packed(PLAIN + weight.kind, weight.values, weight.scales, weight.zeros)
     if humming_products.covers(weight, dtype):
-        return humming_products.pack(weight, dtype)
+        return humming_products.pack(weight, dtype, bias)
     from batchgen.engines.paged.quantised import programs  # Triton comes with a torch for GPUs alone
 
     programs.prepare(weight.values.device)
