@@ -15,7 +15,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
@@ -54,7 +55,24 @@ def _is_models_best(params: SamplingParams) -> bool:
     return params.temperature == 0 and is_free and not params.edits_logits
 
 
-def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: torch.device) -> torch.Tensor:
+class Compute(Protocol):
+    """A forward of one row alone, without a cache."""
+
+    def __call__(self, ids: torch.Tensor, kept: int) -> torch.Tensor:
+        """Returns the logits at the last `kept` places of `ids` [1, tokens]: [kept, vocabulary]."""
+
+
+def compute_logits(model: Any, ids: torch.Tensor, kept: int) -> torch.Tensor:
+    """Computes as `Compute` says, by the own forward of a model of Transformers."""
+    last = {}
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+        last = {"logits_to_keep": kept}
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **last)
+    logits: torch.Tensor = output.logits[0, -kept:]
+    return logits
+
+
+def logits_of(compute: Compute, prompt: Sequence[int], tokens: Sequence[int], device: torch.device) -> torch.Tensor:
     """Computes, by one forward without a cache, the logits at the places of the first `tokens`.
 
     Returns:
@@ -62,13 +80,8 @@ def logits_of(model: Any, prompt: Sequence[int], tokens: Sequence[int], device: 
     """
     tokens = tokens[:TOKENS]
     whole = torch.tensor([[*prompt, *tokens[:-1]]], device=device)
-    last = {}
-    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-        last = {"logits_to_keep": len(tokens)}
     with torch.inference_mode():
-        output = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False, **last)
-        logits: torch.Tensor = output.logits[0, -len(tokens) :].float()
-    return logits
+        return compute(whole, len(tokens)).float()
 
 
 def rounding_of(
@@ -95,6 +108,7 @@ class SelfTest:
     decode: Callable[[Sequence[int]], str]
     rows: int  # of the batch, or most rows at once
     measures: bool = True  # rounding may be measured: no other rank takes part in a forward without being told
+    compute: Compute | None = None  # None: the model's own forward
 
     def check(self, prompt: Prompt, tokens: Sequence[int]) -> None:
         """Looks at the first `tokens` that `prompt` was given.
@@ -104,8 +118,9 @@ class SelfTest:
             EngineError: its logits are not finite.
         """
         tokens = list(tokens[:TOKENS])
+        compute = self.compute or partial(compute_logits, self.model)
         with torch.inference_mode():
-            logits = logits_of(self.model, prompt.tokens, tokens, self.device)
+            logits = logits_of(compute, prompt.tokens, tokens, self.device)
             if not finite.are_finite(logits.amax(dim=1)).all():
                 raise EngineError(self._describe_not_finite(prompt))
             given = logits.gather(1, torch.tensor(tokens, device=self.device)[:, None]).squeeze(1)

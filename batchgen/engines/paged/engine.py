@@ -257,7 +257,7 @@ class Paged(Engine):
 
     def _make_selftest(self, runner: Runner, leader: Leader | None) -> SelfTest:
         decode, slots = self._tokenizer.decode, runner.limits.slots
-        return SelfTest(self._model, self._device, decode, slots, measures=leader is None)
+        return SelfTest(self._model, self._device, decode, slots, leader is None, runner.compute_alone)
 
     def _drive(self, loop: Loop, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         """Submits prompts to the loop, and yields what has finished about once a second."""

@@ -190,6 +190,15 @@ class Forward:
         with lay_out(layout):
             return self._patched.compute_hidden(ids, layout.positions)
 
+    def compute_alone(self, ids: torch.Tensor, kept: int) -> torch.Tensor:
+        """Computes the logits at the last places of one sequence without pages, as `selftest.Compute` says.
+
+        The layers get what they get in a step, so that the compiler has nothing to compile for it; the model's own
+        forward gives those of a mixture more arguments.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self._compute_logits(self._patched.compute_hidden(ids[0], positions)[-kept:])
+
     def _choose_splits(self, decoding: int, longest: int) -> int:
         """Programs for each decoding sequence and head: a power of two that keeps the GPU busy with few sequences."""
         wanted = min(_MOST_SPLITS, _PROGRAMS // max(1, decoding * self._heads), longest // _SPLIT_TOKENS)

@@ -131,4 +131,4 @@ class Follower:
     def _take_part_in_self_test(self, numbers: NDArray[np.int64]) -> None:
         prompt, tokens = np.split(numbers[2:], [numbers[1]])
         with use_adapter(int(numbers[0])), round_as_cache(self._runner.limits.kv_dtype):
-            selftest.logits_of(self._runner.model, prompt.tolist(), tokens.tolist(), device=self._runner.device)
+            selftest.logits_of(self._runner.compute_alone, prompt.tolist(), tokens.tolist(), self._runner.device)

@@ -77,6 +77,7 @@ def test_the_loaded_model_finds_its_layers_compiled(tmp_path: Path, family: str)
         for tokens in (99, 192, 7):
             forward.rehearse(tokens)
         forward.rehearse_decoding(8)
+        forward.compute_alone(torch.zeros((1, 23), dtype=torch.long), 5)  # as the self-test does
     assert count_graphs() == COMPILED[family]
 
 
