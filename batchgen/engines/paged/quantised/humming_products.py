@@ -11,6 +11,8 @@ On an H200 its products take as long as those in 16 bits from some 256 tokens on
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -19,10 +21,11 @@ from typing import Any
 
 import torch
 
-from batchgen.engine import EngineError
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
 from batchgen.engines.paged.quantised.packed import HUMMING, Packed
-from batchgen.models.quantised.weight import QuantisedWeight
+from batchgen.models.quantised.weight import ZERO_OF_INT4, QuantisedWeight
+
+logger = logging.getLogger(__name__)
 
 # The most tokens that a kernel is chosen for, by the package's own rules; from the last one on it is the last kernel.
 _TOKENS = (8, 16, 32, 48, 64, 96, 112, 128, 160, 192, 224, 256, 384, 512, 1024, 2048, 8192)
@@ -46,10 +49,36 @@ def is_installed() -> bool:
         return False
 
 
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether the package compiles here, tried with a small product; its kernel stays on the disk."""
+    values = torch.zeros((_ROWS, _COLUMNS // 2), dtype=torch.uint8, device=device)
+    weight = QuantisedWeight("int4", values, torch.ones((_ROWS, 1), device=device))
+    try:
+        packed = _transform(weight, torch.bfloat16, None)
+        inputs = torch.ones((_TOKENS[0], _COLUMNS), dtype=torch.bfloat16, device=device)
+        output = _launch(inputs, packed, None, None, _compile(packed.form, device, _TOKENS[:1]))
+        if not bool((output == -ZERO_OF_INT4 * _COLUMNS).all()):
+            raise RuntimeError("a product is wrong")
+    except Exception as error:  # compilers, libraries and headers of the machine
+        first = str(error).strip().splitlines()
+        logger.warning(
+            "package humming-kernels is installed and does not work here (%s: %s): kernels of batchgen's own multiply "
+            "weights of 4 bits, more slowly. The package needs a CUDA compiler; pip install 'humming-kernels[cu13]' "
+            "brings one (cu12, where torch is built for CUDA 12)",
+            type(error).__name__,
+            first[0] if first else "",
+        )
+        return False
+    return True
+
+
 def covers(weight: QuantisedWeight, dtype: torch.dtype) -> bool:
     """Whether the package is installed, and takes a weight where it is, with inputs of `dtype`."""
     device = weight.values.device
     if device.type != "cuda" or not is_installed() or torch.cuda.get_device_capability(device) < _CAPABILITY:
+        return False
+    if not _works(device):
         return False
     rows, columns = weight.shape[-2:]
     group = weight.group
@@ -66,6 +95,12 @@ def pack(weight: QuantisedWeight, dtype: torch.dtype, bias: torch.Tensor | None 
     Args:
         bias: that every product adds, [rows] or [experts, rows]; None: products are given one, or have none.
     """
+    packed = _transform(weight, dtype, bias)
+    _find_kernels(packed.form, weight.values.device)
+    return packed
+
+
+def _transform(weight: QuantisedWeight, dtype: torch.dtype, bias: torch.Tensor | None) -> Packed:
     from humming.schema import HummingWeightSchema
     from humming.transform import prepare_and_transform_humming_tensors
 
@@ -101,7 +136,6 @@ def pack(weight: QuantisedWeight, dtype: torch.dtype, bias: torch.Tensor | None 
     )
     assert "weight_scale_2" not in tensors  # of 16-bit inputs it has one alone
     form = HUMMING + config.to_str()
-    _find_kernels(form, weight.values.device)
     return Packed(form, tensors["weight"], tensors["weight_scale"], tensors.get("zero_point"), tensors.get("bias"))
 
 
@@ -139,32 +173,40 @@ def multiply(
     Returns:
         [tokens, rows], or [pairs, rows], sorted; rows of pairs without an expert are not written.
     """
-    from humming import ops
-
     if sorting is not None and sorting.top_k:
         inputs = inputs[sorting.order // sorting.top_k]
-    output = torch.empty((len(inputs), count_rows(weight.form)), dtype=inputs.dtype, device=inputs.device)
     if len(inputs) == 0:
-        return output
-    is_within = bool(_read_config(weight.form).get("has_bias"))
-    ops.launch_kernel(
-        configs=_find_kernels(weight.form, inputs.device).result(),
-        inputs=inputs.contiguous(),
-        weight=weight.values,
-        weight_scale=weight.scales,
-        zero_point=weight.zeros,
-        bias=bias if is_within else None,
-        outputs=output,
-        expert_layout=None if sorting is None else sorting.offsets,
-        locks=_get_locks(inputs.device),
-    )
-    if bias is None or is_within:
+        return inputs.new_empty((0, count_rows(weight.form)))
+    has_bias = bool(_read_config(weight.form).get("has_bias"))
+    kernels = _find_kernels(weight.form, inputs.device).result()
+    output = _launch(inputs, weight, bias if has_bias else None, sorting, kernels)
+    if bias is None or has_bias:
         return output
     if sorting is None:
         return output.add_(bias)
     places = torch.arange(len(output), device=output.device, dtype=sorting.offsets.dtype)
     expert = torch.searchsorted(sorting.offsets[1:], places, right=True).clamp(max=len(bias) - 1)
     return output.add_(bias[expert])
+
+
+def _launch(
+    inputs: torch.Tensor, weight: Packed, bias: torch.Tensor | None, sorting: Sorting | None, kernels: torch.Tensor
+) -> torch.Tensor:
+    from humming import ops
+
+    output = torch.empty((len(inputs), count_rows(weight.form)), dtype=inputs.dtype, device=inputs.device)
+    ops.launch_kernel(
+        configs=kernels,
+        inputs=inputs.contiguous(),
+        weight=weight.values,
+        weight_scale=weight.scales,
+        zero_point=weight.zeros,
+        bias=bias,
+        outputs=output,
+        expert_layout=None if sorting is None else sorting.offsets,
+        locks=_get_locks(inputs.device),
+    )
+    return output
 
 
 def _get_locks(device: torch.device) -> torch.Tensor:
@@ -178,7 +220,8 @@ def _find_kernels(form: str, device: torch.device) -> Future[torch.Tensor]:
     key = form, device
     if key not in _kernels:
         _get_locks(device)  # ahead of the first capture of a graph
-        _kernels[key] = _start_compilers().submit(_compile, form, device)
+        most = _PAIRS if _read_config(form).get("num_experts") else _TOKENS
+        _kernels[key] = _start_compilers().submit(_compile, form, device, most)
     return _kernels[key]
 
 
@@ -188,36 +231,22 @@ def _start_compilers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, thread_name_prefix="humming")
 
 
-def _compile(form: str, device: torch.device) -> torch.Tensor:
-    """Compiles the kernels of a form.
-
-    Raises:
-        EngineError: that fails.
-    """
+def _compile(form: str, device: torch.device, most: Sequence[int]) -> torch.Tensor:
+    """Compiles the kernels of a form, each for at most so many tokens or pairs."""
     from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
 
     config = _read_config(form)
-    has_experts = bool(config.get("num_experts"))
-    kind = "grouped_contiguous" if has_experts else "dense"
-    try:
-        chosen: list[list[Any]] = []
-        for least, most in pairwise((0, *(_PAIRS if has_experts else _TOKENS))):
-            tuning = get_heuristics_config(config, most, gemm_type=kind, device=device)
-            if chosen and chosen[-1][2] == tuning:
-                chosen[-1][1] = most
-            else:
-                chosen.append([least, most, tuning])
-        chosen[-1][1] = 1 << 30
-        kernels: torch.Tensor = HummingKernel.prepare_kernels(
-            config, json.dumps({"gemm_type": kind}), json.dumps(chosen), device
-        )
-    except Exception as error:  # compilers, libraries and headers of the machine
-        first = str(error).strip().splitlines()
-        raise EngineError(
-            "package humming-kernels cannot compile its kernels here "
-            f"({type(error).__name__}: {first[0] if first else ''}): it needs a CUDA compiler, which "
-            "`pip install 'humming-kernels[cu13]'` (or cu12, as torch's own CUDA is) installs; without the package "
-            "batchgen takes kernels of its own"
-        ) from error
+    kind = "grouped_contiguous" if config.get("num_experts") else "dense"
+    chosen: list[list[Any]] = []
+    for begin, end in pairwise((0, *most)):
+        tuning = get_heuristics_config(config, end, gemm_type=kind, device=device)
+        if chosen and chosen[-1][2] == tuning:
+            chosen[-1][1] = end
+        else:
+            chosen.append([begin, end, tuning])
+    chosen[-1][1] = 1 << 30
+    kernels: torch.Tensor = HummingKernel.prepare_kernels(
+        config, json.dumps({"gemm_type": kind}), json.dumps(chosen), device
+    )
     return kernels
