@@ -72,6 +72,7 @@ def plan_rounding(
         paths = [path for *_, path in places]
         if all(path in by_path and not kept(path) for path in paths):
             chosen[key] = by_path[paths[0]]
+    chosen = {key: place for key, place in chosen.items() if place.numel}  # a rank may have no row of a small matrix
     if not chosen:
         raise EngineError(
             f"--dtype {scheme.kind} rounds the weights of linear layers, and models of type {model.config.model_type} "
