@@ -21,9 +21,15 @@ from tests.models.quantised.test_rounding import equal
 from tests.tensor_parallel import test_texts
 
 CPU = torch.device("cpu")
+REFUSED = {
+    "gpt2": r"\S+\.c_attn\.weight as \[inputs, outputs\]",
+    "gpt_oss": r"all experts of a layer in one tensor, \S+\.experts\.gate_up_proj",
+    "granitemoe": r"all experts of a layer in one tensor, \S+\.input_linear\.weight",
+}
 BUILDS: dict[str, dict[str, Any]] = {
     "cohere2": {},
     "deepseek_v2": {"kv_lora_rank": 32},
+    "falcon": {},
     "mixtral": {},
     "phi3": {},
     "qwen2_moe": {},
@@ -124,9 +130,10 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         write(out, tmp_path / "twice", "fp8")
     with pytest.raises(EngineError, match="groups of 128 columns do not divide the 64 columns"):
         write(folders["phi3"], tmp_path / "groups", "int4", 128)
-    odd = models.save(tmp_path / "odd", partial(test_texts.build, name="gpt_oss"))
-    with pytest.raises(EngineError, match=r"type gpt_oss keep \S+experts\.gate_up_proj in a form"):
-        write(odd, tmp_path / "experts", "int8")
+    for name, form in REFUSED.items():
+        odd = models.save(tmp_path / "odd" / name, partial(test_texts.build, name=name))
+        with pytest.raises(EngineError, match=rf"type {name} keep {form}, which .* --dtype int8. rounds it each time"):
+            write(odd, tmp_path / name, "int8")
 
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")

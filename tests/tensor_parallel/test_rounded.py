@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import DbrxConfig, DbrxForCausalLM
+from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
 
 from batchgen.engine import EngineError
 from batchgen.models import loading, random_weights
@@ -131,8 +133,13 @@ def test_what_cannot_be_rounded_is_refused(tmp_path: Path, tiny_llama: Path) -> 
         copy_weights(map_model(str(folder), None), str(folder), CPU, torch.float32, rounding=Scheme("int4"))
     with pytest.raises(EngineError, match=r"groups of 64 columns do not divide the 32 columns.*group_size=N"):
         copy_weights(map_model(str(tiny_llama), None), str(tiny_llama), CPU, torch.float32, rounding=Scheme("int4", 64))
-    with pytest.raises(EngineError, match="--dtype fp8 rounds the weights of linear layers, and models of type llama"):
-        rounded.plan_rounding(map_model(str(tiny_llama), None), Scheme("fp8"), {}, lambda path: False)
+    experts = DbrxFFNConfig(hidden_size=64, ffn_hidden_size=64, moe_num_experts=8)
+    config = DbrxConfig(
+        d_model=64, n_heads=4, n_layers=2, ffn_config=experts, attn_config={"kv_n_heads": 2, "rope_theta": 1e4}
+    )
+    dbrx = models.save(tmp_path / "dbrx", lambda size: DbrxForCausalLM(config))
+    with pytest.raises(EngineError, match=r"--dtype fp8 would round 1\d% of the numbers in the layers of a dbrx model"):
+        copy_weights(map_model(str(dbrx), None), str(dbrx), CPU, torch.float32, rounding=Scheme("fp8"))
 
 
 def test_a_model_without_weights_gets_rounded_random_ones(tiny_llama: Path, tmp_path: Path) -> None:

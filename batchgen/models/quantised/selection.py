@@ -18,8 +18,8 @@ _ROUTER = re.compile(r"(^|\.)(\w+_)?(gate|router)(\.|$)")
 """Modules that choose experts, or say how much of a shared one is added."""
 
 _OTHER_LINEAR = ("Conv1D", "FalconLinear", "LinearLayer", "LinearAllreduce", "fused_LinearLayer")
-"""Classes of layers that compute what `torch.nn.Linear` does: GPT-2's, Falcon's, and a rank's share of one that DeepSpeed
-made. Others that derive from `torch.nn.Linear` may compute something else."""
+"""Classes of layers that compute what `torch.nn.Linear` does: GPT-2's, Falcon's, and a rank's share of one, made by
+DeepSpeed. Others that derive from `torch.nn.Linear` may compute something else."""
 
 _OF_EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 
