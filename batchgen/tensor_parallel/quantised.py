@@ -53,7 +53,7 @@ def find_placeholders(model: nn.Module, folder: str, *, is_rounded: bool) -> Pla
         EngineError: they stand for quantised weights, which are not rounded once more.
     """
     found: Placeholders | None = model.__dict__.get(_PLACE)
-    if found is not None and is_rounded:
+    if found is not None and found.weights and is_rounded:
         raise EngineError(f"the weights in {folder} are quantised as they are; leave out --dtype int8")
     return found
 

@@ -16,7 +16,7 @@ from batchgen.engine import EngineError
 from batchgen.models import ResolvedModel, random_weights, split_folder
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import Report
-from batchgen.models.quantised import get_settings
+from batchgen.models.quantised import get_settings, has_quantised_weights
 from batchgen.models.quantised.compressed_files import make_settings, make_tensors
 from batchgen.models.quantised.places import is_transposed
 from batchgen.models.quantised.rounding import Scheme, round_weight
@@ -62,9 +62,10 @@ def write_quantised(source: ResolvedModel, out: Path, dtype: str, group_size: in
 def _check(source: ResolvedModel, out: Path) -> None:
     if split_folder.read(source.folder) is not None:
         raise EngineError(f"{source.folder} is split by rank; give the model it was made from")
-    if settings := get_settings(read_config(str(source.folder))):
+    config = read_config(str(source.folder))
+    if has_quantised_weights(config):
         raise EngineError(
-            f"the weights in {source.folder} are quantised already ({settings.get('quant_method')}, by "
+            f"the weights in {source.folder} are quantised already ({get_settings(config).get('quant_method')}, by "
             "quantization_config in config.json); give the model in 16 bits"
         )
     if out.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from batchgen.models.quantised.places import get_quantised
 from batchgen.models.quantised.rounding import Scheme
 from batchgen.tensor_parallel import copy_weights, map_model, write_quantised, written_folder
 from tests import tiny_models as models
+from tests.models.quantised.checkpoints import add_cache_scales
 from tests.models.quantised.test_rounding import equal
 from tests.tensor_parallel import test_texts
 
@@ -118,6 +120,19 @@ def test_the_files_are_those_of_compressed_tensors(folders: dict[str, Path], tmp
     assert wide.shape == exact.shape
     assert float((wide - exact).norm() / exact.norm()) < 0.1
     assert f"{layer}" not in tensors
+
+
+def test_settings_of_a_cache_alone_are_no_quantised_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = shutil.copytree(folders["phi3"], tmp_path / "model")
+    add_cache_scales(model)
+    made = [
+        load_file(write(one, tmp_path / one.name / "out", "fp8") / "model.safetensors")
+        for one in (model, folders["phi3"])
+    ]
+    assert made[0].keys() == made[1].keys()
+    assert all(
+        torch.equal(tensor.view(torch.uint8), made[1][name].view(torch.uint8)) for name, tensor in made[0].items()
+    )
 
 
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(

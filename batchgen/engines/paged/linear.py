@@ -62,13 +62,13 @@ def replace_layers(module: nn.Module) -> None:
     these; linear layers of any class whose weights are quantised compute by `HeldWeight`.
     """
     for layer in list(module.modules()):
-        if isinstance(layer, _QuantisedLinear | _QuantisedConv1D):
+        if not isinstance(layer, nn.Linear | Conv1D) or isinstance(layer, _QuantisedLinear | _QuantisedConv1D):
             continue
         if is_linear(layer) and (weight := find_quantised(layer)) is not None:
             layer.__class__ = _QuantisedConv1D if isinstance(layer, Conv1D) else _QuantisedLinear
             layer.held = HeldWeight(weight, layer.weight.dtype)
             take_quantised(layer)
-        elif isinstance(layer, nn.Linear | Conv1D) and adapters.get_adapters(layer) is not None:
+        elif adapters.get_adapters(layer) is not None:
             layer.__class__ = _AdaptedConv1D if isinstance(layer, Conv1D) else _AdaptedLinear
         elif type(layer) is nn.Linear:
             layer.__class__ = _OwnLinear
