@@ -16,6 +16,8 @@ from batchgen.engines import check_dtype, list_settings, parse_options, settings
 from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
 from batchgen.models import split_folder
+from batchgen.models.footprint import AUTO as AUTO_CACHE
+from batchgen.models.footprint import find_cache_format
 from batchgen.packages import is_installed
 from batchgen.planning.work import Work
 
@@ -96,7 +98,7 @@ def choose_fastest(
         )
     candidates = {name: kind for name, kind in kinds.items() if name not in excluded}
     first, kind = next(iter(candidates.items()))
-    if len(candidates) == 1:
+    if len(candidates) == 1 and not _has_groups_to_choose(kind, settings, nodes.ranks):
         return Choice(first, kind, parse_options(kind, settings), f"the only one left ({_grouped(excluded)})")
     search = _Search(kind.tokenizer(str(model)), dtype, settings, list(candidates), nodes)
     best, why = search.best(measure)
@@ -122,6 +124,11 @@ def _why_not(kind: type[Engine], split: str, dtype: str, settings: Sequence[str]
         return f"no dtype {dtype}"
     missing = [name for name in kind.packages(parse_options(kind, settings), dtype) if not is_installed(name)]
     return f"the package {missing[0]} is not installed" if missing else ""
+
+
+def _has_groups_to_choose(kind: type[Engine], settings: Sequence[str], ranks: int) -> bool:
+    """Whether ranks of the engine can share a model in groups of several sizes, and no setting says of which."""
+    return ranks > 1 and kind.group_setting is not None and kind.group_setting not in _names(settings)
 
 
 def _why_not_by_row(kind: type[Engine], by_row: bool) -> str:
@@ -156,7 +163,11 @@ class _Search:
         work = measure(self.tokenizer)
         if not work.lengths:
             work = Work([(1, 1)], 1)
-        model = Model.of(self.tokenizer.config, *self._types())
+        # All engines that are left know all settings that are given; who has none of these names has what is usual.
+        options = parse_options(find_engine(self.engines[0]), self.given)
+        cache = find_cache_format(getattr(options, "kv_dtype", AUTO_CACHE))
+        group_size = getattr(options, "group_size", None) or 0
+        model = Model.of(self.tokenizer.config, *self._types(), group_size=group_size, cache=cache)
         forecasts, note = self._forecasts(model, work, self.nodes.ranks), ""
         if all(forecast.why_not for forecast in forecasts):
             # A row that does not fit is an error row, and no reason to refuse the others.

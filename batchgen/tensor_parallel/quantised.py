@@ -20,6 +20,7 @@ Forget = Callable[[torch.Tensor], None]
 """Lets go of the pages of a view of a file that have been read."""
 
 _PLACE = "batchgen_placeholders"
+_PATHS = "batchgen_placeholder_paths"
 
 
 def map_quantised(folder: str, checkpoint: Checkpoint, attn_implementation: str | None) -> Any:
@@ -36,6 +37,8 @@ def map_quantised(folder: str, checkpoint: Checkpoint, attn_implementation: str 
         model = loading.load(folder, arguments, filled=False, state_dict=state_dict)
     placeholders.check_used(view for parameter in model.parameters() for view in _list_views(parameter))
     model.__dict__[_PLACE] = placeholders  # no module
+    named = model.named_parameters(remove_duplicate=False)
+    model.__dict__[_PATHS] = {path for path, parameter in named if stands_for_quantised(placeholders, parameter)}
     return model
 
 
@@ -50,9 +53,24 @@ def find_placeholders(model: nn.Module, folder: str, *, is_rounded: bool) -> Pla
         EngineError: they stand for quantised weights, which are not rounded once more.
     """
     found: Placeholders | None = model.__dict__.get(_PLACE)
-    if found is not None and is_rounded:
+    if found is not None and found.weights and is_rounded:
         raise EngineError(f"the weights in {folder} are quantised as they are; leave out --dtype int8")
     return found
+
+
+def check_share(model: nn.Module, placeholders: Placeholders) -> None:
+    """Checks that a rank's share of `model` consists of views of its placeholders: a copy of one is zeros.
+
+    Raises:
+        EngineError: it does not.
+    """
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        was_placeholder = path in model.__dict__[_PATHS] and parameter.numel() > 0
+        if was_placeholder and not stands_for_quantised(placeholders, parameter):
+            raise EngineError(
+                f"--tp with these weights: DeepSpeed's AutoTP puts the rows of {path} into another order, which is not "
+                "done to a quantised weight. Leave --tp out, or take the model in another precision"
+            )
 
 
 def takes_quantised(model: Any, module: nn.Module, name: str) -> bool:

@@ -16,8 +16,9 @@ from batchgen.engine import EngineError
 from batchgen.models import ResolvedModel, random_weights, split_folder
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.folder import Report
-from batchgen.models.quantised import get_settings
+from batchgen.models.quantised import get_settings, has_quantised_weights
 from batchgen.models.quantised.compressed_files import make_settings, make_tensors
+from batchgen.models.quantised.places import is_transposed
 from batchgen.models.quantised.rounding import Scheme, round_weight
 from batchgen.tensor_parallel.file_views import find_pieces
 from batchgen.tensor_parallel.mapped_files import MappedFiles
@@ -61,9 +62,10 @@ def write_quantised(source: ResolvedModel, out: Path, dtype: str, group_size: in
 def _check(source: ResolvedModel, out: Path) -> None:
     if split_folder.read(source.folder) is not None:
         raise EngineError(f"{source.folder} is split by rank; give the model it was made from")
-    if settings := get_settings(read_config(str(source.folder))):
+    config = read_config(str(source.folder))
+    if has_quantised_weights(config):
         raise EngineError(
-            f"the weights in {source.folder} are quantised already ({settings.get('quant_method')}, by "
+            f"the weights in {source.folder} are quantised already ({get_settings(config).get('quant_method')}, by "
             "quantization_config in config.json); give the model in 16 bits"
         )
     if out.exists():
@@ -144,18 +146,23 @@ class _Writer:
         """Returns what the files have of a parameter, by the names that they have for it.
 
         Raises:
-            EngineError: it is to be rounded, and is no matrix of a layer there.
+            EngineError: it is to be rounded, and is no matrix [out, in] of a layer there.
         """
         try:
             found: dict[str, torch.Tensor] = revert_weight_conversion(self.model, {path: tensor})
-            why = ""
         except Exception as error:  # each family has conversions of its own, and not all can be undone one by one
-            found, why = {}, f" ({type(error).__name__})"
-        odd = [name for name, part in found.items() if not (name.endswith(".weight") and part.dim() == 2)]
-        if not found or (is_rounded and odd):
-            raise EngineError(
-                f"models of type {self.model.config.model_type} keep {odd[0] if odd else path} in a form that the "
-                f"format compressed-tensors does not have{why}, so that no rounded file of it can be written; "
-                f"`batchgen run --dtype {self.plan.scheme.kind}` rounds it each time it is loaded"
-            )
+            raise self._refuse(f"{path} in a form that cannot be worked out ({type(error).__name__})") from error
+        if is_rounded:
+            odd = next((name for name, part in found.items() if not name.endswith(".weight") or part.dim() != 2), None)
+            if odd is not None:
+                raise self._refuse(f"all experts of a layer in one tensor, {odd}")
+            if tensor.dim() == 2 and is_transposed(self.model.get_submodule(path.rpartition(".")[0])):
+                raise self._refuse(f"{path} as [inputs, outputs]")
         return found
+
+    def _refuse(self, form: str) -> EngineError:
+        return EngineError(
+            f"models of type {self.model.config.model_type} keep {form}, which the format compressed-tensors does not "
+            "have, so that no rounded file of it can be written; "
+            f"`batchgen run --dtype {self.plan.scheme.kind}` rounds it each time it is loaded"
+        )

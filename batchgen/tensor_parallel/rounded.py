@@ -20,6 +20,7 @@ from batchgen.tensor_parallel.file_views import Pieces, find_pieces
 Rounding = Scheme | type[Int8Weight]
 """`Int8Weight`: linear layers and embeddings, for engines that compute with `torch.nn.functional` alone."""
 
+_LEAST_SHARE = 0.5  # of the numbers in a decoder's layers: with fewer, what was asked for would hardly be had
 _BYTES_AT_ONCE = 1 << 30  # of experts in the type of their files
 
 
@@ -64,7 +65,7 @@ def plan_rounding(
         kept: whether the parameter of a path keeps its type.
 
     Raises:
-        EngineError: nothing would be, or the groups of the scheme do not divide a matrix.
+        EngineError: most would not be, or the groups of the scheme do not divide a matrix.
     """
     by_path = choose_weights(model)
     chosen = {}
@@ -72,10 +73,13 @@ def plan_rounding(
         paths = [path for *_, path in places]
         if all(path in by_path and not kept(path) for path in paths):
             chosen[key] = by_path[paths[0]]
-    if not chosen:
+    chosen = {key: place for key, place in chosen.items() if place.numel}  # a rank may have no row of a small matrix
+    share = sum(place.numel for place in chosen.values()) / max(1, _count_numbers(model, homes))
+    if share < _LEAST_SHARE:
         raise EngineError(
-            f"--dtype {scheme.kind} rounds the weights of linear layers, and models of type {model.config.model_type} "
-            "have none that are known here; use --dtype bfloat16"
+            f"--dtype {scheme.kind} would round {share:.0%} of the numbers in the layers of a "
+            f"{model.config.model_type} model: "
+            "the others are in modules that are not known here as linear layers or experts. Use --dtype bfloat16"
         )
     try:
         fitting = scheme.fit(place.columns for place in chosen.values())
@@ -84,6 +88,15 @@ def plan_rounding(
             f"--dtype int4: {error}. Give --set group_size=N that does (32, 64 or 128), another --tp, or --dtype int8"
         ) from error
     return RoundingPlan(fitting, chosen)
+
+
+def _count_numbers(model: Any, homes: Mapping[int, Collection[tuple[nn.Module, str, str]]]) -> int:
+    """Returns the numbers of the parameters in the layers of the decoder, each once."""
+    inside = {id(parameter): parameter.numel() for parameter in model.get_decoder().parameters()}
+    in_layers = [
+        key for key, places in homes.items() if any(part.isdigit() for *_, path in places for part in path.split("."))
+    ]
+    return sum(inside.get(key, 0) for key in in_layers)
 
 
 def cut_experts(source: nn.Parameter) -> Iterator[torch.Tensor | Pieces]:

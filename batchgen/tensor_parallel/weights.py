@@ -25,6 +25,7 @@ from batchgen.models.quantised.weight import QuantisedWeight
 from batchgen.tensor_parallel.file_views import Pieces, find_pieces, forget_pieces, keep_views
 from batchgen.tensor_parallel.mapped_files import MappedFiles
 from batchgen.tensor_parallel.quantised import (
+    check_share,
     find_placeholders,
     map_quantised,
     read_quantised,
@@ -176,6 +177,7 @@ def _copy_quantised(
         target: where they are computed with, and in which type.
         forget: lets go of the pages of a view of a file.
     """
+    check_share(model, placeholders)
     (homes, sources), (device, dtype) = listed, target
     read = {key: homes.pop(key) for key in list(homes) if stands_for_quantised(placeholders, sources[key])}
 

@@ -108,6 +108,23 @@ def test_settings_leave_the_engines_that_know_them(folders: dict[str, Path]) -> 
         chosen(model, CPU, settings=["tp=2"], dtype="nf4")
 
 
+def test_settings_that_leave_one_engine_leave_its_groups_to_be_chosen(folders: dict[str, Path]) -> None:
+    def find(*settings: str, dtype: str = "auto", card: str = "H100", ranks: int = 8) -> Choice:
+        return chosen(folders["llama-70b"], of(card, ranks), ranks, settings, dtype, lengths=[(1000, 1000)])
+
+    usual, rounded = find("kv_dtype=auto"), find("kv_dtype=fp8")
+    assert "paged does not fit: 141.1 GB of weights" in rounded.why, "the usual tp"
+    assert usual.options.tp == rounded.options.tp == 4
+    slower, faster = (int(one.why.partition(" tokens/s")[0].replace(",", "")) for one in (usual, rounded))
+    assert faster > 1.1 * slower, "twice the rows"
+    assert "165,120 bytes of KV cache for a token" in rounded.why
+    assert "(not asked: no setting kv_dtype: accelerate, ds-inference, ds-zero)" in rounded.why
+    assert "paged does not fit" not in find(dtype="int4", card="A100-40", ranks=4).why
+    narrow = find("group_size=32", dtype="int4", card="A100-40", ranks=4)
+    assert "paged does not fit: 44.8 GB of weights" in narrow.why, "smaller groups have more scales"
+    assert find("kv_dtype=fp8", "tp=8").why.startswith("the only one left (no setting kv_dtype")
+
+
 @pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "paged"), ("int8", "ds-inference")])
 def test_files_that_are_split_by_rank_are_read_by_groups_of_as_many(dtype: str, name: str, tmp_path: Path) -> None:
     folder = shapes.make("bloom-7b1", torch.bfloat16, tmp_path / "model")

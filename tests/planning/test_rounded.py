@@ -21,7 +21,7 @@ from tests import tiny_models as models
 from tests.tensor_parallel import test_texts
 
 
-@pytest.mark.parametrize("name", ["phi3", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["falcon", "gpt2", "gpt_oss", "phi3", "qwen2_moe"])
 def test_bytes_are_those_that_a_loaded_model_holds(name: str, tmp_path: Path) -> None:
     folder = models.save(tmp_path / name, lambda size: test_texts.build(size, name).bfloat16())
     for dtype in ("fp8", "int8", "int4"):

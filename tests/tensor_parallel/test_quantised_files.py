@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,20 @@ from batchgen.models.quantised.places import get_quantised
 from batchgen.models.quantised.rounding import Scheme
 from batchgen.tensor_parallel import copy_weights, map_model, write_quantised, written_folder
 from tests import tiny_models as models
+from tests.models.quantised.checkpoints import add_cache_scales
 from tests.models.quantised.test_rounding import equal
 from tests.tensor_parallel import test_texts
 
 CPU = torch.device("cpu")
+REFUSED = {
+    "gpt2": r"\S+\.c_attn\.weight as \[inputs, outputs\]",
+    "gpt_oss": r"all experts of a layer in one tensor, \S+\.experts\.gate_up_proj",
+    "granitemoe": r"all experts of a layer in one tensor, \S+\.input_linear\.weight",
+}
 BUILDS: dict[str, dict[str, Any]] = {
     "cohere2": {},
     "deepseek_v2": {"kv_lora_rank": 32},
+    "falcon": {},
     "mixtral": {},
     "phi3": {},
     "qwen2_moe": {},
@@ -114,6 +122,19 @@ def test_the_files_are_those_of_compressed_tensors(folders: dict[str, Path], tmp
     assert f"{layer}" not in tensors
 
 
+def test_settings_of_a_cache_alone_are_no_quantised_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = shutil.copytree(folders["phi3"], tmp_path / "model")
+    add_cache_scales(model)
+    made = [
+        load_file(write(one, tmp_path / one.name / "out", "fp8") / "model.safetensors")
+        for one in (model, folders["phi3"])
+    ]
+    assert made[0].keys() == made[1].keys()
+    assert all(
+        torch.equal(tensor.view(torch.uint8), made[1][name].view(torch.uint8)) for name, tensor in made[0].items()
+    )
+
+
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,9 +145,10 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         write(out, tmp_path / "twice", "fp8")
     with pytest.raises(EngineError, match="groups of 128 columns do not divide the 64 columns"):
         write(folders["phi3"], tmp_path / "groups", "int4", 128)
-    odd = models.save(tmp_path / "odd", partial(test_texts.build, name="gpt_oss"))
-    with pytest.raises(EngineError, match=r"type gpt_oss keep \S+experts\.gate_up_proj in a form"):
-        write(odd, tmp_path / "experts", "int8")
+    for name, form in REFUSED.items():
+        odd = models.save(tmp_path / "odd" / name, partial(test_texts.build, name=name))
+        with pytest.raises(EngineError, match=rf"type {name} keep {form}, which .* --dtype int8. rounds it each time"):
+            write(odd, tmp_path / name, "int8")
 
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")

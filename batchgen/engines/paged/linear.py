@@ -19,6 +19,7 @@ from batchgen.engines.paged import adapters
 from batchgen.engines.paged.adapters import LayerAdapters
 from batchgen.engines.paged.quantised.held import HeldWeight, find_quantised, take_quantised
 from batchgen.models.quantised.places import get_quantised
+from batchgen.models.quantised.selection import is_linear
 from batchgen.models.quantised.weight import QuantisedWeight, join_rows
 
 # Warning: `join_layers` and `replace_layers` patch modules that Transformers has made.
@@ -32,8 +33,8 @@ from batchgen.models.quantised.weight import QuantisedWeight, join_rows
 #   result of another call, and the text is wrong: `models.trial` finds it at load.
 # - The weights of the joined layers have other names: the patched model can be neither saved nor loaded into.
 # - `replace_layers` sets `__class__`. It takes plain `nn.Linear` alone, since a subclass has a `forward` of its own,
-#   which would be lost. With adapters it takes Conv1D and subclasses, too: `batchgen.models.lora` refuses at
-#   load those that compute more than a product.
+#   which would be lost. Of quantised weights it takes Conv1D and FalconLinear, too; with adapters Conv1D and all
+#   subclasses: `batchgen.models.lora` refuses at load those that compute more than a product.
 # - Layers may have adapters (`adapters.set_adapters`). What computes with the weight of such a layer without calling
 #   it has no adapter, and the text is wrong: `models.patching` looks at load whether each of them is called.
 
@@ -57,17 +58,17 @@ def join_layers(module: nn.Module, names: Sequence[str]) -> None:
 
 
 def replace_layers(module: nn.Module) -> None:
-    """Makes plain linear layers of `module`, itself included, compute by `multiply` or, where their weights are
-    quantised, by `HeldWeight`, and those with adapters with these.
+    """Makes plain linear layers of `module`, itself included, compute by `multiply`, and those with adapters with
+    these; linear layers of any class whose weights are quantised compute by `HeldWeight`.
     """
     for layer in list(module.modules()):
-        if isinstance(layer, _QuantisedLinear):
+        if not isinstance(layer, nn.Linear | Conv1D) or isinstance(layer, _QuantisedLinear | _QuantisedConv1D):
             continue
-        if type(layer) is nn.Linear and (weight := find_quantised(layer)) is not None:
-            layer.__class__ = _QuantisedLinear
+        if is_linear(layer) and (weight := find_quantised(layer)) is not None:
+            layer.__class__ = _QuantisedConv1D if isinstance(layer, Conv1D) else _QuantisedLinear
             layer.held = HeldWeight(weight, layer.weight.dtype, layer.bias)
             take_quantised(layer)
-        elif isinstance(layer, nn.Linear | Conv1D) and adapters.get_adapters(layer) is not None:
+        elif adapters.get_adapters(layer) is not None:
             layer.__class__ = _AdaptedConv1D if isinstance(layer, Conv1D) else _AdaptedLinear
         elif type(layer) is nn.Linear:
             layer.__class__ = _OwnLinear
@@ -135,6 +136,15 @@ class _QuantisedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.held.multiply(input, self.bias, adapters.get_adapters(self))
+
+
+class _QuantisedConv1D(Conv1D):
+    """Its quantised weight is [columns, depth], as that of any other layer."""
+
+    held: HeldWeight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.held.multiply(inputs, self.bias, adapters.get_adapters(self))
 
 
 class _AdaptedLinear(nn.Linear):

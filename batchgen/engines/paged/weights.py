@@ -11,7 +11,7 @@ from batchgen import tensor_parallel
 from batchgen.engine import EngineError, Setup
 from batchgen.engines.paged import models
 from batchgen.models import loading, random_weights
-from batchgen.models.quantised import find_format, get_settings
+from batchgen.models.quantised import find_format, get_settings, has_quantised_weights
 from batchgen.models.quantised.rounding import DTYPES, GROUP_SIZES, Scheme
 
 __all__ = ["DTYPES", "check_group_size", "choose_dtype", "finish", "load", "make_scheme"]
@@ -41,7 +41,7 @@ def make_scheme(dtype: str, group_size: int | None, config: Any) -> Scheme | Non
     scheme = Scheme.of(dtype, group_size or 0)
     if scheme is None:
         loading.floating_dtype(dtype, config)  # which refuses what this engine does not have
-    elif get_settings(config):
+    elif has_quantised_weights(config):
         method = get_settings(config).get("quant_method")
         raise EngineError(
             f"the weights of this model are quantised already ({method}, by quantization_config in its config.json), "

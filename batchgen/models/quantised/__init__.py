@@ -53,6 +53,17 @@ def find_format(config: Any) -> Format | None:
         refuse(method, f"settings that cannot be understood ({one_line(error)})")
 
 
+def has_quantised_weights(config: Any) -> bool:
+    """Returns whether the checkpoint of a Transformers config holds quantised weights; its settings may be of its KV
+    cache alone.
+
+    Raises:
+        ModelError: as `find_format`.
+    """
+    found = find_format(config)
+    return bool(get_settings(config)) if found is None else found.has_weights
+
+
 def make_plain(config: Any) -> Any:
     """Returns a copy of a Transformers config that says nothing of quantisation."""
     plain = copy.deepcopy(config)

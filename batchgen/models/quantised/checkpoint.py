@@ -24,8 +24,12 @@ Take = Callable[[StoredWeight], torch.Tensor]
 
 _FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BYTES = {torch.float64: 8, torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
-# Scales of keys and values, which a cache of 16 bits needs none of.
-_OF_CACHE = ("k_scale", "v_scale", "q_scale", "prob_output_scale", "k_proj.output_scale", "v_proj.output_scale")
+# How the names of tensors end that belong to a cache of 8 bits, and to attention in 8 bits, by several programs:
+# `--kv-dtype fp8` finds its own scales.
+_OF_CACHE = {
+    *("k_scale", "v_scale", "kv_scale", "q_scale", "output_scale", "prob_output_scale"),
+    *("k_zero_point", "v_zero_point", "q_zero_point", "output_zero_point"),
+}
 
 _one_at_once = threading.Lock()
 
@@ -48,9 +52,9 @@ class Checkpoint:
                 says, or the format has no place for it.
         """
         tensors = list_tensors(weight_files(folder))
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_OF_CACHE)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in _OF_CACHE}
         weights = {weight.name: weight for weight in written.find_weights(tensors)}
-        if not weights:
+        if not weights and written.has_weights:
             raise ModelError(
                 f"the quantization_config in {folder / 'config.json'} says {written.name}, and no tensor in the files "
                 "beside it is of that format; take the config.json that belongs to these weights"

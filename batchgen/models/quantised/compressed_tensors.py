@@ -44,7 +44,9 @@ class CompressedTensors(Format):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> CompressedTensors:
-        """Returns the format that a `quantization_config` describes. Its `kv_cache_scheme` is not looked at.
+        """Returns the format that a `quantization_config` describes.
+
+        What its `kv_cache_scheme` says is not looked at; with that alone, weights are of 16 bits.
 
         Raises:
             ModelError: it has a detail that is not read.
@@ -54,13 +56,17 @@ class CompressedTensors(Format):
             refuse(NAME, f"sparse weights ({sparsity})")
         if (settings.get("transform_config") or {}).get("config_groups"):
             refuse(NAME, "rotations of the activations (transform_config)")
-        groups = settings.get("config_groups")
-        if not isinstance(groups, dict) or not groups:
+        groups = settings.get("config_groups") or {}
+        if not isinstance(groups, dict) or not (groups or settings.get("kv_cache_scheme")):
             refuse(NAME, "no config_groups")
         schemes = [
             (tuple(group.get("targets") or ()), Scheme.of(group, settings.get("format"))) for group in groups.values()
         ]
         return cls(tuple(schemes))
+
+    @property
+    def has_weights(self) -> bool:  # type: ignore[override]
+        return bool(self.schemes)
 
     def find_weights(self, tensors: Mapping[str, StoredTensor]) -> list[StoredWeight]:
         layers = group_by_layer(tensors, self.ends)

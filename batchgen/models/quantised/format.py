@@ -20,6 +20,8 @@ class Format(ABC):
     """As `quant_method` has it."""
     ends: tuple[str, ...]
     """How the names of tensors end that belong to a quantised layer."""
+    has_weights = True
+    """Whether weights are quantised: the settings may be of the cache alone."""
 
     @abstractmethod
     def find_weights(self, tensors: Mapping[str, StoredTensor]) -> list[StoredWeight]:

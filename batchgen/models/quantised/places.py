@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from batchgen.models.quantised.weight import QuantisedWeight
 
@@ -15,10 +16,20 @@ _PLACE = "quantised"
 _PLACE_OF_EXPERTS = "quantised_experts"
 
 
+def is_transposed(module: nn.Module, name: str = "weight") -> bool:
+    """Returns whether the parameter `name` of `module` is […, in, out], and not […, out, in] as a linear layer's is.
+
+    `Conv1D` (GPT-2) and the experts of some families are so.
+    """
+    if name == "weight":
+        return isinstance(module, Conv1D)
+    return bool(getattr(module, "is_transposed", False))
+
+
 def get_quantised(module: nn.Module, name: str = "weight") -> QuantisedWeight | None:
     """Returns the quantised form of the parameter `name` of `module`; None: it is a plain parameter.
 
-    A linear layer has [out, in]; experts have [experts, out, in], whichever way round the family's own module has them.
+    A layer has [out, in]; experts have [experts, out, in], whichever way round the family's own module has them.
     """
     if name == "weight":
         found: QuantisedWeight | None = module.__dict__.get(_PLACE)
@@ -71,7 +82,6 @@ def widen_all(model: nn.Module) -> None:
             place, weight = module._parameters[name], named.pop(name)
             assert place is not None
             wide = weight.widen(place.dtype)
-            # The family's module says whether it holds experts as [experts, in, out].
-            if wide.dim() == 3 and getattr(module, "is_transposed", False):
-                wide = wide.transpose(1, 2).contiguous()
+            if is_transposed(module, name):
+                wide = wide.transpose(-1, -2).contiguous()
             module._parameters[name] = nn.Parameter(wide, requires_grad=False)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from transformers.pytorch_utils import Conv1D
 
 from batchgen.engines.paged.adapters import LayerAdapters, set_adapters
 from batchgen.engines.paged.alone import Alone
@@ -25,7 +26,7 @@ from tests.engines.paged.quantised_cases import SCHEMES, Scheme, expect, find_er
 from tests.kernels import assert_none_wrong
 from tests.sweep.kinds import build
 
-FAMILIES = ("llama", "bloom", "gemma2", "mixtral", "gpt_oss", "nemotron_h")
+FAMILIES = ("llama", "bloom", "falcon", "gemma2", "gpt2", "mixtral", "gpt_oss", "nemotron_h")
 
 
 def quantise(weight: torch.Tensor, kind: Kind = "int4") -> QuantisedWeight:
@@ -44,8 +45,10 @@ def quantise(weight: torch.Tensor, kind: Kind = "int4") -> QuantisedWeight:
 def quantise_model(model: nn.Module, kind: Kind) -> nn.Module:
     """Quantises the linear layers and the experts of a model, but for its head and routers."""
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and "lm_head" not in name:
+        if type(module).__name__ in ("Linear", "FalconLinear") and "lm_head" not in name:
             set_quantised(module, "weight", quantise(module.weight.data, kind))
+        elif isinstance(module, Conv1D):
+            set_quantised(module, "weight", quantise(module.weight.data.T.contiguous(), kind))
         elif hasattr(module, "_apply_gate") and kind == "int4":
             for of in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
                 weight = getattr(module, of).data
@@ -76,6 +79,7 @@ def test_a_patched_model_of_4_bits_computes_what_its_weights_stand_for(family: s
         hidden = patch(model, Alone()).compute_hidden(ids, positions)
         expected = patch(wide, Alone()).compute_hidden(ids, positions)
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(module, HeldWeight) for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
@@ -191,12 +195,21 @@ def test_what_rows_have_adapters_for_is_added() -> None:
         assert find_error(out, expected) < 1e-5
 
 
-def test_layers_of_a_patched_model_keep_their_adapters() -> None:
-    model = quantise_model(build("llama"), "int4")
+ADAPTED = {
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc"),
+    "llama": ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"),
+}
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+def test_layers_of_a_patched_model_keep_their_adapters(family: str) -> None:
+    model = quantise_model(build(family), "int4")
     source = torch.Generator().manual_seed(5)
-    for layer in model.get_decoder().layers:  # type: ignore[operator]
-        for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj):
-            columns, depth = module.weight.shape
+    for name, module in model.named_modules():
+        if name.endswith(ADAPTED[family]):
+            weight = get_quantised(module)
+            assert weight is not None
+            columns, depth = weight.shape
             down, up = torch.randn(1, 16, depth, generator=source), torch.randn(1, columns, 16, generator=source)
             set_adapters(module, LayerAdapters(down, up))
     wide = copy.deepcopy(model)

@@ -22,6 +22,8 @@ from tests.tensor_parallel import test_texts
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 BUILDS = {
+    "falcon": partial(test_texts.build, name="falcon"),
+    "gpt2": partial(test_texts.build, name="gpt2", initializer_range=0.3),
     "llama": partial(models.llama, **WIDE),
     "gpt_oss": partial(test_texts.build, name="gpt_oss"),
     "qwen3_moe": partial(test_texts.build, name="qwen3_moe"),
@@ -32,9 +34,10 @@ def save_rounded(folder: Path, out: Path, group_size: int) -> Path:
     """Writes the model in `folder` with each matrix of its layers rounded to 4 bits, in float32."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for path, parameter in model.named_parameters():
-        if ".layers." not in path or parameter.dim() < 2 or "router" in path or "gate.weight" in path or "bias" in path:
+        is_kept = parameter.dim() < 2 or "router" in path or "gate.weight" in path or "bias" in path
+        if is_kept or not (".layers." in path or ".h." in path):
             continue
-        turned = "gpt_oss" in str(folder) and parameter.dim() == 3
+        turned = folder.name == "gpt2" or (folder.name == "gpt_oss" and parameter.dim() == 3)
         matrix = parameter.data.transpose(-1, -2) if turned else parameter.data
         wide = round_weight(matrix, Scheme("int4", group_size), torch.float32).widen()
         parameter.data = wide.transpose(-1, -2).contiguous() if turned else wide
@@ -85,7 +88,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["falcon", "llama", "qwen3_moe"])
 def test_ranks_that_share_a_model_round_their_shares(name: str, tmp_path: Path) -> None:
     folder = models.save(tmp_path / name, BUILDS[name])
     prompts = rows(tmp_path / "p.jsonl", 12)

@@ -179,6 +179,10 @@ def gptq(group: int, *, less: int, symmetric: bool = False, by_act: bool = False
     return make
 
 
+_OF_CACHE = (
+    *("k_scale", "v_scale", "q_scale", "kv_scale", "k_zero_point", "v_zero_point"),
+    *("k_proj.k_scale", "v_proj.v_scale", "k_proj.output_scale", "v_proj.output_scale"),
+)
 _VALUES_OF_E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 
 
@@ -305,6 +309,21 @@ def write(case: Case, base: Path, quantised: Path, plain: Path, *, rounds: bool 
     write_folder(base, plain, wide, None)
     write_folder(base, quantised, stored, case.settings)
     return layers
+
+
+def add_cache_scales(folder: Path) -> None:
+    """Adds to a checkpoint what several programs write beside it for a cache of 8 bits; a model without settings of
+    quantisation gets those of its cache."""
+    tensors = load_file(folder / "model.safetensors")
+    for layer in {name.partition(".self_attn.")[0] for name in tensors if ".self_attn." in name}:
+        tensors |= {f"{layer}.self_attn.{end}": torch.full((1,), 0.02) for end in _OF_CACHE}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    empty = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "ignore": []}
+    settings = config.get("quantization_config", empty)
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config["quantization_config"] = settings | {"kv_cache_scheme": scheme}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_folder(base: Path, out: Path, tensors: dict[str, Tensor], settings: Mapping[str, Any] | None) -> None:

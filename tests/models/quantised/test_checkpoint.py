@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from batchgen.models import loading
 from batchgen.models.quantised.places import get_quantised, widen_all
 from batchgen.tensor_parallel import copy_weights, map_model, process_group, split, use_plain_layers
 from tests import tiny_models as models
-from tests.models.quantised.checkpoints import CASES, MXFP4, write
+from tests.models.quantised.checkpoints import CASES, MXFP4, add_cache_scales, write
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 48}  # q_proj has 192 rows, o_proj 192 columns
@@ -71,7 +72,6 @@ def test_a_head_is_widened_and_layers_lie_in_several_files(base: Path, tmp_path:
     tensors = load_file(quantised / "model.safetensors")
     del tensors["lm_head.weight"]
     tensors |= {f"lm_head.{end}": tensor.contiguous() for end, tensor in head.items()}
-    tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)  # of a cache of 8 bits
     files = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
     for file in set(files.values()):
         save_file({name: tensors[name] for name in tensors if files[name] == file}, quantised / file)
@@ -85,6 +85,26 @@ def test_a_head_is_widened_and_layers_lie_in_several_files(base: Path, tmp_path:
     widen_all(model)
     expected = load_file(tmp_path / "plain" / "model.safetensors") | {"lm_head.weight": wide}
     assert [name for name in expected if not torch.equal(model.get_parameter(name), expected[name])] == []
+
+
+@pytest.mark.parametrize("name", ["compressed fp8 channels", "compressed int4", "fp8 tensor", ""])
+def test_scales_of_a_cache_are_passed_over(name: str, base: Path, tmp_path: Path) -> None:
+    """ "": weights of 16 bits, whose cache alone is quantised."""
+    quantised, plain = tmp_path / "quantised", tmp_path / "plain"
+    if name:
+        write(CASES[name], base, quantised, plain)
+    else:
+        shutil.copytree(base, quantised)
+        shutil.copytree(base, plain)
+    add_cache_scales(quantised)
+    model = map_model(str(quantised), None)
+    copy_weights(model, str(quantised), CPU, torch.float32)
+    widen_all(model)
+    widened = loading.load(str(quantised), {"dtype": torch.float32})
+    expected = loading.load(str(plain), {"dtype": torch.float32}).state_dict()
+    for found in (model.state_dict(), widened.state_dict()):
+        assert found.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 
 def build_mixtral(vocabulary: int, **settings: Any) -> PreTrainedModel:

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from batchgen.engine import EngineError
-from batchgen.models import loading
+from batchgen.models import loading, resolve
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.int8 import Int8Weight
-from batchgen.tensor_parallel import copy_weights, map_model, process_group, split
+from batchgen.tensor_parallel import copy_weights, map_model, process_group, split, write_quantised
 from tests import tiny_models as models
 from tests.models.quantised.checkpoints import CASES, compressed, write
 from tests.models.quantised.test_checkpoint import SIZES
+from tests.tensor_parallel import test_texts
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
@@ -162,6 +163,20 @@ def test_columns_in_act_order_are_not_cut(written: Callable[[str], Path]) -> Non
         assert group is not None
         split(model, group)
         with pytest.raises(EngineError, match=r"columns 96 to 192.*desc_act.*Leave --tp out"):
+            copy_weights(model, folder, torch.device("cpu"), torch.float32, rounding=None)
+
+
+def test_rows_in_another_order_are_refused(tmp_path: Path) -> None:
+    """A copy of a placeholder has no numbers."""
+    base = models.save(tmp_path / "mpt", lambda size: test_texts.build(size, "mpt"))
+    source = resolve(str(base), base, lambda sentence: None)
+    folder = str(write_quantised(source, tmp_path / "int8", "int8", 0, lambda sentence: None))
+    with process_group.fake_group(1, 2):
+        model = map_model(folder, None)
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        split(model, group)
+        with pytest.raises(EngineError, match=r"rows of \S+\.Wqkv\.weight into another order.*Leave --tp out"):
             copy_weights(model, folder, torch.device("cpu"), torch.float32, rounding=None)
 
 

@@ -14,7 +14,7 @@ from batchgen.engines.accelerate import Accelerate
 from batchgen.engines.paged.engine import Paged
 from batchgen.world import World
 from tests import tiny_models as models
-from tests.models.quantised.checkpoints import CASES, MXFP4, write
+from tests.models.quantised.checkpoints import CASES, MXFP4, add_cache_scales, write
 from tests.models.quantised.test_checkpoint import FAMILIES, SIZES
 
 MODELS: dict[str, tuple[str, Callable[..., PreTrainedModel]]] = {
@@ -34,6 +34,8 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
     base = models.save(folder / "base", build)
     write(CASES.get(name, MXFP4), base, folder / "quantised", folder / "plain")
+    if request.param == "rows":
+        add_cache_scales(folder / "quantised")
     return folder / "quantised", folder / "plain"
 
 
