@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,15 +24,28 @@ extensions.prepare(cache_folder(os.environ), print)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    """Of tests in one process. A worker of pytest-xdist collects too, and leaves the building to who started it."""
+    if not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+        _begin_to_build(session.config, [one.nodeid for one in session.items])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """The same where workers run the tests, which all collect the same ones: of the first of them."""
+    if node.gateway.id == "gw0":
+        _begin_to_build(node.config, ids)
+
+
+def _begin_to_build(config: pytest.Config, tests: Sequence[str]) -> None:
     """Begins to build what the tests of NVMe need minutes of, and only late: beside the others it takes less."""
-    if session.config.option.collectonly or not any("test_ds_zero" in one.nodeid for one in session.items):
+    if not any("test_ds_zero" in name for name in tests):
         return
     # One core, when nobody else wants it.
     command = ["nice", "-n", "19", sys.executable, "-W", "ignore", "-c", _READER]
     environment = {**os.environ, "MAX_JOBS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     quiet = subprocess.DEVNULL
     builder = subprocess.Popen(command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
-    session.config.add_cleanup(lambda: (builder.kill(), builder.wait()))
+    config.add_cleanup(lambda: (builder.kill(), builder.wait()))
 
 
 @pytest.fixture(scope="session")

@@ -298,7 +298,7 @@ with load(Path(sys.argv[1])) as engine:
 def test_nothing_is_written_where_results_go(tiny_llama: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", _QUIET, str(tiny_llama)],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": "."},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

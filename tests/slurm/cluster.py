@@ -6,6 +6,7 @@ is a power cut. Without root both nodes share the host's name. Debian's slurmd m
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontr
 NODES = ("node1", "node2")
 CPUS, GPUS, LARGEST_ARRAY = 32, 4, 8
 # Where nodes have no namespaces, their names shall resolve all the same: ranks meet on the first of them.
-HOSTS, LINE = Path("/etc/hosts"), f"127.0.0.1 {' '.join(NODES)} # batchgen's tests of jobs\n"
+HOSTS, LINE = Path("/etc/hosts"), f"127.0.0.1 {' '.join(NODES)} # batchgen's tests of jobs, in "
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 CONF = """\
@@ -82,6 +83,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder  # a short path: munge's socket may have 108 bytes
+        self._line = f"{LINE}{folder}\n"
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": f"{folder}/slurm.conf"}
         # Jobs inherit it: two ranks' threads on two cores would stand in each other's way.
         self.environment["OMP_NUM_THREADS"] = "1"
@@ -99,7 +101,7 @@ class Cluster:
         self._daemon("munged", "--force", *own, "--num-threads=2")
         self._daemon("slurmctld", "-c")
         if not self.has_namespaces and os.access(HOSTS, os.W_OK):
-            HOSTS.write_text(HOSTS.read_text() + LINE)
+            self._resolve_nodes(True)
         for node in NODES:
             self.power_on(node)
         self.until(lambda: self.nodes("idle") == len(NODES), 60)
@@ -143,6 +145,15 @@ class Cluster:
                 words, env=self.environment, check=True, timeout=60, stdin=subprocess.DEVNULL, stdout=out, stderr=out
             )
 
+    def _resolve_nodes(self, wanted: bool) -> None:
+        """Writes this cluster's line, or removes it; each worker of the tests may have a cluster, and a line."""
+        with HOSTS.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            lines = [line for line in file if line != self._line]
+            file.seek(0)
+            file.writelines([*lines, self._line] if wanted else lines)
+            file.truncate()
+
     def power_on(self, node: str) -> None:
         """Starts a node."""
         if not self.has_namespaces:
@@ -167,8 +178,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Cancels all jobs and ends all daemons."""
-        if LINE in HOSTS.read_text():
-            HOSTS.write_text(HOSTS.read_text().replace(LINE, ""))
+        if self._line in HOSTS.read_text():
+            self._resolve_nodes(False)
         with suppress(subprocess.SubprocessError):
             self.run("scancel", "--full", "-u", str(os.getuid()), check=False)
         for init in self._inits.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 from batchgen.bench import workloads
 from batchgen.engines.paged.layer_groups import ONE_GROUP, LayerGroups
@@ -43,8 +43,9 @@ class Machine:
     def __init__(self, scheduler: Scheduler, ends: Callable[[int], bool] = lambda token: False) -> None:
         self.scheduler, self._groups = scheduler, scheduler._groups
         self._ends = ends
+        self._slots, self._width = scheduler._limits.slots + 1, scheduler._limits.table_width
         self._table: dict[int, int] = {}
-        self._places: dict[tuple[int, int], tuple[int, int]] = {}  # page, place → of which group, and what is there
+        self._pages: dict[int, tuple[int, list[int]]] = {}  # page → of which group, and what is at each of its places
         self.most_used = 0  # pages at once
         self._last: dict[int, int] = {}  # slot → its newest token, as the device knows it
         self._texts: dict[int, list[int]] = {}  # slot → its tokens, as the device knows them
@@ -77,22 +78,13 @@ class Machine:
         self.decoding.append(step.decoding)
         self.computed += len(step.slots)
         tokens = list(zip(step.slots.tolist(), step.positions.tolist(), step.ids.tolist(), strict=True))
-        for slot, position, token in tokens:
-            if token >= 0:  # another sequence may have the slot now, and begin with pages that are there already
-                self._texts[slot] = self._text(step, slot)[: position + 1]
-                self._beginnings[slot] = list(accumulate(self._texts[slot], lambda *both: hash(both), initial=0))
-            else:
-                self._texts[slot].append(self._last[slot])
-                self._beginnings[slot].append(hash((self._beginnings[slot][-1], self._last[slot])))
-            assert len(self._texts[slot]) == position + 1
-            for group in range(self._groups.count):
-                self._places[self._at(group, slot, position)] = group, self._beginnings[slot][-1]
-        for slot, position, _ in tokens:
-            for group in range(self._groups.count):
-                first = max(0, position + 1 - self._groups.window) if group >= self._groups.full else 0
-                for place in range(first, position + 1):
-                    there = self._places[self._at(group, slot, place)]
-                    assert there == (group, self._beginnings[slot][place + 1]), (group, slot, place)
+        computed = []
+        for slot, tokens_of_slot in groupby(tokens, key=lambda each: each[0]):
+            positions, ids = zip(*((position, token) for _, position, token in tokens_of_slot), strict=True)
+            self._extend(step, slot, positions, ids)
+            computed.append((slot, positions))
+        for slot, positions in computed:
+            self._check_what_is_seen(slot, positions)
         scored = [tokens[row][1] + 1 for row in step.prompt_rows.tolist()]
         assert scored == [place for part in step.prompt_parts for place in range(part.begin, part.end)]
         assert [tokens[row][0] for row in step.prompt_rows.tolist()] == [
@@ -110,10 +102,40 @@ class Machine:
         (sequence,) = [each for each in self.scheduler._prefilling + step.sequences if each.slot == slot]
         return sequence.tokens
 
-    def _at(self, group: int, slot: int, position: int) -> tuple[int, int]:
-        limits = self.scheduler._limits
-        row = group * (limits.slots + 1) + slot
-        return self._table[row * limits.table_width + position // PAGE_SIZE], position % PAGE_SIZE
+    def _extend(self, step: Step, slot: int, positions: Sequence[int], ids: Sequence[int]) -> None:
+        """Writes what stands for the beginnings that end at `positions`, which follow one another, to their places."""
+        assert list(positions) == list(range(positions[0], positions[-1] + 1))
+        if ids[0] >= 0:  # another sequence may have the slot now, and begin with pages that are there already
+            self._texts[slot] = self._text(step, slot)[: positions[-1] + 1]
+            self._beginnings[slot] = list(accumulate(self._texts[slot], lambda *both: hash(both), initial=0))
+        else:
+            self._texts[slot].append(self._last[slot])
+            self._beginnings[slot].append(hash((self._beginnings[slot][-1], self._last[slot])))
+        assert len(self._texts[slot]) == positions[-1] + 1
+        for group in range(self._groups.count):
+            for position in positions:
+                page = self._page(group, slot, position // PAGE_SIZE)
+                owner, held = self._pages.get(page, (-1, []))
+                if owner != group:  # the layers of a group overwrite what those of another one had there
+                    owner, held = self._pages[page] = group, [0] * PAGE_SIZE
+                held[position % PAGE_SIZE] = self._beginnings[slot][position + 1]
+
+    def _check_what_is_seen(self, slot: int, positions: Sequence[int]) -> None:
+        """All that the tokens at `positions` look back to is in its place."""
+        for group in range(self._groups.count):
+            place, end = 0, positions[-1] + 1
+            if group >= self._groups.full:
+                place = max(0, positions[0] + 1 - self._groups.window)
+            while place < end:
+                column, within = divmod(place, PAGE_SIZE)
+                count = min(end - place, PAGE_SIZE - within)
+                owner, held = self._pages[self._page(group, slot, column)]
+                expected = self._beginnings[slot][place + 1 : place + 1 + count]
+                assert (owner, held[within : within + count]) == (group, expected), (group, slot, place)
+                place += count
+
+    def _page(self, group: int, slot: int, column: int) -> int:
+        return self._table[(group * self._slots + slot) * self._width + column]
 
     def _check_use(self) -> None:
         """Once a step is planned, sequences have no more pages than the next one sees."""

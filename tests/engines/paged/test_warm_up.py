@@ -127,15 +127,14 @@ def test_an_error_inside_leaves_as_it_is_and_compiles_nothing(tiny_llama: Path) 
 def test_without_room_beside_the_weights_there_is_no_warm_up(tiny_llama: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_llama)
     whole = warm_up._estimate_parameters(config, build_empty(config)) * 2
-    config.num_hidden_layers = 10**9
     chosen: list[int] = []
 
     def choose(parameters: int, free: int) -> StepLimits:
         chosen.append(parameters)
         return fail(free)
 
-    for layers in (10**9, 2):
-        config.num_hidden_layers = layers
+    for width in (10**12, config.intermediate_size):
+        config.intermediate_size = width
         with warm_up.compile_meanwhile(subject(config, choose_limits=choose)):
             pass
     assert [parameters * 2 for parameters in chosen] == [whole]
