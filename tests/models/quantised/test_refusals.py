@@ -90,6 +90,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 Tensors = dict[str, torch.Tensor]
+_FLOATS_OF_8_BITS = torch.ones(192).to(torch.float8_e4m3fn)
 _Q, _DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 
 
@@ -112,6 +113,11 @@ DAMAGES: list[tuple[str, Callable[[Tensors], object], str]] = [
     ("awq", drop(f"{_DOWN}.qzeros"), rf"no file of the model holds {_DOWN}\.qzeros"),
     ("awq", put("model.layers.0.mlp.act.scales", torch.ones(384)), r"outputs of an activation \(model\.layers\.0"),
     ("gptq by act", put(f"{_DOWN}.g_idx", torch.zeros(384).int()), r"down_proj\.g_idx does not give each group 64"),
+    ("gptq by act", drop(f"{_DOWN}.g_idx"), rf"no file of the model holds {_DOWN}\.g_idx"),
+    ("compressed int8", put(f"{_Q}.weight", torch.ones(1, 192, 256).char()), r"\[1, 192, 256\], .*as matrices alone"),
+    ("compressed int8", put(f"{_Q}.weight_scale", torch.ones(192, 1).byte()), "is U8, where .* makes it F32 or BF16"),
+    ("compressed fp8 blocks", put(f"{_Q}.weight", _FLOATS_OF_8_BITS), r"shape \[192\], .*as matrices alone"),
+    ("compressed int4", put(f"{_Q}.weight_shape", torch.tensor([192])), r"weight_shape has the shape \[1\], where"),
     ("gptq", put(f"{_Q}.qweight", torch.ones(3, 192).int()), r"qzeros has the shape \[4, 24\], where .* it \[1, 24\]"),
 ]
 
