@@ -81,10 +81,15 @@ class _Writer:
     kept: set[str] = field(default_factory=set)  # layers that are not rounded, by their names in the files
 
     def check_names(self) -> None:
-        """Raises EngineError if weights have a form in files of this family that compressed-tensors does not have."""
+        """Raises EngineError if weights have a form in files of this family that compressed-tensors does not have, or
+        several of them are one tensor there, which a writer of one after the other cannot make."""
+        homes: dict[str, str] = {}
         for path, parameter in self.model.named_parameters():
-            if id(parameter) in self.plan.chosen:
-                self._rename(path, torch.empty(parameter.shape, device="meta"), is_rounded=True)
+            empty = torch.empty(parameter.shape, device="meta")
+            for name in self._rename(path, empty, is_rounded=id(parameter) in self.plan.chosen):
+                if name in homes:
+                    raise self._refused(f"{homes[name]} and {path} as one tensor, {name}")
+                homes[name] = path
 
     def write(self, folder: Path) -> None:
         """Writes the files, and an index of them if they are several."""
@@ -153,9 +158,12 @@ class _Writer:
             found, why = {}, f" ({type(error).__name__})"
         odd = [name for name, part in found.items() if not (name.endswith(".weight") and part.dim() == 2)]
         if not found or (is_rounded and odd):
-            raise EngineError(
-                f"models of type {self.model.config.model_type} keep {odd[0] if odd else path} in a form that the "
-                f"format compressed-tensors does not have{why}, so that no rounded file of it can be written; "
-                f"`batchgen run --dtype {self.plan.scheme.kind}` rounds it each time it is loaded"
-            )
+            form = f"a form that the format compressed-tensors does not have{why}"
+            raise self._refused(f"{odd[0] if odd else path} in {form}")
         return found
+
+    def _refused(self, what: str) -> EngineError:
+        return EngineError(
+            f"models of type {self.model.config.model_type} keep {what}, so that no rounded file of it can be written; "
+            f"`batchgen run --dtype {self.plan.scheme.kind}` rounds it each time it is loaded"
+        )

@@ -18,6 +18,7 @@ from batchgen.planning import hardware
 from batchgen.planning.speed import Model, Node, Speed
 from batchgen.tensor_parallel import copy_weights, map_model
 from tests import tiny_models as models
+from tests.models.quantised.checkpoints import compressed
 from tests.tensor_parallel import test_texts
 
 
@@ -37,8 +38,10 @@ def test_bytes_are_those_that_a_loaded_model_holds(name: str, tmp_path: Path) ->
         ({"quant_method": "fp8"}, 0.5),
         ({"quant_method": "awq"}, 0.26),
         ({"quant_method": "gptq"}, 0.26),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, 0.26),
-        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, 0.5),
+        (compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"}), 0.26),
+        (compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}), 0.5),
+        (compressed("naive-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}), 0.5),
+        (compressed("mixed-precision", {"num_bits": 4, "strategy": "channel"}, written="pack-quantized"), 0.26),
         ({"quant_method": "unknown"}, 1.0),
     ],
 )

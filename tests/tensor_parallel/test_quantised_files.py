@@ -18,6 +18,7 @@ from batchgen.models.quantised.rounding import Scheme
 from batchgen.tensor_parallel import copy_weights, map_model, write_quantised, written_folder
 from tests import tiny_models as models
 from tests.models.quantised.test_rounding import equal
+from tests.sweep import kinds
 from tests.tensor_parallel import test_texts
 
 CPU = torch.device("cpu")
@@ -127,6 +128,9 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     odd = models.save(tmp_path / "odd", partial(test_texts.build, name="gpt_oss"))
     with pytest.raises(EngineError, match=r"type gpt_oss keep \S+experts\.gate_up_proj in a form"):
         write(odd, tmp_path / "experts", "int8")
+    joined = models.save(tmp_path / "joined", lambda vocabulary: kinds.build("hrm_text"))
+    with pytest.raises(EngineError, match=r"type hrm_text keep \S+_proj.weight and \S+_proj.weight as one tensor"):
+        write(joined, tmp_path / "joined-rounded", "int8")
 
     def fail(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
@@ -134,4 +138,4 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     monkeypatch.setattr(written_folder, "save_file", fail)
     with pytest.raises(EngineError, match=r"cannot write .*full: No space left"):
         write(folders["phi3"], tmp_path / "full", "fp8")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "odd"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "odd", "joined"}
