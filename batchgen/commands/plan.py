@@ -116,7 +116,7 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
 
     from batchgen import models
     from batchgen.models import shapes
-    from batchgen.models.quantised import rounding
+    from batchgen.models.quantised import get_settings, rounding
     from batchgen.planning import forecast, hardware
 
     name = options["model"]
@@ -133,6 +133,11 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     card = hardware.card_of(options["gpu"], options["gpu_memory"])
     node = forecast.Node(card, options["gpus"], None if host is None else int(host * 1e9))
     is_rounded = options["dtype"] in rounding.DTYPES
+    if is_rounded and (settings := get_settings(config)):
+        raise forecast.PlanError(
+            f"the weights of {name} are quantised already ({settings.get('quant_method')}, by quantization_config in "
+            f"its config.json), and are not rounded again: leave --dtype {options['dtype']} out"
+        )
     dtype = torch.bfloat16 if is_rounded else getattr(torch, options["dtype"])
     cache = find_cache_format(options["kv_dtype"])
     model = forecast.Model.of(config, dtype, options["dtype"] if is_rounded else "", cache=cache)
