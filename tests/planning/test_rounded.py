@@ -15,6 +15,7 @@ from batchgen.models import shapes
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.quantised.rounding import Scheme
 from batchgen.planning import hardware
+from batchgen.planning.forecast import Work, forecasts
 from batchgen.planning.speed import Model, Node, Speed
 from batchgen.tensor_parallel import copy_weights, map_model
 from tests import tiny_models as models
@@ -52,6 +53,26 @@ def test_a_quantised_checkpoint_counts_as_it_is(settings: dict[str, Any], share:
     held = Model.of(config, torch.bfloat16).weights.read_bytes
     tables = 2 * 2 * config.vocab_size * config.hidden_size
     assert (held - tables) / (whole - tables) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu", "fit"),
+    [
+        ({"quant_method": "awq"}, "H100", {"paged"}),
+        ({"quant_method": "awq"}, "A100-80", {"paged"}),
+        ({"quant_method": "fp8"}, "H200", {"paged"}),
+        ({"quant_method": "fp8"}, "A100-80", set()),  # which has no floats of 8 bits: `paged` widens them
+    ],
+)
+def test_engines_that_widen_a_quantised_checkpoint_need_its_room(
+    settings: dict[str, Any], gpu: str, fit: set[str]
+) -> None:
+    config = shapes.config_of("llama-70b")
+    config.quantization_config = settings
+    model, node = Model.of(config, torch.bfloat16), Node(hardware.CARDS[gpu], 1, 1 << 40)
+    found = forecasts(model, Work([(100, 100)], 1), node, {}, ("paged", "accelerate", "ds-inference"))
+    assert {one.engine for one in found} == {"paged", "accelerate", "ds-inference"}
+    assert {one.engine for one in found if not one.why_not} == fit
 
 
 def test_bloom_176b_fits_on_one_card_in_4_bits_alone() -> None:
