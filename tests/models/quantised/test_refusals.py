@@ -16,9 +16,11 @@ from batchgen.models import loading
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.int8 import Int8Weight
+from batchgen.models.quantised.mxfp4 import Mxfp4
+from batchgen.models.quantised.stored import list_tensors
 from batchgen.tensor_parallel import copy_weights, map_model, process_group, split
 from tests import tiny_models as models
-from tests.models.quantised.checkpoints import CASES, compressed, write
+from tests.models.quantised.checkpoints import CASES, compressed, mxfp4, write
 from tests.models.quantised.test_checkpoint import SIZES
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
@@ -134,6 +136,26 @@ def test_a_damaged_checkpoint_is_a_sentence(
         loading.load(str(folder), {"dtype": torch.float32})
     with pytest.raises(ModelError, match=sentence):
         read_mapped(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (drop("experts.up_scales"), r"holds experts\.up_blocks, but no file of the model holds experts\.up_scales,"),
+        (drop("experts.up_blocks"), r"holds experts\.up_scales, but no file of the model holds experts\.up_blocks,"),
+        (put("experts.up_blocks", torch.zeros(4, 64, 32).byte()), r"\[4, 64, 32\], where .* make it \[4, 64, 2, 16\]"),
+        (put("experts.up_scales", torch.ones(4, 64, 2)), "up_scales is F32, where .* makes it U8 or F8_E8M0"),
+    ],
+)
+def test_damaged_experts_in_4_bits_are_a_sentence(
+    damage: Callable[[Tensors], object], sentence: str, tmp_path: Path
+) -> None:
+    tensors, _ = mxfp4(4, 64, 64, torch.Generator().manual_seed(5))
+    stored = {f"experts.up_{end}": tensor for end, tensor in tensors.items()}
+    damage(stored)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=sentence):
+        Mxfp4.of({}).find_weights(list_tensors([tmp_path / "model.safetensors"]))
 
 
 def read_mapped(folder: str, rounding: type[Int8Weight] | None = None) -> None:
