@@ -25,6 +25,7 @@ from tests.models.quantised.test_checkpoint import SIZES
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+_IN_GROUPS = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "group", "group_size": 64}
 _GROUP = compressed("pack-quantized", _INT4)
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
@@ -48,6 +49,14 @@ SETTINGS: list[tuple[Mapping[str, Any], str]] = [
     (compressed("float-quantized", _FP8 | {"strategy": "group"}), "strategy 'group'"),
     (compressed("float-quantized", _FP8, {"num_bits": 8, "type": "float", "dynamic": "local"}), "dynamic 'local'"),
     (compressed("float-quantized", _FP8, {"num_bits": 8, "type": "float", "strategy": "token"}), "strategy 'token'"),
+    (
+        compressed("float-quantized", _FP8, _IN_GROUPS),
+        "strategy 'group', 64 columns each, beside weights with other groups",
+    ),
+    (
+        compressed("float-quantized", _FP8 | {"strategy": "block", "block_structure": [128, 128]}, _IN_GROUPS),
+        "strategy 'group', 64 columns each",
+    ),
     (
         compressed("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
         r"zeros \(symmetric false\)",
