@@ -187,6 +187,7 @@ class Engine(ABC):
     """It reads models whose files are split by rank, in these types."""
     takes_adapters: ClassVar[bool] = False
     """Rows may each name one of several adapters."""
+    keeps_quantised: ClassVar[bool] = False  # it computes with weights as they are stored; others widen them
     group_setting: ClassVar[str | None] = None
     """The setting that says how many ranks share a model; None: there is none."""
     dtypes: ClassVar[Sequence[str]] = ("auto", "float32", "bfloat16", "float16")

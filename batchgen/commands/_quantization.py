@@ -65,7 +65,7 @@ def choose_dtype(quantization: str | None, dtype: str, model: str | None) -> str
 def _find_method(model: str | None) -> str:
     """Returns the `quant_method` in the config of a model; "": it has none."""
     from batchgen import models
-    from batchgen.models.definition.files import read_json
+    from batchgen.models.definition.files import find_packing, read_json
     from batchgen.types import UserError
 
     try:
@@ -73,5 +73,5 @@ def _find_method(model: str | None) -> str:
         config = read_json(found.folder / "config.json") or {}
     except UserError as error:
         raise fail(error) from error
-    settings = config.get("quantization_config")
+    settings = find_packing(config)
     return str(settings.get("quant_method", "")) if isinstance(settings, dict) else ""

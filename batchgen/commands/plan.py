@@ -132,12 +132,32 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
     host = options["host_memory"]
     card = hardware.card_of(options["gpu"], options["gpu_memory"])
     node = forecast.Node(card, options["gpus"], None if host is None else int(host * 1e9))
+    _check_types(config, card, options)
     is_rounded = options["dtype"] in rounding.DTYPES
     dtype = torch.bfloat16 if is_rounded else getattr(torch, options["dtype"])
     cache = find_cache_format(options["kv_dtype"])
     model = forecast.Model.of(config, dtype, options["dtype"] if is_rounded else "", cache=cache)
     measured = _measured(options["bench_folder"], options)
     return work, note, forecast.forecasts(model, work, node, measured, _list_engines(options)), node, model
+
+
+def _check_types(config: Any, card: Any, options: Mapping[str, Any]) -> None:
+    """Raises PlanError if the weights or the cache cannot be of the types that the options name: a run would say so."""
+    from batchgen.models.quantised import get_settings, rounding
+    from batchgen.planning import forecast
+
+    dtype, settings = options["dtype"], get_settings(config)
+    if settings and dtype in rounding.DTYPES:
+        raise forecast.PlanError(
+            f"the weights of {options['model']} are quantised already ({settings.get('quant_method')}, by "
+            f"quantization_config in its config.json), and are not rounded again: leave --dtype {dtype} out"
+        )
+    for option, advice in (("dtype", "use int8 or int4"), ("kv_dtype", "leave it out")):
+        if options[option] == "fp8" and not card.fp8:
+            raise forecast.PlanError(
+                f"--{option.replace('_', '-')} fp8 takes a GPU that knows 8-bit floats, as those of 2022 and later do, "
+                f"and this one ({options['gpu'] or 'the known one with the nearest memory'}) does not; {advice}"
+            )
 
 
 def _list_engines(options: Mapping[str, Any]) -> list[str]:

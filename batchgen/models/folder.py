@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from batchgen.models.definition.errors import ModelError
-from batchgen.models.definition.files import DEFINITION, check_file, read_json
+from batchgen.models.definition.files import DEFINITION, check_file, find_packing, read_json
 from batchgen.models.definition.weights import check_weight_file
 
 Report = Callable[[str], None]
@@ -78,7 +78,7 @@ def check_weight_files(folder: Path) -> None:
     files = weight_files(folder)
     _check_metadata(folder)
     for file in files:
-        check_weight_file(file, packed=bool(config.get("quantization_config")))
+        check_weight_file(file, packed=bool(find_packing(config)))
 
 
 def _check_metadata(folder: Path) -> None:

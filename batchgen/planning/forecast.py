@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from batchgen.engine import Pace, Placement
+from batchgen.engine import Engine, Pace, Placement
 from batchgen.engines import find as find_engine
 from batchgen.engines import names as engine_names
 from batchgen.generation import limits
+from batchgen.planning.hardware import Card
 from batchgen.planning.speed import Model, Node, Speed
 from batchgen.planning.work import Work
 from batchgen.types import UserError
@@ -76,13 +77,19 @@ def forecasts(
         kind = find_engine(name)
         # Of a bench that says nothing of groups.
         usual = kind.stream(World(size=node.gpus, local_size=node.gpus), kind.Options()).count
-        for placement in kind.placements(model.config, model.weights, node.gpus):
+        held = model if _keeps(kind, model, node.card) else model.widened
+        for placement in kind.placements(model.config, held.weights, node.gpus):
             system = ":".join([name, *placement.settings])
             short = name if placement.sharing > 1 and placement.streams == usual else system
             # What one rank does over all GPUs is not what a rank on each does.
             step_seconds = (measured.get(system) or measured.get(short) or {}) if placement.ranks == node.gpus else {}
-            results.append(Expected(kind.pace, placement, model, node, step_seconds).forecast(name, work))
+            results.append(Expected(kind.pace, placement, held, node, step_seconds).forecast(name, work))
     return sorted(results, key=lambda forecast: (bool(forecast.why_not), forecast.seconds, -forecast.batch))
+
+
+def _keeps(kind: type[Engine], model: Model, card: Card) -> bool:
+    """Whether an engine holds the weights as they are stored on this card."""
+    return not model.is_quantised or (kind.keeps_quantised and (card.fp8 or model.stored != "fp8"))
 
 
 @dataclass(frozen=True)

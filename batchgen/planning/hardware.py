@@ -32,16 +32,17 @@ class Card:
     gpu_link: float  # bytes/s to another GPU of the host
     measured: bool = False  # else nine tenths of what the maker says
     gpu: bool = True
+    fp8: bool = True  # it has products and conversions of 8-bit floats
 
 
 CARDS: Mapping[str, Card] = {
     "H100": Card(int(80 * _GIB * _FULL), 2.94e12, 760e12, 52e9, 300e9, measured=True),
     "H200": Card(int(141 * 1e9), 4.3e12, 760e12, 52e9, 300e9),
-    "A100-80": Card(int(80 * _GIB * _FULL), 1.8e12, 280e12, 23e9, 200e9),
-    "A100-40": Card(int(40 * _GIB * _FULL), 1.4e12, 280e12, 23e9, 200e9),
-    "A6000": Card(int(48 * _GIB * _FULL), 0.69e12, 140e12, 23e9, 40e9),
+    "A100-80": Card(int(80 * _GIB * _FULL), 1.8e12, 280e12, 23e9, 200e9, fp8=False),
+    "A100-40": Card(int(40 * _GIB * _FULL), 1.4e12, 280e12, 23e9, 200e9, fp8=False),
+    "A6000": Card(int(48 * _GIB * _FULL), 0.69e12, 140e12, 23e9, 40e9, fp8=False),
     "L40S": Card(int(48 * _GIB * _FULL), 0.78e12, 330e12, 23e9, 20e9),
-    "V100": Card(int(32 * _GIB * _FULL), 0.81e12, 112e12, 11e9, 100e9),
+    "V100": Card(int(32 * _GIB * _FULL), 0.81e12, 112e12, 11e9, 100e9, fp8=False),
 }
 
 

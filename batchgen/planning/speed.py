@@ -8,7 +8,7 @@ benchmarks/h100, and hosts of the same kind differ by a factor of 1.5 in Python'
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -66,6 +66,7 @@ class Model:
     weights: Parameters = field(repr=False)  # as they are held
     stored: str = ""  # how their numbers are, as `--dtype` calls it, if they are not of the type computed in
     cache: CacheFormat | None = None  # how its KV cache is kept; None: in the type that is computed in
+    is_quantised: bool = False  # its checkpoint has the weights as `stored`
 
     @classmethod
     def of(
@@ -86,11 +87,15 @@ class Model:
         whole = list_parameters(config, dtype)
         if stored == "nf4":
             return cls(config, dtype, whole, quantization.plan_quantized(whole, 4, _GROUP), stored, cache)
-        kind = find_stored(config)
         scheme = Scheme.of(stored)
-        if scheme is not None:
-            kind = scheme.kind
-        return cls(config, dtype, whole, round_parameters(whole, kind, group_size), kind, cache)
+        kind = find_stored(config) if scheme is None else scheme.kind
+        weights = round_parameters(whole, kind, group_size)
+        return cls(config, dtype, whole, weights, kind, cache, is_quantised=bool(kind) and scheme is None)
+
+    @property
+    def widened(self) -> Model:
+        """The same with weights of the type that is computed in."""
+        return replace(self, weights=self.whole, stored="", is_quantised=False)
 
     def __str__(self) -> str:
         """The model's size in words."""

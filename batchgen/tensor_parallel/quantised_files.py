@@ -27,6 +27,7 @@ from batchgen.tensor_parallel.weights import map_model, plan_of
 from batchgen.tensor_parallel.written_folder import copy_definition, divide, making_folder, save
 
 _CONFIG = "config.json"
+_NO_SUCH_FORM = "which the format compressed-tensors does not have"
 
 
 def write_quantised(source: ResolvedModel, out: Path, dtype: str, group_size: int, report: Report) -> Path:
@@ -83,10 +84,15 @@ class _Writer:
     kept: set[str] = field(default_factory=set)  # layers that are not rounded, by their names in the files
 
     def check_names(self) -> None:
-        """Raises EngineError if weights have a form in files of this family that compressed-tensors does not have."""
+        """Raises EngineError if weights have a form in files of this family that compressed-tensors does not have, or
+        several of them are one tensor there, which a writer of one after the other cannot make."""
+        homes: dict[str, str] = {}
         for path, parameter in self.model.named_parameters():
-            if id(parameter) in self.plan.chosen:
-                self._rename(path, torch.empty(parameter.shape, device="meta"), is_rounded=True)
+            empty = torch.empty(parameter.shape, device="meta")
+            for name in self._rename(path, empty, is_rounded=id(parameter) in self.plan.chosen):
+                if name in homes:
+                    raise self._refuse(f"{homes[name]} and {path} as one tensor, {name}")
+                homes[name] = path
 
     def write(self, folder: Path) -> None:
         """Writes the files, and an index of them if they are several."""
@@ -152,17 +158,18 @@ class _Writer:
             found: dict[str, torch.Tensor] = revert_weight_conversion(self.model, {path: tensor})
         except Exception as error:  # each family has conversions of its own, and not all can be undone one by one
             raise self._refuse(f"{path} in a form that cannot be worked out ({type(error).__name__})") from error
+        if not found:
+            raise self._refuse(f"{path} in a form that cannot be worked out")
         if is_rounded:
             odd = next((name for name, part in found.items() if not name.endswith(".weight") or part.dim() != 2), None)
             if odd is not None:
-                raise self._refuse(f"all experts of a layer in one tensor, {odd}")
+                raise self._refuse(f"all experts of a layer in one tensor, {odd}, {_NO_SUCH_FORM}")
             if tensor.dim() == 2 and is_transposed(self.model.get_submodule(path.rpartition(".")[0])):
-                raise self._refuse(f"{path} as [inputs, outputs]")
+                raise self._refuse(f"{path} as [inputs, outputs], {_NO_SUCH_FORM}")
         return found
 
-    def _refuse(self, form: str) -> EngineError:
+    def _refuse(self, what: str) -> EngineError:
         return EngineError(
-            f"models of type {self.model.config.model_type} keep {form}, which the format compressed-tensors does not "
-            "have, so that no rounded file of it can be written; "
+            f"models of type {self.model.config.model_type} keep {what}, so that no rounded file of it can be written; "
             f"`batchgen run --dtype {self.plan.scheme.kind}` rounds it each time it is loaded"
         )

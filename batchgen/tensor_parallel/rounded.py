@@ -84,8 +84,9 @@ def plan_rounding(
     try:
         fitting = scheme.fit(place.columns for place in chosen.values())
     except ValueError as error:
+        other = "another group size (--set group_size=N; of quantise, --group-size N), " if scheme.group_size else ""
         raise EngineError(
-            f"--dtype int4: {error}. Give --set group_size=N that does (32, 64 or 128), another --tp, or --dtype int8"
+            f"--dtype int4: {error}. Use {other}--dtype int8 or, with --tp, another number of ranks"
         ) from error
     return RoundingPlan(fitting, chosen)
 

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from batchgen.engine import EngineError
+from batchgen.models.definition.errors import one_line
 from batchgen.models.definition.files import DEFINITION
 
 _FILE_BYTES = 2 << 30  # of a file, so that writing one needs no more memory than this
@@ -36,6 +38,8 @@ def making_folder(out: Path) -> Iterator[Path]:
             half.rename(out)
     except OSError as error:
         raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
+    except SafetensorError as error:  # its writer has no other: no space left, say
+        raise EngineError(f"cannot write {out}: {one_line(error)}") from error
 
 
 def copy_definition(source: Path, folder: Path, *, without: str = "") -> None:

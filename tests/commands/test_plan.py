@@ -86,6 +86,27 @@ def test_a_cache_of_8_bits_has_room_for_nearly_twice_the_rows(prompts: Path) -> 
     assert run.make_context("run", words).params["kv_dtype"] == "fp8"
 
 
+def test_quantised_weights_are_not_planned_to_be_rounded_once_more(prompts: Path, tiny_llama: Path) -> None:
+    folder = shutil.copytree(tiny_llama, prompts.parent / "awq")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(main, ["plan", "p.jsonl", "--model", str(folder), "--dtype", "int8"])
+    assert done.exit_code == 4
+    assert "awq are quantised already (awq, by quantization_config" in done.output
+    assert "leave --dtype int8 out" in done.output
+
+
+def test_a_gpu_without_8_bit_floats_is_not_planned_with_them(prompts: Path) -> None:
+    for words in (("--dtype", "fp8"), ("--kv-dtype", "fp8")):
+        done = CliRunner().invoke(main, ["plan", "p.jsonl", "--model", "llama-8b", "--gpu", "A100-80", *words])
+        assert done.exit_code == 4
+        assert f"{' '.join(words)} takes a GPU that knows 8-bit floats" in done.output
+        assert "(A100-80)" in done.output
+    assert plan("--gpu", "A100-80", "--dtype", "int8")
+    assert plan("--gpu", "L40S", "--dtype", "fp8", "--kv-dtype", "fp8")
+
+
 def test_only_steps_of_the_same_cache_are_taken_from_a_bench(prompts: Path) -> None:
     folder = Folder(prompts.parent / "bench")
     folder.check_or_create({"model": "llama-8b", "dtype": "bfloat16"})

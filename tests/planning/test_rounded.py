@@ -15,9 +15,11 @@ from batchgen.models import shapes
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.quantised.rounding import Scheme
 from batchgen.planning import hardware
+from batchgen.planning.forecast import Work, forecasts
 from batchgen.planning.speed import Model, Node, Speed
 from batchgen.tensor_parallel import copy_weights, map_model
 from tests import tiny_models as models
+from tests.models.quantised.checkpoints import compressed
 from tests.tensor_parallel import test_texts
 
 
@@ -37,8 +39,10 @@ def test_bytes_are_those_that_a_loaded_model_holds(name: str, tmp_path: Path) ->
         ({"quant_method": "fp8"}, 0.5),
         ({"quant_method": "awq"}, 0.26),
         ({"quant_method": "gptq"}, 0.26),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, 0.26),
-        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, 0.5),
+        (compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"}), 0.26),
+        (compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}), 0.5),
+        (compressed("naive-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}), 0.5),
+        (compressed("mixed-precision", {"num_bits": 4, "strategy": "channel"}, written="pack-quantized"), 0.26),
         ({"quant_method": "unknown"}, 1.0),
     ],
 )
@@ -49,6 +53,26 @@ def test_a_quantised_checkpoint_counts_as_it_is(settings: dict[str, Any], share:
     held = Model.of(config, torch.bfloat16).weights.read_bytes
     tables = 2 * 2 * config.vocab_size * config.hidden_size
     assert (held - tables) / (whole - tables) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu", "fit"),
+    [
+        ({"quant_method": "awq"}, "H100", {"paged"}),
+        ({"quant_method": "awq"}, "A100-80", {"paged"}),
+        ({"quant_method": "fp8"}, "H200", {"paged"}),
+        ({"quant_method": "fp8"}, "A100-80", set()),  # which has no floats of 8 bits: `paged` widens them
+    ],
+)
+def test_engines_that_widen_a_quantised_checkpoint_need_its_room(
+    settings: dict[str, Any], gpu: str, fit: set[str]
+) -> None:
+    config = shapes.config_of("llama-70b")
+    config.quantization_config = settings
+    model, node = Model.of(config, torch.bfloat16), Node(hardware.CARDS[gpu], 1, 1 << 40)
+    found = forecasts(model, Work([(100, 100)], 1), node, {}, ("paged", "accelerate", "ds-inference"))
+    assert {one.engine for one in found} == {"paged", "accelerate", "ds-inference"}
+    assert {one.engine for one in found if not one.why_not} == fit
 
 
 def test_bloom_176b_fits_on_one_card_in_4_bits_alone() -> None:

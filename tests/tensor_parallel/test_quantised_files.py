@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from batchgen.tensor_parallel import copy_weights, map_model, write_quantised, w
 from tests import tiny_models as models
 from tests.models.quantised.checkpoints import add_cache_scales
 from tests.models.quantised.test_rounding import equal
+from tests.sweep import kinds
 from tests.tensor_parallel import test_texts
 
 CPU = torch.device("cpu")
@@ -135,9 +137,7 @@ def test_settings_of_a_cache_alone_are_no_quantised_weights(folders: dict[str, P
     )
 
 
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
     out = write(folders["phi3"], tmp_path / "out", "fp8")
     with pytest.raises(EngineError, match="out exists"):
         write(folders["phi3"], out, "fp8")
@@ -149,11 +149,15 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         odd = models.save(tmp_path / "odd" / name, partial(test_texts.build, name=name))
         with pytest.raises(EngineError, match=rf"type {name} keep {form}, which .* --dtype int8. rounds it each time"):
             write(odd, tmp_path / name, "int8")
+    joined = models.save(tmp_path / "joined", lambda vocabulary: kinds.build("hrm_text"))
+    with pytest.raises(EngineError, match=r"type hrm_text keep \S+_proj.weight and \S+_proj.weight as one tensor"):
+        write(joined, tmp_path / "joined-rounded", "int8")
 
-    def fail(*arguments: object, **options: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(written_folder, "save_file", fail)
-    with pytest.raises(EngineError, match=r"cannot write .*full: No space left"):
-        write(folders["phi3"], tmp_path / "full", "fp8")
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "odd"}
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, usual[1]))  # as a disk that is full
+    try:
+        with pytest.raises(EngineError, match=r"cannot write .*full: .*File too large"):
+            write(folders["phi3"], tmp_path / "full", "fp8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "odd", "joined"}

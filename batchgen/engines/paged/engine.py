@@ -47,7 +47,7 @@ _YIELD_SECONDS = 1.0
 class Paged(Engine):
     """A whole model a rank, or a group, its rows in flight all the time."""
 
-    serves_cpu = takes_adapters = True
+    serves_cpu = takes_adapters = keeps_quantised = True
     reads_split = ("float32", "bfloat16", "float16")
     group_setting = "tp"
     dtypes = (*Engine.dtypes, *weights.DTYPES)

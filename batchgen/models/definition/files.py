@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from batchgen.models.definition.errors import ModelError
@@ -113,3 +114,13 @@ def check_json(folder: Path, names: tuple[str, ...]) -> None:
                 f"{folder / name} begins with a byte-order mark, which Transformers does not read; save it as UTF-8 "
                 "without one"
             )
+
+
+def find_packing(values: Mapping[str, object]) -> object:
+    """Returns the `quantization_config` in the values of a config.json; None: it has none.
+
+    That of a model which also sees may stand in the config of its language part.
+    """
+    text = values.get("text_config")
+    inside = text.get("quantization_config") if isinstance(text, dict) else None
+    return values.get("quantization_config") or inside

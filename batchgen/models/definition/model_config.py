@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from batchgen.models import architectures
 from batchgen.models.definition.errors import ModelError, refuse_errors
-from batchgen.models.definition.files import check_definition_files, check_json, read_json
+from batchgen.models.definition.files import check_definition_files, check_json, find_packing, read_json
 from batchgen.models.definition.folders import CONFIG, check_model_folder
 from batchgen.models.quantised import find_format
 
@@ -60,11 +60,14 @@ def read_config_file(path: Path, folder: Path | None = None) -> Any:
         ModelError: as `read_config`.
     """
     place = folder or path
-    _check_type(path, read_json(path) or {})
+    values = read_json(path) or {}
+    _check_type(path, values)
     check_json(path.parent, (path.name,))
     with refuse_errors(f"the config of the model in {place} cannot be used"):
         config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         _check_numbers(path, config.get_text_config())
+    if not getattr(config, "quantization_config", None) and (packing := find_packing(values)):
+        config.quantization_config = packing  # where all look for it
     try:
         find_format(config)
     except ModelError as error:
@@ -75,7 +78,7 @@ def read_config_file(path: Path, folder: Path | None = None) -> Any:
 
 def _check_type(path: Path, values: Mapping[str, object]) -> None:
     """Whether Transformers has code of its own for the model, and knows how its weights are packed."""
-    kind, packing = values.get("model_type"), values.get("quantization_config")
+    kind, packing = values.get("model_type"), find_packing(values)
     version = f"Transformers {transformers.__version__}"
     if kind is None:
         raise ModelError(f"{path} names no model_type; take the config.json that belongs to these weights")

@@ -47,7 +47,7 @@ def check_row_adapters(folders: Mapping[str, str], model: Path, tokenizer: Any) 
         ModelError: they cannot; the message names the adapter, and says why and what to do.
     """
     for folder in folders.values():
-        check_adapter(folder, model, tokenizer)
+        check_adapter(folder, model, tokenizer, is_merged=False)
     read_row_adapters(folders, tokenizer.config)
 
 

@@ -14,15 +14,17 @@ from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.files import read_json
 from batchgen.models.lora.adapter import Adapter, describe, read_adapter
 from batchgen.models.lora.places import Places, find_places
+from batchgen.models.quantised import find_format
 
 logger = logging.getLogger(__name__)
 
 
-def check_adapter(name: str, model: Path, tokenizer: Any) -> None:
-    """Checks that the adapter in the folder `name` can be merged into the model in folder `model`.
+def check_adapter(name: str, model: Path, tokenizer: Any, *, is_merged: bool = True) -> None:
+    """Checks that the adapter in the folder `name` fits the model in folder `model`.
 
     Args:
         tokenizer: the model's `HfTokenizer`.
+        is_merged: it is merged into the weights; otherwise rows name it, and its products are computed beside them.
 
     Raises:
         ModelError: it cannot; the message says why, and what to do.
@@ -32,7 +34,7 @@ def check_adapter(name: str, model: Path, tokenizer: Any) -> None:
         raise ModelError(
             f"{model} is split by rank, and an adapter is merged into whole weights; give the model it was made from"
         )
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) and (is_merged or find_format(config) is None):
         raise ModelError(
             f"the weights in {model} are packed (quantization_config in its config.json), and an adapter is merged "
             "into weights that are not; give the model in bfloat16 (--dtype fp8, int8, int4 and nf4 round what was "

@@ -77,7 +77,7 @@ class Scheme:
         block = take_block(NAME, weights, "block_structure") if strategy == "block" else None
         if strategy == "block" and block is None:
             refuse(NAME, "blocks of no size (block_structure)")
-        inputs, is_static = _read_inputs(settings.get("input_activations"), found)
+        inputs, is_static = _read_inputs(settings.get("input_activations"), found, block)
         return cls(
             kind=found,  # type: ignore[arg-type]  # a value of `_FORMATS`
             by_rows=strategy == "channel",
@@ -89,7 +89,7 @@ class Scheme:
         )
 
 
-def _read_inputs(settings: Mapping[str, Any] | None, kind: str) -> tuple[Inputs, bool]:
+def _read_inputs(settings: Mapping[str, Any] | None, kind: str, block: tuple[int, int] | None) -> tuple[Inputs, bool]:
     """Returns what inputs are rounded to, and whether their scales are fixed."""
     if not settings:
         return "", False
@@ -104,4 +104,7 @@ def _read_inputs(settings: Mapping[str, Any] | None, kind: str) -> tuple[Inputs,
         refuse(NAME, f"input_activations with dynamic {dynamic!r}")
     if strategy not in (("token", "tensor", "group") if dynamic else ("tensor",)):
         refuse(NAME, f"input_activations of strategy {strategy!r}")
+    size = settings.get("group_size")
+    if strategy == "group" and (block is None or size not in (None, block[1])):
+        refuse(NAME, f"input_activations of strategy 'group', {size} columns each, beside weights with other groups")
     return wanted, not dynamic

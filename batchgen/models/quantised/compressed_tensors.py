@@ -23,7 +23,7 @@ from batchgen.models.quantised.packing import make_groups_even, unpack_words, vi
 from batchgen.models.quantised.stored import StoredTensor, StoredWeight, group_by_layer, take_part
 from batchgen.models.quantised.weight import QuantisedWeight
 
-_INT8 = "I8"
+_INT8, _FLOATS = "I8", ("F32", "BF16", "F16")
 _MARKS = ("weight_packed", "weight_scale")  # a layer with one of them is quantised
 
 
@@ -73,14 +73,17 @@ class CompressedTensors(Format):
         return [self._describe(layer, parts) for layer, parts in layers.items() if any(end in parts for end in _MARKS)]
 
     def _find_scheme(self, layer: str) -> Scheme:
+        """Returns the settings of a layer, in the order of the format's own library (`match_targets`): those of its
+        name, of an expression, of its class; and of one target that two groups have, those of the last group."""
         if len(self.schemes) == 1:
             return self.schemes[0][1]
-        named = [scheme for targets, scheme in self.schemes if any(_names(target, layer) for target in targets)]
+        by_target = {target: scheme for targets, scheme in self.schemes for target in targets}
+        in_order = sorted(by_target, key=lambda target: ("re:" in target, target))
         # A target that names no layer is a class of modules.
-        named += [scheme for targets, scheme in self.schemes if "Linear" in targets]
+        named = [target for target in in_order if _names(target, layer)] + [t for t in in_order if t == "Linear"]
         if not named:
             refuse(NAME, f"no group of config_groups for the layer {layer}")
-        return named[0]
+        return by_target[named[0]]
 
     def _describe(self, layer: str, parts: Mapping[str, StoredTensor]) -> StoredWeight:
         if "weight_g_idx" in parts:
@@ -90,8 +93,8 @@ class CompressedTensors(Format):
             return _describe_packed(layer, parts, scheme)
         weight, scale = take_part(layer, parts, "weight"), take_part(layer, parts, "weight_scale")
         weight.check_dtype(FP8 if scheme.kind == "fp8" else _INT8)
-        scale.check_dtype(*SCALE_DTYPES)
-        rows, columns = weight.shape
+        scale.check_dtype(*(SCALE_DTYPES if scheme.kind == "fp8" else _FLOATS))
+        rows, columns = weight.take_matrix_shape()
         if scheme.block is not None:
             scale.check_shape([-(-size // step) for size, step in zip(weight.shape, scheme.block, strict=True)])
         else:
@@ -118,9 +121,11 @@ def _names(target: str, layer: str) -> bool:
 def _describe_packed(layer: str, parts: Mapping[str, StoredTensor], scheme: Scheme) -> StoredWeight:
     words, scale = take_part(layer, parts, "weight_packed"), take_part(layer, parts, "weight_scale")
     words.check_dtype("I32")
-    scale.check_dtype("F32", "BF16", "F16")
+    scale.check_dtype(*_FLOATS)
     rows, _ = words.take_matrix_shape()
-    columns = int(take_part(layer, parts, "weight_shape").view()[1])
+    shape = take_part(layer, parts, "weight_shape")
+    shape.check_shape((2,))
+    columns = int(shape.view()[1])
     words.check_shape((rows, -(-columns // 8)))
     group = scheme.group or columns
     groups = -(-columns // group)

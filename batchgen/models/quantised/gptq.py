@@ -2,7 +2,8 @@
 
 A layer X has `X.qweight` int32 [in / 8, out], whose words hold eight columns of `in`, the first lowest; `X.qzeros`
 int32 [groups, out / 8], `X.scales` [groups, out], and `X.g_idx` int32 [in], the group of each column. In
-checkpoints of format "gptq" the zeros are stored less one, in those of "gptq_v2" as they are.
+checkpoints of format "gptq" the zeros are stored less one, in those of "gptq_v2" as they are. One is taken from the
+eight zeros of a word at once: where one of them is 0, it borrows from the next.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.quantised.format import Format, check_choices, refuse, take_group_size
 from batchgen.models.quantised.packing import make_groups_even, pack_pairs, unpack_words, view_words_as_pairs
-from batchgen.models.quantised.stored import StoredTensor, StoredWeight, group_by_layer, take_words
+from batchgen.models.quantised.stored import StoredTensor, StoredWeight, group_by_layer, take_part, take_words
 from batchgen.models.quantised.weight import ZERO_OF_INT4, QuantisedWeight
 
 _KNOWN: Mapping[str, tuple[Any, ...]] = {
@@ -27,6 +28,8 @@ _KNOWN: Mapping[str, tuple[Any, ...]] = {
     "is_marlin_format": (False,),
 }
 
+_ONES = 0x11111111  # in each of the eight numbers of a word
+
 
 @dataclass(frozen=True)
 class Gptq(Format):
@@ -35,10 +38,12 @@ class Gptq(Format):
     Args:
         group_size: columns that have a scale together; -1: all.
         zeros_plus: what is added to a stored zero.
+        is_by_act: the columns of a group lie apart (`desc_act`), and `g_idx` alone says where.
     """
 
     group_size: int
     zeros_plus: int
+    is_by_act: bool
     name = "gptq"
     ends = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -55,7 +60,9 @@ class Gptq(Format):
         if others:
             refuse(cls.name, f"settings of their own for some layers (dynamic: {others[0]!r})")
         written = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-        return cls(take_group_size(cls.name, settings), 0 if written == "gptq_v2" else 1)
+        group_size = take_group_size(cls.name, settings)
+        is_by_act = bool(settings.get("desc_act")) and not settings.get("static_groups") and group_size != -1
+        return cls(group_size, 0 if written == "gptq_v2" else 1, is_by_act)
 
     def find_weights(self, tensors: Mapping[str, StoredTensor]) -> list[StoredWeight]:
         layers = group_by_layer(tensors, self.ends)
@@ -69,8 +76,8 @@ class Gptq(Format):
         groups = -(-columns // group)
         zeros.check_shape((groups, -(-rows // 8)))
         scales.check_shape((groups, rows))
-        if "g_idx" in parts:
-            parts["g_idx"].check_shape((columns,))
+        if "g_idx" in parts or self.is_by_act:
+            take_part(layer, parts, "g_idx").check_shape((columns,))
         convert = _Conversion(f"{weight.file.path}: {layer}", group, self.zeros_plus)
         return StoredWeight(f"{layer}.weight", (rows, columns), parts, convert)
 
@@ -84,7 +91,8 @@ class _Conversion:
     def __call__(self, parts: Mapping[str, torch.Tensor]) -> QuantisedWeight:
         words, scales = parts["qweight"].t(), parts["scales"].t().contiguous()
         columns, rows = words.shape[1] * 8, words.shape[0]
-        zeros: torch.Tensor | None = (unpack_words(parts["qzeros"])[:, :rows] + self.zeros_plus).t().contiguous()
+        stored = parts["qzeros"] + self.zeros_plus * _ONES
+        zeros: torch.Tensor | None = unpack_words(stored)[:, :rows].t().contiguous()
         assert zeros is not None
         if bool((zeros == ZERO_OF_INT4).all()):  # symmetric
             zeros = None

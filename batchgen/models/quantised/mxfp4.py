@@ -35,12 +35,11 @@ class Mxfp4(Format):
         return [self._describe(name, parts) for name, parts in layers.items()]
 
     def _describe(self, name: str, parts: Mapping[str, StoredTensor]) -> StoredWeight:
-        blocks, scales = (take_part(name, parts, end) for end in self.ends)
+        blocks, scales = (take_part(name, parts, end, dot="_") for end in self.ends)
         blocks.check_dtype("U8")
         scales.check_dtype("U8", "F8_E8M0")
-        *leading, groups, _ = blocks.shape if len(blocks.shape) == 4 else (0, 0, 0, 0)
+        *leading, groups = scales.shape or (1,)
         blocks.check_shape((*leading, groups, 16))
-        scales.check_shape((*leading, groups))
         return StoredWeight(name, (*leading, groups * 32), parts, _convert, is_transposed=True)
 
 

@@ -130,7 +130,8 @@ def _round_to_int4(matrix: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> 
     groups = matrix.view(len(matrix), -1, scheme.group_size)
     low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)
     least = torch.full_like(low, torch.inf)
-    scales, zeros = torch.empty_like(low), torch.empty_like(low)
+    # Where a number of the group is not finite no span is better: the rounded ones are not, either.
+    scales, zeros = torch.full_like(low, torch.nan), torch.zeros_like(low)
     for span in _SPANS:
         scale = ((high - low) * (span / _MOST_INT4)).clamp_(min=torch.finfo(dtype).tiny).to(dtype).float()
         zero = (-low * span / scale).round_().clamp_(0, _MOST_INT4)
@@ -138,7 +139,7 @@ def _round_to_int4(matrix: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> 
         better = error < least
         least = torch.where(better, error, least)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    whole = _count(groups, scales, zeros).to(torch.uint8).flatten(1)
+    whole = _count(groups, scales, zeros).nan_to_num_(0).to(torch.uint8).flatten(1)
     values = whole[:, 0::2] | (whole[:, 1::2] << 4)
     return _Part(values, scales.squeeze(-1).to(dtype), zeros.squeeze(-1).to(torch.uint8))
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from batchgen.models.parameters import Parameter, Parameters
-from batchgen.models.quantised import get_settings
+from batchgen.models.quantised import find_format
+from batchgen.models.quantised.compressed_tensors import CompressedTensors
 from batchgen.models.quantised.rounding import GROUP_SIZES, Scheme
 
 Stored = Literal["", "fp8", "int8", "int4", "mxfp4"]
@@ -16,14 +17,15 @@ Stored = Literal["", "fp8", "int8", "int4", "mxfp4"]
 
 _BLOCK_OF_MXFP4 = 32  # numbers that share a scale of 8 bits
 _METHODS: Mapping[str, Stored] = {"fp8": "fp8", "awq": "int4", "gptq": "int4", "mxfp4": "mxfp4"}
-_FORMATS: Mapping[str, Stored] = {"float-quantized": "fp8", "int-quantized": "int8", "pack-quantized": "int4"}
 
 
 def find_stored(config: Any) -> Stored:
     """Returns how a checkpoint with this Transformers config stores its weights; "" also for formats not known here."""
-    settings = get_settings(config)
-    method = str(settings.get("quant_method"))
-    return _FORMATS.get(str(settings.get("format")), "") if method == "compressed-tensors" else _METHODS.get(method, "")
+    found = find_format(config)
+    if isinstance(found, CompressedTensors):
+        kinds = {scheme.kind for _, scheme in found.schemes}
+        return next(kind for kind in ("fp8", "int8", "int4") if kind in kinds)  # the largest of several
+    return "" if found is None else _METHODS.get(found.name, "")
 
 
 def round_parameters(parameters: Parameters, stored: Stored, group_size: int = 0) -> Parameters:

@@ -149,8 +149,8 @@ def group_by_layer(
     return layers
 
 
-def take_part(layer: str, parts: Mapping[str, StoredTensor], end: str) -> StoredTensor:
-    """Returns the tensor of `layer` whose name ends so.
+def take_part(layer: str, parts: Mapping[str, StoredTensor], end: str, dot: str = ".") -> StoredTensor:
+    """Returns the tensor of `layer` whose name ends so, after a `dot`.
 
     Raises:
         ModelError: it is missing.
@@ -158,8 +158,8 @@ def take_part(layer: str, parts: Mapping[str, StoredTensor], end: str) -> Stored
     if end not in parts:
         there = next(iter(parts.values()))
         raise ModelError(
-            f"{there.file.path} holds {there.name}, but no file of the model holds {layer}.{end}, which belongs to it; "
-            "copy or download the model again"
+            f"{there.file.path} holds {there.name}, but no file of the model holds {layer}{dot}{end}, which belongs to "
+            "it; copy or download the model again"
         )
     return parts[end]
 

@@ -19,12 +19,13 @@ from batchgen.engines.paged.engine import Paged
 from batchgen.engines.paged.layout import use_adapter
 from batchgen.engines.paged.models import patch
 from batchgen.models import ModelError
-from batchgen.models.lora import read_row_adapters
+from batchgen.models.lora import check_adapter, check_row_adapters, read_row_adapters
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Generation, Prompt
 from batchgen.world import World
 from tests import adapters, kernels
 from tests import tiny_models as models
+from tests.models.quantised.checkpoints import CASES, write
 
 # Of each base model, the settings of peft's LoraConfig by the adapters' names: other layers, ranks and factors.
 KINDS: dict[str, dict[str, adapters.Settings]] = {
@@ -100,6 +101,22 @@ def test_the_tokens_are_those_of_the_merged_models(kind: Kind) -> None:
         for row in rows:
             text = references[row.adapter].tokenizer.decode(alone[row.id])
             assert (found[row.id].text, found[row.id].adapter) == (text, row.adapter), (settings, row.id)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"], indirect=True)
+def test_rows_of_a_quantised_checkpoint_name_adapters(kind: Kind, tmp_path: Path) -> None:
+    """What they add lies beside the weights, which are 4 bits here, or the same numbers in 32."""
+    write(CASES["compressed int4, rows"], kind.base, tmp_path / "quantised", tmp_path / "plain")
+    tokenizer = HfTokenizer(str(tmp_path / "quantised"))
+    check_row_adapters(kind.folders, tmp_path / "quantised", tokenizer)
+    with pytest.raises(ModelError, match="an adapter is merged into weights that are not"):
+        check_adapter(next(iter(kind.folders.values())), tmp_path / "quantised", tokenizer)
+    rows, texts = make_prompts(kind, 24), []
+    for name in ("quantised", "plain"):
+        with load(kind._replace(base=tmp_path / name)) as engine:
+            texts.append({id: one.text for id, one in generate(engine, rows).items()})
+    assert texts[0] == texts[1]
+    assert len(set(texts[0].values())) > 8
 
 
 def test_layers_with_adapters_compile_whole_and_alike(kind: Kind) -> None:

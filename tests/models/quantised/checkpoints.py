@@ -159,13 +159,15 @@ def awq(group: int) -> Layer:
     return make
 
 
-def gptq(group: int, *, less: int, symmetric: bool = False, by_act: bool = False) -> Layer:
-    """`less`: what zeros are stored less."""
+def gptq(group: int, *, less: int, symmetric: bool = False, by_act: bool = False, any_zero: bool = False) -> Layer:
+    """`less`: what zeros are stored less; of those that are 0, the next in a word lends it. `any_zero`: some are."""
 
     def make(rows: int, columns: int, source: Source) -> Any:
         values, scales, zeros, group_of = _int4(group, rows, columns, source, torch.float16)
         if symmetric:
             zeros = torch.full_like(zeros, 8)
+        if any_zero:
+            zeros = torch.randint(0, 16, zeros.shape, generator=source)
         if by_act:
             group_of = group_of[torch.randperm(columns, generator=source)]
         tensors = {
@@ -199,9 +201,12 @@ def mxfp4(experts: int, columns: int, rows: int, source: Source) -> tuple[dict[s
     return tensors, wide.float().transpose(1, 2).contiguous()
 
 
-def compressed(layout: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The `quantization_config` of compressed-tensors."""
+def compressed(
+    layout: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None = None, *, written: str | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors. `written`: a format that the group names itself."""
     group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": inputs}
+    group |= {} if written is None else {"format": written}
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
@@ -272,6 +277,7 @@ CASES: dict[str, Case] = {
     ),
     "gptq": Case(_GPTQ, gptq(64, less=1), "int4"),
     "gptq symmetric": Case(_GPTQ | {"sym": True}, gptq(64, less=1, symmetric=True), "int4"),
+    "gptq, any zero": Case(_GPTQ, gptq(64, less=1, any_zero=True), "int4"),
     "gptq, one group": Case(_GPTQ | {"group_size": -1}, gptq(1 << 20, less=1), "int4"),
     "gptq_v2, last group short": Case(
         _GPTQ | {"group_size": 128, "checkpoint_format": "gptq_v2"}, gptq(128, less=0), "int4"

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from batchgen.models.quantised import FORMATS
+from batchgen.models.quantised.compressed_tensors import CompressedTensors
 from batchgen.models.quantised.stored import list_tensors
 from tests.kernels import say_cases
 from tests.models.quantised.checkpoints import CASES, mxfp4
@@ -84,5 +85,34 @@ def compare_with_transformers(device: str) -> Iterator[tuple[str, bool]]:
     yield "fp8 blocks: Transformers", torch.equal(read_here(case.settings, tensors), theirs)
 
 
+TARGETS = {
+    "a name is before an expression": (["re:.*mlp.*"], ["layers.0.mlp"]),
+    "an expression is before a class": (["Linear"], ["re:.*mlp$"]),
+    "expressions are in the order of their letters": (["re:.*mlp"], ["re:.*0.*"], ["Linear"]),
+    "an expression begins where the name does": (["re:mlp"], ["Linear"]),
+    "of equal targets the last is taken": (["Linear", "re:.*mlp"], ["re:.*mlp"]),
+}
+
+
+def compare_targets(device: str) -> Iterator[tuple[str, bool]]:
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    for name, targets in TARGETS.items():
+        groups = {}
+        for number, named in enumerate(targets):
+            weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32 << number}
+            groups[f"group_{number}"] = {"targets": named, "weights": weights, "format": "pack-quantized"}
+        settings = {"format": "pack-quantized", "config_groups": groups}
+        layers = [torch.nn.ModuleDict({part: torch.nn.Linear(256, 256) for part in ("mlp", "attn")}) for _ in range(2)]
+        model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
+        apply_quantization_config(model, QuantizationConfig(**settings), show_progress=False)
+        read = CompressedTensors.of(settings)
+        same = []
+        for path, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Linear) and hasattr(layer, "quantization_scheme"):
+                same.append(read._find_scheme(path).group == layer.quantization_scheme.weights.group_size)
+        yield f"{name}: compressed-tensors", len(same) >= 2 and all(same)
+
+
 if __name__ == "__main__":
-    say_cases(compare, compare_with_transformers)
+    say_cases(compare, compare_targets, compare_with_transformers)

@@ -23,10 +23,12 @@ from transformers import (
 )
 
 from batchgen.models import loading
+from batchgen.models.folder import check_weight_files
 from batchgen.models.quantised.places import get_quantised, widen_all
 from batchgen.tensor_parallel import copy_weights, map_model, process_group, split, use_plain_layers
 from tests import tiny_models as models
 from tests.models.quantised.checkpoints import CASES, MXFP4, add_cache_scales, write
+from tests.sweep.kinds import build
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 48}  # q_proj has 192 rows, o_proj 192 columns
@@ -104,6 +106,23 @@ def test_scales_of_a_cache_are_passed_over(name: str, base: Path, tmp_path: Path
     expected = loading.load(str(plain), {"dtype": torch.float32}).state_dict()
     for found in (model.state_dict(), widened.state_dict()):
         assert found.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+def test_the_config_of_the_language_part_says_it(tmp_path: Path) -> None:
+    quantised, plain = tmp_path / "quantised", tmp_path / "plain"
+    base = models.save(tmp_path / "base", lambda vocabulary: build("gemma3"))
+    layers = write(CASES["compressed int8"], base, quantised, plain)
+    config = json.loads((quantised / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    (quantised / "config.json").write_text(json.dumps(config))
+    check_weight_files(quantised)
+    expected = loading.load(str(plain), {"dtype": torch.float32}).state_dict()
+    model = map_model(str(quantised), None)
+    copy_weights(model, str(quantised), CPU, torch.float32)
+    assert sum(get_quantised(module) is not None for module in model.modules()) == len(layers)
+    widen_all(model)
+    for found in (model.state_dict(), loading.load(str(quantised), {"dtype": torch.float32}).state_dict()):
         assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 

@@ -16,14 +16,17 @@ from batchgen.models import loading, resolve
 from batchgen.models.definition.errors import ModelError
 from batchgen.models.definition.model_config import read_config
 from batchgen.models.int8 import Int8Weight
+from batchgen.models.quantised.mxfp4 import Mxfp4
+from batchgen.models.quantised.stored import list_tensors
 from batchgen.tensor_parallel import copy_weights, map_model, process_group, split, write_quantised
 from tests import tiny_models as models
-from tests.models.quantised.checkpoints import CASES, compressed, write
+from tests.models.quantised.checkpoints import CASES, compressed, mxfp4, write
 from tests.models.quantised.test_checkpoint import SIZES
 from tests.tensor_parallel import test_texts
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+_IN_GROUPS = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "group", "group_size": 64}
 _GROUP = compressed("pack-quantized", _INT4)
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
@@ -47,6 +50,14 @@ SETTINGS: list[tuple[Mapping[str, Any], str]] = [
     (compressed("float-quantized", _FP8 | {"strategy": "group"}), "strategy 'group'"),
     (compressed("float-quantized", _FP8, {"num_bits": 8, "type": "float", "dynamic": "local"}), "dynamic 'local'"),
     (compressed("float-quantized", _FP8, {"num_bits": 8, "type": "float", "strategy": "token"}), "strategy 'token'"),
+    (
+        compressed("float-quantized", _FP8, _IN_GROUPS),
+        "strategy 'group', 64 columns each, beside weights with other groups",
+    ),
+    (
+        compressed("float-quantized", _FP8 | {"strategy": "block", "block_structure": [128, 128]}, _IN_GROUPS),
+        "strategy 'group', 64 columns each",
+    ),
     (
         compressed("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
         r"zeros \(symmetric false\)",
@@ -91,6 +102,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 Tensors = dict[str, torch.Tensor]
+_FLOATS_OF_8_BITS = torch.ones(192).to(torch.float8_e4m3fn)
 _Q, _DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 
 
@@ -113,6 +125,11 @@ DAMAGES: list[tuple[str, Callable[[Tensors], object], str]] = [
     ("awq", drop(f"{_DOWN}.qzeros"), rf"no file of the model holds {_DOWN}\.qzeros"),
     ("awq", put("model.layers.0.mlp.act.scales", torch.ones(384)), r"outputs of an activation \(model\.layers\.0"),
     ("gptq by act", put(f"{_DOWN}.g_idx", torch.zeros(384).int()), r"down_proj\.g_idx does not give each group 64"),
+    ("gptq by act", drop(f"{_DOWN}.g_idx"), rf"no file of the model holds {_DOWN}\.g_idx"),
+    ("compressed int8", put(f"{_Q}.weight", torch.ones(1, 192, 256).char()), r"\[1, 192, 256\], .*as matrices alone"),
+    ("compressed int8", put(f"{_Q}.weight_scale", torch.ones(192, 1).byte()), "is U8, where .* makes it F32 or BF16"),
+    ("compressed fp8 blocks", put(f"{_Q}.weight", _FLOATS_OF_8_BITS), r"shape \[192\], .*as matrices alone"),
+    ("compressed int4", put(f"{_Q}.weight_shape", torch.tensor([192])), r"weight_shape has the shape \[1\], where"),
     ("gptq", put(f"{_Q}.qweight", torch.ones(3, 192).int()), r"qzeros has the shape \[4, 24\], where .* it \[1, 24\]"),
 ]
 
@@ -129,6 +146,26 @@ def test_a_damaged_checkpoint_is_a_sentence(
         loading.load(str(folder), {"dtype": torch.float32})
     with pytest.raises(ModelError, match=sentence):
         read_mapped(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (drop("experts.up_scales"), r"holds experts\.up_blocks, but no file of the model holds experts\.up_scales,"),
+        (drop("experts.up_blocks"), r"holds experts\.up_scales, but no file of the model holds experts\.up_blocks,"),
+        (put("experts.up_blocks", torch.zeros(4, 64, 32).byte()), r"\[4, 64, 32\], where .* make it \[4, 64, 2, 16\]"),
+        (put("experts.up_scales", torch.ones(4, 64, 2)), "up_scales is F32, where .* makes it U8 or F8_E8M0"),
+    ],
+)
+def test_damaged_experts_in_4_bits_are_a_sentence(
+    damage: Callable[[Tensors], object], sentence: str, tmp_path: Path
+) -> None:
+    tensors, _ = mxfp4(4, 64, 64, torch.Generator().manual_seed(5))
+    stored = {f"experts.up_{end}": tensor for end, tensor in tensors.items()}
+    damage(stored)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=sentence):
+        Mxfp4.of({}).find_weights(list_tensors([tmp_path / "model.safetensors"]))
 
 
 def read_mapped(folder: str, rounding: type[Int8Weight] | None = None) -> None:

@@ -54,6 +54,18 @@ def test_a_number_is_moved_by_half_a_step_at_most(kind: str, dtype: torch.dtype,
         assert (error.view(96, -1, 32).square().mean(-1).sqrt() <= span / 15 * 0.52 + 2**-14).all()
 
 
+@pytest.mark.parametrize("kind", SCHEMES)
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so(kind: str, odd: float, matrix: torch.Tensor) -> None:
+    """Or rows would get texts of a damaged model."""
+    damaged = matrix.clone()
+    damaged[9, 40] = odd
+    wide = round_weight(damaged, SCHEMES[kind], torch.bfloat16).widen()
+    assert not wide[9, 40].isfinite()
+    others = torch.arange(96) != 9
+    assert torch.equal(wide[others], round_weight(matrix, SCHEMES[kind], torch.bfloat16).widen()[others])
+
+
 def test_spans_of_int4_that_are_cut_short_lose_less_than_whole_ones(
     matrix: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
