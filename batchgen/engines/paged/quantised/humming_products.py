@@ -220,8 +220,8 @@ def _find_kernels(form: str, device: torch.device) -> Future[torch.Tensor]:
     key = form, device
     if key not in _kernels:
         _get_locks(device)  # ahead of the first capture of a graph
-        most = _PAIRS if _read_config(form).get("num_experts") else _TOKENS
-        _kernels[key] = _start_compilers().submit(_compile, form, device, most)
+        limits = _PAIRS if _read_config(form).get("num_experts") else _TOKENS
+        _kernels[key] = _start_compilers().submit(_compile, form, device, limits)
     return _kernels[key]
 
 
@@ -231,7 +231,7 @@ def _start_compilers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, thread_name_prefix="humming")
 
 
-def _compile(form: str, device: torch.device, most: Sequence[int]) -> torch.Tensor:
+def _compile(form: str, device: torch.device, limits: Sequence[int]) -> torch.Tensor:
     """Compiles the kernels of a form, each for at most so many tokens or pairs."""
     from humming.kernel.humming import HummingKernel
     from humming.tune import get_heuristics_config
@@ -239,7 +239,7 @@ def _compile(form: str, device: torch.device, most: Sequence[int]) -> torch.Tens
     config = _read_config(form)
     kind = "grouped_contiguous" if config.get("num_experts") else "dense"
     chosen: list[list[Any]] = []
-    for begin, end in pairwise((0, *most)):
+    for begin, end in pairwise((0, *limits)):
         tuning = get_heuristics_config(config, end, gemm_type=kind, device=device)
         if chosen and chosen[-1][2] == tuning:
             chosen[-1][1] = end
