@@ -45,7 +45,7 @@ _ENGINE_OPTIONS = (
     click.option(
         "--kv-dtype",
         type=click.Choice(KV_DTYPES),
-        help="The number type of the KV cache (paged); fp8 has room for twice the rows, and loses precision. "
+        help="The number type of the KV cache (paged); fp8 has room for nearly twice the rows, and loses precision. "
         "Short for --set kv_dtype=….",
     ),
     click.option(

@@ -23,7 +23,8 @@ from batchgen.types import UserError
     "--group-size",
     type=click.Choice(["32", "64", "128"]),
     metavar="N",
-    help="With int4: columns that share a scale, 32, 64 or 128; unless it is given, the most that divide all matrices.",
+    help="With int4: columns that share a scale, 32, 64 or 128; unless it is given, the largest that divides the rows "
+    "of all matrices.",
 )
 def command(model: str, out: str, dtype: str, group_size: str | None) -> None:
     """Write MODEL into the folder OUT, its weights rounded to 8 or 4 bits; print its path.
