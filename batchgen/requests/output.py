@@ -32,7 +32,8 @@ _NAMES = (*RESULT, *WANTED)
 _CLASHES = frozenset(_NAMES) - {"id"}  # a row's own id is the result's
 
 # JSON lets these stand, but str.splitlines and its like in other languages take them for the end of a line.
-_LINE_ENDS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
+# Looked for one by one: `str.translate` takes twenty times as long for a text without them.
+_LINE_ENDS = [(letter, f"\\u{ord(letter):04x}") for letter in "\x85\u2028\u2029"]
 
 
 def renderer(
@@ -53,7 +54,8 @@ def renderer(
         else:
             text = _plain(generation)
         if not text.isascii():
-            text = text.translate(_LINE_ENDS)
+            for letter, escape in _LINE_ENDS:
+                text = text.replace(letter, escape)
         return text.encode("utf-8", "backslashreplace") + b"\n"
 
     return render
