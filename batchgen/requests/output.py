@@ -159,7 +159,11 @@ def may_succeed(row: Mapping[str, Any]) -> bool:
 
 
 def _any(value: object) -> str:
-    return _quoted(value) if type(value) is str else _json(value)
+    if type(value) is str:
+        return _quoted(value)
+    if type(value) is bool:
+        return "true" if value else "false"
+    return str(value) if type(value) is int else _json(value)
 
 
 def carried(columns: Iterable[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, 
 from batchgen.engines.paged import adapters, models, sizing, warm_up, weights
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.cache import check_device, find_format
-from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
+from batchgen.engines.paged.finished_rows import FinishedRow, StepReader, make_generations
 from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.limits import Room, choose_limits
 from batchgen.engines.paged.lockstep import Follower, Leader
@@ -282,7 +282,7 @@ class Paged(Engine):
 
     def _make_batch(self, rows: list[FinishedRow], at_once: int) -> Batch:
         dtype = finite.dtype_of(self._model)
-        generations = [row.to_generation(self._tokenizer, dtype) for row in rows]
+        generations = make_generations(rows, self._tokenizer, dtype)
         return Batch(generations, 0, device.take_peak_bytes([self._device]), at_once=at_once)
 
     def abandon(self) -> None:
