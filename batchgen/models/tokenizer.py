@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from batchgen.engine import Setup
 from batchgen.models.byte_tokens import decode_parts
 from batchgen.models.conversation import Conversations
 from batchgen.models.definition.build import build_empty
@@ -125,6 +126,11 @@ class HfTokenizer:
         return [name for name in names if name not in vocabulary]
 
     @property
+    def can_be_shared(self) -> bool:
+        """Whether several threads may use it at the same time, which tokenizers written in Python are not made for."""
+        return self._backend is not None
+
+    @property
     def size(self) -> int:
         """How many tokens there are, added ones included; the model may know more."""
         return len(self._hf_tokenizer)
@@ -200,6 +206,16 @@ class HfTokenizer:
         size = self.vocabulary or len(self._hf_tokenizer)
         ids = itertools.chain((i for i in proposed if i is not None and 0 <= i < size), range(size))
         return next((i for i in ids if i not in self.end_tokens), 0)
+
+
+def tokenizer_of(setup: Setup) -> HfTokenizer:
+    """Returns the tokenizer of an engine's model: the one that rows are read with, if it can be shared with them.
+
+    Raises:
+        ModelError: as `HfTokenizer`.
+    """
+    read = setup.tokenizer
+    return read if isinstance(read, HfTokenizer) and read.can_be_shared else HfTokenizer(setup.model)
 
 
 def _find_backend(hf_tokenizer: Any) -> Any:

@@ -37,7 +37,7 @@ from batchgen.generation import finite
 from batchgen.generation.choosing import TokenChooser
 from batchgen.generation.selftest import SelfTest
 from batchgen.models import loading
-from batchgen.models.tokenizer import HfTokenizer
+from batchgen.models.tokenizer import HfTokenizer, tokenizer_of
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
@@ -108,7 +108,7 @@ class Paged(Engine):
         self._loop: Loop | None = None
         self._runner: Runner | None = None
         self._group: tensor_parallel.Group | None = None  # of ranks that hold the model together; None: this one alone
-        self._tokenizer = HfTokenizer(setup.model)
+        self._tokenizer = tokenizer_of(setup)
         self._scheme = weights.make_scheme(setup.dtype, options.group_size, self._tokenizer.config)
         models.check(self._tokenizer.config)
         loading.prepare_transformers()
