@@ -76,7 +76,7 @@ class RowParams:
 
     def __init__(self, default: SamplingParams) -> None:
         self._default = default
-        self._known: dict[object, SamplingParams] = {}
+        self._checked: dict[object, SamplingParams] = {}
 
     def read(self, given: Mapping[str, object], spelled: Mapping[str, str]) -> SamplingParams:
         """`sampling_params` of one row."""
@@ -84,17 +84,17 @@ class RowParams:
         if not _SCALARS.issuperset(kinds):
             return sampling_params(self._default, given, spelled)
         key = (tuple(given.items()), kinds)
-        params = self._known.get(key)
+        params = self._checked.get(key)
         if params is None:
             params = sampling_params(self._default, given, spelled)
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            self._known[key] = params
+            if len(self._checked) >= _MOST_CHECKED:
+                self._checked.clear()
+            self._checked[key] = params
         return params
 
 
 _SCALARS = frozenset({bool, int, float, str})
-_MOST_KNOWN = 4096  # a seed for each row makes as many combinations as there are rows
+_MOST_CHECKED = 4096  # a seed for each row makes as many combinations as there are rows
 _LISTS = frozenset({"stop", "bad_words", "allowed_token_ids", "stop_token_ids"})
 _MOST_QUOTED = 5  # items of a list in a sentence
 _OFF = {"top_k": 0, "thinking_tokens": None}  # what -1 means
