@@ -7,15 +7,18 @@ import logging
 import os
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from batchgen.engine import EngineError
+from batchgen.engine import EngineError, Setup
 from batchgen.models import tokenizer as definition
-from batchgen.models.tokenizer import HfTokenizer
+from batchgen.models.tokenizer import HfTokenizer, tokenizer_of
+from batchgen.world import World
 from tests import tiny_models as models
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -165,6 +168,33 @@ def test_a_tokenizer_whose_class_decodes_in_its_own_way_is_asked(
     tokenizer = read_in_its_own_way(tiny_llama, monkeypatch)
     (tokens,) = tokenizer.tokenize(["shout"], special=False)
     assert tokenizer.decode_all([tokens]) == ["SHOUT"] == [tokenizer.decode(tokens)]
+
+
+def test_an_engine_takes_the_tokenizer_of_the_rows_where_threads_can_share_it(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(str(tiny_llama), "float32", None, World())
+    assert isinstance(tokenizer_of(setup), HfTokenizer)
+    quick = HfTokenizer(str(tiny_llama))
+    assert tokenizer_of(replace(setup, tokenizer=quick)) is quick
+    other = read_in_its_own_way(tiny_llama, monkeypatch)
+    assert tokenizer_of(replace(setup, tokenizer=other)) is not other
+
+
+def test_threads_share_a_tokenizer(tiny_llama: Path) -> None:
+    tokenizer = HfTokenizer(str(tiny_llama))
+    texts = [f"{number} é " * (number % 50) for number in range(500)]
+    tokens = tokenizer.tokenize(texts, special=False)
+
+    def work(number: int) -> bool:
+        if number % 3 == 0:
+            return tokenizer.tokenize(texts, special=False) == tokens
+        if number % 3 == 1:
+            return tokenizer.decode_all(tokens) == texts
+        return [tokenizer.decode(each) for each in tokens] == texts and not tokenizer.find_lost(texts[number])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(60)))
 
 
 def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer_together(tiny_llama: Path, tmp_path: Path) -> None:
