@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import signal
@@ -26,7 +27,7 @@ from batchgen.models import tokenizer
 from batchgen.runs.flow import MergeError, default_folder
 from batchgen.runs.prepare import RunError
 from batchgen.runs.progress import watch
-from batchgen.types import Shard
+from batchgen.types import Batch, Shard
 from tests.commands.starts import ENVIRONMENT, prompts, read_rows, write_rows
 
 ALONE = Host(ENVIRONMENT)
@@ -64,6 +65,27 @@ def test_a_vocabulary_is_read_once(
     settings = RunSettings(recipe=recipe, engine="paged", model=str(tiny_llama), dtype="float32")
     assert run(rows, tmp_path / "out", settings, host=ALONE).good == 20
     assert read == [str(tiny_llama)]
+
+
+def test_garbage_is_looked_for_among_objects_of_the_run(
+    tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart: list[int] = []
+    real = Echo.generate
+
+    def count(*arguments: Any) -> Iterator[Batch]:
+        apart.append(gc.get_freeze_count())
+        return real(*arguments)
+
+    monkeypatch.setattr(Echo, "generate", count)
+    assert run(rows, tmp_path / "out", RunSettings(engine="echo"), host=ALONE).good == 20
+    assert (apart[0] > 0, gc.get_freeze_count()) == (True, 0)
+    gc.freeze()  # somebody else does
+    try:
+        assert run(rows, tmp_path / "other", RunSettings(engine="echo"), host=ALONE).good == 20
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_two_runs_in_one_process_leave_the_process_as_it_was(tmp_path: Path, rows: str) -> None:
