@@ -15,6 +15,7 @@ seconds, and versions in turn: the variable PYTHONPATH says which one is measure
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -176,6 +177,7 @@ def measure_rows(folder: Path, rows: int) -> dict[str, float]:
     from batchgen.requests.prompts import PromptReader
     from batchgen.requests.recipe import Recipe
 
+    gc.set_threshold(100_000, 50, 100)  # as the command does
     tokenizer = HfTokenizer(str(folder / "model"))
     source = Input.open([str(folder / "rows.jsonl")], folder, scan=True)
     reader, render = PromptReader(Recipe(), tokenizer, {}), renderer("model", 1, "openai", False)
