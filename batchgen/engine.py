@@ -123,6 +123,7 @@ class Setup:
     """The folders of the LoRA adapters that rows may name, by these names; `Prompt.adapter` is one of them."""
     limits: Mapping[int, int] = field(default_factory=dict)
     """Most rows of a batch, by its length in tokens: what earlier attempts died of (`OutOfStep`)."""
+    tokenizer: Tokenizer | None = None  # the model's, as rows are read with it; None: nobody has read it
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -51,6 +52,8 @@ def carry_out(inputs: Sequence[str], out: str | None, options: Mapping[str, Any]
         # A run makes some objects a row, none of them in a cycle: looking for cycles at every 700th takes a sixth of
         # its time.
         gc.set_threshold(100_000, 50, 100)
+        # As it ends, Python looks for cycles among all objects several times: a second, with those of torch.
+        atexit.register(gc.freeze)
         with results_only_on_stdout(), sharing_warnings() if role.launches_ranks else nullcontext():
             return flow.run(inputs, out, settings_of(options), host=host_of(options)), role.is_single_process
     except flow.MergeError as error:

@@ -21,7 +21,7 @@ from batchgen.generation.greedy import LoadedModel
 from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
-from batchgen.models.tokenizer import HfTokenizer
+from batchgen.models.tokenizer import HfTokenizer, tokenizer_of
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
@@ -62,7 +62,7 @@ class Accelerate(Engine):
     def __init__(self, setup: Setup, options: Options) -> None:
         self._batches: StaticBatches | None = None
         self._spill: tempfile.TemporaryDirectory[str] | None = None
-        tokenizer = HfTokenizer(setup.model)
+        tokenizer = tokenizer_of(setup)
         loading.check_weights(setup.model)
         loading.prepare_transformers()
         placement = _choose_placement(options, setup.world)

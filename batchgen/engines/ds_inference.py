@@ -18,7 +18,7 @@ from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import loading
 from batchgen.models.quantised.places import widen_all
-from batchgen.models.tokenizer import HfTokenizer
+from batchgen.models.tokenizer import HfTokenizer, tokenizer_of
 from batchgen.tensor_parallel import process_group
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
@@ -64,7 +64,7 @@ class DsInference(Engine):
     def __init__(self, setup: Setup, options: Options) -> None:
         self._batches: StaticBatches | None = None
         self.signs.awaited_ranks = ranks = tensor_parallel.ranks_of_group(setup.world, options.tp)
-        tokenizer = HfTokenizer(setup.model)
+        tokenizer = tokenizer_of(setup)
         if len(ranks) > 1:
             tensor_parallel.check_split(tokenizer.config, len(ranks))
         loading.prepare_transformers()

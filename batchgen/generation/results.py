@@ -30,7 +30,15 @@ def make_generation(row: Ended, tokenizer: HfTokenizer) -> Generation:
     The text is that of its tokens without the one that ended it, and up to the stop text that did; with both if the
     row wants it (`include_stop_str_in_output`).
     """
-    text = _find_text(row, tokenizer, skip_special_tokens=row.prompt.params.skip_special_tokens)
+    return make_generations([row], tokenizer)[0]
+
+
+def make_generations(rows: Sequence[Ended], tokenizer: HfTokenizer) -> list[Generation]:
+    """Returns what `make_generation` returns of each row; their texts are made together, which is quicker."""
+    return [_describe(row, text, tokenizer) for row, text in zip(rows, _find_texts(rows, tokenizer), strict=True)]
+
+
+def _describe(row: Ended, text: str, tokenizer: HfTokenizer) -> Generation:
     logprobs = None if row.logprobs is None else [one.logprob for one in row.logprobs]
     details = _find_details(row, tokenizer)
     return Generation.of(row.prompt, text, row.end.reason, len(row.tokens), logprobs, details)
@@ -55,6 +63,19 @@ def fail_impossible(prompt: Prompt) -> Generation:
     )
 
 
+def _find_texts(rows: Sequence[Ended], tokenizer: HfTokenizer) -> list[str]:
+    """The text of each row. Those that end by a stop text need a second one, to find it."""
+    texts: dict[int, str] = {}
+    for skips in (True, False):
+        alike = [place for place, row in enumerate(rows) if row.prompt.params.skip_special_tokens is skips]
+        plain = [place for place in alike if not isinstance(rows[place].end.stop_reason, str)]
+        tokens = [_find_shown_tokens(rows[place], tokenizer) for place in plain]
+        texts |= zip(plain, tokenizer.decode_all(tokens, skip_special_tokens=skips), strict=True)
+        for place in set(alike).difference(plain):
+            texts[place] = _find_text(rows[place], tokenizer, skip_special_tokens=skips)
+    return [texts[place] for place in range(len(rows))]
+
+
 def _find_text(row: Ended, tokenizer: HfTokenizer, *, skip_special_tokens: bool) -> str:
     tokens, stop, includes = row.tokens, row.end.stop_reason, row.prompt.params.include_stop_str_in_output
 
@@ -67,9 +88,13 @@ def _find_text(row: Ended, tokenizer: HfTokenizer, *, skip_special_tokens: bool)
         if found is not None:
             return text[: found[0] + (len(stop) if includes else 0)]
         return before + (stop if includes else "")  # the name of a special token, which has no text
-    if _has_end_token(row, tokenizer) and not includes:
-        tokens = tokens[:-1]
-    return decode(tokens)
+    return decode(_find_shown_tokens(row, tokenizer))
+
+
+def _find_shown_tokens(row: Ended, tokenizer: HfTokenizer) -> Sequence[int]:
+    """The tokens whose text is shown, of a row that no stop text has ended."""
+    is_left_out = _has_end_token(row, tokenizer) and not row.prompt.params.include_stop_str_in_output
+    return row.tokens[:-1] if is_left_out else row.tokens
 
 
 def _has_end_token(row: Ended, tokenizer: HfTokenizer) -> bool:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from batchgen.models.module_list import import_auto_classes
+
+_auto = import_auto_classes()
 
 # Kinds whose rows change when they are padded: they count positions from the left end of the row, padded or not, look
 # at the padding, or let it into a state. A batch holds rows of equal length alone. scripts/sweep shows it of each.
@@ -125,20 +122,20 @@ def auto_class(config: Any) -> Any:
     Transformers also knows a class for the text alone, the class that the model's files were written by is taken, since
     the other may look for weights under other names.
     """
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForImageTextToText if sees else None
+    sees = type(config) in _auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if type(config) not in _auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return _auto.AutoModelForImageTextToText if sees else None
     written_by = getattr(config, "architectures", None) or [""]
-    if sees and MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type) == written_by[0]:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    if sees and _auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type) == written_by[0]:
+        return _auto.AutoModelForImageTextToText
+    return _auto.AutoModelForCausalLM
 
 
 def model_class(config: Any) -> Any:
     """The class itself; imports the module that it is in. None: there is none."""
     mapping = {
-        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        _auto.AutoModelForCausalLM: _auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        _auto.AutoModelForImageTextToText: _auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     }
     found = auto_class(config)
     return None if found is None else mapping[found][type(config)]

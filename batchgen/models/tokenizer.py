@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
+from batchgen.engine import Setup
 from batchgen.models.byte_tokens import decode_parts
 from batchgen.models.conversation import Conversations
 from batchgen.models.definition.build import build_empty
@@ -16,6 +19,9 @@ from batchgen.models.definition.model_config import read_config
 from batchgen.models.definition.tokenizer import LETTERS, find_lost, read_tokenizer
 from batchgen.models.generation_config import read_generation_config
 from batchgen.types import Tokens
+
+# What Transformers' tokenizers around a tokenizer of the library `tokenizers` do before and behind it.
+_AROUND_BACKEND = ("__call__", "_encode_plus", "decode", "_decode")
 
 # What configs call the longest sequence. BLOOM (ALiBi) has no limit of its own, but may say what it was trained with.
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -38,6 +44,7 @@ class HfTokenizer:
         self._hf_tokenizer = read_tokenizer(model)
         # Only a warning hangs on this number, and `prompts` measures against the model's context itself.
         self._hf_tokenizer.model_max_length = 10**30
+        self._backend = _find_backend(self._hf_tokenizer)
         text = self.config.get_text_config()
         lengths = (getattr(text, name, None) for name in _CONTEXT_NAMES)
         self.context = next((length for length in lengths if type(length) is int and length > 0), None)
@@ -91,11 +98,17 @@ class HfTokenizer:
         if not texts:
             return []
         readable = [_make_readable(text) for text in texts]
-        encoded = self._hf_tokenizer(readable, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        encoded = self._encode(readable, special)
         begin = self._hf_tokenizer.bos_token_id
         if special and begin is not None:
             encoded = [tokens[1:] if tokens[:2] == [begin, begin] else tokens for tokens in encoded]
         return list(encoded)
+
+    def _encode(self, texts: list[str], special: bool) -> list[list[int]]:
+        if self._backend is not None:  # which lets other threads work meanwhile, and finds no places in the texts
+            return [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
+        tokens = self._hf_tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        return list(tokens)
 
     def find_lost(self, text: str) -> str:
         """Returns the letters and digits of `text` that become no token; see `engine.Tokenizer.find_lost`."""
@@ -111,6 +124,11 @@ class HfTokenizer:
         """Returns those of `names` that are no token's name."""
         vocabulary = self._hf_tokenizer.get_vocab()
         return [name for name in names if name not in vocabulary]
+
+    @property
+    def can_be_shared(self) -> bool:
+        """Whether several threads may use it at the same time, which tokenizers written in Python are not made for."""
+        return self._backend is not None
 
     @property
     def size(self) -> int:
@@ -139,6 +157,18 @@ class HfTokenizer:
             return text[len(self._anchor_text) :]
         return self._plain_decode(tokens, special)
 
+    def decode_all(self, rows: Sequence[Tokens], *, skip_special_tokens: bool = True) -> list[str]:
+        """Returns what `decode` returns of each row's tokens; other threads work meanwhile, where the tokenizer can."""
+        if self._backend is None:
+            return [self.decode(tokens, skip_special_tokens=skip_special_tokens) for tokens in rows]
+        behind = [[*self._anchor, *tokens] for tokens in rows]
+        texts = self._backend.decode_batch(behind, skip_special_tokens=skip_special_tokens)
+        anchor, begin = self._anchor_text, len(self._anchor_text)
+        return [
+            text[begin:] if anchor and text.startswith(anchor) else self._plain_decode(tokens, not skip_special_tokens)
+            for tokens, text in zip(rows, texts, strict=True)
+        ]
+
     def token_text(self, token: int) -> str:
         """Returns the text of one token behind another one.
 
@@ -162,6 +192,8 @@ class HfTokenizer:
         return None if name is None else str(name)
 
     def _plain_decode(self, tokens: Tokens, special: bool = False) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(tokens, skip_special_tokens=not special))
         text = self._hf_tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return str(text)
 
@@ -176,7 +208,31 @@ class HfTokenizer:
         return next((i for i in ids if i not in self.end_tokens), 0)
 
 
+def tokenizer_of(setup: Setup) -> HfTokenizer:
+    """Returns the tokenizer of an engine's model: the one that rows are read with, if it can be shared with them.
+
+    Raises:
+        ModelError: as `HfTokenizer`.
+    """
+    read = setup.tokenizer
+    return read if isinstance(read, HfTokenizer) and read.can_be_shared else HfTokenizer(setup.model)
+
+
+def _find_backend(hf_tokenizer: Any) -> Any:
+    """Returns the tokenizer of the library `tokenizers` that does all that this one does; None: there is none.
+
+    The classes of some models do more, which only they know.
+    """
+    kind = type(hf_tokenizer)
+    as_usual = isinstance(hf_tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None) for name in _AROUND_BACKEND
+    )
+    return hf_tokenizer.backend_tokenizer if as_usual else None
+
+
 def _make_readable(text: str) -> str:
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -20,7 +20,7 @@ from batchgen.requests.conversations import Conversation, Conversations, constra
 from batchgen.requests.openai_keys import SETTINGS, advice, is_neutral
 from batchgen.requests.openai_responses import RESPONSES
 from batchgen.requests.recipe import Recipe
-from batchgen.requests.refusal import Refused, check_encodable, quote, sampling_params
+from batchgen.requests.refusal import Refused, RowParams, check_encodable, quote
 from batchgen.requests.row_ids import endpoint, is_request, make_id, may_be_request, read_id, row_id
 from batchgen.requests.template import compile_template, conversation, without_nulls
 from batchgen.requests.token_limits import TokenLimits
@@ -64,6 +64,7 @@ class PromptReader:
         self._duplicates = duplicates
         self._among_requests = among_requests
         self._warns = warns
+        self._params = RowParams(recipe.sampling)
         self._limits = TokenLimits(tokenizer, recipe.truncate, recipe.authors_length)
         self._render = None if recipe.template is None else compile_template(recipe.template)
         used = re.findall(r"\w+", recipe.template or recipe.prompt_column or "")
@@ -129,7 +130,7 @@ class PromptReader:
         if not self._settings.isdisjoint(value):
             self._report_settings(row, value, from_chat)
         if not _READ_OF_ROWS.isdisjoint(value):
-            params = sampling_params(params, self._own_params(row, value), {})
+            params = self._params.read(self._own_params(row, value), {})
         if said is not None:
             params = constrained(params, said, "")
         if not text.isascii():
@@ -154,7 +155,7 @@ class PromptReader:
 
     def _own_params(self, row: Row, value: Mapping[str, object]) -> dict[str, object]:
         """The sampling parameters that a plain row sets itself, its constraint among them."""
-        given = {name: value[name] for name in self._param_columns if value.get(name) is not None}
+        given = {name: value[name] for name in self._param_columns.intersection(value) if value[name] is not None}
         for name in _RESULTS:
             if isinstance(given.get(name), list):
                 del given[name]  # what another run has put out, which is the input of this one
@@ -206,7 +207,7 @@ class PromptReader:
             self._say_once(
                 row, "neither the body nor generation_config.json sets %s: its answer is greedy", "temperature"
             )
-        params = sampling_params(self._recipe.sampling, request.sampling, request.spelled)
+        params = self._params.read(request.sampling, request.spelled)
         text, markup = request.text or "", None
         if request.conversation is not None:
             text, markup = self._from_chat(row, request.conversation)

@@ -65,6 +65,36 @@ def sampling_params(default: SamplingParams, given: Mapping[str, object], spelle
         raise Refused("wrong_type", f"{spelled.get(name, name)} {rule}{given_value}") from None
 
 
+class RowParams:
+    """The sampling parameters of one row after the other.
+
+    Most rows set one of a few combinations of values, and each combination is checked once.
+
+    Args:
+        default: what rows have that set nothing.
+    """
+
+    def __init__(self, default: SamplingParams) -> None:
+        self._default = default
+        self._checked: dict[object, SamplingParams] = {}
+
+    def read(self, given: Mapping[str, object], spelled: Mapping[str, str]) -> SamplingParams:
+        """`sampling_params` of one row."""
+        kinds = tuple(map(type, given.values()))  # 1, 1.0 and True are equal, but not all of them are right
+        if not _SCALARS.issuperset(kinds):
+            return sampling_params(self._default, given, spelled)
+        key = (tuple(given.items()), kinds)
+        params = self._checked.get(key)
+        if params is None:
+            params = sampling_params(self._default, given, spelled)
+            if len(self._checked) >= _MOST_CHECKED:
+                self._checked.clear()
+            self._checked[key] = params
+        return params
+
+
+_SCALARS = frozenset({bool, int, float, str})
+_MOST_CHECKED = 4096  # a seed for each row makes as many combinations as there are rows
 _LISTS = frozenset({"stop", "bad_words", "allowed_token_ids", "stop_token_ids"})
 _MOST_QUOTED = 5  # items of a list in a sentence
 _OFF = {"top_k": 0, "thinking_tokens": None}  # what -1 means

@@ -25,4 +25,5 @@ def make_setup(ready: Ready, world: World) -> Setup:
     """What every engine is told of this run, as far as it is the same in all its attempts."""
     model = ready.model
     setup = Setup(str(model.folder), ready.dtype, ready.settings.batch_size, world, ready.settings.selftest)
-    return replace(setup, cache=str(ready.cache), adapter=model.adapter, adapters=model.adapter_folders)
+    cache, adapters = str(ready.cache), model.adapter_folders
+    return replace(setup, cache=cache, adapter=model.adapter, adapters=adapters, tokenizer=ready.tokenizer)

@@ -96,7 +96,7 @@ class StreamWorker:
         rank, limit = self._setup.world.rank, self._stall_seconds
         needed = self._ready.kind.packages(self._ready.options, self._ready.dtype)
         packages.check_imports(needed, f"engine {self._ready.engine}")
-        with self._ready.kind(self._setup, self._ready.options) as engine:
+        with packages.without_old_garbage(), self._ready.kind(self._setup, self._ready.options) as engine:
             self._engine = engine
             self._look_at_devices()
             self._begin(heartbeat)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -226,3 +228,15 @@ def test_stderr_that_nobody_reads_does_not_end_a_run(tmp_path: Path, rows: Path)
     ended = call(tmp_path, *echo(rows, "-o", "out"), before=lambda: os.dup2(write, 2) and None)
     os.close(write)
     assert (ended.code, ended.out) == (0, "out/generations.jsonl\n")
+
+
+def test_python_looks_for_no_cycles_among_objects_that_end_with_it(tmp_path: Path, rows: Path) -> None:
+    program = (
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print('kept apart:', gc.get_freeze_count() > 0))\n"  # the last one registered is first
+        "from batchgen.commands import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    words = [sys.executable, "-c", program, *map(str, echo(rows, "-o", "out"))]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "out/generations.jsonl\nkept apart: True\n")

@@ -320,6 +320,8 @@ def test_ids_of_two_files_differ_by_their_files_names(tmp_path: Path) -> None:
     }
 
 
-def test_no_id_is_repeated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [0, 1000])
+def test_no_id_is_repeated(tmp_path: Path, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchgen.formats.input._FEW", few)
     source = opened(lines(tmp_path / "a.jsonl", *map(str, range(1000))), tmp_path / "cache")
     assert source.duplicates(id_of) == {}

@@ -12,7 +12,7 @@ import torch
 from batchgen.generation.ends import LENGTH, STOP, End, EndFinder
 from batchgen.generation.finite import NotFinite
 from batchgen.generation.processor import ChosenToken
-from batchgen.generation.results import Ended, make_generation
+from batchgen.generation.results import Ended, make_generation, make_generations
 from batchgen.generation.stopping import Stopper
 from batchgen.models.tokenizer import HfTokenizer
 from batchgen.types import Details, Markup, Prompt, SamplingParams, Thinking
@@ -164,6 +164,17 @@ def test_a_row_ends_where_and_why_it_should(name: str, tokenizer: HfTokenizer) -
     if expected.stop_reason is not None:
         assert generation.details is not None
         assert generation.details.stop_reason == expected.stop_reason
+
+
+def test_rows_that_end_together_have_the_texts_of_each_alone(tokenizer: HfTokenizer) -> None:
+    rows = []
+    for said, params, _, end in ENDS.values():
+        for skips in (True, False):
+            row = prompt(**{**params, "skip_special_tokens": skips})
+            rows.append(Ended(row, tokens_of(tokenizer, *said), end))
+    together = make_generations(rows, tokenizer)
+    assert together == [make_generation(row, tokenizer) for row in rows]
+    assert make_generations([], tokenizer) == []
 
 
 def test_a_row_that_asks_for_nothing_has_no_details(tokenizer: HfTokenizer) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from batchgen.engine import EngineError
-from batchgen.models.tokenizer import HfTokenizer
+from batchgen.engine import EngineError, Setup
+from batchgen.models import tokenizer as definition
+from batchgen.models.tokenizer import HfTokenizer, tokenizer_of
+from batchgen.world import World
 from tests import tiny_models as models
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -119,6 +125,76 @@ def test_the_first_tokens_leading_space_survives_a_decoder_that_drops_it(tiny_ll
     (tokens,) = tokenizer.tokenize(["good day"], special=False)
     assert tokenizer.decode(tokens) == " good day"
     assert tokenizer.decode([]) == ""
+
+
+class OwnWay(PreTrainedTokenizerFast):
+    """A class of some model, which does its own around the tokenizer: nothing."""
+
+    def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._encode_plus(*args, **kwargs)
+
+    def _decode(self, *args: Any, **kwargs: Any) -> str:
+        return super()._decode(*args, **kwargs).replace("shout", "SHOUT")
+
+
+def read_in_its_own_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> HfTokenizer:
+    """The tokenizer of a model whose class calls Transformers for each text."""
+    monkeypatch.setattr(definition, "read_tokenizer", OwnWay.from_pretrained)
+    return HfTokenizer(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece-like"])
+def test_texts_and_tokens_of_many_are_those_of_transformers_for_each(
+    kind: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_with({}, tiny_llama, tmp_path / "model")
+    if kind == "sentencepiece-like":
+        models.sentencepiece_like_tokenizer().save_pretrained(folder)
+    quick, other = HfTokenizer(str(folder)), read_in_its_own_way(folder, monkeypatch)
+    texts = ["", " ", "a", "good day", " good  day .", "<s>a</s>", "日本 é", "a\ud800b", "é" * 99]
+    for special in (True, False):
+        assert quick.tokenize(texts, special=special) == other.tokenize(texts, special=special)
+    choose = random.Random(1)
+    rows = [choose.choices(range(300), k=length) for length in (0, 1, 1, 2, 3, 5, 9, 40) for _ in range(9)]
+    for skips in (True, False):
+        expected = [other.decode(tokens, skip_special_tokens=skips) for tokens in rows]
+        assert quick.decode_all(rows, skip_special_tokens=skips) == expected
+        assert [quick.decode(tokens, skip_special_tokens=skips) for tokens in rows] == expected
+
+
+def test_a_tokenizer_whose_class_decodes_in_its_own_way_is_asked(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = read_in_its_own_way(tiny_llama, monkeypatch)
+    (tokens,) = tokenizer.tokenize(["shout"], special=False)
+    assert tokenizer.decode_all([tokens]) == ["SHOUT"] == [tokenizer.decode(tokens)]
+
+
+def test_an_engine_takes_the_tokenizer_of_the_rows_where_threads_can_share_it(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(str(tiny_llama), "float32", None, World())
+    assert isinstance(tokenizer_of(setup), HfTokenizer)
+    quick = HfTokenizer(str(tiny_llama))
+    assert tokenizer_of(replace(setup, tokenizer=quick)) is quick
+    other = read_in_its_own_way(tiny_llama, monkeypatch)
+    assert tokenizer_of(replace(setup, tokenizer=other)) is not other
+
+
+def test_threads_share_a_tokenizer(tiny_llama: Path) -> None:
+    tokenizer = HfTokenizer(str(tiny_llama))
+    texts = [f"{number} é " * (number % 50) for number in range(500)]
+    tokens = tokenizer.tokenize(texts, special=False)
+
+    def work(number: int) -> bool:
+        if number % 3 == 0:
+            return tokenizer.tokenize(texts, special=False) == tokens
+        if number % 3 == 1:
+            return tokenizer.decode_all(tokens) == texts
+        return [tokenizer.decode(each) for each in tokens] == texts and not tokenizer.find_lost(texts[number])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(60)))
 
 
 def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer_together(tiny_llama: Path, tmp_path: Path) -> None:

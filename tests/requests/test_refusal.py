@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from batchgen.requests.refusal import Refused, check_encodable, quote, sampling_params
-from batchgen.types import SamplingParams
+from batchgen.requests.refusal import Refused, RowParams, check_encodable, quote, sampling_params
+from batchgen.types import PARAMS, SamplingParams
 
 HUGE = 10**5000  # more digits than Python writes
 
@@ -100,6 +102,25 @@ def test_what_rows_write_becomes_parameters(
     default: SamplingParams, given: dict[str, object], expected: SamplingParams
 ) -> None:
     assert sampling_params(default, given, {}) == expected
+
+
+def read_parameters(make: Callable[[dict[str, object]], SamplingParams], given: dict[str, object]) -> object:
+    try:
+        return make(given)
+    except Refused as refused:
+        return refused.message
+
+
+def test_rows_that_follow_each_other_get_the_parameters_of_each_alone() -> None:
+    default = SamplingParams(max_new_tokens=9, temperature=0.5)
+    values = (1, 1.0, True, "1", 0, False, 0.0, -1, None, [1], [True], {"1": 1})
+    rows = [{name: value} for name in sorted(PARAMS) for value in values]
+    rows += [{"top_k": 2, "seed": 3}, {"seed": 3, "top_k": 2}, {"top_k": 3, "seed": 2}, {}]
+    rows += [{"seed": number} for number in range(5000)]
+    reader = RowParams(default)
+    for given in [*rows, *rows[::-1]]:
+        expected = read_parameters(lambda given: sampling_params(default, given, {}), given)
+        assert repr(read_parameters(lambda given: reader.read(given, {}), given)) == repr(expected)
 
 
 def test_text_that_utf8_cannot_hold_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import signal
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +23,11 @@ from batchgen.engine import Setup
 from batchgen.engines.ds_zero.swap import SwapFolder
 from batchgen.engines.echo import Echo
 from batchgen.formats import InputError
+from batchgen.models import tokenizer
 from batchgen.runs.flow import MergeError, default_folder
 from batchgen.runs.prepare import RunError
 from batchgen.runs.progress import watch
-from batchgen.types import Shard
+from batchgen.types import Batch, Shard
 from tests.commands.starts import ENVIRONMENT, prompts, read_rows, write_rows
 
 ALONE = Host(ENVIRONMENT)
@@ -45,6 +48,44 @@ def test_one_call_runs_everything_and_gives_the_status(tmp_path: Path, rows: str
     assert (status.folder, status.state) == (tmp_path / "out", "finished")
     assert (status.rows, status.good, status.failed, status.open, status.exit_code) == (20, 20, 0, 0, 0)
     assert texts(status) == [str(row["prompt"])[:2] for row in prompts(20)]
+
+
+def test_a_vocabulary_is_read_once(
+    tmp_path: Path, rows: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = tokenizer.read_tokenizer
+
+    def count(model: str) -> Any:
+        read.append(model)
+        return real(model)
+
+    monkeypatch.setattr(tokenizer, "read_tokenizer", count)
+    recipe = Recipe(sampling=SamplingParams(max_new_tokens=2))
+    settings = RunSettings(recipe=recipe, engine="paged", model=str(tiny_llama), dtype="float32")
+    assert run(rows, tmp_path / "out", settings, host=ALONE).good == 20
+    assert read == [str(tiny_llama)]
+
+
+def test_garbage_is_looked_for_among_objects_of_the_run(
+    tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart: list[int] = []
+    real = Echo.generate
+
+    def count(*arguments: Any) -> Iterator[Batch]:
+        apart.append(gc.get_freeze_count())
+        return real(*arguments)
+
+    monkeypatch.setattr(Echo, "generate", count)
+    assert run(rows, tmp_path / "out", RunSettings(engine="echo"), host=ALONE).good == 20
+    assert (apart[0] > 0, gc.get_freeze_count()) == (True, 0)
+    gc.freeze()  # somebody else does
+    try:
+        assert run(rows, tmp_path / "other", RunSettings(engine="echo"), host=ALONE).good == 20
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_two_runs_in_one_process_leave_the_process_as_it_was(tmp_path: Path, rows: str) -> None:

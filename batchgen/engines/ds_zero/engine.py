@@ -30,7 +30,7 @@ from batchgen.generation.sizing import BatchSizing
 from batchgen.generation.static_batches import StaticBatches
 from batchgen.models import architectures, loading
 from batchgen.models.parameters import Parameters, list_parameters
-from batchgen.models.tokenizer import HfTokenizer
+from batchgen.models.tokenizer import HfTokenizer, tokenizer_of
 from batchgen.tensor_parallel import process_group
 from batchgen.types import Batch, Prompt
 
@@ -111,7 +111,7 @@ class DsZero(Engine):
         return HfTokenizer(model)
 
     def __init__(self, setup: Setup, options: Options) -> None:
-        self._tokenizer = HfTokenizer(setup.model)
+        self._tokenizer = tokenizer_of(setup)
         if why := architectures.why_not_sharded(config := self._tokenizer.config):
             raise EngineError(why)
         loading.check_weights(setup.model)

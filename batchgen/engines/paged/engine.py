@@ -23,7 +23,7 @@ from batchgen.engine import Engine, EngineError, Pace, Peers, Placement, Setup, 
 from batchgen.engines.paged import adapters, models, sizing, warm_up, weights
 from batchgen.engines.paged.alone import Alone
 from batchgen.engines.paged.cache import check_device, find_format
-from batchgen.engines.paged.finished_rows import FinishedRow, StepReader
+from batchgen.engines.paged.finished_rows import FinishedRow, StepReader, make_generations
 from batchgen.engines.paged.first_rows import FirstRows
 from batchgen.engines.paged.limits import Room, choose_limits
 from batchgen.engines.paged.lockstep import Follower, Leader
@@ -37,7 +37,7 @@ from batchgen.generation import finite
 from batchgen.generation.choosing import TokenChooser
 from batchgen.generation.selftest import SelfTest
 from batchgen.models import loading
-from batchgen.models.tokenizer import HfTokenizer
+from batchgen.models.tokenizer import HfTokenizer, tokenizer_of
 from batchgen.types import Batch, Prompt
 from batchgen.world import World
 
@@ -108,7 +108,7 @@ class Paged(Engine):
         self._loop: Loop | None = None
         self._runner: Runner | None = None
         self._group: tensor_parallel.Group | None = None  # of ranks that hold the model together; None: this one alone
-        self._tokenizer = HfTokenizer(setup.model)
+        self._tokenizer = tokenizer_of(setup)
         self._scheme = weights.make_scheme(setup.dtype, options.group_size, self._tokenizer.config)
         models.check(self._tokenizer.config)
         loading.prepare_transformers()
@@ -282,7 +282,7 @@ class Paged(Engine):
 
     def _make_batch(self, rows: list[FinishedRow], at_once: int) -> Batch:
         dtype = finite.dtype_of(self._model)
-        generations = [row.to_generation(self._tokenizer, dtype) for row in rows]
+        generations = make_generations(rows, self._tokenizer, dtype)
         return Batch(generations, 0, device.take_peak_bytes([self._device]), at_once=at_once)
 
     def abandon(self) -> None:

@@ -48,10 +48,8 @@ class FinishedRow:
         """Those that were generated, up to and including the one that ended the row; None: it has failed."""
         return None if self.ended is None else self.ended.tokens
 
-    def to_generation(self, tokenizer: HfTokenizer, dtype: str) -> Generation:
-        """The row's text, or its error; `dtype` is what the model computes in, as `--dtype` calls it."""
-        if self.ended is not None:
-            return results.make_generation(self.ended, tokenizer)
+    def to_failure(self, dtype: str) -> Generation:
+        """The row's error; `dtype` is what the model computes in, as `--dtype` calls it."""
         if self.failure is Failure.NOT_FINITE:
             return finite.fail(self.prompt, dtype)
         if self.failure is Failure.NO_TOKEN:
@@ -59,6 +57,13 @@ class FinishedRow:
         if self.failure is Failure.CONSTRAINT:
             return results.fail_constraint(self.prompt, self.reason)
         return refusals.refuse(self.prompt)
+
+
+def make_generations(rows: Iterable[FinishedRow], tokenizer: HfTokenizer, dtype: str) -> list[Generation]:
+    """The text of each row, or its error; `dtype` is what the model computes in, as `--dtype` calls it."""
+    rows = list(rows)
+    made = iter(results.make_generations([row.ended for row in rows if row.ended is not None], tokenizer))
+    return [row.to_failure(dtype) if row.ended is None else next(made) for row in rows]
 
 
 class StepReader:

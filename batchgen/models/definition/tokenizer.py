@@ -43,9 +43,8 @@ def read_tokenizer(model: str) -> Any:
     template = read_chat_template(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-        words = [text for text in tokenizer.get_vocab() if _is_word(text)]
         special = {*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()}
-        has_words = any(text not in special for text in words)
+        has_words = any(text not in special and _is_word(text) for text in tokenizer.get_vocab())
         lost = find_lost(tokenizer, _LETTERS)
         pieces: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
         if getattr(pieces, "dropout", None):  # left over from training: a text would get other tokens each time

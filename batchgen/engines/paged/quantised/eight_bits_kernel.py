@@ -6,7 +6,7 @@ are widened in registers then.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,13 +14,7 @@ import triton.language as tl
 
 from batchgen.engines.paged.experts.grouped_gemm import Sorting
 from batchgen.engines.paged.quantised.packed import Packed
-from batchgen.engines.paged.quantised.programs import (
-    NEIGHBOURS,
-    count_programs,
-    find_program,
-    get_counters,
-    join_splits,
-)
+from batchgen.engines.paged.quantised.programs import find_program, get_counters, join_splits, plan_launch
 
 
 class Tile(NamedTuple):
@@ -92,21 +86,17 @@ def multiply(
     depth = tile.columns
     while groups > 1 and group % depth:
         depth //= 2
-    sizes = tokens, rows, triton.cdiv(columns, depth)
-    tiles, across, splits = count_programs(sizes, experts, sorting, (tile.tokens, tile.rows), tile.programs)
-    sums = torch.empty((splits, tokens, rows), dtype=torch.float32, device=inputs.device) if splits > 1 else output
-    constants: dict[str, Any] = {
-        "GROUPED": sorting is not None, "EXPERTS": experts, "WIDE": max(2, triton.next_power_of_2(experts)),
-        "TOP_K": sorting.top_k if sorting else 0, "BIAS": bias is not None, "SPLIT": splits > 1,
-        "GROUP": group if groups > 1 else 0, "INPUT_GROUPS": 0 if input_scales is None else input_scales.shape[-1],
-        "EVEN": columns % depth == 0, "ONCE": tiles == 1, "ROWS": tile.rows, "TOKENS": tile.tokens, "DEPTH": depth,
-        "NEIGHBOURS": NEIGHBOURS,
+    blocks = triton.cdiv(columns, depth)
+    launch = plan_launch(output, blocks, experts, sorting, tile)
+    constants = launch.constants | {
+        "BIAS": bias is not None, "GROUP": group if groups > 1 else 0, "EVEN": columns % depth == 0, "DEPTH": depth,
+        "INPUT_GROUPS": 0 if input_scales is None else input_scales.shape[-1],
     }  # fmt: skip
-    of_pairs = (sorting.order, sorting.offsets) if sorting else (output, output)
     scales_of_inputs = output if input_scales is None else input_scales.contiguous()
-    _multiply[(tiles * across, splits)](
-        inputs, scales_of_inputs, values, weight.scales, bias, output, sums, get_counters(inputs.device), *of_pairs,
-        tiles, *sizes[:2], columns, sizes[2], groups, inputs.stride(0), **constants, **tile.settings,
+    _multiply[launch.grid](
+        inputs, scales_of_inputs, values, weight.scales, bias, output, launch.sums, get_counters(inputs.device),
+        *launch.pairs, launch.tiles, tokens, rows, columns, blocks, groups, inputs.stride(0), **constants,
+        **tile.settings,
     )  # fmt: skip
     return output
 

@@ -6,7 +6,7 @@ A program computes a tile: some rows of the weight, and some tokens (or pairs of
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,14 +16,7 @@ from batchgen.engines.paged.experts.grouped_gemm import Sorting
 from batchgen.engines.paged.quantised.packed import Packed
 from batchgen.engines.paged.quantised.packing import BLOCK, PART
 from batchgen.engines.paged.quantised.parts import count_groups, find_group, load_scales, load_words, multiply_half
-from batchgen.engines.paged.quantised.programs import (
-    NEIGHBOURS,
-    count_programs,
-    find_program,
-    get_counters,
-    has_sm_90,
-    join_splits,
-)
+from batchgen.engines.paged.quantised.programs import find_program, get_counters, has_sm_90, join_splits, plan_launch
 
 
 class Tile(NamedTuple):
@@ -82,26 +75,21 @@ def multiply(
         return output
     inputs = inputs if inputs.stride(1) == 1 else inputs.contiguous()
     tile = tile or choose_tile(tokens, experts)
-    sizes = tokens, rows, blocks
-    tiles, across, splits = count_programs(sizes, experts, sorting, (tile.tokens, tile.rows), tile.programs)
+    launch = plan_launch(output, blocks, experts, sorting, tile)
     groups = weight.scales.shape[-2]
     group, scale = find_group(weight, columns), tile.scale_weights
     assembly = has_sm_90(inputs.device) if assembly is None else assembly
     if weight.form == "mxfp4":  # by the multiplication that makes them 16 bits
         scale = assembly and inputs.dtype == torch.bfloat16
-    sums = torch.empty((splits, tokens, rows), dtype=torch.float32, device=inputs.device) if splits > 1 else output
-    constants: dict[str, Any] = {
-        "KIND": weight.form, "GROUPED": sorting is not None, "EXPERTS": experts,
-        "WIDE": max(2, triton.next_power_of_2(experts)), "TOP_K": sorting.top_k if sorting else 0,
-        "BIAS": bias is not None, "ZEROS": weight.zeros is not None, "SPLIT": splits > 1, "GROUP": group,
+    constants = launch.constants | {
+        "KIND": weight.form, "BIAS": bias is not None, "ZEROS": weight.zeros is not None, "GROUP": group,
         "GROUPS": count_groups(group), "EVEN": columns % BLOCK == 0, "SCALE": scale, "PART": PART,
-        "ONCE": tiles == 1, "ROWS": tile.rows, "TOKENS": tile.tokens, "NEIGHBOURS": NEIGHBOURS,
         "ASSEMBLY": assembly,
     }  # fmt: skip
-    of_pairs = (sorting.order, sorting.offsets) if sorting else (output, output)
-    _multiply[(tiles * across, splits)](
-        inputs, values, weight.scales, weight.zeros, bias, output, sums, get_counters(inputs.device), *of_pairs,
-        tiles, tokens, rows, columns, blocks, groups, inputs.stride(0), **constants, **tile.settings,
+    _multiply[launch.grid](
+        inputs, values, weight.scales, weight.zeros, bias, output, launch.sums, get_counters(inputs.device),
+        *launch.pairs, launch.tiles, tokens, rows, columns, blocks, groups, inputs.stride(0), **constants,
+        **tile.settings,
     )  # fmt: skip
     return output
 

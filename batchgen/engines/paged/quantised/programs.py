@@ -7,6 +7,7 @@ end adds up the sums of all, in their order.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -41,23 +42,44 @@ def has_sm_90(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def count_programs(
-    sizes: tuple[int, int, int], experts: int, sorting: Sorting | None, tile: tuple[int, int], wanted: int
-) -> tuple[int, int, int]:
-    """Returns how many tiles there are of tokens and of rows, and for how many programs columns are split.
+class Tile(Protocol):
+    """What one program computes."""
 
-    Args:
-        sizes: tokens or pairs, rows, and blocks of columns.
-        tile: its tokens and rows.
-        wanted: programs, if tokens are one tile.
-    """
-    tokens, rows, blocks = sizes
-    tiles = count_tiles(tokens, experts, tile[0]) if sorting else triton.cdiv(tokens, tile[0])
-    across = triton.cdiv(rows, tile[1])
-    if sorting or tiles > 1:
-        return tiles, across, 1
-    share = -(-blocks // max(1, min(blocks, wanted // across, _MOST_SPLITS)))
-    return tiles, across, -(-blocks // share)
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def programs(self) -> int:
+        """That columns are split for, if tokens are one tile; 0: never split."""
+
+
+class Launch(NamedTuple):
+    """How a product is divided among programs."""
+
+    grid: tuple[int, int]  # tiles, and programs that split the columns of one
+    tiles: int  # of tokens
+    sums: torch.Tensor  # of those that split columns, [programs, tokens, rows], float32; else the output
+    pairs: tuple[torch.Tensor, torch.Tensor]  # a sorting's order and offsets; without one anything
+    constants: dict[str, Any]  # that kernels have in common
+
+
+def plan_launch(output: torch.Tensor, blocks: int, experts: int, sorting: Sorting | None, tile: Tile) -> Launch:
+    """Divides the product that makes `output` [tokens or pairs, rows] of so many blocks of columns."""
+    tokens, rows = output.shape
+    tiles = count_tiles(tokens, experts, tile.tokens) if sorting else triton.cdiv(tokens, tile.tokens)
+    across, splits = triton.cdiv(rows, tile.rows), 1
+    if not sorting and tiles == 1:
+        share = -(-blocks // max(1, min(blocks, tile.programs // across, _MOST_SPLITS)))
+        splits = -(-blocks // share)
+    sums = output.new_empty((splits, tokens, rows), dtype=torch.float32) if splits > 1 else output
+    constants = {
+        "GROUPED": sorting is not None, "EXPERTS": experts, "WIDE": max(2, triton.next_power_of_2(experts)),
+        "TOP_K": sorting.top_k if sorting else 0, "SPLIT": splits > 1, "ONCE": tiles == 1, "ROWS": tile.rows,
+        "TOKENS": tile.tokens, "NEIGHBOURS": NEIGHBOURS,
+    }  # fmt: skip
+    pairs = (sorting.order, sorting.offsets) if sorting else (output, output)
+    return Launch((tiles * across, splits), tiles, sums, pairs, constants)
 
 
 @triton.jit
