@@ -119,8 +119,7 @@ class Setup:
     run: str = ""  # tells this run, or its shard, from all others; the same in all its attempts
     cache: str = ""  # batchgen's own folder on this machine, for files that are built once
     adapter: str = ""  # the folder of a LoRA adapter that is merged into the weights; "": none
-    adapters: Mapping[str, str] = field(default_factory=dict)
-    """The folders of the LoRA adapters that rows may name, by these names; `Prompt.adapter` is one of them."""
+    adapters: Mapping[str, str] = field(default_factory=dict)  # folders of the LoRA adapters that rows name, by name
     limits: Mapping[int, int] = field(default_factory=dict)
     """Most rows of a batch, by its length in tokens: what earlier attempts died of (`OutOfStep`)."""
     tokenizer: Tokenizer | None = None  # the model's, as rows are read with it; None: nobody has read it

@@ -109,6 +109,7 @@ class SelfTest:
     rows: int  # of the batch, or most rows at once
     measures: bool = True  # rounding may be measured: no other rank takes part in a forward without being told
     compute: Compute | None = None  # None: the model's own forward
+    rounds_cache: bool = False  # keys and values are rounded to 8 bits
 
     def check(self, prompt: Prompt, tokens: Sequence[int]) -> None:
         """Looks at the first `tokens` that `prompt` was given.
@@ -142,8 +143,8 @@ class SelfTest:
             )
 
     def _find_tolerance(self) -> float:
-        # Of inputs that are rounded to 8 bits, one at the border of two numbers goes either way by any other rounding.
-        if any(getattr(module, "rounds_inputs", False) for module in self.model.modules()):
+        # Of numbers that are rounded to 8 bits, one at the border of two goes either way by any other rounding.
+        if self.rounds_cache or any(getattr(module, "rounds_inputs", False) for module in self.model.modules()):
             return _TOLERANCE_OF_16_BITS
         return _TOLERANCE.get(self.model.dtype, _TOLERANCE_OF_16_BITS)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -256,8 +256,9 @@ class Paged(Engine):
             raise loop.error
 
     def _make_selftest(self, runner: Runner, leader: Leader | None) -> SelfTest:
-        decode, slots = self._tokenizer.decode, runner.limits.slots
-        return SelfTest(self._model, self._device, decode, slots, leader is None, runner.compute_alone)
+        decode, limits = self._tokenizer.decode, runner.limits
+        test = SelfTest(self._model, self._device, decode, limits.slots, leader is None, runner.compute_alone)
+        return replace(test, rounds_cache=limits.kv_dtype != "auto")
 
     def _drive(self, loop: Loop, prompts: Iterator[Prompt], stop: Callable[[], bool]) -> Iterator[Batch]:
         """Submits prompts to the loop, and yields what has finished about once a second."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import batchgen
 from batchgen.checkpoint import read_json
 from batchgen.engine import EngineError
 from batchgen.engines import parse_options
@@ -166,3 +168,19 @@ def test_other_engines_and_types_are_refused_by_name() -> None:
         parse_options(Accelerate, ("kv_dtype=fp8",))
     with pytest.raises(EngineError, match="kv_dtype=int8: must be one of auto, fp8"):
         parse_options(Paged, ("kv_dtype=int8",))
+
+
+@pytest.mark.slow
+def test_the_self_test_allows_for_what_rounding_decides(smollm2: Path, tmp_path: Path) -> None:
+    """In float32: a key at the border of two numbers of 8 bits goes either way, by the order of a sum."""
+    lines = [
+        {"prompt": "The capital of France is", "max_new_tokens": 16},
+        {"prompt": "One, two, three, four,", "max_new_tokens": 16},
+        {"messages": [{"role": "user", "content": "Write two lines about the sea."}], "max_new_tokens": 24},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {"engine_settings": ["kv_dtype=fp8"], "engine": "paged", "dtype": "float32"}
+    status = batchgen.run(
+        str(tmp_path / "p.jsonl"), tmp_path / "out", batchgen.RunSettings(model=str(smollm2), **settings)
+    )
+    assert (status.good, status.failed) == (3, 0)

@@ -4,8 +4,8 @@ It compiles CUDA kernels for the sizes of a layer when they are first needed, a 
 disk (HUMMING_CACHE_DIR). They are compiled for some numbers of tokens, all at once, from the moment a weight is packed,
 so that they are mostly there when the first product asks for them.
 
-On an H200 its products take as long as those in 16 bits from some 256 tokens on, and less below; our own kernels
-(`four_bits_kernel`) take 1.2 times as long with one token and 1.7 times with 256 (benchmarks/README.md).
+On an H200 its products take as long as those in 16 bits from some 256 tokens on, and less below. Our own kernels
+(`four_bits_kernel`) take 1.1 times as long as these with one token, and 1.6 times with 256 (benchmarks/README.md).
 """
 
 from __future__ import annotations
