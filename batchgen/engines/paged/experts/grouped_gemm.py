@@ -67,7 +67,7 @@ def multiply_in_loop(
     On a CPU torch's `grouped_mm` takes as long (0.9 to 1.1 of it in 18 of 24 shapes on two cores, torch 2.13), and
     older versions do not have it.
     """
-    rows = _take_rows(inputs, sorting)
+    rows = take_rows(inputs, sorting)
     output = rows.new_empty((len(rows), weight.shape[1]))
     ends = sorting.offsets.tolist()
     for expert, (begin, end) in enumerate(pairwise(ends)):
@@ -81,15 +81,16 @@ def multiply_in_torch(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sorting: Sorting
 ) -> torch.Tensor:
     """As `multiply_in_loop`, by torch's own product of groups, which does not wait for a GPU in bfloat16."""
-    rows = _take_rows(inputs, sorting)
-    offsets, experts = sorting.offsets, len(weight)
     product = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
-    output: torch.Tensor = product(rows, weight.transpose(1, 2), offs=offsets[1:])
-    if bias is not None:
-        places = torch.arange(len(rows), device=offsets.device, dtype=offsets.dtype)
-        expert = torch.searchsorted(offsets[1:], places, right=True).clamp(max=experts - 1)
-        output += bias[expert]
-    return output
+    output: torch.Tensor = product(take_rows(inputs, sorting), weight.transpose(1, 2), offs=sorting.offsets[1:])
+    return output if bias is None else add_bias(output, bias, sorting)
+
+
+def add_bias(output: torch.Tensor, bias: torch.Tensor, sorting: Sorting) -> torch.Tensor:
+    """Adds to each sorted pair's row of the output, in place, the bias of its expert, [experts, columns]."""
+    places = torch.arange(len(output), device=output.device, dtype=sorting.offsets.dtype)
+    expert = torch.searchsorted(sorting.offsets[1:], places, right=True).clamp(max=len(bias) - 1)
+    return output.add_(bias[expert])
 
 
 def _fits_torch(weight: torch.Tensor) -> bool:
@@ -98,7 +99,7 @@ def _fits_torch(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and columns % 8 == 0 and depth % 8 == 0
 
 
-def _take_rows(inputs: torch.Tensor, sorting: Sorting) -> torch.Tensor:
+def take_rows(inputs: torch.Tensor, sorting: Sorting) -> torch.Tensor:
     """The row of each pair, sorted, [pairs, depth]."""
     return inputs[sorting.order // sorting.top_k] if sorting.top_k else inputs
 

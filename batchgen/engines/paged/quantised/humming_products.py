@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from batchgen.engines.paged.experts.grouped_gemm import Sorting
+from batchgen.engines.paged.experts.grouped_gemm import Sorting, add_bias, take_rows
 from batchgen.engines.paged.quantised.packed import HUMMING, Packed
 from batchgen.models.quantised.weight import ZERO_OF_INT4, QuantisedWeight
 
@@ -173,8 +173,8 @@ def multiply(
     Returns:
         [tokens, rows], or [pairs, rows], sorted; rows of pairs without an expert are not written.
     """
-    if sorting is not None and sorting.top_k:
-        inputs = inputs[sorting.order // sorting.top_k]
+    if sorting is not None:
+        inputs = take_rows(inputs, sorting)
     if len(inputs) == 0:
         return inputs.new_empty((0, count_rows(weight.form)))
     has_bias = bool(_read_config(weight.form).get("has_bias"))
@@ -182,11 +182,7 @@ def multiply(
     output = _launch(inputs, weight, bias if has_bias else None, sorting, kernels)
     if bias is None or has_bias:
         return output
-    if sorting is None:
-        return output.add_(bias)
-    places = torch.arange(len(output), device=output.device, dtype=sorting.offsets.dtype)
-    expert = torch.searchsorted(sorting.offsets[1:], places, right=True).clamp(max=len(bias) - 1)
-    return output.add_(bias[expert])
+    return output.add_(bias) if sorting is None else add_bias(output, bias, sorting)
 
 
 def _launch(
