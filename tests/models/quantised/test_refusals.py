@@ -192,29 +192,27 @@ def test_weights_of_another_model_are_a_sentence(written: Callable[[str], Path])
             load(str(folder))
 
 
-def test_columns_in_act_order_are_not_cut(written: Callable[[str], Path]) -> None:
-    folder = str(written("gptq by act"))
+def assert_no_share(folder: Path, sentence: str) -> None:
+    """One of two ranks is refused its share of the model in `folder` as its weights are copied."""
     with process_group.fake_group(1, 2):
-        model = map_model(folder, None)
+        model = map_model(str(folder), None)
         group = torch.distributed.group.WORLD
         assert group is not None
         split(model, group)
-        with pytest.raises(EngineError, match=r"columns 96 to 192.*desc_act.*Leave --tp out"):
-            copy_weights(model, folder, torch.device("cpu"), torch.float32, rounding=None)
+        with pytest.raises(EngineError, match=sentence):
+            copy_weights(model, str(folder), torch.device("cpu"), torch.float32, rounding=None)
+
+
+def test_columns_in_act_order_are_not_cut(written: Callable[[str], Path]) -> None:
+    assert_no_share(written("gptq by act"), r"columns 96 to 192.*desc_act.*Leave --tp out")
 
 
 def test_rows_in_another_order_are_refused(tmp_path: Path) -> None:
     """A copy of a placeholder has no numbers."""
     base = models.save(tmp_path / "mpt", lambda size: test_texts.build(size, "mpt"))
     source = resolve(str(base), base, lambda sentence: None)
-    folder = str(write_quantised(source, tmp_path / "int8", "int8", 0, lambda sentence: None))
-    with process_group.fake_group(1, 2):
-        model = map_model(folder, None)
-        group = torch.distributed.group.WORLD
-        assert group is not None
-        split(model, group)
-        with pytest.raises(EngineError, match=r"rows of \S+\.Wqkv\.weight into another order.*Leave --tp out"):
-            copy_weights(model, folder, torch.device("cpu"), torch.float32, rounding=None)
+    folder = write_quantised(source, tmp_path / "int8", "int8", 0, lambda sentence: None)
+    assert_no_share(folder, r"rows of \S+\.Wqkv\.weight into another order.*Leave --tp out")
 
 
 def test_quantised_weights_are_not_rounded_once_more(written: Callable[[str], Path]) -> None:
