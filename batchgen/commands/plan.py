@@ -143,13 +143,13 @@ def _planned(inputs: Sequence[str], recipe: Any, options: dict[str, Any]) -> Any
 
 def _check_types(config: Any, card: Any, options: Mapping[str, Any]) -> None:
     """Raises PlanError if the weights or the cache cannot be of the types that the options name: a run would say so."""
-    from batchgen.models.quantised import get_settings, rounding
+    from batchgen.models.quantised import get_settings, has_quantised_weights, rounding
     from batchgen.planning import forecast
 
-    dtype, settings = options["dtype"], get_settings(config)
-    if settings and dtype in rounding.DTYPES:
+    dtype = options["dtype"]
+    if dtype in rounding.DTYPES and has_quantised_weights(config):
         raise forecast.PlanError(
-            f"the weights of {options['model']} are quantised already ({settings.get('quant_method')}, by "
+            f"the weights of {options['model']} are quantised already ({get_settings(config).get('quant_method')}, by "
             f"quantization_config in its config.json), and are not rounded again: leave --dtype {dtype} out"
         )
     for option, advice in (("dtype", "use int8 or int4"), ("kv_dtype", "leave it out")):

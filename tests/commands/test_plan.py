@@ -95,6 +95,10 @@ def test_quantised_weights_are_not_planned_to_be_rounded_once_more(prompts: Path
     assert done.exit_code == 4
     assert "awq are quantised already (awq, by quantization_config" in done.output
     assert "leave --dtype int8 out" in done.output
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}
+    (folder / "config.json").write_text(json.dumps(config))  # the cache alone: a run rounds the weights
+    done = CliRunner().invoke(main, ["plan", "p.jsonl", "--model", str(folder), "--dtype", "int8"])
+    assert done.exit_code == 0, done.output
 
 
 def test_a_gpu_without_8_bit_floats_is_not_planned_with_them(prompts: Path) -> None:
